@@ -1,0 +1,231 @@
+"""A model's architecture as data: every dimension and switch, and from them every tensor of its checkpoint.
+
+Names are those of a skipless config.json; in the comments d, D, e, f are hidden_size, heads * head_dim,
+kv_heads * head_dim and intermediate_size, and Q, K, V, P, M, O as in arXiv:2404.12362.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from skipless.errors import InputError
+
+# Every value that means something. What a seam or the model file cannot do yet is refused there, with the reason.
+VALUES: dict[str, tuple[Any, ...]] = {
+    "block_type": ("serial",),
+    "ffn_type": ("mlp", "glu"),
+    "residual": ("none", "attention", "ffn", "both"),
+    "norm_type": ("none", "rms", "layer"),
+    "position_type": ("rope", "rope_interleaved", "learned", "none"),
+    "attention_shaping": (None, "value", "full"),
+    "stream_basis": (None, "q", "k", "v"),
+    "values_removed": (False,),
+    "head_removed": (False,),
+}
+
+# config.json fields that change neither the tensors nor the seams.
+BOOKKEEPING = frozenset(
+    {
+        "model_type", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path",
+        "hidden_act", "rope_parameters", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id",
+        "initializer_range", "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward",
+        "is_encoder_decoder", "id2label", "label2id", "problem_type", "tie_last_hidden_states",
+    }
+)  # fmt: skip
+
+# The shaped attention's gains, one per query head (arXiv:2311.01906).
+GAINS: dict[str | None, tuple[str, ...]] = {None: (), "value": ("alpha", "beta"), "full": ("alpha", "beta", "gamma")}
+
+
+@dataclass(frozen=True)
+class Module:
+    """An affine map of the checkpoint, y = x W + b with W (inputs, outputs), or a table of W's rows (embeddings)."""
+
+    name: str
+    inputs: int
+    outputs: int
+    bias: bool = False
+    table: bool = False
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """As stored: a table (inputs, outputs), a linear layer (outputs, inputs)."""
+        return (self.inputs, self.outputs) if self.table else (self.outputs, self.inputs)
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name -> stored shape."""
+        tensors: dict[str, tuple[int, ...]] = {f"{self.name}.weight": self.weight_shape}
+        if self.bias:
+            tensors[f"{self.name}.bias"] = (self.outputs,)
+        return tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Dimensions in elements; switches as in a skipless config.json, which documents them."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 4096
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    gate_bias: bool = False
+    tie_word_embeddings: bool = False
+    block_type: str = "serial"
+    ffn_type: str = "glu"
+    residual: str = "none"
+    norm_type: str = "none"
+    position_type: str = "rope"
+    attention_shaping: str | None = None
+    stream_basis: str | None = None
+    layers_open: tuple[int, ...] = ()
+    p_removed: bool = False
+    values_removed: bool = False
+    head_removed: bool = False
+    folded_biases: tuple[str, ...] = ()
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Read a skipless config.json.
+
+        Raises InputError naming the field for one that is missing, unknown, of the wrong type or out of range.
+        """
+        if (model_type := config.get("model_type")) != "skipless":
+            raise InputError(
+                f"config.json: model_type: expected 'skipless', found {model_type!r}; only skipless checkpoints can be "
+                f"rewritten: norms and skip connections block the stream and P-M seams of other models"
+            )
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for name in config:
+            if name not in fields and name not in BOOKKEEPING:
+                raise InputError(f"config.json: {name}: not a field of a skipless model; remove it if it means nothing")
+        values = {name: config[name] for name in fields if name in config}
+        if values.get("num_key_value_heads") is None and "num_attention_heads" in values:
+            values["num_key_value_heads"] = values["num_attention_heads"]
+        for name, field in fields.items():
+            if name == "head_dim" and values.get(name) is None:
+                continue
+            if name not in values:
+                if field.default is dataclasses.MISSING:
+                    raise InputError(f"config.json: {name}: expected a value, found none; add it")
+                continue
+            values[name] = _checked(name, field, values[name])
+        if values.get("head_dim") is None:
+            if values["hidden_size"] % values["num_attention_heads"]:
+                raise InputError(
+                    f"config.json: head_dim: expected a value, found none, and hidden_size {values['hidden_size']} is "
+                    f"not a multiple of num_attention_heads {values['num_attention_heads']}; add it"
+                )
+            values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
+        return cls(**values)
+
+    def __post_init__(self) -> None:
+        for name, expected in VALUES.items():
+            if (found := getattr(self, name)) not in expected:
+                choices = ", ".join("null" if value is None else str(value) for value in expected)
+                raise InputError(f"config.json: {name}: expected one of {choices}; found {found!r}, not supported")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                f"config.json: num_key_value_heads: expected a divisor of num_attention_heads "
+                f"({self.num_attention_heads}), found {self.num_key_value_heads}"
+            )
+        if self.stream_basis is not None and self.projections[self.stream_basis] != self.hidden_size:
+            raise InputError(
+                f"config.json: stream_basis: {self.stream_basis!r} needs a square {self.stream_basis}_proj, but it is "
+                f"({self.projections[self.stream_basis]}, {self.hidden_size})"
+            )
+        for layer in self.layers_open:
+            if not 0 <= layer < self.num_hidden_layers:
+                raise InputError(
+                    f"config.json: layers_open: expected layers 0..{self.num_hidden_layers - 1}, found {layer}"
+                )
+        known = {module.name for module in self.modules()}
+        for name in self.folded_biases:
+            if name not in known:
+                raise InputError(f"config.json: folded_biases: expected names of modules of this model, found {name!r}")
+
+    @property
+    def query_width(self) -> int:
+        """D = heads * head_dim, the width of all query heads."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def value_width(self) -> int:
+        """E = kv_heads * head_dim, the width of K's and V's outputs."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def projections(self) -> dict[str, int]:
+        """Output widths of Q, K and V."""
+        return {"q": self.query_width, "k": self.value_width, "v": self.value_width}
+
+    def stream_closed(self, layer: int) -> bool:
+        """Whether the stream seam before this layer has been closed."""
+        return self.stream_basis is not None and layer not in self.layers_open
+
+    def modules(self) -> list[Module]:
+        """Every affine map of the checkpoint, in the order of computation."""
+        d, f = self.hidden_size, self.intermediate_size
+        modules = [Module("model.embed_tokens", self.vocab_size, d, table=True)]
+        if self.position_type == "learned":
+            modules.append(Module("model.position_embeddings", self.max_position_embeddings, d, table=True))
+        for layer in range(self.num_hidden_layers):
+            attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
+            for name, width in self.projections.items():
+                if not (self.stream_closed(layer) and name == self.stream_basis):
+                    modules.append(Module(f"{attention}.{name}_proj", d, width, self.attention_bias))
+            if not self.p_removed:
+                modules.append(Module(f"{attention}.o_proj", self.query_width, d, self.attention_bias))
+            ffn_inputs = self.query_width if self.p_removed else d
+            if self.ffn_type == "glu":
+                modules.append(Module(f"{mlp}.gate_proj", ffn_inputs, f, self.mlp_bias or self.gate_bias))
+            modules.append(Module(f"{mlp}.up_proj", ffn_inputs, f, self.mlp_bias))
+            modules.append(Module(f"{mlp}.down_proj", f, d, self.mlp_bias))
+        if not self.tie_word_embeddings:
+            modules.append(Module("lm_head", d, self.vocab_size))
+        return [
+            dataclasses.replace(module, bias=True) if module.name in self.folded_biases else module
+            for module in modules
+        ]
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the checkpoint: name -> stored shape."""
+        tensors = {name: shape for module in self.modules() for name, shape in module.tensors().items()}
+        for layer in range(self.num_hidden_layers):
+            for gain in GAINS[self.attention_shaping]:
+                tensors[f"model.layers.{layer}.self_attn.{gain}"] = (self.num_attention_heads,)
+        norms = [
+            f"model.layers.{layer}.{norm}"
+            for layer in range(self.num_hidden_layers)
+            for norm in ("input_layernorm", "post_attention_layernorm")
+        ]
+        for norm in [*norms, "model.norm"] if self.norm_type != "none" else []:
+            tensors[f"{norm}.weight"] = (self.hidden_size,)
+            if self.norm_type == "layer":
+                tensors[f"{norm}.bias"] = (self.hidden_size,)
+        return tensors
+
+
+def _checked(name: str, field: "dataclasses.Field[Any]", value: Any) -> Any:
+    """A config value of the field's type and range, or InputError. Lists become tuples."""
+    expected = field.type
+    if expected is int:
+        if type(value) is not int or not 0 < value < 2**31:
+            raise InputError(f"config.json: {name}: expected a positive integer below 2^31, found {value!r}")
+    elif expected is bool:
+        if type(value) is not bool:
+            raise InputError(f"config.json: {name}: expected true or false, found {value!r}")
+    elif name in ("layers_open", "folded_biases"):
+        kind = int if name == "layers_open" else str
+        if value is None:
+            return ()
+        if type(value) is not list or any(type(item) is not kind for item in value):
+            raise InputError(f"config.json: {name}: expected a list of {kind.__name__}, found {value!r}")
+        return tuple(value)
+    return value

@@ -1,0 +1,245 @@
+"""The command line: parse, call, print. Results go to stdout, everything else to stderr."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from skipless import __version__
+from skipless.errors import InputError
+
+DTYPE_NAMES = ["float64", "float32", "bfloat16", "float16"]
+
+out = Console()
+err = Console(stderr=True)
+
+
+class Group(click.Group):
+    """A click group that turns bad input into one line on stderr and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            err.print(f"skipless: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
+            sys.exit(2)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """Remove, exactly, the weights a transformer without skip connections does not need.
+
+    Exit codes: 0 done, 1 the answer is no (not the same function), 2 bad input or usage.
+    """
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of a table.")
+
+
+@main.command()
+@as_json
+def demo(as_json: bool) -> None:
+    """Generate with the bundled model, fuse it, verify, generate again: what was saved, and how fast."""
+    from skipless import demo as room
+    from skipless import tables
+
+    result = room.demo(lambda line: err.print(line, highlight=False, markup=False))
+    if as_json:
+        before, after = result.plan.weights
+        print_json(
+            {
+                "weights_before": before,
+                "weights_after": after,
+                "same_tokens": result.same_tokens,
+                "speedup": result.speedup,
+                "speeds": [dataclasses.asdict(speed) for speed in result.speeds],
+                "verify": dataclasses.asdict(result.report),
+            }
+        )
+    else:
+        out.print(tables.report_table(result.report))
+        out.print(result.report.note)
+        out.print(tables.demo_table(result))
+    sys.exit(0 if result.report.same and result.same_tokens else 1)
+
+
+@main.command()
+@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
+@click.option(
+    "--basis",
+    type=click.Choice(["q", "k", "v"]),
+    default="q",
+    show_default=True,
+    help="What becomes the identity (k, v: MHA only).",
+)
+@click.option("--dtype", type=click.Choice(DTYPE_NAMES), help="Store every tensor in this dtype [default: as in SRC].")
+@click.option("--layers-open", default="", metavar="I,J,...", help="Layers that keep their projection.")
+@click.option(
+    "--max-shard-size", default="5GB", show_default=True, help="Largest file of weights: a number and MB or GB."
+)
+@click.option("--dry-run", is_flag=True, help="Print the plan - what is read, written and saved - and stop.")
+@as_json
+def fuse(
+    source: Path,
+    destination: Path,
+    basis: str,
+    dtype: str | None,
+    layers_open: str,
+    max_shard_size: str,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Write the skipless checkpoint SRC without Q (or K, V) and P into the new folder DST."""
+    from skipless import fusion, tables
+    from skipless.checkpoint.reader import CheckpointReader
+
+    options: dict[str, Any] = {
+        "basis": basis,
+        "dtype": dtype,
+        "layers_open": parse_layers(layers_open),
+        "max_shard_size": parse_size(max_shard_size),
+    }
+    if dry_run:
+        plan = fusion.make_plan(CheckpointReader(source), **options)
+    else:
+        columns = (TextColumn("fusing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=err) as progress:
+            bar = progress.add_task("", total=None)
+
+            def advance(plan: fusion.Plan, task: fusion.Task | None) -> None:
+                progress.update(bar, total=len(plan.tasks), advance=0 if task is None else 1)
+
+            plan = fusion.fuse(source, destination, progress=advance, **options)
+    if as_json:
+        print_json(plan_json(plan))
+    else:
+        out.print(tables.plan_table(plan))
+        if not dry_run:
+            out.print(f"wrote {destination}; check it with: skipless verify {source} {destination}", soft_wrap=True)
+
+
+@main.command()
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+@click.option(
+    "--dtype",
+    "dtypes",
+    multiple=True,
+    type=click.Choice(DTYPE_NAMES),
+    help="Dtypes to compare in, repeatable [default: float64, float32, bfloat16].",
+)
+@click.option("--prompt", help="Text to compare on and to continue, if A has a tokenizer.")
+@click.option(
+    "--tokens",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Random tokens, and greedy tokens to generate.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random tokens.")
+@as_json
+def verify(
+    a: Path, b: Path, dtypes: tuple[str, ...], prompt: str | None, tokens: int, seed: int, as_json: bool
+) -> None:
+    """Are A and B (made from A) the same function? Exit code 1 if they are not."""
+    from skipless import tables, verification
+
+    report = verification.verify(
+        a,
+        b,
+        dtypes=dtypes or verification.DEFAULT_DTYPES,
+        prompt=verification.DEFAULT_PROMPT if prompt is None else prompt,
+        tokens=tokens,
+        seed=seed,
+    )
+    if as_json:
+        print_json(dataclasses.asdict(report))
+    else:
+        out.print(tables.report_table(report))
+        out.print(report.note, soft_wrap=True)
+    sys.exit(0 if report.same else 1)
+
+
+@main.command()
+@click.argument("models", nargs=-1, required=True, metavar="A [B ...]", type=click.Path(path_type=Path))
+@click.option("--dtype", type=click.Choice(DTYPE_NAMES), default="float32", show_default=True, help="Dtype to run in.")
+@click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="Tokens decoded per round.")
+@click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="Interleaved rounds.")
+@as_json
+def bench(models: tuple[Path, ...], dtype: str, tokens: int, rounds: int, as_json: bool) -> None:
+    """Time greedy decoding at batch 1 of A, B, ... in turns."""
+    from skipless import bench as room
+    from skipless import tables
+    from skipless.fusion import DTYPES
+
+    speeds, ratios = room.bench(models, dtype=DTYPES[dtype], tokens=tokens, rounds=rounds)
+    if as_json:
+        print_json({"speeds": [dataclasses.asdict(speed) for speed in speeds], "speedups": ratios})
+    else:
+        out.print(tables.speed_table(speeds, ratios))
+
+
+@main.command()
+@click.argument("recipe")
+@click.argument("out_folder", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in OUT.")
+@as_json
+def train(recipe: str, out_folder: Path, resume: bool, as_json: bool) -> None:
+    """Train a skipless model by RECIPE (a TOML file, or a bundled name: stdlib) into the folder OUT."""
+    try:
+        from skipless.train.recipe import Recipe
+        from skipless.train.run import train as run
+    except ImportError as error:
+        raise InputError(
+            f"train: expected the [train] extra, found no {error.name}; pip install 'skipless[train]'"
+        ) from error
+
+    result = run(Recipe.read(recipe), out_folder, resume=resume)
+    if as_json:
+        print_json(result)
+    else:
+        out.print(f"held out: {result['held_out_loss']:.3f} nats a token, {result['bits_per_byte']:.3f} bits a byte")
+
+
+def plan_json(plan: Any) -> dict[str, Any]:
+    """The plan's totals."""
+    before, after = plan.weights
+    bytes_before, bytes_after = plan.bytes
+    return {
+        "basis": plan.basis,
+        "tasks": len(plan.tasks),
+        "weights_before": before,
+        "weights_after": after,
+        "bytes_before": bytes_before,
+        "bytes_after": bytes_after,
+        "shards": sorted({info.shard for info in plan.outputs.values()}),
+    }
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON object on stdout."""
+    click.echo(json.dumps(value))
+
+
+def parse_layers(text: str) -> list[int]:
+    """Layer numbers with commas between them, as a list."""
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise InputError(f"--layers-open: expected layer numbers with commas between them, found {text!r}") from None
+
+
+def parse_size(text: str) -> int:
+    """A size such as 5GB or 200MB in bytes."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6)):
+        number = text.strip().upper().removesuffix(unit)
+        if number != text.strip().upper() and number.replace(".", "", 1).isdigit() and float(number) > 0:
+            return int(float(number) * factor)
+    raise InputError(f"--max-shard-size: expected a number and MB or GB, such as 5GB; found {text!r}")

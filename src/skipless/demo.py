@@ -1,0 +1,57 @@
+"""The whole promise on the bundled model: generate, fuse, verify, generate the same tokens, count and time."""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from skipless.bench import Speed, decode
+from skipless.fusion import Plan, fuse
+from skipless.verification import Report, greedy_config, load, verify
+
+BUNDLED = Path(__file__).parent / "bundled" / "stdlib"
+PROMPT = "class Stack:\n    def __init__(self"
+TOKENS = 96
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demo found. speeds: the original's and the fused model's; speedup: median of the paired ratios."""
+
+    text: str
+    same_tokens: bool
+    plan: Plan
+    report: Report
+    speeds: tuple[Speed, ...]
+    speedup: float
+
+
+def demo(say: Callable[[str], None]) -> Demo:
+    """Run it, telling `say` what happens. Both models are stored and run in fp32 (the bundled file is bf16)."""
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
+    say("The bundled model, a skipless transformer trained on Python source, continues a prompt:")
+    original = load(BUNDLED, torch.float32)
+    before = _continue(original, tokenizer)
+    text = tokenizer.decode(before)
+    say(text)
+    with tempfile.TemporaryDirectory() as folder:
+        fused_folder = Path(folder) / "fused"
+        say("Fusing it (Q becomes the identity, P merges into the FFN), stored in float32 ...")
+        plan = fuse(BUNDLED, fused_folder, basis="q", dtype="float32")
+        say("Verifying it against the original ...")
+        report = verify(BUNDLED, fused_folder, prompt=PROMPT)
+        fused = load(fused_folder, torch.float32)
+        after = _continue(fused, tokenizer)
+        say("Timing both, in turns ...")
+        speeds, ratios = decode([("original", original), ("fused", fused)])
+    return Demo(text, bool(torch.equal(before, after)), plan, report, speeds, ratios[1])
+
+
+def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """PROMPT and the TOKENS most likely tokens after it."""
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy_config(TOKENS))
+    return output.sequences[0]

@@ -1,0 +1,245 @@
+"""Rewrite a skipless checkpoint without the weights it does not need: plan from headers, then stream the tensors.
+
+The plan is pure (no tensor is read); a task is everything that must be in memory together, and tasks are independent
+of each other, so that an engine may run them in any order and anywhere.
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from skipless.architecture import Architecture, Module
+from skipless.checkpoint.reader import CheckpointReader, TensorInfo
+from skipless.checkpoint.writer import CheckpointWriter, new_folder, plan_shards, write_json
+from skipless.eliminate import Affine, close
+from skipless.errors import InputError
+from skipless.seams import Seam, seams
+from skipless.seams import close as close_architecture
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+BASES = ("q", "k", "v")
+MODEL_FILES = tuple(
+    Path(__file__).parent / "model" / name for name in ("configuration_skipless.py", "modeling_skipless.py")
+)
+AUTO_MAP = {
+    "AutoConfig": "configuration_skipless.SkiplessConfig",
+    "AutoModel": "modeling_skipless.SkiplessModel",
+    "AutoModelForCausalLM": "modeling_skipless.SkiplessForCausalLM",
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Tensors that are read together, the seams to close on them (none: copy), and the tensors that come out."""
+
+    seams: tuple[Seam, ...]
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a fuse will do. `inputs`, `outputs`: every tensor of the source and of the result."""
+
+    source: Architecture
+    target: Architecture
+    basis: str
+    tasks: tuple[Task, ...]
+    inputs: Mapping[str, TensorInfo]
+    outputs: Mapping[str, TensorInfo]
+
+    @property
+    def weights(self) -> tuple[int, int]:
+        """Numbers stored before and after, biases included."""
+        before, after = (sum(info.weights for info in tensors.values()) for tensors in (self.inputs, self.outputs))
+        return before, after
+
+    @property
+    def bytes(self) -> tuple[int, int]:
+        """Bytes of all tensors before and after."""
+        before, after = (sum(info.bytes for info in tensors.values()) for tensors in (self.inputs, self.outputs))
+        return before, after
+
+
+def make_plan(
+    reader: CheckpointReader,
+    *,
+    basis: str = "q",
+    dtype: str | None = None,
+    layers_open: Iterable[int] = (),
+    max_shard_size: int = 5 * 10**9,
+) -> Plan:
+    """Plan from config.json and headers alone which seams are closed, and what is read and written for each.
+
+    basis: the projection that becomes the identity, "q", "k" or "v" (Fig. 1 b, c, d). dtype: that of every output
+    tensor (None: each keeps its own). layers_open: layers that keep theirs. max_shard_size in bytes.
+    Raises InputError for a checkpoint that contradicts its config, a blocked seam, or nothing to remove.
+    """
+    source = Architecture.from_config(reader.config)
+    reader.check(source.tensors())
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
+    closing = _choose(source, basis, frozenset(layers_open))
+    target = close_architecture(source, closing, basis)
+
+    produced: dict[str, Task] = {}
+    modules_after = {module.name: module for module in target.modules()}
+    modules_before = {module.name: module for module in source.modules()}
+    for group in _connected(closing):
+        names = list(dict.fromkeys(name for seam in group for name in seam.modules))
+        reads = tuple(tensor for name in names for tensor in modules_before[name].tensors())
+        writes = tuple(tensor for name in names if name in modules_after for tensor in modules_after[name].tensors())
+        task = Task(tuple(group), reads, writes)
+        produced.update(dict.fromkeys(writes, task))
+    for name in target.tensors():
+        produced.setdefault(name, Task((), (name,), (name,)))
+
+    outputs = {}
+    for name, shape in target.tensors().items():
+        kept = reader.tensors.get(name) or reader.tensors[name.removesuffix("bias") + "weight"]
+        outputs[name] = (shape, kept.dtype if dtype is None else DTYPES[dtype])
+    return Plan(
+        source=source,
+        target=target,
+        basis=basis,
+        tasks=tuple(dict.fromkeys(produced[name] for name in target.tensors())),
+        inputs=reader.tensors,
+        outputs=plan_shards(outputs, max_shard_size),
+    )
+
+
+def _choose(source: Architecture, basis: str, layers_open: frozenset[int]) -> list[Seam]:
+    """The seams to close, or InputError when one of them cannot be."""
+    if basis not in BASES:
+        raise InputError(f"basis: expected one of {', '.join(BASES)}, found {basis!r}")
+    if beyond := sorted(layer for layer in layers_open if not 0 <= layer < source.num_hidden_layers):
+        raise InputError(f"layers_open: expected layers 0..{source.num_hidden_layers - 1}, found {beyond[0]}")
+    if source.stream_basis not in (None, basis):
+        raise InputError(
+            f"basis: expected {source.stream_basis!r}, in which this model is already fused; found {basis!r}"
+        )
+    closing = [seam for seam in seams(source) if not (seam.kind == "stream" and seam.layer in layers_open)]
+    if not closing:
+        raise InputError("nothing to remove: every seam of this model is closed already, or left open on request")
+    for seam in closing:
+        if seam.blocked:
+            raise InputError(f"the {seam.kind} seam of layer {seam.layer} is blocked by {seam.blocked}")
+        if seam.kind == "stream" and basis not in seam.identities:
+            square = " or ".join(f"--basis {name}" for name in seam.identities) or "none is"
+            raise InputError(
+                f"basis: expected a square projection, found {basis}_proj ({source.projections[basis]}, "
+                f"{source.hidden_size}) in layer {seam.layer}; use one that is square: {square}"
+            )
+    return closing
+
+
+def _connected(closing: Iterable[Seam]) -> list[list[Seam]]:
+    """Group seams that share a module, in order: they must be closed one after the other on the same tensors."""
+    groups: list[list[Seam]] = []
+    for seam in closing:
+        touching = [group for group in groups if any(set(seam.modules) & set(other.modules) for other in group)]
+        groups = [group for group in groups if group not in touching]
+        groups.append([*(other for group in touching for other in group), seam])
+    return groups
+
+
+def run_task(plan: Plan, task: Task, read: Callable[[str], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Carry out one task: read its tensors, close its seams in fp64, and yield what is to be written, cast once."""
+    if not task.seams:
+        (name,) = task.writes
+        yield name, read(name).to(plan.outputs[name].dtype)
+        return
+    before = {module.name: module for module in plan.source.modules()}
+    after = {module.name: module for module in plan.target.modules()}
+    names = dict.fromkeys(name for seam in task.seams for name in seam.modules)
+    affines = {name: _load(before[name], after.get(name), read) for name in names}
+    for seam in task.seams:
+        closed = close(seam, "p" if seam.kind == "p" else plan.basis, affines)
+        for name in seam.modules:
+            affines.pop(name, None)
+        affines |= closed
+    for name, affine in affines.items():
+        weight = affine.weight if after[name].table else affine.weight.T
+        yield f"{name}.weight", weight.to(plan.outputs[f"{name}.weight"].dtype)
+        if affine.bias is not None:
+            yield f"{name}.bias", affine.bias.to(plan.outputs[f"{name}.bias"].dtype)
+
+
+def _load(module: Module, closed: Module | None, read: Callable[[str], torch.Tensor]) -> Affine:
+    """A module's map in fp64. A table without a bias of its own afterwards takes biases into its rows."""
+    weight = read(f"{module.name}.weight").to(torch.float64)
+    bias = read(f"{module.name}.bias").to(torch.float64) if module.bias else None
+    one_hot = module.table and closed is not None and not closed.bias
+    return Affine(weight if module.table else weight.T, bias, one_hot)
+
+
+def _run_local(plan: Plan, reader: CheckpointReader, writer: CheckpointWriter, done: Callable[[Task], None]) -> None:
+    """One task after the other in this process: memory holds one task's tensors in fp64."""
+    for task in plan.tasks:
+        for name, tensor in run_task(plan, task, reader.tensor):
+            writer.write(name, tensor)
+        done(task)
+
+
+ENGINES: dict[str, Callable[[Plan, CheckpointReader, CheckpointWriter, Callable[[Task], None]], None]] = {
+    "local": _run_local
+}
+
+
+def fuse(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    basis: str = "q",
+    dtype: str | None = None,
+    layers_open: Iterable[int] = (),
+    max_shard_size: int = 5 * 10**9,
+    engine: str = "local",
+    progress: Callable[[Plan, Task | None], None] = lambda plan, task: None,
+) -> Plan:
+    """Write `source` without Q (or K, V) and P into the new folder `destination`, and return what was done.
+
+    Arguments as for make_plan; `progress` is called with None once the plan is made and then with each finished task.
+    The result computes the same function (identities: arXiv:2404.12362, Fig. 1). Raises InputError for anything that
+    stands in the way; `destination` then does not exist.
+    """
+    source, destination = Path(source), Path(destination)
+    if source.resolve() == destination.resolve():
+        raise InputError(f"{destination}: expected a folder other than the source, found the same; choose another")
+    reader = CheckpointReader(source)
+    plan = make_plan(reader, basis=basis, dtype=dtype, layers_open=layers_open, max_shard_size=max_shard_size)
+    with new_folder(destination) as folder:
+        needed, free = plan.bytes[1], shutil.disk_usage(folder).free
+        if needed > free:
+            raise InputError(f"{destination}: expected {needed:,} bytes of free disk space, found {free:,}")
+        progress(plan, None)
+        for file in reader.other_files():
+            (folder / file.parent).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / file, folder / file)
+        writer = CheckpointWriter(folder, plan.outputs)
+        ENGINES[engine](plan, reader, writer, lambda task: progress(plan, task))
+        writer.finish()
+        for model_file in MODEL_FILES:
+            shutil.copyfile(model_file, folder / model_file.name)
+        write_json(folder / "config.json", fused_config(reader.config, plan, dtype))
+    return plan
+
+
+def fused_config(config: Mapping[str, object], plan: Plan, dtype: str | None) -> dict[str, object]:
+    """The source's config.json with what fusing changed."""
+    changed = dataclasses.asdict(plan.target)
+    fields = {name: changed[name] for name in ("stream_basis", "p_removed")}
+    fields |= {name: list(changed[name]) for name in ("layers_open", "folded_biases")}
+    if dtype is not None:
+        fields["dtype"] = dtype
+    kept = {name: value for name, value in config.items() if not (dtype and name == "torch_dtype")}
+    return {**kept, "architectures": ["SkiplessForCausalLM"], "auto_map": AUTO_MAP, **fields}

@@ -1,0 +1,12 @@
+"""The skipless model for transformers. Importing this package registers it with the AutoClasses."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from skipless.model.configuration_skipless import SkiplessConfig
+from skipless.model.modeling_skipless import SkiplessForCausalLM, SkiplessModel, SkiplessPreTrainedModel
+
+AutoConfig.register("skipless", SkiplessConfig, exist_ok=True)
+AutoModel.register(SkiplessConfig, SkiplessModel, exist_ok=True)
+AutoModelForCausalLM.register(SkiplessConfig, SkiplessForCausalLM, exist_ok=True)
+
+__all__ = ["SkiplessConfig", "SkiplessForCausalLM", "SkiplessModel", "SkiplessPreTrainedModel"]

@@ -1,0 +1,134 @@
+"""The configuration of a skipless model: what the layers compute, and which seams have been closed.
+
+This file and modeling_skipless.py are self-contained: `skipless fuse` copies both beside every model it writes, so
+that the model also loads where this library is not installed (`trust_remote_code=True`).
+"""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation import GenerationConfig
+
+# What modeling_skipless.py computes. Everything else is refused by name, never ignored.
+SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "block_type": ("serial",),
+    "ffn_type": ("mlp", "glu"),
+    "residual": ("none",),
+    "norm_type": ("none",),
+    "position_type": ("rope", "rope_interleaved", "learned", "none"),
+    "attention_shaping": (None, "value", "full"),
+    "stream_basis": (None, "q", "k", "v"),
+    "values_removed": (False,),
+    "head_removed": (False,),
+}
+
+# Fields transformers writes into or passes through a config that change no arithmetic of the model's own.
+BOOKKEEPING = frozenset(
+    {
+        "model_type", "auto_map", "torch_dtype", "name_or_path", "_name_or_path", "_commit_hash", "num_labels",
+        "attn_implementation", "_attn_implementation", "experts_implementation", "output_attentions",
+        "quantization_config",
+    }
+)  # fmt: skip
+
+
+@strict
+class SkiplessConfig(PreTrainedConfig):
+    """Dimensions, switches and closed seams of a skipless transformer (arXiv:2404.12362).
+
+    Sizes are in elements. `stream_basis` names the projection that became the identity and is therefore absent
+    ("q", "k" or "v"; null: none); `layers_open` lists the layers that kept it; `p_removed` says that o_proj has been
+    merged into the FFN's input matrices; `folded_biases` lists the modules that gained a bias by folding.
+
+    Raises (at construction): ValueError naming the field, what was expected and what was found, for a field or value
+    the model does not implement.
+    """
+
+    model_type = "skipless"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 4096
+    rope_parameters: dict | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    gate_bias: bool = False
+    tie_word_embeddings: bool = False
+    block_type: str = "serial"
+    ffn_type: str = "glu"
+    residual: str = "none"
+    norm_type: str = "none"
+    position_type: str = "rope"
+    attention_shaping: str | None = None
+    stream_basis: str | None = None
+    layers_open: list[int] | None = None
+    p_removed: bool = False
+    values_removed: bool = False
+    head_removed: bool = False
+    folded_biases: list[str] | None = None
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        generation = GenerationConfig._get_default_generation_params()
+        for name in kwargs:
+            if name not in BOOKKEEPING and name not in generation:
+                raise ValueError(f"{name}: not a field of a skipless model, found {kwargs[name]!r}; remove it")
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        self.layers_open = sorted(self.layers_open or [])
+        self.folded_biases = list(self.folded_biases or [])
+        rope_parameters = self.rope_parameters
+        super().__post_init__(**kwargs)
+        if not self.position_type.startswith("rope"):
+            self.rope_parameters = rope_parameters  # the base class would add a rope_theta that nothing reads
+
+    def validate_architecture(self) -> None:
+        """Refuse, by name, what the model file does not implement (run by @strict after construction)."""
+        for name, values in SUPPORTED.items():
+            if (found := getattr(self, name)) not in values:
+                expected = ", ".join("null" if value is None else str(value) for value in values)
+                raise ValueError(f"{name}: expected one of {expected}; found {found!r}, which is not supported")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads: expected a divisor of num_attention_heads ({self.num_attention_heads}), "
+                f"found {self.num_key_value_heads}"
+            )
+        if self.stream_basis is not None:
+            heads = self.num_attention_heads if self.stream_basis == "q" else self.num_key_value_heads
+            if heads * self.head_dim != self.hidden_size:
+                raise ValueError(
+                    f"stream_basis: {self.stream_basis!r} needs a square {self.stream_basis}_proj, but its output is "
+                    f"{heads * self.head_dim} wide and hidden_size is {self.hidden_size}"
+                )
+        if not self.position_type.startswith("rope"):
+            if self.rope_parameters:
+                raise ValueError(f"rope_parameters: expected null with position_type {self.position_type!r}")
+            return
+        if (rope_type := self.rope_parameters.get("rope_type", "default")) != "default":
+            raise ValueError(f"rope_parameters.rope_type: expected 'default', found {rope_type!r}, not supported")
+        if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
+            raise ValueError(
+                f"rope_parameters.partial_rotary_factor: expected an even number of rotated dimensions in "
+                f"1..{self.head_dim} (head_dim), found {self.rotary_dim}"
+            )
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many of each head's dimensions RoPE rotates."""
+        return int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0))
+
+
+__all__ = ["SkiplessConfig"]

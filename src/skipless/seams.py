@@ -1,0 +1,155 @@
+"""Seams: the spaces that some matrices write and others read, with only linear maps on both sides.
+
+Any invertible G may be put into a seam of width r - writers W -> W G, readers W -> G^-1 W - without changing the
+function, so r^2 weights carry no information, and one r x r block can be made the identity and left out.
+Row vectors, y = x W + b (arXiv:2404.12362, Fig. 1 and 2). Here is only who writes and who reads; eliminate.py does it.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from skipless.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One seam, as data. Modules are named as in the checkpoint.
+
+    kind: "stream" (between one layer's output and the next one's Q, K, V) or "p" (between P and M), with its layer.
+    writers, readers: the modules whose outputs, inputs lie in the seam's space, of `width` dimensions.
+    bias_writer: the writer that takes in the bias of a reader that becomes the identity.
+    duals: modules whose outputs the seam's tied table reads transposed (the last O, when the head is the embedding).
+    identities: name of a way to close the seam -> the module that becomes the identity and is left out.
+    saves: weights (biases not counted) that closing it removes.
+    blocked: why the seam cannot be closed; None if it can.
+    """
+
+    kind: str
+    layer: int
+    width: int
+    writers: tuple[str, ...]
+    readers: tuple[str, ...]
+    identities: dict[str, str] = dataclasses.field(hash=False)
+    saves: int
+    bias_writer: str | None = None
+    duals: tuple[str, ...] = ()
+    blocked: str | None = None
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Every module that closing the seam reads or rewrites."""
+        return (*self.writers, *self.readers, *self.duals)
+
+
+def seams(architecture: Architecture) -> list[Seam]:
+    """The seams that are still open, in the order of computation, blocked ones included with the reason."""
+    found = []
+    for layer in range(architecture.num_hidden_layers):
+        if not architecture.stream_closed(layer):
+            found.append(_stream_seam(architecture, layer))
+        if not architecture.p_removed:
+            found.append(_p_seam(architecture, layer))
+    return found
+
+
+def close(architecture: Architecture, seams_to_close: Iterable[Seam], basis: str) -> Architecture:
+    """The architecture after closing these seams, stream seams by `basis` ("q", "k" or "v").
+
+    Every P-M seam is closed or none, as config.json has one switch for them all.
+    """
+    closing = list(seams_to_close)
+    stream = {seam.layer for seam in closing if seam.kind == "stream"}
+    p_removed = architecture.p_removed or any(seam.kind == "p" for seam in closing)
+    still_open = [seam.layer for seam in seams(architecture) if seam.kind == "stream" and seam.layer not in stream]
+    own_biases = {module.name for module in architecture.modules() if module.bias}
+    gained = set()
+    if architecture.attention_bias:
+        for seam in closing:
+            takers = {seam.bias_writer} if seam.kind == "stream" else set(seam.readers)
+            gained |= {name for name in takers if name is not None} - own_biases
+    if not architecture.tie_word_embeddings:
+        gained.discard("model.embed_tokens")  # every row of an untied table takes the bias in
+    order = {module.name: index for index, module in enumerate(architecture.modules())}
+    return dataclasses.replace(
+        architecture,
+        stream_basis=basis if stream else architecture.stream_basis,
+        layers_open=tuple(still_open) if stream or architecture.stream_basis else (),
+        p_removed=p_removed,
+        folded_biases=tuple(sorted({*architecture.folded_biases, *gained}, key=order.__getitem__)),
+    )
+
+
+def _stream_seam(architecture: Architecture, layer: int) -> Seam:
+    """Seam i of identities "stream": written by the embeddings (i = 0) or O of layer i - 1, read by Q, K, V."""
+    attention = f"model.layers.{layer}.self_attn"
+    duals: tuple[str, ...] = ()
+    if layer:
+        writers: tuple[str, ...] = (f"model.layers.{layer - 1}.mlp.down_proj",)
+    else:
+        writers = ("model.embed_tokens",)
+        if architecture.position_type == "learned":
+            writers += ("model.position_embeddings",)
+        if architecture.tie_word_embeddings:
+            duals = (f"model.layers.{architecture.num_hidden_layers - 1}.mlp.down_proj",)
+    blocked = None
+    if architecture.residual != "none":
+        blocked = (
+            f"residual {architecture.residual!r}: a skip connection carries the stream past layer {layer}'s matrices, "
+            f"so its basis cannot be chosen there alone"
+        )
+    elif architecture.norm_type != "none":
+        blocked = (
+            f"norm_type {architecture.norm_type!r}: model.layers.{layer}.input_layernorm stands between "
+            f"{' and '.join(writers)} and q, k, v_proj, and is not linear"
+        )
+    return Seam(
+        kind="stream",
+        layer=layer,
+        width=architecture.hidden_size,
+        writers=writers,
+        readers=tuple(f"{attention}.{name}_proj" for name in architecture.projections),
+        identities={
+            name: f"{attention}.{name}_proj"
+            for name, width in architecture.projections.items()
+            if width == architecture.hidden_size
+        },
+        saves=architecture.hidden_size**2,
+        bias_writer=writers[0],
+        duals=duals,
+        blocked=blocked,
+    )
+
+
+def _p_seam(architecture: Architecture, layer: int) -> Seam:
+    """Written by P, read by M (and the gate): M* = P M. Worth it when P is not wider than the stream (D <= d)."""
+    d, heads = architecture.hidden_size, architecture.query_width
+    mlp = f"model.layers.{layer}.mlp"
+    o_proj = f"model.layers.{layer}.self_attn.o_proj"
+    readers = (f"{mlp}.gate_proj", f"{mlp}.up_proj") if architecture.ffn_type == "glu" else (f"{mlp}.up_proj",)
+    blocked = None
+    if architecture.residual != "none":
+        blocked = (
+            f"residual {architecture.residual!r}: a skip connection joins or leaves the stream between {o_proj} and "
+            f"{' and '.join(readers)}"
+        )
+    elif architecture.norm_type != "none":
+        blocked = (
+            f"norm_type {architecture.norm_type!r}: model.layers.{layer}.post_attention_layernorm stands between "
+            f"{o_proj} and {' and '.join(readers)}, and is not linear"
+        )
+    elif heads > d:
+        blocked = (
+            f"{o_proj} is ({d}, {heads}): merging it would make {' and '.join(readers)} larger, as heads * head_dim "
+            f"({heads}) exceeds hidden_size ({d})"
+        )
+    return Seam(
+        kind="p",
+        layer=layer,
+        width=d,
+        writers=(o_proj,),
+        readers=readers,
+        identities={"p": o_proj},
+        saves=heads * d + len(readers) * (d - heads) * architecture.intermediate_size,
+        blocked=blocked,
+    )

@@ -1,0 +1,1 @@
+"""Train a skipless model from the standard library's own source."""
