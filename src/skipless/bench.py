@@ -55,10 +55,12 @@ def decode(
 
 
 def bench(
-    folders: Sequence[str | Path], *, dtype: torch.dtype = torch.float32, tokens: int = 64, rounds: int = 7
+    folders: Sequence[str | Path], *, dtype: str = "float32", tokens: int = 64, rounds: int = 7
 ) -> tuple[tuple[Speed, ...], tuple[float, ...]]:
     """`decode` on model folders, loaded in `dtype`."""
-    return decode([(str(folder), load(Path(folder), dtype)) for folder in folders], tokens=tokens, rounds=rounds)
+    return decode(
+        [(str(folder), load(Path(folder), getattr(torch, dtype))) for folder in folders], tokens=tokens, rounds=rounds
+    )
 
 
 def bytes_per_token(model: PreTrainedModel) -> int:

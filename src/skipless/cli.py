@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from skipless import __version__
+from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError
-
-DTYPE_NAMES = ["float64", "float32", "bfloat16", "float16"]
 
 out = Console()
 err = Console(stderr=True)
@@ -49,7 +48,7 @@ def demo(as_json: bool) -> None:
     from skipless import demo as room
     from skipless import tables
 
-    result = room.demo(lambda line: err.print(line, highlight=False, markup=False))
+    result = room.demo(lambda line: err.print(line, highlight=False, markup=False, soft_wrap=True))
     if as_json:
         before, after = result.plan.weights
         print_json(
@@ -110,7 +109,7 @@ def fuse(
         plan = fusion.make_plan(CheckpointReader(source), **options)
     else:
         columns = (TextColumn("fusing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=err) as progress:
+        with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
             bar = progress.add_task("", total=None)
 
             def advance(plan: fusion.Plan, task: fusion.Task | None) -> None:
@@ -177,9 +176,8 @@ def bench(models: tuple[Path, ...], dtype: str, tokens: int, rounds: int, as_jso
     """Time greedy decoding at batch 1 of A, B, ... in turns."""
     from skipless import bench as room
     from skipless import tables
-    from skipless.fusion import DTYPES
 
-    speeds, ratios = room.bench(models, dtype=DTYPES[dtype], tokens=tokens, rounds=rounds)
+    speeds, ratios = room.bench(models, dtype=dtype, tokens=tokens, rounds=rounds)
     if as_json:
         print_json({"speeds": [dataclasses.asdict(speed) for speed in speeds], "speedups": ratios})
     else:

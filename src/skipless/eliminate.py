@@ -37,13 +37,12 @@ class Affine:
         return dataclasses.replace(self, bias=bias if self.bias is None else self.bias + bias)
 
 
-def close(seam: Seam, identity: str, affines: Mapping[str, Affine]) -> dict[str, Affine]:
-    """Close `seam` by turning seam.identities[identity] into the identity; returns the modules that remain.
+def close(seam: Seam, gone: str, affines: Mapping[str, Affine]) -> dict[str, Affine]:
+    """Close `seam` by turning the module `gone`, one of seam.identities, into the identity; returns those that remain.
 
     affines: every module of seam.modules. Raises InputError for a singular or nearly singular basis, with its
     condition number and the alternatives that would work.
     """
-    gone = seam.identities[identity]
     if gone in seam.writers:
         return _merge_writer(seam, gone, affines)
     return _reader_to_identity(seam, gone, affines)
@@ -72,7 +71,7 @@ def _reader_to_identity(seam: Seam, gone: str, affines: Mapping[str, Affine]) ->
         writer = affines[name]
         bias = None if writer.bias is None else writer.bias @ chosen.weight
         moved = dataclasses.replace(writer, weight=writer.weight @ chosen.weight, bias=bias)
-        closed[name] = moved.with_bias(chosen.bias) if name == seam.bias_writer else moved
+        closed[name] = moved.with_bias(chosen.bias) if name in seam.bias_takers else moved
     for name in seam.readers:
         if name != gone:
             rest = basis.solve(affines[name].weight)

@@ -8,6 +8,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -15,17 +16,12 @@ import torch
 from skipless.architecture import Architecture, Module
 from skipless.checkpoint.reader import CheckpointReader, TensorInfo
 from skipless.checkpoint.writer import CheckpointWriter, new_folder, plan_shards, write_json
+from skipless.dtypes import DTYPE_NAMES
 from skipless.eliminate import Affine, close
 from skipless.errors import InputError
 from skipless.seams import Seam, seams
 from skipless.seams import close as close_architecture
 
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 BASES = ("q", "k", "v")
 MODEL_FILES = tuple(
     Path(__file__).parent / "model" / name for name in ("configuration_skipless.py", "modeling_skipless.py")
@@ -57,6 +53,14 @@ class Plan:
     inputs: Mapping[str, TensorInfo]
     outputs: Mapping[str, TensorInfo]
 
+    @cached_property
+    def modules(self) -> tuple[dict[str, Module], dict[str, Module]]:
+        """The modules of source and target by name."""
+        before, after = (
+            {module.name: module for module in architecture.modules()} for architecture in (self.source, self.target)
+        )
+        return before, after
+
     @property
     def weights(self) -> tuple[int, int]:
         """Numbers stored before and after, biases included."""
@@ -86,8 +90,8 @@ def make_plan(
     """
     source = Architecture.from_config(reader.config)
     reader.check(source.tensors())
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
+    if dtype is not None and dtype not in DTYPE_NAMES:
+        raise InputError(f"dtype: expected one of {', '.join(DTYPE_NAMES)}, found {dtype!r}")
     closing = _choose(source, basis, frozenset(layers_open))
     target = close_architecture(source, closing, basis)
 
@@ -106,7 +110,7 @@ def make_plan(
     outputs = {}
     for name, shape in target.tensors().items():
         kept = reader.tensors.get(name) or reader.tensors[name.removesuffix("bias") + "weight"]
-        outputs[name] = (shape, kept.dtype if dtype is None else DTYPES[dtype])
+        outputs[name] = (shape, kept.dtype if dtype is None else getattr(torch, dtype))
     return Plan(
         source=source,
         target=target,
@@ -133,6 +137,7 @@ def _choose(source: Architecture, basis: str, layers_open: frozenset[int]) -> li
     for seam in closing:
         if seam.blocked:
             raise InputError(f"the {seam.kind} seam of layer {seam.layer} is blocked by {seam.blocked}")
+    for seam in closing:
         if seam.kind == "stream" and basis not in seam.identities:
             square = " or ".join(f"--basis {name}" for name in seam.identities) or "none is"
             raise InputError(
@@ -158,12 +163,11 @@ def run_task(plan: Plan, task: Task, read: Callable[[str], torch.Tensor]) -> Ite
         (name,) = task.writes
         yield name, read(name).to(plan.outputs[name].dtype)
         return
-    before = {module.name: module for module in plan.source.modules()}
-    after = {module.name: module for module in plan.target.modules()}
+    before, after = plan.modules
     names = dict.fromkeys(name for seam in task.seams for name in seam.modules)
     affines = {name: _load(before[name], after.get(name), read) for name in names}
     for seam in task.seams:
-        closed = close(seam, "p" if seam.kind == "p" else plan.basis, affines)
+        closed = close(seam, seam.removed(plan.basis), affines)
         for name in seam.modules:
             affines.pop(name, None)
         affines |= closed
@@ -176,7 +180,8 @@ def run_task(plan: Plan, task: Task, read: Callable[[str], torch.Tensor]) -> Ite
 
 def _load(module: Module, closed: Module | None, read: Callable[[str], torch.Tensor]) -> Affine:
     """A module's map in fp64. A table without a bias of its own afterwards takes biases into its rows."""
-    weight = read(f"{module.name}.weight").to(torch.float64)
+    # Always a copy: read from the file, its address and so the last bits of a product would depend on the sharding.
+    weight = read(f"{module.name}.weight").to(torch.float64, copy=True)
     bias = read(f"{module.name}.bias").to(torch.float64) if module.bias else None
     one_hot = module.table and closed is not None and not closed.bias
     return Affine(weight if module.table else weight.T, bias, one_hot)

@@ -18,7 +18,7 @@ class Seam:
 
     kind: "stream" (between one layer's output and the next one's Q, K, V) or "p" (between P and M), with its layer.
     writers, readers: the modules whose outputs, inputs lie in the seam's space, of `width` dimensions.
-    bias_writer: the writer that takes in the bias of a reader that becomes the identity.
+    bias_takers: the modules that take in the bias of the module that goes.
     duals: modules whose outputs the seam's tied table reads transposed (the last O, when the head is the embedding).
     identities: name of a way to close the seam -> the module that becomes the identity and is left out.
     saves: weights (biases not counted) that closing it removes.
@@ -32,9 +32,13 @@ class Seam:
     readers: tuple[str, ...]
     identities: dict[str, str] = dataclasses.field(hash=False)
     saves: int
-    bias_writer: str | None = None
+    bias_takers: tuple[str, ...] = ()
     duals: tuple[str, ...] = ()
     blocked: str | None = None
+
+    def removed(self, basis: str) -> str:
+        """The module that goes when stream seams are closed by `basis`; a P-M seam has only one way."""
+        return self.identities[basis if self.kind == "stream" else "p"]
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -66,8 +70,7 @@ def close(architecture: Architecture, seams_to_close: Iterable[Seam], basis: str
     gained = set()
     if architecture.attention_bias:
         for seam in closing:
-            takers = {seam.bias_writer} if seam.kind == "stream" else set(seam.readers)
-            gained |= {name for name in takers if name is not None} - own_biases
+            gained |= set(seam.bias_takers) - own_biases
     if not architecture.tie_word_embeddings:
         gained.discard("model.embed_tokens")  # every row of an untied table takes the bias in
     order = {module.name: index for index, module in enumerate(architecture.modules())}
@@ -115,7 +118,7 @@ def _stream_seam(architecture: Architecture, layer: int) -> Seam:
             if width == architecture.hidden_size
         },
         saves=architecture.hidden_size**2,
-        bias_writer=writers[0],
+        bias_takers=writers[:1],
         duals=duals,
         blocked=blocked,
     )
@@ -150,6 +153,7 @@ def _p_seam(architecture: Architecture, layer: int) -> Seam:
         writers=(o_proj,),
         readers=readers,
         identities={"p": o_proj},
+        bias_takers=readers,
         saves=heads * d + len(readers) * (d - heads) * architecture.intermediate_size,
         blocked=blocked,
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from rich import box
 from rich.table import Table
 
 from skipless.bench import Speed
@@ -14,8 +15,8 @@ MEGABYTE = 10**6
 
 def plan_table(plan: Plan) -> Table:
     """What a fuse reads, writes and saves: one row per kind of task, then totals."""
-    table = Table(title=f"fuse by {plan.basis}")
-    for column in ("task", "count", "reads", "writes", "weights saved"):
+    table = Table(title=f"fuse by {plan.basis}", box=box.SIMPLE_HEAD)
+    for column in ("task", "count", "reads", "writes", "saves"):
         table.add_column(column, justify="left" if column == "task" else "right")
     kinds: dict[str, list[tuple[int, int, int]]] = {}
     for task in plan.tasks:
@@ -32,44 +33,56 @@ def plan_table(plan: Plan) -> Table:
         "weights before, after", "", f"{before:,}", f"{after:,}", f"{before - after:,} ({1 - after / before:.1%})"
     )
     before, after = plan.bytes
-    table.add_row("bytes before, after", "", _megabytes(before), _megabytes(after), f"{1 - after / before:.1%}")
+    table.add_row(
+        "bytes before, after",
+        "",
+        _megabytes(before),
+        _megabytes(after),
+        f"{before - after:,} ({1 - after / before:.1%})",
+    )
     shards = len({info.shard for info in plan.outputs.values()})
     table.add_row("files of weights", f"{shards:,}", "", "", "")
     return table
 
 
 def report_table(report: Report) -> Table:
-    """The comparison, dtype by dtype; the original's own deviation from its fp64 self in brackets."""
-    table = Table(title="B against A in fp64 (in brackets: A in that dtype against itself)")
-    columns = ("dtype", "logit error", "tolerance", "KL, nats", "top-1 equal", "greedy equal", "")
-    for column in columns:
-        table.add_column(column, justify="right")
+    """The comparison, two lines a dtype: B, and what the dtype alone does to the original."""
+    table = Table(title="compared with A in fp64", box=box.SIMPLE_HEAD)
+    for column in ("run in", "", "logit error", "tolerance", "KL, nats", "top-1", "greedy", "verdict"):
+        table.add_column(column, justify="right" if column not in ("run in", "") else "left")
     for row in report.rows:
-        verdict = ("[green]same[/]" if row.passed else "[red]differs[/]") if row.judged else "[dim]not judged[/]"
+        verdict = ("[green]same[/]" if row.passed else "[red]differs[/]") if row.judged else "-"
+        error, own_error = f"{row.logit_error:.1e}", f"{row.own_logit_error:.1e}"
         table.add_row(
             row.dtype,
-            f"{row.logit_error:.1e} ({row.own_logit_error:.1e})",
+            "B",
+            error,
             f"{row.tolerance:.1e}",
-            f"{row.kl:.1e} ({row.own_kl:.1e})",
-            f"{row.top1:.1%} ({row.own_top1:.1%})",
-            f"{row.greedy:.0%} ({row.own_greedy:.0%})",
+            f"{row.kl:.1e}",
+            f"{row.top1:.1%}",
+            f"{row.greedy:.0%}",
             verdict,
+        )
+        table.add_row(
+            "", "A", own_error, "", f"{row.own_kl:.1e}", f"{row.own_top1:.1%}", f"{row.own_greedy:.0%}", "", style="dim"
         )
     return table
 
 
 def speed_table(speeds: Sequence[Speed], ratios: Sequence[float]) -> Table:
     """Decoding at batch 1, model by model, beside the ceiling that reading the weights sets."""
-    table = Table(title="greedy decoding at batch 1")
-    for column in ("model", "tokens/s (min - max)", "MB read a token", "ceiling, tokens/s", "bytes ratio", "speed-up"):
-        table.add_column(column, justify="left" if column == "model" else "right")
+    table = Table(title="greedy decoding at batch 1", box=box.SIMPLE_HEAD)
+    for column in ("model", "tokens/s", "min", "max", "read a token", "ceiling", "bytes", "speed-up"):
+        table.add_column(column, justify="left" if column == "model" else "right", overflow="fold")
     for speed, ratio in zip(speeds, ratios, strict=True):
         table.add_row(
             speed.name,
-            f"{speed.tokens_per_second:,.0f} ({min(speed.rounds):,.0f} - {max(speed.rounds):,.0f})",
+            f"{speed.tokens_per_second:,.0f}",
+            f"{min(speed.rounds):,.0f}",
+            f"{max(speed.rounds):,.0f}",
             _megabytes(speed.bytes_per_token),
             f"{speed.ceiling:,.0f}",
-            f"{speeds[0].bytes_per_token / speed.bytes_per_token:.2f}x",
+            f"1/{speeds[0].bytes_per_token / speed.bytes_per_token:.2f}",
             f"{ratio:.2f}x",
         )
     return table
@@ -77,7 +90,7 @@ def speed_table(speeds: Sequence[Speed], ratios: Sequence[float]) -> Table:
 
 def demo_table(demo: Demo) -> Table:
     """Before and after, in one table."""
-    table = Table(title="the same function with fewer weights")
+    table = Table(title="the same function with fewer weights", box=box.SIMPLE_HEAD)
     for column in ("", "original", "fused", ""):
         table.add_column(column, justify="left" if not column else "right")
     before, after = demo.plan.weights

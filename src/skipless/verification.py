@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
-from transformers.utils import logging
 
 import skipless.model  # noqa: F401  (registers the AutoClasses)
 from skipless.checkpoint.reader import CheckpointReader
+from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError
-from skipless.fusion import DTYPES
+from skipless.quiet import no_library_bars
 
 # Largest logit error, relative to the largest logit, that an exact rewrite shows when stored and run in this dtype.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -90,25 +91,26 @@ def verify(
     if vocabularies[0] != vocabularies[1]:
         raise InputError(f"vocab_size: expected {vocabularies[0]} as in {a}, found {vocabularies[1]} in {b}")
     stored = max((info.dtype for info in readers[1].tensors.values()), key=lambda dtype: torch.finfo(dtype).eps)
-    stored_name = next(name for name, dtype in DTYPES.items() if dtype == stored)
+    stored_name = str(stored).removeprefix("torch.")
     for name in dtypes:
-        if name not in DTYPES:
-            raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, found {name!r}")
+        if name not in DTYPE_NAMES:
+            raise InputError(f"dtype: expected one of {', '.join(DTYPE_NAMES)}, found {name!r}")
     if stored not in TOLERANCES and stored_name not in dtypes:
         dtypes = (*dtypes, stored_name)
 
     sequences, prompts = _inputs(a, readers[0].config, prompt, tokens, seed)
     reference = _run(a, torch.float64, sequences, prompts, tokens)
     own = {
-        name: reference if name == "float64" else _run(a, DTYPES[name], sequences, prompts, tokens) for name in dtypes
+        name: reference if name == "float64" else _run(a, getattr(torch, name), sequences, prompts, tokens)
+        for name in dtypes
     }
     rows = []
     for name in dtypes:
         tolerance = max(_tolerance(other, own, reference) for other in {name, stored_name})
-        outcome = _run(b, DTYPES[name], sequences, prompts, tokens)
+        outcome = _run(b, getattr(torch, name), sequences, prompts, tokens)
         error = _logit_error(outcome, reference)
         greedy, alike = _greedy(outcome, reference, tolerance)
-        half = stored not in TOLERANCES or DTYPES[name] not in TOLERANCES
+        half = stored not in TOLERANCES or getattr(torch, name) not in TOLERANCES
         rows.append(
             Row(
                 dtype=name,
@@ -121,7 +123,7 @@ def verify(
                 own_top1=_top1(own[name], reference),
                 greedy=greedy,
                 own_greedy=_greedy(own[name], reference, tolerance)[0],
-                judged=torch.finfo(DTYPES[name]).eps <= torch.finfo(stored).eps,
+                judged=torch.finfo(getattr(torch, name)).eps <= torch.finfo(stored).eps,
                 passed=error <= tolerance and (alike or half),
             )
         )
@@ -154,19 +156,15 @@ def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
     Raises InputError when the model's tensors and the folder's do not match exactly.
     """
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        with no_library_bars():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=False
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
         raise InputError(
             f"{folder}: expected a model that transformers loads, found: {' '.join(str(error).split())}"
         ) from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise InputError(
@@ -200,7 +198,7 @@ def greedy_config(tokens: int) -> GenerationConfig:
 
 
 def _tolerance(name: str, own: dict[str, _Outcome], reference: _Outcome) -> float:
-    dtype = DTYPES[name]
+    dtype = getattr(torch, name)
     if dtype in TOLERANCES:
         return TOLERANCES[dtype]
     return HALF_PRECISION_FACTOR * _logit_error(own[name], reference)

@@ -11,19 +11,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from skipless.dtypes import SAFETENSORS_NAMES
 from skipless.errors import InputError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
-# safetensors' names of the dtypes weights can be folded in.
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+DTYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for code, name in SAFETENSORS_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -118,8 +113,12 @@ class CheckpointReader:
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor. Raises InputError if it holds NaN or infinity."""
-        with self._open(self.tensors[name].shard) as file:
-            tensor = file.get_tensor(name)
+        shard = self.tensors[name].shard
+        with self._open(shard) as file:
+            try:
+                tensor = file.get_tensor(name)
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{name}: could not be read from {self.folder / shard}: {error}") from error
         if not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise InputError(

@@ -41,7 +41,7 @@ def plan_shards(
 
 @contextmanager
 def new_folder(destination: Path) -> Iterator[Path]:
-    """A temporary sibling of `destination`, which gets that name when the block ends, or is removed when it fails.
+    """A temporary sibling of `destination`, which gets that name, on disk, when the block ends, or is removed.
 
     Raises InputError when `destination` exists, its parent does not, or the disk is full.
     """
@@ -58,7 +58,8 @@ def new_folder(destination: Path) -> Iterator[Path]:
     try:
         folder.chmod(0o777 & ~_umask())
         yield folder
-        _sync(folder)
+        for path in (*folder.rglob("*"), folder):
+            _sync(path)
         folder.rename(destination)
         _sync(destination.parent)
     except OSError as error:
@@ -122,10 +123,9 @@ class CheckpointWriter:
         self.missing.discard(name)
 
     def finish(self) -> None:
-        """Flush the shards to disk, check that safetensors reads their headers, and write the index last."""
+        """Check that safetensors reads every header, and write the index last."""
         assert not self.missing, self.missing
         for shard in self.shards:
-            _sync(self.folder / shard)
             with safe_open(self.folder / shard, framework="pt") as file:
                 assert set(file.keys()) == {name for name, info in self.tensors.items() if info.shard == shard}
         if len(self.shards) > 1:
@@ -135,9 +135,8 @@ class CheckpointWriter:
 
 
 def write_json(file: Path, value: Mapping[str, object]) -> None:
-    """An object as indented JSON, flushed to disk."""
+    """An object as indented JSON."""
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    _sync(file)
 
 
 def _sync(path: Path) -> None:

@@ -9,4 +9,9 @@ AutoConfig.register("skipless", SkiplessConfig, exist_ok=True)
 AutoModel.register(SkiplessConfig, SkiplessModel, exist_ok=True)
 AutoModelForCausalLM.register(SkiplessConfig, SkiplessForCausalLM, exist_ok=True)
 
+# save_pretrained then writes the two model files and auto_map, so that a saved model loads without this library too.
+SkiplessConfig.register_for_auto_class("AutoConfig")
+SkiplessModel.register_for_auto_class("AutoModel")
+SkiplessForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
 __all__ = ["SkiplessConfig", "SkiplessForCausalLM", "SkiplessModel", "SkiplessPreTrainedModel"]

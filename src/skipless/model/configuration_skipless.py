@@ -23,6 +23,11 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "head_removed": (False,),
 }
 
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings",
+)  # fmt: skip
+
 # Fields transformers writes into or passes through a config that change no arithmetic of the model's own.
 BOOKKEEPING = frozenset(
     {
@@ -84,6 +89,9 @@ class SkiplessConfig(PreTrainedConfig):
         for name in kwargs:
             if name not in BOOKKEEPING and name not in generation:
                 raise ValueError(f"{name}: not a field of a skipless model, found {kwargs[name]!r}; remove it")
+        for name in SIZES:
+            if (size := getattr(self, name)) is not None and size < 1:
+                raise ValueError(f"{name}: expected a positive integer, found {size!r}")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:

@@ -11,6 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from skipless.errors import InputError
+
 END_OF_FILE = "<|endoftext|>"
 
 # Tests repeat themselves, and idlelib and lib2to3's fixtures are not representative Python; site-packages is not ours.
@@ -45,7 +47,10 @@ def split(texts: Sequence[str], held_out: float, seed: int) -> tuple[list[str], 
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer (arXiv:1508.07909) of exactly `vocab_size` tokens, as a HuggingFace tokenizer."""
+    """A byte-level BPE tokenizer (arXiv:1508.07909) of exactly `vocab_size` tokens, as a HuggingFace tokenizer.
+
+    Raises InputError when the bytes alone are more, or the texts do not give as many.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -56,6 +61,8 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    if (found := tokenizer.get_vocab_size()) != vocab_size:
+        raise InputError(f"vocab_size: expected {found} tokens, which is what the text gives, found {vocab_size}")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END_OF_FILE, bos_token=END_OF_FILE, clean_up_tokenization_spaces=False
     )
@@ -73,12 +80,17 @@ class Blocks(Dataset[dict[str, torch.Tensor]]):
 
     @classmethod
     def from_texts(cls, texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> "Blocks":
-        """Tokenize, join with END_OF_FILE, and cut; the tokens after the last whole block are dropped."""
+        """Tokenize, join with END_OF_FILE, and cut; the tokens after the last whole block are dropped.
+
+        Raises InputError when there is no whole block.
+        """
         encoded = tokenizer.backend_tokenizer.encode_batch_fast(list(texts))
         stream = torch.tensor([token for text in encoded for token in (*text.ids, tokenizer.eos_token_id)])
         blocks = len(stream) // sequence_length
         if blocks == 0:
-            raise ValueError(f"the text has {len(stream)} tokens, expected at least one block of {sequence_length}")
+            raise InputError(
+                f"sequence_length: expected at most the text's {len(stream)} tokens, found {sequence_length}"
+            )
         size = sum(len(text.encode()) for text in texts)
         return cls(stream[: blocks * sequence_length].view(blocks, sequence_length), size / len(stream))
 

@@ -8,19 +8,25 @@ value path (He & Hofmann, arXiv:2311.01906, shaped attention), and the matrices 
 import torch
 from torch import nn
 
+from skipless.errors import InputError
 from skipless.model import SkiplessForCausalLM
 from skipless.model.modeling_skipless import SkiplessAttention, SkiplessMLP
 
 # Spread of the gate's weights before its bias of 1: small enough that the GLU starts linear, large enough to learn.
-GATE_GAIN = 0.1
+GATE_SPREAD = 0.1
 
 
 @torch.no_grad()
 def initialize(model: SkiplessForCausalLM) -> None:
-    """Set the starting values in place. Raises ValueError for a model that already lacks projections."""
+    """Set the starting values in place.
+
+    Raises InputError for a model that already lacks projections, or whose GLU has no gate bias.
+    """
     config = model.config
     if config.stream_basis is not None or config.p_removed:
-        raise ValueError("stream_basis, p_removed: expected a model with all its projections to start training from")
+        raise InputError("stream_basis, p_removed: expected a model with all its projections to start training from")
+    if config.ffn_type == "glu" and not (config.gate_bias or config.mlp_bias):
+        raise InputError("gate_bias: expected true to train a GLU without norms, found false: its signal would die out")
     nn.init.normal_(model.model.embed_tokens.weight)
     if model.model.position_embeddings is not None:
         nn.init.normal_(model.model.position_embeddings.weight, std=0.1)
@@ -47,12 +53,13 @@ def initialize_attention(attention: SkiplessAttention) -> None:
 
 
 def initialize_ffn(mlp: SkiplessMLP) -> None:
-    """M orthogonal, O its pseudo-inverse over the activation's value at the gate's bias, the gate small."""
+    """M orthogonal, O its pseudo-inverse over the activation's gain, a GLU's gate open (bias 1) and nearly constant."""
     nn.init.orthogonal_(mlp.up_proj.weight)
-    scale = torch.ones(())
-    if mlp.gate_proj is not None:
-        nn.init.normal_(mlp.gate_proj.weight, std=GATE_GAIN * mlp.gate_proj.in_features**-0.5)
-        if mlp.gate_proj.bias is not None:
-            nn.init.ones_(mlp.gate_proj.bias)
-            scale = mlp.act_fn(torch.ones(()))
-    mlp.down_proj.weight.copy_(torch.linalg.pinv(mlp.up_proj.weight) / scale)
+    if mlp.gate_proj is None:
+        z = torch.special.ndtri(torch.linspace(0.001, 0.999, 999))
+        gain = (z * mlp.act_fn(z)).mean() / z.square().mean()  # the line closest to the activation, for normal inputs
+    else:
+        nn.init.normal_(mlp.gate_proj.weight, std=GATE_SPREAD * mlp.gate_proj.in_features**-0.5)
+        nn.init.ones_(mlp.gate_proj.bias)
+        gain = mlp.act_fn(torch.ones(()))
+    mlp.down_proj.weight.copy_(torch.linalg.pinv(mlp.up_proj.weight) / gain)

@@ -1,11 +1,13 @@
 """A training recipe: one TOML file that says everything a run needs."""
 
 import dataclasses
+import math
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError
 
 BUNDLED = Path(__file__).parent / "recipes"
@@ -15,7 +17,8 @@ BUNDLED = Path(__file__).parent / "recipes"
 class Recipe:
     """model: fields of SkiplessConfig. held_out: fraction of the files. batch_size: sequences per step.
 
-    sequence_length in tokens; warmup and decay are fractions of `steps`; learning rates are per step.
+    sequence_length in tokens; warmup and decay are fractions of `steps`; learning rates are per step; dtype is that of
+    the weights when they are saved at the end.
     """
 
     model: dict[str, Any]
@@ -32,15 +35,16 @@ class Recipe:
     eval_every: int = 500
     save_every: int = 250
     seed: int = 0
+    dtype: str = "float32"
 
     @classmethod
     def read(cls, name: str) -> "Recipe":
         """Read a TOML file, or a recipe that comes with skipless by its name.
 
-        Raises InputError naming the field for anything missing, unknown or of the wrong type.
+        Raises InputError naming the field for anything missing, unknown, of the wrong type or out of range.
         """
         path = Path(name)
-        if not path.exists():
+        if not path.is_file():
             path = BUNDLED / f"{name}.toml"
         if not path.is_file():
             known = ", ".join(sorted(file.stem for file in BUNDLED.glob("*.toml")))
@@ -60,7 +64,15 @@ class Recipe:
                 raise InputError(
                     f"{path}: {field_name}: expected {getattr(expected, '__name__', expected)}, found {value!r}"
                 )
+            smallest = 1 if expected is int and field_name != "seed" else 0
+            if expected in (int, float) and not smallest <= fields[field_name] < math.inf:
+                raise InputError(f"{path}: {field_name}: expected a number from {smallest} on, found {value!r}")
         for field_name, field in known_fields.items():
             if field.default is dataclasses.MISSING and field_name not in fields:
                 raise InputError(f"{path}: {field_name}: expected a value, found none")
-        return cls(**fields)
+        recipe = cls(**fields)
+        if recipe.warmup + recipe.decay > 1 or recipe.held_out >= 1:
+            raise InputError(f"{path}: warmup, decay, held_out: expected fractions, warmup + decay at most 1")
+        if recipe.dtype not in DTYPE_NAMES:
+            raise InputError(f"{path}: dtype: expected one of {', '.join(DTYPE_NAMES)}, found {recipe.dtype!r}")
+        return recipe

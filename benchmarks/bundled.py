@@ -1,0 +1,110 @@
+"""Every number the README gives of the bundled model: sizes, errors by storage dtype, tokens, held-out loss, speed.
+
+    python benchmarks/bundled.py
+
+Prints tables, and on the last line one JSON object. Speeds are ratios of interleaved rounds; the machine is named.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import tempfile
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer
+
+import skipless
+from skipless import tables
+from skipless.bench import decode
+from skipless.demo import BUNDLED, PROMPT
+from skipless.verification import greedy_config, load
+
+GREEDY_TOKENS = 256
+console = Console(width=100)
+
+
+def held_out_loss() -> dict[str, float]:
+    """Loss of the bundled model, run in fp32, on the files its recipe holds out of this interpreter's library."""
+    from skipless.train.data import Blocks, read_texts, split, standard_library
+    from skipless.train.recipe import Recipe
+
+    recipe = Recipe.read("stdlib")
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
+    _, texts = split(read_texts(standard_library()), recipe.held_out, recipe.seed)
+    blocks = Blocks.from_texts(texts, tokenizer, recipe.sequence_length)
+    model = load(BUNDLED, torch.float32)
+    with torch.no_grad():
+        losses = [model(input_ids=ids, labels=ids).loss.item() * len(ids) for ids in blocks.tokens.split(8)]
+    loss = sum(losses) / len(blocks)
+    return {
+        "held_out_tokens": blocks.tokens.numel(),
+        "nats_per_token": loss,
+        "bits_per_byte": loss / math.log(2) / blocks.bytes_per_token,
+    }
+
+
+def greedy(folder: Path, dtype: torch.dtype) -> torch.Tensor:
+    """The prompt's most likely continuation, GREEDY_TOKENS tokens."""
+    ids = AutoTokenizer.from_pretrained(BUNDLED)(PROMPT, return_tensors="pt").input_ids
+    config = greedy_config(GREEDY_TOKENS)
+    return load(folder, dtype).generate(ids, attention_mask=torch.ones_like(ids), generation_config=config).sequences[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=21, help="interleaved rounds of decoding")
+    rounds = parser.parse_args().rounds
+    machine = (
+        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    )
+    console.print(f"machine: {machine}")
+    result: dict[str, object] = {"machine": machine, **held_out_loss()}
+    console.print(f"held out: {result['nats_per_token']:.3f} nats a token, {result['bits_per_byte']:.3f} bits a byte")
+
+    with tempfile.TemporaryDirectory() as folder:
+        table = Table(title="fused by q, by storage dtype; arithmetic in fp64")
+        for column in ("stored in", "logit error", "KL, nats", "top-1 equal", "same function"):
+            table.add_column(column, justify="right")
+        result["stored"] = {}
+        for dtype in ("float64", "float32", "bfloat16"):
+            fused = Path(folder) / dtype
+            plan = skipless.fuse(BUNDLED, fused, dtype=dtype)
+            report = skipless.verify(BUNDLED, fused, dtypes=("float64", dtype), prompt=PROMPT)
+            row = report.rows[0]
+            result["stored"][dtype] = {
+                "logit_error": row.logit_error,
+                "kl": row.kl,
+                "top1": row.top1,
+                "same": report.same,
+            }
+            table.add_row(
+                dtype, f"{row.logit_error:.1e}", f"{row.kl:.1e}", f"{row.top1:.1%}", "yes" if report.same else "no"
+            )
+        console.print(table)
+        result["weights_before"], result["weights_after"] = plan.weights
+
+        same = torch.equal(greedy(BUNDLED, torch.float32), greedy(Path(folder) / "float32", torch.float32))
+        result["greedy_tokens_equal"] = same
+        console.print(f"{GREEDY_TOKENS} greedy tokens in float32: {'the same' if same else 'DIFFERENT'}")
+
+        result["decode"] = {}
+        for dtype in ("float32", "bfloat16"):
+            folders = {"original": BUNDLED, "fused": Path(folder) / "float32"}
+            models = [(name, load(path, getattr(torch, dtype))) for name, path in folders.items()]
+            speeds, ratios = decode(models, rounds=rounds)
+            console.print(f"run in {dtype}:", tables.speed_table(speeds, ratios))
+            result["decode"][dtype] = {
+                "tokens_per_second": [speed.tokens_per_second for speed in speeds],
+                "bytes_ratio": speeds[0].bytes_per_token / speeds[1].bytes_per_token,
+                "speedup": ratios[1],
+            }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Model folders as files: read lazily, write whole. Nothing here knows mathematics."""

@@ -1,0 +1,24 @@
+"""Shapes in the algebra's annotations are checked while tests run; nothing asks a model hub."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+from jaxtyping import install_import_hook
+
+install_import_hook(["skipless.basis", "skipless.eliminate"], "beartype.beartype")
+
+import pytest
+from hypothesis import settings
+from transformers.utils import logging
+
+logging.disable_progress_bar()
+settings.register_profile("skipless", deadline=None, derandomize=True)
+settings.load_profile("skipless")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _umask():
+    """Files are compared with what the usual umask gives."""
+    os.umask(0o022)

@@ -1,0 +1,117 @@
+"""The model that comes with the package: real, trained, small, and fusible."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import AutoTokenizer
+
+import skipless
+from skipless import cli, demo
+from skipless.checkpoint.reader import CheckpointReader
+from skipless.demo import BUNDLED, PROMPT
+from skipless.verification import greedy_config
+from tests.models import load
+from tests.tolerances import FP32, FP64
+
+
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bundled")
+    for dtype in ("float64", "float32"):
+        skipless.fuse(BUNDLED, folder / dtype, dtype=dtype)
+    return folder
+
+
+def test_it_is_small_bf16_and_whole():
+    assert sum(file.stat().st_size for file in BUNDLED.iterdir()) <= 12_000_000
+    assert {info.dtype for info in CheckpointReader(BUNDLED).tensors.values()} == {torch.bfloat16}
+    assert (BUNDLED / "README.md").exists()
+
+
+def test_its_tokenizer_round_trips_python():
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
+    text = "def f(x):\n    return {'ü': x}  # ok\n"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert len(tokenizer) == CheckpointReader(BUNDLED).config["vocab_size"]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", FP64), ("float32", FP32)])
+def test_fused_it_is_the_same_function(fused, dtype, tolerance):
+    report = skipless.verify(BUNDLED, fused / dtype, dtypes=("float64", dtype), prompt=PROMPT)
+    assert report.same
+    assert all(row.logit_error <= tolerance and row.greedy == 1 for row in report.rows)
+
+
+def test_256_greedy_tokens_are_equal_in_fp32(fused):
+    ids = AutoTokenizer.from_pretrained(BUNDLED)(PROMPT, return_tensors="pt").input_ids
+    original, rewritten = (
+        load(folder, torch.float32).generate(ids, generation_config=greedy_config(256)).sequences
+        for folder in (BUNDLED, fused / "float32")
+    )
+    assert original.shape[1] == ids.shape[1] + 256
+    assert torch.equal(original, rewritten)
+
+
+def test_its_text_looks_like_python():
+    """Of sampled text, most lines end as lines of Python do, and blocks are indented by four."""
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
+    ids = tokenizer("class Stack:\n", return_tensors="pt").input_ids.repeat(8, 1)
+    model = load(BUNDLED, torch.float32)
+    output = model.generate(ids, max_new_tokens=160, do_sample=True, temperature=0.6, top_k=0, pad_token_id=0)
+    text = "\n".join(tokenizer.batch_decode(output, skip_special_tokens=True))
+    lines = [line for line in text.splitlines() if line.strip()]
+    assert sum("def " in line or "class " in line for line in lines) >= 8
+    assert sum("self" in line for line in lines) >= 8
+    indents = [len(line) - len(line.lstrip(" ")) for line in lines]
+    assert sum(indent % 4 == 0 for indent in indents) > 0.7 * len(lines)
+
+
+@pytest.fixture(scope="module")
+def finished_demo():
+    said = []
+    return demo.demo(said.append), said
+
+
+@pytest.fixture
+def _demo_already_run(finished_demo, monkeypatch):
+    def tell_again(say):
+        result, said = finished_demo
+        for line in said:
+            say(line)
+        return result
+
+    monkeypatch.setattr(demo, "demo", tell_again)
+
+
+@pytest.mark.usefixtures("_demo_already_run")
+def test_the_demo_in_json():
+    result = CliRunner().invoke(cli.main, ["demo", "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["same_tokens"]
+    assert found["verify"]["same"]
+    assert found["weights_before"] - found["weights_after"] == 6 * 2 * 256**2
+
+
+@pytest.mark.usefixtures("_demo_already_run")
+def test_the_demo_prints_tables():
+    result = CliRunner().invoke(cli.main, ["demo"])
+    assert result.exit_code == 0
+    assert "the same function with fewer weights" in result.stdout
+    assert "-17.1%" in result.stdout
+    assert PROMPT.splitlines()[0] in result.stderr
+
+
+def test_bench_prints_both_models(fused):
+    result = CliRunner().invoke(
+        cli.main, ["bench", str(BUNDLED), str(fused / "float32"), "--rounds", "1", "--tokens", "4", "--json"]
+    )
+    assert result.exit_code == 0
+    original, rewritten = json.loads(result.stdout)["speeds"]
+    assert original["bytes_per_token"] - rewritten["bytes_per_token"] == 4 * 6 * 2 * 256**2
+    assert min(*original["rounds"], *rewritten["rounds"]) > 0
+    table = CliRunner().invoke(cli.main, ["bench", str(BUNDLED), "--rounds", "1", "--tokens", "4"])
+    assert "tokens/s" in table.stdout

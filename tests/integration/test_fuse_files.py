@@ -1,0 +1,177 @@
+"""What fuse reads and writes: lazily, whole or not at all, and everything else copied."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import skipless
+from skipless.checkpoint.reader import CheckpointReader
+from skipless.fusion import make_plan
+from tests.models import build, edit_config, load, random_ids, save
+from tests.tolerances import FP64
+
+
+@pytest.fixture
+def source(tmp_path):
+    return save(build(), tmp_path / "source")
+
+
+def test_the_folder_loads_without_skipless_through_trust_remote_code(source, tmp_path):
+    skipless.fuse(source, tmp_path / "fused")
+    code = f"""
+import sys; sys.modules["skipless"] = None
+import torch; from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "fused")!r}, trust_remote_code=True, dtype=torch.float64)
+torch.save(model(torch.arange(9)[None]).logits, {str(tmp_path / "logits")!r})
+assert AutoModel.from_pretrained({str(tmp_path / "fused")!r}, trust_remote_code=True).config.stream_basis == "q"
+"""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True)
+    expected = load(source)(torch.arange(9)[None]).logits
+    assert (torch.load(tmp_path / "logits") - expected).abs().max() <= FP64 * expected.abs().max()
+
+
+def test_shards_and_index_load_like_one_file(source, tmp_path):
+    one = skipless.fuse(source, tmp_path / "one")
+    many = skipless.fuse(source, tmp_path / "many", max_shard_size=40_000)
+    assert {info.shard for info in one.outputs.values()} == {"model.safetensors"}
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: info.shard for name, info in many.outputs.items()}
+    assert index["metadata"]["total_size"] == many.bytes[1]
+    shards = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
+    assert len(shards) > 3
+    assert shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
+    largest = max(info.bytes for info in many.outputs.values())
+    assert all((tmp_path / "many" / shard).stat().st_size < max(40_000, largest) + 4000 for shard in shards)
+    expected = load(tmp_path / "one").state_dict()
+    for name, tensor in load(tmp_path / "many").state_dict().items():
+        assert torch.equal(tensor, expected[name])
+
+
+def test_a_sharded_source_gives_the_same_result(source, tmp_path):
+    save(load(source), tmp_path / "sharded", max_shard_size="30KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    skipless.fuse(source, tmp_path / "a")
+    skipless.fuse(tmp_path / "sharded", tmp_path / "b")
+    a, b = (CheckpointReader(tmp_path / name) for name in "ab")
+    assert all(torch.equal(a.tensor(name), b.tensor(name)) for name in a.tensors | b.tensors)
+
+
+def test_every_other_file_is_copied_byte_for_byte(source, tmp_path):
+    (source / "tokenizer.json").write_bytes(b'{"not": "parsed"}\r\n')
+    (source / "onnx").mkdir()
+    (source / "onnx" / "LICENSE").write_bytes(b"\x00\xff")
+    skipless.fuse(source, tmp_path / "fused")
+    copied = ("tokenizer.json", "onnx/LICENSE", "generation_config.json")
+    assert all((source / name).read_bytes() == (tmp_path / "fused" / name).read_bytes() for name in copied)
+
+
+def test_config_keeps_what_fusing_does_not_change(source, tmp_path):
+    edit_config(source, eos_token_id=7, dtype="float64")
+    before = json.loads((source / "config.json").read_text())
+    skipless.fuse(source, tmp_path / "same")
+    skipless.fuse(source, tmp_path / "cast", dtype="float32")
+    same, cast = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("same", "cast"))
+    changed = {name for name in before.keys() | same.keys() if before.get(name) != same.get(name)}
+    assert changed == {"stream_basis", "p_removed", "auto_map"}
+    assert (same["dtype"], cast["dtype"]) == ("float64", "float32")
+
+
+def test_untouched_tensors_are_copied_bit_for_bit(tmp_path):
+    save(build(attention_shaping="full"), tmp_path / "source")
+    skipless.fuse(tmp_path / "source", tmp_path / "fused")
+    a, b = CheckpointReader(tmp_path / "source"), CheckpointReader(tmp_path / "fused")
+    for name in ("lm_head.weight", "model.layers.1.self_attn.gamma", "model.layers.2.mlp.down_proj.weight"):
+        assert torch.equal(a.tensor(name), b.tensor(name))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtype_casts_every_tensor(source, tmp_path, dtype):
+    skipless.fuse(source, tmp_path / "fused", dtype=dtype)
+    found = {info.dtype for info in CheckpointReader(tmp_path / "fused").tensors.values()}
+    assert found == {getattr(torch, dtype)}
+    skipless.fuse(source, tmp_path / "exact")  # fp64 throughout, cast once at the end
+    exact, cast = (CheckpointReader(tmp_path / folder) for folder in ("exact", "fused"))
+    assert all(torch.equal(cast.tensor(name), exact.tensor(name).to(getattr(torch, dtype))) for name in exact.tensors)
+
+
+def test_files_have_the_usual_mode_and_metadata(source, tmp_path):
+    skipless.fuse(source, tmp_path / "fused")
+    assert stat.S_IMODE((tmp_path / "fused").stat().st_mode) == 0o755
+    for file in (tmp_path / "fused").iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) & 0o444 == 0o444, file
+    with safe_open(tmp_path / "fused" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fused", "source"]
+
+
+def test_memory_holds_one_task_at_a_time(tmp_path, monkeypatch):
+    save(build(num_hidden_layers=12, vocab_size=20), tmp_path / "source")
+    alive, peak = 0, 0
+    read = CheckpointReader.tensor
+
+    def counted(reader, name):
+        nonlocal alive, peak
+        tensor = read(reader, name)
+        size = tensor.nbytes
+        alive += size
+        peak = max(peak, alive)
+
+        def gone():
+            nonlocal alive
+            alive -= size
+
+        weakref.finalize(tensor.untyped_storage(), gone)
+        return tensor
+
+    monkeypatch.setattr(CheckpointReader, "tensor", counted)
+    plan = skipless.fuse(tmp_path / "source", tmp_path / "fused")
+    largest = max(sum(plan.inputs[name].bytes for name in task.reads) for task in plan.tasks)
+    assert 0 < peak <= largest
+    assert largest < plan.bytes[0] / 10
+
+
+def test_a_plan_reads_no_tensor_and_tasks_cover_everything_once(source, monkeypatch):
+    monkeypatch.setattr(CheckpointReader, "tensor", lambda *_: pytest.fail("a tensor was read"))
+    plan = make_plan(CheckpointReader(source))
+    reads = [name for task in plan.tasks for name in task.reads]
+    writes = [name for task in plan.tasks for name in task.writes]
+    assert sorted(reads) == sorted(plan.inputs)
+    assert sorted(writes) == sorted(plan.outputs)
+
+
+def test_tasks_can_run_in_any_order(source, tmp_path, monkeypatch):
+    from skipless import fusion
+
+    def backwards(plan, reader, writer, done):
+        for task in reversed(plan.tasks):
+            for name, tensor in fusion.run_task(plan, task, reader.tensor):
+                writer.write(name, tensor)
+
+    monkeypatch.setitem(fusion.ENGINES, "backwards", backwards)
+    skipless.fuse(source, tmp_path / "a")
+    skipless.fuse(source, tmp_path / "b", engine="backwards")
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+def test_fusing_twice_is_deterministic(source, tmp_path):
+    for name in ("a", "b"):
+        skipless.fuse(source, tmp_path / name)
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_a_fused_model_saves_and_loads_again(source, tmp_path):
+    skipless.fuse(source, tmp_path / "fused")
+    model = load(tmp_path / "fused")
+    save(model, tmp_path / "again")
+    ids = random_ids(model)
+    assert torch.equal(load(tmp_path / "again")(ids).logits, model(ids).logits)
+    CheckpointReader(tmp_path / "again")

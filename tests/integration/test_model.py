@@ -1,0 +1,616 @@
+"""The model inside transformers, and against a second implementation that shares no code with it."""
+
+import copy
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from skipless.model import SkiplessConfig, SkiplessForCausalLM, SkiplessModel
+from skipless.model.modeling_skipless import rotary_cos_sin
+from tests import models
+from tests.models import TINY, edit_tensors, load, random_ids, save
+from tests.tolerances import FP32, FP64
+
+HALF_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+POSITIONS = {
+    "rope": {"position_type": "rope"},
+    "interleaved": {"position_type": "rope_interleaved"},
+    "partial": {"position_type": "rope", "rope_parameters": HALF_ROPE},
+    "partial-interleaved": {"position_type": "rope_interleaved", "rope_parameters": HALF_ROPE},
+    "learned": {"position_type": "learned"},
+    "no-positions": {"position_type": "none"},
+}
+BIASES = {"attention_bias": True, "mlp_bias": True}
+MHA = {"num_key_value_heads": 4}
+# layer 1 kept its q_proj; every kind of module that can gain a bias by folding gained one somewhere
+CLOSED = {
+    "stream_basis": "q",
+    "p_removed": True,
+    "layers_open": [1],
+    "folded_biases": [
+        "model.embed_tokens",
+        "model.layers.1.mlp.down_proj",
+        "model.layers.0.mlp.gate_proj",
+        "model.layers.0.mlp.up_proj",
+    ],
+}
+
+shaped = pytest.mark.parametrize("shaping", [None, "value", "full"])
+positioned = pytest.mark.parametrize("position", POSITIONS.values(), ids=POSITIONS)
+attentions = pytest.mark.parametrize("attention", ["sdpa", "eager"])
+
+
+@torch.no_grad()
+def build(**fields) -> SkiplessForCausalLM:
+    """models.build with every layer's output brought to unit size.
+
+    A GLU squares its input, layer by layer: left alone, one key would take all the attention and the loudest token
+    all the tolerance.
+    """
+    model = models.build(**fields)
+    for index, layer in enumerate(model.model.layers, 1):
+        size = model(input_ids=random_ids(model), output_hidden_states=True).hidden_states[index].std()
+        for weight in layer.mlp.down_proj.parameters():
+            weight /= size
+    return model
+
+
+def agree(found: torch.Tensor, expected: torch.Tensor, tolerance: float = FP64) -> bool:
+    """Whether each row (the logits of one token) is within tolerance of its own largest entry."""
+    assert found.shape == expected.shape
+    found, expected = torch.atleast_1d(found), torch.atleast_1d(expected)
+    return ((found - expected).abs().amax(-1) <= tolerance * expected.abs().amax(-1)).all().item()
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, ids: torch.Tensor, **kwargs) -> torch.Tensor:
+    return model(input_ids=ids, **kwargs).logits
+
+
+@torch.no_grad()
+def spoil(model: torch.nn.Module) -> torch.nn.Module:
+    """Change one weight of the middle layer by a thousandth."""
+    model.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-3
+    return model
+
+
+def tokens(model: torch.nn.Module, ids: torch.Tensor, **kwargs) -> torch.Tensor:
+    """The ten greedy tokens that follow."""
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+    return model.generate(ids, **{**options, **kwargs})[:, ids.shape[1] :]
+
+
+# The AutoClasses
+
+
+def test_auto_classes_know_the_model(tmp_path):
+    model = build()
+    save(model, tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert type(config) is SkiplessConfig
+    assert config.to_diff_dict() | {"_name_or_path": ""} == model.config.to_diff_dict() | {"_name_or_path": ""}
+    assert type(AutoModelForCausalLM.from_config(config)) is SkiplessForCausalLM
+    assert type(AutoModel.from_config(config)) is SkiplessModel
+
+    ids = random_ids(model)
+    body, whole = AutoModel.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (type(body), type(whole)) == (SkiplessModel, SkiplessForCausalLM)
+    assert agree(logits(whole, ids), logits(model, ids))
+    assert agree(model.lm_head(body(input_ids=ids).last_hidden_state), logits(model, ids))
+    assert not agree(logits(AutoModelForCausalLM.from_config(config, dtype=torch.float64), ids), logits(model, ids))
+
+
+def test_inputs_can_be_embeddings_and_outputs_a_tuple():
+    model = build()
+    ids = random_ids(model)
+    embedded = model(inputs_embeds=model.get_input_embeddings()(ids), return_dict=False)
+    assert agree(embedded[0], logits(model, ids))
+    assert agree(logits(model, ids, logits_to_keep=2), logits(model, ids)[:, -2:])
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model(use_cache=False)
+
+
+# Cache and generation
+
+
+@torch.no_grad()
+def decode(model: torch.nn.Module, ids: torch.Tensor, cuts: list[int], spoil_cache: bool = False) -> torch.Tensor:
+    """Logits of ids fed in pieces, each piece seeing the earlier ones through the cache alone."""
+    cache, pieces = None, []
+    for start, end in pairwise([0, *cuts, ids.shape[1]]):
+        output = model(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        pieces.append(output.logits)
+        if spoil_cache:
+            cache.layers[1].values[:, :, 0] += 1e-3
+    assert cache.get_seq_length() == ids.shape[1]
+    return torch.cat(pieces, 1)
+
+
+@shaped
+@positioned
+@pytest.mark.parametrize("kv_heads", [4, 2, 1], ids=["MHA", "GQA", "MQA"])
+def test_cached_decode_is_the_full_forward(shaping, position, kv_heads):
+    model = build(attention_shaping=shaping, num_key_value_heads=kv_heads, **position)
+    ids = random_ids(model)
+    expected = logits(model, ids, use_cache=False)
+    assert agree(decode(model, ids, cuts=list(range(1, 11))), expected)
+    assert agree(decode(model, ids, cuts=[4, 5, 8]), expected)
+    assert not agree(decode(model, ids, cuts=[4, 5, 8], spoil_cache=True), expected)
+
+
+@shaped
+@pytest.mark.parametrize("fields", [CLOSED, {**MHA, "stream_basis": "k"}, {**MHA, "stream_basis": "v"}], ids="qkv")
+def test_cached_decode_of_closed_models(shaping, fields):
+    model = build(attention_shaping=shaping, **fields)
+    ids = random_ids(model)
+    expected = logits(model, ids, use_cache=False)
+    assert agree(decode(model, ids, cuts=[4, 5, 8]), expected)
+    assert not agree(decode(model, ids, cuts=[4, 5, 8], spoil_cache=True), expected)
+
+
+@shaped
+@pytest.mark.parametrize("fields", [{}, {"position_type": "learned"}, CLOSED], ids=["rope", "learned", "closed"])
+def test_greedy_tokens_are_the_same_with_every_cache(shaping, fields):
+    model = build(attention_shaping=shaping, **fields)
+    ids = random_ids(model)
+    expected = tokens(model, ids, use_cache=False)
+    assert torch.equal(tokens(model, ids, use_cache=True), expected)
+    assert torch.equal(tokens(model, ids, cache_implementation="static"), expected)
+    assert not torch.equal(tokens(build(seed=1, attention_shaping=shaping, **fields), ids), expected)
+
+
+# Batches of unequal sequences
+
+
+def padded(model: torch.nn.Module, left: bool) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Three sequences, alone and together, and the mask of the real tokens."""
+    rows = [random_ids(model, batch=1, length=length, seed=length) for length in (3, 11, 7)]
+    ids, mask = torch.zeros(3, 11, dtype=torch.long), torch.zeros(3, 11, dtype=torch.long)
+    for index, row in enumerate(rows):
+        real = slice(11 - row.shape[1], None) if left else slice(row.shape[1])
+        ids[index, real], mask[index, real] = row[0], 1
+    return rows, ids, mask
+
+
+@shaped
+@attentions
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+@pytest.mark.parametrize("fields", [{}, {"position_type": "learned"}, {"position_type": "none"}, CLOSED])
+def test_padding_changes_nothing(shaping, attention, left, fields):
+    model = build(attention_shaping=shaping, **fields)
+    model.set_attn_implementation(attention)
+    rows, ids, mask = padded(model, left)
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    alone = torch.cat([logits(model, row)[0] for row in rows])
+    real = mask.bool()
+    together = logits(model, ids, attention_mask=mask, position_ids=position_ids)
+    assert together.isfinite().all()
+    assert agree(together[real], alone)
+    if left:
+        unmasked = logits(model, ids, attention_mask=torch.ones_like(mask), position_ids=position_ids)
+        assert not agree(unmasked[real], alone)
+    else:
+        assert agree(logits(model, ids, attention_mask=mask)[real], alone)
+        assert not agree(together[real.flip(1)], alone)
+
+
+@shaped
+@pytest.mark.parametrize("fields", [{}, {"position_type": "learned"}, CLOSED], ids=["rope", "learned", "closed"])
+def test_generation_from_a_left_padded_batch(shaping, fields):
+    model = build(attention_shaping=shaping, **fields)
+    rows, ids, mask = padded(model, left=True)
+    alone = torch.cat([tokens(model, row) for row in rows])
+    assert torch.equal(tokens(model, ids, attention_mask=mask), alone)
+    assert torch.equal(tokens(model, ids, attention_mask=mask, cache_implementation="static"), alone)
+    assert not torch.equal(tokens(model, ids), alone)
+
+
+# Attention implementations, outputs, training
+
+
+@shaped
+@positioned
+def test_sdpa_is_eager(shaping, position):
+    model = build(attention_shaping=shaping, **position)
+    ids = random_ids(model)
+    assert model.config._attn_implementation == "sdpa"
+    expected = logits(model, ids)
+    model.set_attn_implementation("eager")
+    assert agree(logits(model, ids), expected)
+    model.model.layers[1].self_attn.scaling *= 1.001
+    assert not agree(logits(model, ids), expected)
+
+
+@shaped
+def test_attentions_and_hidden_states_are_returned(shaping):
+    model = build(attention_shaping=shaping)
+    model.set_attn_implementation("eager")
+    ids = random_ids(model)
+    with torch.no_grad():
+        output = model(input_ids=ids, output_attentions=True, output_hidden_states=True)
+    assert len(output.attentions) == 3
+    for weights in output.attentions:
+        assert weights.shape[0] == 2
+        assert weights.shape[2:] == (11, 11)
+        assert agree(weights.sum(-1), torch.ones(weights.shape[:3], dtype=torch.float64))
+        assert not weights.triu(1).any()
+    assert len(output.hidden_states) == 4
+    assert torch.equal(output.hidden_states[0], model.model.embed_tokens(ids))
+    assert torch.equal(model.lm_head(output.hidden_states[-1]), output.logits)
+    assert not agree(output.hidden_states[-2], output.hidden_states[-1])
+    assert logits(model, ids).equal(output.logits)
+    assert model(input_ids=ids).attentions is None
+
+
+@shaped
+@pytest.mark.parametrize("fields", [{}, {"tie_word_embeddings": True, "position_type": "learned"}, CLOSED])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+def test_gradient_checkpointing_changes_no_gradient(shaping, fields, reentrant):
+    model = build(attention_shaping=shaping, **fields).train()
+    ids = random_ids(model)
+    calls = []
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_hook(lambda *_: calls.append(1))
+
+    def step():
+        calls.clear()
+        model.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return loss.detach(), {name: weight.grad for name, weight in model.named_parameters()}, len(calls)
+
+    loss, gradients, once = step()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    checkpointed_loss, checkpointed, twice = step()
+    assert (once, twice) == (3, 6)
+    assert agree(checkpointed_loss, loss)
+    for name, gradient in gradients.items():
+        assert gradient.any(), name
+        assert agree(checkpointed[name], gradient), name
+    spoil(model)
+    assert not agree(step()[1]["model.embed_tokens.weight"], gradients["model.embed_tokens.weight"])
+
+
+# Files
+
+
+EVERYTHING = {**BIASES, "attention_shaping": "full", "position_type": "learned", "ffn_type": "mlp"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [{}, EVERYTHING, {**CLOSED, "attention_shaping": "value", "gate_bias": True}, {"tie_word_embeddings": True}],
+    ids=["plain", "everything", "closed", "tied"],
+)
+def test_saving_and_loading_is_exact(tmp_path, dtype, fields):
+    model = build(dtype=dtype, **fields)
+    single, sharded = save(model, tmp_path / "single"), save(model, tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list(single.glob("*.safetensors"))) == 1
+    assert len(list(sharded.glob("*.safetensors"))) > 1
+    expected = model.state_dict()
+    for folder in (single, sharded):
+        loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)  # dtype from config.json
+        assert not any(info.values()), info
+        assert loaded.dtype == dtype
+        found = loaded.state_dict()
+        assert found.keys() == expected.keys()
+        for name, tensor in found.items():
+            assert tensor.dtype == dtype, name
+            assert torch.equal(tensor, expected[name]), name
+
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_tensors(single, **{name: expected[name].flip(0)})
+    assert not torch.equal(load(single, dtype).state_dict()[name], expected[name])
+
+
+def test_a_missing_tensor_is_reported_and_the_others_are_kept(tmp_path):
+    model = build(attention_shaping="full", attention_bias=True)
+    save(model, tmp_path)
+    missing = {"model.layers.1.self_attn.beta", "model.layers.2.self_attn.k_proj.bias"}
+    edit_tensors(tmp_path, **dict.fromkeys(missing))
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == missing
+    differing = {
+        name for name, tensor in loaded.state_dict().items() if not torch.equal(tensor, model.state_dict()[name])
+    }
+    assert differing == missing
+
+
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "20KB"}], ids=["single", "sharded"])
+def test_tied_embeddings_stay_tied(tmp_path, options):
+    model = build(tie_word_embeddings=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    save(model, tmp_path, **options)
+    loaded = load(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    names = [name for file in tmp_path.glob("*.safetensors") for name in safe_open(file, "pt").keys()]  # noqa: SIM118
+    assert [name for name in names if name in ("lm_head.weight", "model.embed_tokens.weight")] == [
+        "model.embed_tokens.weight"
+    ]
+
+    untied = build()
+    save(untied, tmp_path / "untied")
+    loaded = load(tmp_path / "untied")
+    assert loaded.lm_head.weight is not loaded.model.embed_tokens.weight
+    assert torch.equal(loaded.lm_head.weight, untied.lm_head.weight)
+
+
+# A second implementation: one head at a time, softmax and activations spelled out, RoPE as complex numbers
+
+ACTIVATIONS = {
+    "silu": lambda x: x / (1 + (-x).exp()),
+    "relu": lambda x: x * (x > 0),
+    "gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2,
+}
+
+
+def straight_line(config: SkiplessConfig, weights: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+    """Logits (T, vocab_size) of one sequence of ids (T,), in fp64 except RoPE's angles, which the model has in fp32."""
+    length, width = len(ids), config.head_dim
+    group = config.num_attention_heads // config.num_key_value_heads
+    shaping, act = config.attention_shaping, ACTIVATIONS[config.hidden_act]
+    past = torch.arange(length)[:, None] >= torch.arange(length)
+    if "rope" in config.position_type:
+        rotated = int(width * config.rope_parameters.get("partial_rotary_factor", 1))
+        pair = torch.arange(rotated // 2, dtype=torch.float32)
+        angle = torch.arange(length)[:, None] * config.rope_parameters["rope_theta"] ** (-2 * pair / rotated)
+        turn = torch.complex(angle.cos().double(), angle.sin().double())
+
+    def positioned(x):
+        if "rope" not in config.position_type:
+            return x
+        if config.position_type == "rope":
+            z = torch.complex(x[:, : rotated // 2], x[:, rotated // 2 : rotated]) * turn
+            return torch.cat((z.real, z.imag, x[:, rotated:]), 1)
+        x = x.clone()
+        z = torch.complex(x[:, 0:rotated:2], x[:, 1:rotated:2]) * turn
+        x[:, 0:rotated:2], x[:, 1:rotated:2] = z.real, z.imag
+        return x
+
+    def linear(name, x):
+        if f"{name}.weight" in weights:
+            x = torch.einsum("ti,oi->to", x, weights[f"{name}.weight"])
+        return x + weights.get(f"{name}.bias", 0)
+
+    x = weights["model.embed_tokens.weight"][ids] + weights.get("model.embed_tokens.bias", 0)
+    if config.position_type == "learned":
+        x = x + weights["model.position_embeddings.weight"][:length]
+    for index in range(config.num_hidden_layers):
+        layer = f"model.layers.{index}"
+        q, k, v = (linear(f"{layer}.self_attn.{name}_proj", x).split(width, 1) for name in "qkv")
+        gain = {name: weights.get(f"{layer}.self_attn.{name}") for name in ("alpha", "beta", "gamma")}
+        heads = []
+        for h in range(config.num_attention_heads):
+            own = v[h // group]
+            scores = positioned(q[h]) @ positioned(k[h // group]).T / math.sqrt(width)
+            powers = (scores - scores.amax(1, keepdim=True)).exp() * past
+            out = powers / powers.sum(1, keepdim=True) @ own
+            if shaping is not None:
+                out = gain["alpha"][h] * own + gain["beta"][h] * out
+            if shaping == "full":
+                out = out - gain["gamma"][h] * own.cumsum(0) / torch.arange(1, length + 1)[:, None]
+            heads.append(out)
+        x = linear(f"{layer}.self_attn.o_proj", torch.cat(heads, 1))
+        up = linear(f"{layer}.mlp.up_proj", x)
+        x = act(linear(f"{layer}.mlp.gate_proj", x)) * up if config.ffn_type == "glu" else act(up)
+        x = linear(f"{layer}.mlp.down_proj", x)
+    return x @ weights["lm_head.weight"].T
+
+
+def both(model: torch.nn.Module, name: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The model's logits and the second implementation's, for which one weight may be spoiled by a millionth."""
+    ids = random_ids(model, batch=1)
+    weights = dict(model.state_dict())
+    if name is not None:
+        weights[name] = weights[name] * (1 + 1e-6)
+    return logits(model, ids)[0], straight_line(model.config, weights, ids[0])
+
+
+@shaped
+@positioned
+@pytest.mark.parametrize("ffn", [{"ffn_type": "mlp", "hidden_act": "gelu"}, {"ffn_type": "glu"}], ids=["mlp", "glu"])
+@pytest.mark.parametrize("bias", [{}, BIASES], ids=["plain", "biases"])
+def test_a_second_implementation_agrees(shaping, position, ffn, bias):
+    model = build(attention_shaping=shaping, **position, **ffn, **bias)
+    assert agree(*both(model))
+    assert not agree(*both(model, "model.layers.1.self_attn.k_proj.weight"))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"gate_bias": True, "hidden_act": "relu"},
+        {"attention_bias": True, "ffn_type": "mlp", "hidden_act": "relu"},
+        {"mlp_bias": True, "num_key_value_heads": 1},
+        {**MHA, "head_dim": 12, "rope_parameters": {**HALF_ROPE, "rope_theta": 100.0}},
+        {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 4, "attention_shaping": "full"},
+        {"tie_word_embeddings": True, "attention_shaping": "value"},
+        {**CLOSED, "attention_shaping": "full"},
+        {**CLOSED, **BIASES, "position_type": "learned"},
+        {**MHA, "stream_basis": "k", "attention_bias": True, "attention_shaping": "value"},
+        {**MHA, "stream_basis": "v", "p_removed": True, "attention_shaping": "full"},
+        {"p_removed": True, "head_dim": 12},
+    ],
+    ids=lambda fields: "-".join(fields),
+)
+def test_a_second_implementation_agrees_on_odd_models(fields):
+    model = build(**fields)
+    assert agree(*both(model))
+    assert not agree(*both(model, "model.layers.1.mlp.up_proj.weight"))
+
+
+@pytest.mark.parametrize("ffn_type", ["mlp", "glu"])
+def test_the_comparison_sees_every_tensor(ffn_type):
+    model = build(attention_shaping="full", ffn_type=ffn_type, **BIASES)
+    names = list(model.state_dict())
+    assert len(names) == 2 + 3 * (8 + 3 + (6 if ffn_type == "glu" else 4))
+    for name in names:
+        assert not agree(*both(model, name)), name
+
+
+# What the configuration refuses
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("block_type", {"block_type": "parallel"}),
+        ("ffn_type", {"ffn_type": "moe"}),
+        ("residual", {"residual": "both"}),
+        ("norm_type", {"norm_type": "rms"}),
+        ("position_type", {"position_type": "alibi"}),
+        ("attention_shaping", {"attention_shaping": "x"}),
+        ("stream_basis", {"stream_basis": "pivoted"}),
+        ("stream_basis", {"stream_basis": "k"}),
+        ("stream_basis", {"stream_basis": "v"}),
+        ("stream_basis", {"stream_basis": "q", "head_dim": 12}),
+        ("values_removed", {"values_removed": True}),
+        ("head_removed", {"head_removed": True}),
+        ("num_key_value_heads", {"num_key_value_heads": 3}),
+        ("rope_parameters.rope_type", {"rope_parameters": {**HALF_ROPE, "rope_type": "yarn", "factor": 2.0}}),
+        ("rope_parameters.partial_rotary_factor", {"rope_parameters": {**HALF_ROPE, "partial_rotary_factor": 0.4}}),
+        ("rope_parameters.partial_rotary_factor", {"head_dim": 7}),
+        ("rope_parameters", {"position_type": "learned", "rope_parameters": HALF_ROPE}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_unsupported_values_are_refused_by_name(name, fields):
+    with pytest.raises((ValueError, StrictDataclassClassValidationError), match=f"{name}: .*") as error:
+        SkiplessConfig(**{**TINY, **fields})
+    assert "expected" in str(error.value) or "needs" in str(error.value)
+    SkiplessConfig(**TINY)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"sliding_window": 4},
+        {"rms_norm_eps": 1e-5},
+        {"rope_theta": 5000.0},
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"num_local_experts": 8},
+        {"layer_types": ["full_attention"] * 3},
+        {"attention_dropout": 0.1},
+        {"final_logit_softcapping": 30.0},
+    ],
+    ids="-".join,
+)
+def test_unknown_fields_are_refused_by_name(fields):
+    with pytest.raises(ValueError, match=f"{next(iter(fields))}: not a field"):
+        SkiplessConfig(**{**TINY, **fields})
+
+
+def test_generation_defaults_and_bookkeeping_are_accepted():
+    config = SkiplessConfig(**TINY, temperature=0.7, torch_dtype="float32", architectures=["SkiplessForCausalLM"])
+    assert SkiplessConfig(**config.to_dict()).to_dict() == config.to_dict()
+
+
+# Closed seams
+
+
+@pytest.mark.parametrize(
+    ("fields", "absent"),
+    [
+        ({}, {}),
+        ({"ffn_type": "mlp"}, {0: {"gate_proj"}, 1: {"gate_proj"}, 2: {"gate_proj"}}),
+        ({"stream_basis": "q"}, {0: {"q_proj"}, 1: {"q_proj"}, 2: {"q_proj"}}),
+        ({**MHA, "stream_basis": "k"}, {0: {"k_proj"}, 1: {"k_proj"}, 2: {"k_proj"}}),
+        ({**MHA, "stream_basis": "v", "layers_open": [0, 2]}, {1: {"v_proj"}}),
+        ({"p_removed": True}, {0: {"o_proj"}, 1: {"o_proj"}, 2: {"o_proj"}}),
+        (CLOSED, {0: {"q_proj", "o_proj"}, 1: {"o_proj"}, 2: {"q_proj", "o_proj"}}),
+    ],
+    ids=["nothing", "mlp", "q", "k", "v", "p", "q-and-p"],
+)
+@shaped
+def test_closed_seams_leave_out_exactly_their_projections(shaping, fields, absent):
+    model = build(attention_shaping=shaping, **fields)
+    gains = {None: (), "value": ("alpha", "beta"), "full": ("alpha", "beta", "gamma")}[shaping]
+    expected = {"model.embed_tokens.weight", "lm_head.weight"} | {f"{name}.bias" for name in model.config.folded_biases}
+    for index in range(3):
+        attention = {f"self_attn.{name}_proj.weight" for name in "qkvo"} | {f"self_attn.{name}" for name in gains}
+        names = attention | {f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+        expected |= {
+            f"model.layers.{index}.{name}" for name in names if not set(name.split(".")) & absent.get(index, set())
+        }
+    assert set(model.state_dict()) == expected
+    assert {name for name, _ in model.named_parameters()} == expected
+    linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert linears == {name for name in expected if "proj.weight" in name} | {"lm_head.weight"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "biased"),
+    [
+        ({"gate_bias": True}, {"gate_proj"}),
+        ({"mlp_bias": True}, {"gate_proj", "up_proj", "down_proj"}),
+        ({"mlp_bias": True, "ffn_type": "mlp"}, {"up_proj", "down_proj"}),
+        ({"attention_bias": True}, {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ({"attention_bias": True, "stream_basis": "q", "p_removed": True}, {"k_proj", "v_proj"}),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_biases_are_where_the_flags_say(fields, biased):
+    found = [name.split(".")[-2] for name in build(**fields).state_dict() if name.endswith(".bias")]
+    assert sorted(found) == sorted(3 * list(biased))
+
+
+# Compilation and lower precision
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"attention_shaping": "full"}, {**CLOSED, "attention_shaping": "full"}, {**CLOSED, "attention_shaping": "value"}],
+    ids=["full", "full-closed", "value-closed"],
+)
+def test_the_model_compiles_whole(fields):
+    model = build(**fields)
+    ids = random_ids(model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    expected = logits(model, ids)
+    assert agree(logits(compiled, ids), expected)
+    spoil(model)
+    assert not agree(logits(compiled, ids), expected)
+    torch._dynamo.reset()
+
+
+@shaped
+@positioned
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, FP32), (torch.bfloat16, 0.1)], ids=["fp32", "bf16"])
+def test_lower_precision_is_finite_and_near(shaping, position, dtype, tolerance):
+    model = build(attention_shaping=shaping, num_hidden_layers=2, **position)
+    ids = random_ids(model)
+    expected = logits(model, ids).flatten()
+    found = logits(copy.deepcopy(model).to(dtype), ids).flatten()
+    assert found.dtype == dtype
+    assert found.isfinite().all()
+    assert agree(found.double(), expected, tolerance)
+    assert not agree(found.double(), expected, tolerance / 1000)
+    model.model.layers[1].mlp.up_proj.weight.data *= 1.5
+    assert not agree(logits(model, ids).flatten(), expected, tolerance)
+
+
+@pytest.mark.parametrize("position", ["rope", "partial", "interleaved"])
+def test_rotary_angles_do_not_degrade(position):
+    model = build(dtype=torch.bfloat16, head_dim=16, max_position_embeddings=4096, **POSITIONS[position])
+    assert not list(model.buffers())  # nothing that casting the model could round
+    config = model.config
+    frequency = 10000.0 ** (-np.arange(0, config.rotary_dim, 2, dtype=np.float64) / config.rotary_dim)
+    for at in (1, 4000):
+        cos, sin = rotary_cos_sin(torch.tensor([[at]]), config, torch.float32)
+        assert cos.shape == sin.shape == (1, 1, 1, config.rotary_dim // 2)
+        assert cos.dtype == sin.dtype == torch.float32
+        np.testing.assert_allclose(cos.flatten(), np.cos(at * frequency), rtol=0, atol=1e-3)
+        np.testing.assert_allclose(sin.flatten(), np.sin(at * frequency), rtol=0, atol=1e-3)
+    rounded = torch.tensor(frequency).bfloat16().double().numpy()
+    assert np.abs(np.cos(4000 * rounded) - np.cos(4000 * frequency)).max() > 1e-2

@@ -1,0 +1,83 @@
+"""Tiny models, built in code: every weight, bias and gain random, so that nothing cancels by being zero or one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from skipless.model import SkiplessConfig, SkiplessForCausalLM
+
+TINY: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def build(seed: int = 0, dtype: torch.dtype = torch.float64, **fields: Any) -> SkiplessForCausalLM:
+    """A tiny model with random, well-conditioned weights: orthogonal plus noise, so that the signal keeps its size."""
+    torch.manual_seed(seed)
+    model = SkiplessForCausalLM(SkiplessConfig(**{**TINY, **fields})).double().eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("bias", "alpha", "beta", "gamma")):
+                weight.normal_()
+            elif "proj" in name:
+                noise = 0.2 * torch.randn_like(weight) * weight.shape[1] ** -0.5
+                weight.copy_(torch.nn.init.orthogonal_(torch.empty_like(weight), gain=1.3) + noise)
+    return model.to(dtype)
+
+
+def save(model: SkiplessForCausalLM, folder: Path, **options: Any) -> Path:
+    """Save as a user would."""
+    model.save_pretrained(folder, **options)
+    return folder
+
+
+def random_ids(model: SkiplessForCausalLM, batch: int = 2, length: int = 11, seed: int = 1) -> torch.Tensor:
+    """Random token ids (batch, length)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(model.config.vocab_size, (batch, length), generator=generator)
+
+
+@torch.no_grad()
+def relative_error(found: SkiplessForCausalLM, expected: SkiplessForCausalLM, **kwargs: Any) -> float:
+    """max |difference of logits| / max |logit|, on random tokens."""
+    ids = random_ids(expected, **kwargs)
+    reference = expected(input_ids=ids).logits.double()
+    return ((found(input_ids=ids).logits.double() - reference).abs().max() / reference.abs().max()).item()
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float64) -> SkiplessForCausalLM:
+    """Load as a user would."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def edit_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
+    """Replace, add or (None) remove tensors of a single-file checkpoint; '__' stands for '.' in names."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for name, tensor in changes.items():
+        tensors.pop(name.replace("__", "."), None)
+        if tensor is not None:
+            tensors[name.replace("__", ".")] = tensor
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Change fields of config.json; None removes one."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    for name, value in changes.items():
+        config.pop(name, None)
+        if value is not None:
+            config[name] = value
+    file.write_text(json.dumps(config))

@@ -1,0 +1,11 @@
+"""The tolerances that tests hold the library to; `skipless verify` uses the same numbers."""
+
+import torch
+
+from skipless.verification import HALF_PRECISION_FACTOR, TOLERANCES
+
+FP64 = TOLERANCES[torch.float64]
+FP32 = TOLERANCES[torch.float32]
+HALF = HALF_PRECISION_FACTOR
+
+assert (FP64, FP32, HALF) == (1e-9, 1e-4, 2.5)

@@ -1,0 +1,101 @@
+import math
+import re
+
+import pytest
+
+from skipless.architecture import Architecture
+from skipless.seams import close, seams
+from tests.models import TINY
+
+
+def architecture(**changes) -> Architecture:
+    return Architecture.from_config({"model_type": "skipless", **TINY, **changes})
+
+
+def weights(model: Architecture) -> int:
+    return sum(math.prod(shape) for name, shape in model.tensors().items() if name.endswith("weight"))
+
+
+def test_a_serial_model_has_a_stream_and_a_p_seam_per_layer():
+    found = seams(architecture())
+    assert [(seam.kind, seam.layer) for seam in found] == [(kind, i) for i in range(3) for kind in ("stream", "p")]
+    stream, p = found[2:4]
+    assert stream.writers == ("model.layers.0.mlp.down_proj",)
+    assert stream.readers == tuple(f"model.layers.1.self_attn.{name}_proj" for name in "qkv")
+    assert p.writers == ("model.layers.1.self_attn.o_proj",)
+    assert p.readers == ("model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj")
+    assert not any(seam.blocked for seam in found)
+
+
+def test_the_first_seam_is_written_by_the_embeddings_and_pulls_the_tied_head_along():
+    assert seams(architecture())[0].writers == ("model.embed_tokens",)
+    seam = seams(architecture(position_type="learned", tie_word_embeddings=True))[0]
+    assert seam.writers == ("model.embed_tokens", "model.position_embeddings")
+    assert seam.duals == ("model.layers.2.mlp.down_proj",)
+
+
+@pytest.mark.parametrize(("kv_heads", "bases"), [(4, {"q", "k", "v"}), (2, {"q"}), (1, {"q"})])
+def test_only_square_projections_can_become_the_identity(kv_heads, bases):
+    assert set(seams(architecture(num_key_value_heads=kv_heads))[0].identities) == bases
+
+
+@pytest.mark.parametrize("fields", [{}, {"ffn_type": "mlp"}, {"head_dim": 4}], ids=str)
+def test_a_seam_saves_what_it_says(fields):
+    model = architecture(**fields)
+    for seam in seams(model):
+        if not seam.identities.keys() & {"q", "p"}:
+            continue
+        each = [other for other in seams(model) if other.kind == seam.kind]  # one switch for all P-M seams
+        closing = [seam] if seam.kind == "stream" else each
+        assert weights(model) - weights(close(model, closing, "q")) == sum(other.saves for other in closing)
+
+
+def test_square_q_and_p_save_twice_d_squared_a_layer():
+    model = architecture()
+    assert weights(model) - weights(close(model, seams(model), "q")) == 2 * 3 * 32**2
+
+
+def test_closing_records_what_was_done():
+    closed = close(architecture(attention_bias=True), seams(architecture(attention_bias=True)), "q")
+    assert (closed.stream_basis, closed.layers_open, closed.p_removed) == ("q", (), True)
+    assert closed.folded_biases == (
+        "model.layers.0.mlp.gate_proj",
+        "model.layers.0.mlp.up_proj",
+        "model.layers.0.mlp.down_proj",
+        "model.layers.1.mlp.gate_proj",
+        "model.layers.1.mlp.up_proj",
+        "model.layers.1.mlp.down_proj",
+        "model.layers.2.mlp.gate_proj",
+        "model.layers.2.mlp.up_proj",
+    )
+    assert seams(closed) == []
+
+
+def test_a_seam_left_open_can_be_closed_later():
+    model = architecture()
+    half = close(model, [seam for seam in seams(model) if seam.layer != 1 or seam.kind == "p"], "q")
+    assert half.layers_open == (1,)
+    (left,) = seams(half)
+    assert (left.kind, left.layer) == ("stream", 1)
+    assert close(half, [left], "q") == close(model, seams(model), "q")
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "reason"),
+    [
+        (
+            {"norm_type": "rms"},
+            "stream",
+            "model.layers.1.input_layernorm stands between model.layers.0.mlp.down_proj and",
+        ),
+        ({"norm_type": "layer"}, "p", "model.layers.1.post_attention_layernorm stands between"),
+        ({"residual": "both"}, "stream", "residual 'both': a skip connection carries the stream past layer 1"),
+        ({"residual": "ffn"}, "stream", "residual 'ffn'"),
+        ({"residual": "attention"}, "p", "residual 'attention': a skip connection joins or leaves the stream between"),
+        ({"head_dim": 16}, "p", r"o_proj is \(32, 64\): merging it would make .* larger"),
+    ],
+)
+def test_a_blocked_seam_says_why(fields, kind, reason):
+    seam = next(seam for seam in seams(architecture(**fields)) if seam.kind == kind and seam.layer == 1)
+    assert seam.blocked
+    assert re.search(reason, seam.blocked)
