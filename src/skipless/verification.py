@@ -33,9 +33,9 @@ DEFAULT_PROMPT = "def read(path):\n    "
 class Row:
     """B in one dtype against A in fp64; the fields that begin with own_ are A's in the same dtype.
 
-    logit_error: max |difference| / max |logit of A|. kl: mean KL(A || B) per token, in nats. top1: fraction of
-    positions with the same most likely token. greedy: fraction of greedy tokens before the first difference (a tie,
-    within the tolerance, is not one). judged: whether the dtype is at least as fine as B's stored weights.
+    logit_error: max |difference| / max |logit of A| at the worst position. kl: mean KL(A || B) per token, in nats.
+    top1: fraction of positions with the same most likely token. greedy: fraction of greedy tokens before the first
+    difference (a tie, within the tolerance, is not one). judged: whether the dtype is at least as fine as B's weights.
     """
 
     dtype: str
@@ -205,8 +205,8 @@ def _tolerance(name: str, own: dict[str, _Outcome], reference: _Outcome) -> floa
 
 
 def _logit_error(outcome: _Outcome, reference: _Outcome) -> float:
-    error = (outcome.logits - reference.logits).abs().max() / reference.logits.abs().max()
-    return error.item() if math.isfinite(error) else math.inf
+    error = (outcome.logits - reference.logits).abs().amax(-1) / reference.logits.abs().amax(-1)
+    return error.max().item() if error.isfinite().all() else math.inf
 
 
 def _kl(outcome: _Outcome, reference: _Outcome) -> float:
@@ -243,9 +243,9 @@ def _note(rows: Sequence[Row], same: bool, stored: str) -> str:
         )
     worse = [row for row in rows if not row.judged and not row.passed]
     if worse:
-        row = worse[0]
+        factors = " and ".join(f"{row.logit_error / row.own_logit_error:.0f}" for row in worse)
         return (
-            f"the same function as stored in {stored}; do not run it in {row.dtype}, where its error is "
-            f"{row.logit_error / row.own_logit_error:.0f} times the original's"
+            f"the same function as stored in {stored}; do not run it in {' or '.join(row.dtype for row in worse)}, "
+            f"where its error is {factors} times the original's"
         )
     return f"the same function as stored in {stored}"

@@ -65,7 +65,7 @@ def cases(draw):
         "num_hidden_layers": draw(st.integers(1, 3)),
         "intermediate_size": draw(st.integers(2 * heads * head_dim, 3 * heads * head_dim)),
         "ffn_type": draw(st.sampled_from(["mlp", "glu"])),
-        "hidden_act": draw(st.sampled_from(["silu", "gelu", "relu"])),
+        "hidden_act": draw(st.sampled_from(["silu", "gelu", "leaky_relu"])),
         "position_type": position,
         "attention_shaping": draw(st.sampled_from([None, "value", "full"])),
     }
@@ -74,7 +74,7 @@ def cases(draw):
         if head_dim == 2:
             fields["rope_parameters"]["partial_rotary_factor"] = 1.0
     for switch in ("attention_bias", "mlp_bias", "gate_bias", "tie_word_embeddings"):
-        fields[switch] = draw(st.booleans())
+        fields[switch] = draw(st.booleans()) and not (switch == "gate_bias" and fields["ffn_type"] == "mlp")
     return fields, draw(st.sampled_from("qkv" if kv_heads == heads else "q")), draw(st.integers(0, 2**16))
 
 

@@ -7,6 +7,7 @@ that the model also loads where this library is not installed (`trust_remote_cod
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationConfig
 
@@ -46,8 +47,8 @@ class SkiplessConfig(PreTrainedConfig):
     ("q", "k" or "v"; null: none); `layers_open` lists the layers that kept it; `p_removed` says that o_proj has been
     merged into the FFN's input matrices; `folded_biases` lists the modules that gained a bias by folding.
 
-    Raises (at construction): ValueError naming the field, what was expected and what was found, for a field or value
-    the model does not implement.
+    Raises, at construction, for a field, value or combination that the model does not implement: ValueError or
+    huggingface_hub's StrictDataclassError, naming the field, what was expected and what was found.
     """
 
     model_type = "skipless"
@@ -121,12 +122,35 @@ class SkiplessConfig(PreTrainedConfig):
                     f"stream_basis: {self.stream_basis!r} needs a square {self.stream_basis}_proj, but its output is "
                     f"{heads * self.head_dim} wide and hidden_size is {self.hidden_size}"
                 )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act: expected an activation of transformers, found {self.hidden_act!r}")
+        if self.gate_bias and self.ffn_type != "glu":
+            raise ValueError(f"gate_bias: expected false with ffn_type {self.ffn_type!r}, which has no gate")
+        for layer in self.layers_open:
+            if self.stream_basis is None or not 0 <= layer < self.num_hidden_layers:
+                raise ValueError(
+                    f"layers_open: expected layers 0..{self.num_hidden_layers - 1} of a model with a stream_basis, "
+                    f"found {layer} with stream_basis {self.stream_basis!r}"
+                )
+        biased = ["model.embed_tokens"]
+        for name in ("gate_proj", "up_proj", "down_proj") if self.ffn_type == "glu" else ("up_proj", "down_proj"):
+            biased += [f"model.layers.{layer}.mlp.{name}" for layer in range(self.num_hidden_layers)]
+        for name in self.folded_biases:
+            if name not in biased:
+                raise ValueError(f"folded_biases: expected model.embed_tokens or matrices of an FFN, found {name!r}")
+        self.validate_positions()
+
+    def validate_positions(self) -> None:
+        """Refuse rope_parameters that rotate nothing, too much, or in a way the model file does not know."""
         if not self.position_type.startswith("rope"):
             if self.rope_parameters:
                 raise ValueError(f"rope_parameters: expected null with position_type {self.position_type!r}")
             return
         if (rope_type := self.rope_parameters.get("rope_type", "default")) != "default":
             raise ValueError(f"rope_parameters.rope_type: expected 'default', found {rope_type!r}, not supported")
+        for name in self.rope_parameters:
+            if name not in ("rope_type", "rope_theta", "partial_rotary_factor"):
+                raise ValueError(f"rope_parameters.{name}: not a parameter of default RoPE; remove it")
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
             raise ValueError(
                 f"rope_parameters.partial_rotary_factor: expected an even number of rotated dimensions in "

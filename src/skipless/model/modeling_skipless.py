@@ -153,6 +153,8 @@ class SkiplessAttention(nn.Module):
         )
         if self.config.attention_shaping is not None:
             output = self.shape(output, own_value)
+        if self.config.attention_shaping == "full" and weights is not None:
+            weights = weights.unflatten(1, (self.num_key_value_heads, -1))[:, :, :-1].flatten(1, 2)
         output = output.reshape(*input_shape, -1).contiguous()
         return (output if self.o_proj is None else self.o_proj(output)), weights
 
