@@ -13,7 +13,7 @@ from skipless.fusion import Plan, fuse
 from skipless.verification import Report, greedy_config, load, verify
 
 BUNDLED = Path(__file__).parent / "bundled" / "stdlib"
-PROMPT = "class Stack:\n    def __init__(self"
+PROMPT = 'def parse(text):\n    """Parse'
 TOKENS = 96
 
 

@@ -29,12 +29,10 @@ def plan_table(plan: Plan) -> Table:
         table.add_row(kind, f"{len(tasks):,}", _megabytes(reads), _megabytes(writes), f"{saved:,}")
     table.add_section()
     before, after = plan.weights
-    table.add_row(
-        "weights before, after", "", f"{before:,}", f"{after:,}", f"{before - after:,} ({1 - after / before:.1%})"
-    )
+    table.add_row("weights", "", f"{before:,}", f"{after:,}", f"{before - after:,} ({1 - after / before:.1%})")
     before, after = plan.bytes
     table.add_row(
-        "bytes before, after",
+        "bytes",
         "",
         _megabytes(before),
         _megabytes(after),

@@ -26,7 +26,7 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 HALF_PRECISION_FACTOR = 2.5
 
 DEFAULT_DTYPES = ("float64", "float32", "bfloat16")
-DEFAULT_PROMPT = "def read(path):\n    "
+DEFAULT_PROMPT = 'def read(path):\n    """Read'
 
 
 @dataclass(frozen=True)
