@@ -22,7 +22,7 @@ import skipless
 from skipless import tables
 from skipless.bench import decode
 from skipless.demo import BUNDLED, PROMPT
-from skipless.verification import greedy_config, load
+from skipless.inference import greedy_config, load
 
 GREEDY_TOKENS = 256
 console = Console(width=100)

@@ -2,10 +2,10 @@
 
 import torch
 
-from skipless.verification import HALF_PRECISION_FACTOR, TOLERANCES
+from skipless.verification import OWN_ERROR_FACTOR, TOLERANCES
 
 FP64 = TOLERANCES[torch.float64]
 FP32 = TOLERANCES[torch.float32]
-HALF = HALF_PRECISION_FACTOR
+HALF = OWN_ERROR_FACTOR
 
 assert (FP64, FP32, HALF) == (1e-9, 1e-4, 2.5)

@@ -145,7 +145,7 @@ class Architecture:
                 raise InputError(
                     f"config.json: layers_open: expected layers 0..{self.num_hidden_layers - 1}, found {layer}"
                 )
-        known = {module.name for module in self.modules()}
+        known = {module.name for module in self.modules()} if self.folded_biases else set()
         for name in self.folded_biases:
             if name not in known:
                 raise InputError(f"config.json: folded_biases: expected names of modules of this model, found {name!r}")

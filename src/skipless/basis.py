@@ -4,6 +4,7 @@ S below is square, (d, d), in fp64; solves go through an LU factorization, never
 """
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,9 @@ import scipy.linalg
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from skipless.errors import InputError
+from skipless.seams import Seam
 
 # A solve in fp64 loses about eps * condition. Beyond this, the rewritten model could not reach 1e-9 even in fp64.
 MAX_CONDITION = 1e-9 / np.finfo(np.float64).eps
@@ -43,3 +47,22 @@ class Basis:
         """S^-1 right."""
         solution = scipy.linalg.lu_solve((self.lu, self.pivots), right.numpy(), check_finite=False)
         return torch.from_numpy(solution)
+
+
+def choose(seam: Seam, gone: str, weights: Mapping[str, Float[Tensor, "d _"]]) -> Basis:
+    """The basis that turns the reader `gone` into the identity; weights: those of the seam's readers.
+
+    Raises InputError when it is singular or nearly so, with its condition number and the alternatives that would work.
+    """
+    basis = Basis.factorize(weights[gone])
+    if basis.usable:
+        return basis
+    others = {name: Basis.factorize(weights[module]) for name, module in seam.identities.items() if module != gone}
+    alternatives = [
+        *(f"--basis {name} (condition number {other.condition:.1e})" for name, other in others.items() if other.usable),
+        f"leave this seam open with --layers-open {seam.layer}",
+    ]
+    raise InputError(
+        f"{gone}.weight: expected an invertible matrix (condition number at most {MAX_CONDITION:.1e}), "
+        f"found {basis.condition:.1e}; use {' or '.join(alternatives)}"
+    )

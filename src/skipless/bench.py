@@ -12,7 +12,8 @@ from statistics import median
 import torch
 from transformers import PreTrainedModel
 
-from skipless.verification import greedy_config, load
+from skipless.errors import InputError
+from skipless.inference import greedy_config, load
 
 PROMPT_TOKENS = 16
 
@@ -39,18 +40,22 @@ def decode(
 
     Returns each model's Speed, and for each model the median over rounds of its speed over the first model's.
     """
-    measured: dict[str, list[float]] = {name: [] for name, _ in models}
+    for name, model in models:
+        limit = model.config.max_position_embeddings
+        if PROMPT_TOKENS + tokens > limit:
+            raise InputError(f"tokens: expected at most {limit - PROMPT_TOKENS} for {name}, found {tokens}")
+    measured: list[list[float]] = [[] for _ in models]
     for _, model in models:
         _tokens_per_second(model, tokens)  # warm up
     for turn in range(rounds):
-        for name, model in models if turn % 2 == 0 else reversed(models):
-            measured[name].append(_tokens_per_second(model, tokens))
+        order = range(len(models))
+        for index in order if turn % 2 == 0 else reversed(order):
+            measured[index].append(_tokens_per_second(models[index][1], tokens))
     speeds = []
-    for name, model in models:
+    for (name, model), found in zip(models, measured, strict=True):
         size = bytes_per_token(model)
-        speeds.append(Speed(name, tuple(measured[name]), median(measured[name]), size, read_bandwidth(size) / size))
-    first = speeds[0].rounds
-    ratios = tuple(median(b / a for a, b in zip(first, speed.rounds, strict=True)) for speed in speeds)
+        speeds.append(Speed(name, tuple(found), median(found), size, read_bandwidth(size) / size))
+    ratios = tuple(median(b / a for a, b in zip(measured[0], found, strict=True)) for found in measured)
     return tuple(speeds), ratios
 
 

@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import math
+import re
+import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +26,16 @@ class Group(click.Group):
     """A click group that turns bad input into one line on stderr and exit code 2."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that files are cleaned up
         try:
             return super().invoke(ctx)
-        except InputError as error:
+        except (InputError, OSError) as error:
             err.print(f"skipless: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
             sys.exit(2)
+        except Exception:  # a traceback's usual exit code, 1, would say "not the same function"
+            traceback.print_exc()
+            err.print("skipless: this is a bug in skipless; please report it with the lines above", style="red")
+            sys.exit(3)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -34,7 +43,7 @@ class Group(click.Group):
 def main() -> None:
     """Remove, exactly, the weights a transformer without skip connections does not need.
 
-    Exit codes: 0 done, 1 the answer is no (not the same function), 2 bad input or usage.
+    Exit codes: 0 done, 1 the answer is no (not the same function), 2 bad input or usage, 3 a bug.
     """
 
 
@@ -117,7 +126,7 @@ def fuse(
 
             plan = fusion.fuse(source, destination, progress=advance, **options)
     if as_json:
-        print_json(plan_json(plan))
+        print_json(plan.summary())
     else:
         out.print(tables.plan_table(plan))
         if not dry_run:
@@ -206,24 +215,17 @@ def train(recipe: str, out_folder: Path, resume: bool, as_json: bool) -> None:
         out.print(f"held out: {result['held_out_loss']:.3f} nats a token, {result['bits_per_byte']:.3f} bits a byte")
 
 
-def plan_json(plan: Any) -> dict[str, Any]:
-    """The plan's totals."""
-    before, after = plan.weights
-    bytes_before, bytes_after = plan.bytes
-    return {
-        "basis": plan.basis,
-        "tasks": len(plan.tasks),
-        "weights_before": before,
-        "weights_after": after,
-        "bytes_before": bytes_before,
-        "bytes_after": bytes_after,
-        "shards": sorted({info.shard for info in plan.outputs.values()}),
-    }
+def print_json(value: Any) -> None:
+    """One JSON object on stdout; what JSON has no number for (infinity, NaN) becomes null."""
 
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(item) for name, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
 
-def print_json(value: dict[str, Any]) -> None:
-    """One JSON object on stdout."""
-    click.echo(json.dumps(value))
+    click.echo(json.dumps(plain(value), allow_nan=False))
 
 
 def parse_layers(text: str) -> list[int]:
@@ -236,8 +238,8 @@ def parse_layers(text: str) -> list[int]:
 
 def parse_size(text: str) -> int:
     """A size such as 5GB or 200MB in bytes."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6)):
-        number = text.strip().upper().removesuffix(unit)
-        if number != text.strip().upper() and number.replace(".", "", 1).isdigit() and float(number) > 0:
-            return int(float(number) * factor)
-    raise InputError(f"--max-shard-size: expected a number and MB or GB, such as 5GB; found {text!r}")
+    found = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,3})?) ?(MB|GB)", text.strip().upper())
+    size = int(float(found[1]) * {"MB": 10**6, "GB": 10**9}[found[2]]) if found else 0
+    if size < 1:
+        raise InputError(f"--max-shard-size: expected a number and MB or GB, such as 5GB; found {text!r}")
+    return size

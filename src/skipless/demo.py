@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from skipless.bench import Speed, decode
 from skipless.fusion import Plan, fuse
-from skipless.verification import Report, greedy_config, load, verify
+from skipless.inference import greedy_config, load, load_tokenizer
+from skipless.verification import Report, verify
 
 BUNDLED = Path(__file__).parent / "bundled" / "stdlib"
 PROMPT = 'def parse(text):\n    """Parse'
@@ -31,7 +32,7 @@ class Demo:
 
 def demo(say: Callable[[str], None]) -> Demo:
     """Run it, telling `say` what happens. Both models are stored and run in fp32 (the bundled file is bf16)."""
-    tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
+    tokenizer = load_tokenizer(BUNDLED)
     say("The bundled model, a skipless transformer trained on Python source, continues a prompt:")
     original = load(BUNDLED, torch.float32)
     before = _continue(original, tokenizer)

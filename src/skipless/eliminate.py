@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from skipless.basis import MAX_CONDITION, Basis
-from skipless.errors import InputError
+from skipless.basis import Basis
 from skipless.seams import Seam
 
 
@@ -37,15 +36,15 @@ class Affine:
         return dataclasses.replace(self, bias=bias if self.bias is None else self.bias + bias)
 
 
-def close(seam: Seam, gone: str, affines: Mapping[str, Affine]) -> dict[str, Affine]:
+def close(seam: Seam, gone: str, affines: Mapping[str, Affine], basis: Basis | None) -> dict[str, Affine]:
     """Close `seam` by turning the module `gone`, one of seam.identities, into the identity; returns those that remain.
 
-    affines: every module of seam.modules. Raises InputError for a singular or nearly singular basis, with its
-    condition number and the alternatives that would work.
+    affines: every module of seam.modules. basis: that of `gone`, if it is a reader (basis.choose).
     """
     if gone in seam.writers:
         return _merge_writer(seam, gone, affines)
-    return _reader_to_identity(seam, gone, affines)
+    assert basis is not None
+    return _reader_to_identity(seam, gone, affines, basis)
 
 
 def _merge_writer(seam: Seam, gone: str, affines: Mapping[str, Affine]) -> dict[str, Affine]:
@@ -60,12 +59,9 @@ def _merge_writer(seam: Seam, gone: str, affines: Mapping[str, Affine]) -> dict[
     return merged
 
 
-def _reader_to_identity(seam: Seam, gone: str, affines: Mapping[str, Affine]) -> dict[str, Affine]:
+def _reader_to_identity(seam: Seam, gone: str, affines: Mapping[str, Affine], basis: Basis) -> dict[str, Affine]:
     """O* = O S, R = S^-1 A (Fig. 2b), with biases and tied tables."""
     chosen = affines[gone]
-    basis = Basis.factorize(chosen.weight)
-    if not basis.usable:
-        raise InputError(_singular(seam, gone, basis, affines))
     closed = {}
     for name in seam.writers:
         writer = affines[name]
@@ -82,17 +78,3 @@ def _reader_to_identity(seam: Seam, gone: str, affines: Mapping[str, Affine]) ->
         bias = None if dual.bias is None else basis.solve(dual.bias[:, None])[:, 0]
         closed[name] = dataclasses.replace(dual, weight=basis.solve(dual.weight.T).T, bias=bias)
     return closed
-
-
-def _singular(seam: Seam, gone: str, basis: Basis, affines: Mapping[str, Affine]) -> str:
-    alternatives = []
-    for name, module in seam.identities.items():
-        if module != gone:
-            other = Basis.factorize(affines[module].weight)
-            if other.usable:
-                alternatives.append(f"--basis {name} (condition number {other.condition:.1e})")
-    alternatives.append(f"leave this seam open with --layers-open {seam.layer}")
-    return (
-        f"{gone}.weight: expected an invertible matrix (condition number at most {MAX_CONDITION:.1e}), "
-        f"found {basis.condition:.1e}; use {' or '.join(alternatives)}"
-    )

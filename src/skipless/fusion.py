@@ -4,7 +4,9 @@ The plan is pure (no tensor is read); a task is everything that must be in memor
 of each other, so that an engine may run them in any order and anywhere.
 """
 
-import dataclasses
+import copy
+import logging
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,17 +14,23 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from skipless.architecture import Architecture, Module
+from skipless.basis import choose
 from skipless.checkpoint.reader import CheckpointReader, TensorInfo
 from skipless.checkpoint.writer import CheckpointWriter, new_folder, plan_shards, write_json
 from skipless.dtypes import DTYPE_NAMES
 from skipless.eliminate import Affine, close
 from skipless.errors import InputError
-from skipless.seams import Seam, seams
-from skipless.seams import close as close_architecture
+from skipless.model.configuration_skipless import SkiplessConfig
+from skipless.seams import Seam, closed, seams
+
+logger = logging.getLogger("skipless")
 
 BASES = ("q", "k", "v")
+# Relative error of k and v above which a layer's result is visibly not the original's.
+LOSS_TO_WARN_OF = 1e-2
 MODEL_FILES = tuple(
     Path(__file__).parent / "model" / name for name in ("configuration_skipless.py", "modeling_skipless.py")
 )
@@ -43,8 +51,16 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Done:
+    """What a task gives: the tensors to write, and the condition numbers of the modules it turned into the identity."""
+
+    tensors: Iterator[tuple[str, torch.Tensor]]
+    conditions: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Plan:
-    """All that a fuse will do. `inputs`, `outputs`: every tensor of the source and of the result."""
+    """All that a fuse will do. `inputs`, `outputs`: every tensor of source and result; `config`: the new one."""
 
     source: Architecture
     target: Architecture
@@ -52,6 +68,7 @@ class Plan:
     tasks: tuple[Task, ...]
     inputs: Mapping[str, TensorInfo]
     outputs: Mapping[str, TensorInfo]
+    config: Mapping[str, object]
 
     @cached_property
     def modules(self) -> tuple[dict[str, Module], dict[str, Module]]:
@@ -73,6 +90,20 @@ class Plan:
         before, after = (sum(info.bytes for info in tensors.values()) for tensors in (self.inputs, self.outputs))
         return before, after
 
+    def summary(self) -> dict[str, object]:
+        """The totals, for --json."""
+        before, after = self.weights
+        bytes_before, bytes_after = self.bytes
+        return {
+            "basis": self.basis,
+            "tasks": len(self.tasks),
+            "weights_before": before,
+            "weights_after": after,
+            "bytes_before": bytes_before,
+            "bytes_after": bytes_after,
+            "shards": sorted({info.shard for info in self.outputs.values()}),
+        }
+
 
 def make_plan(
     reader: CheckpointReader,
@@ -89,11 +120,16 @@ def make_plan(
     Raises InputError for a checkpoint that contradicts its config, a blocked seam, or nothing to remove.
     """
     source = Architecture.from_config(reader.config)
+    if source.num_hidden_layers > len(reader.tensors):
+        raise InputError(
+            f"config.json: num_hidden_layers: expected at most {len(reader.tensors)}, the number of tensors, found "
+            f"{source.num_hidden_layers}"
+        )
     reader.check(source.tensors())
     if dtype is not None and dtype not in DTYPE_NAMES:
         raise InputError(f"dtype: expected one of {', '.join(DTYPE_NAMES)}, found {dtype!r}")
     closing = _choose(source, basis, frozenset(layers_open))
-    target = close_architecture(source, closing, basis)
+    target = closed(source, closing, basis)
 
     produced: dict[str, Task] = {}
     modules_after = {module.name: module for module in target.modules()}
@@ -118,6 +154,7 @@ def make_plan(
         tasks=tuple(dict.fromkeys(produced[name] for name in target.tensors())),
         inputs=reader.tensors,
         outputs=plan_shards(outputs, max_shard_size),
+        config=_fused_config(reader.config, target, dtype),
     )
 
 
@@ -139,7 +176,10 @@ def _choose(source: Architecture, basis: str, layers_open: frozenset[int]) -> li
             raise InputError(f"the {seam.kind} seam of layer {seam.layer} is blocked by {seam.blocked}")
     for seam in closing:
         if seam.kind == "stream" and basis not in seam.identities:
-            square = " or ".join(f"--basis {name}" for name in seam.identities) or "none is"
+            square = " or ".join(f"--basis {name}" for name in seam.identities) or (
+                f"none is, so leave the stream seams open with --layers-open "
+                f"{','.join(map(str, range(source.num_hidden_layers)))}"
+            )
             raise InputError(
                 f"basis: expected a square projection, found {basis}_proj ({source.projections[basis]}, "
                 f"{source.hidden_size}) in layer {seam.layer}; use one that is square: {square}"
@@ -157,20 +197,31 @@ def _connected(closing: Iterable[Seam]) -> list[list[Seam]]:
     return groups
 
 
-def run_task(plan: Plan, task: Task, read: Callable[[str], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Carry out one task: read its tensors, close its seams in fp64, and yield what is to be written, cast once."""
+def run_task(plan: Plan, task: Task, read: Callable[[str], torch.Tensor]) -> Done:
+    """Carry out one task: read its tensors, close its seams in fp64, and hand out what is to be written, cast once."""
     if not task.seams:
         (name,) = task.writes
-        yield name, read(name).to(plan.outputs[name].dtype)
-        return
+        return Done(iter([(name, read(name).to(plan.outputs[name].dtype))]), {})
     before, after = plan.modules
     names = dict.fromkeys(name for seam in task.seams for name in seam.modules)
     affines = {name: _load(before[name], after.get(name), read) for name in names}
+    conditions = {}
     for seam in task.seams:
-        closed = close(seam, seam.removed(plan.basis), affines)
+        gone = seam.removed(plan.basis)
+        basis = None
+        if gone in seam.readers:
+            basis = choose(seam, gone, {name: affines[name].weight for name in seam.readers})
+            conditions[gone] = basis.condition
+        remaining = close(seam, gone, affines, basis)
         for name in seam.modules:
             affines.pop(name, None)
-        affines |= closed
+        affines |= remaining
+    return Done(_stored(plan, affines), conditions)
+
+
+def _stored(plan: Plan, affines: Mapping[str, Affine]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Modules as the checkpoint stores them, in the output's dtype."""
+    _, after = plan.modules
     for name, affine in affines.items():
         weight = affine.weight if after[name].table else affine.weight.T
         yield f"{name}.weight", weight.to(plan.outputs[f"{name}.weight"].dtype)
@@ -187,17 +238,17 @@ def _load(module: Module, closed: Module | None, read: Callable[[str], torch.Ten
     return Affine(weight if module.table else weight.T, bias, one_hot)
 
 
-def _run_local(plan: Plan, reader: CheckpointReader, writer: CheckpointWriter, done: Callable[[Task], None]) -> None:
+def _run_local(plan: Plan, reader: CheckpointReader, writer: CheckpointWriter) -> Iterator[tuple[Task, Done]]:
     """One task after the other in this process: memory holds one task's tensors in fp64."""
     for task in plan.tasks:
-        for name, tensor in run_task(plan, task, reader.tensor):
+        done = run_task(plan, task, reader.tensor)
+        for name, tensor in done.tensors:
             writer.write(name, tensor)
-        done(task)
+        yield task, done
 
 
-ENGINES: dict[str, Callable[[Plan, CheckpointReader, CheckpointWriter, Callable[[Task], None]], None]] = {
-    "local": _run_local
-}
+Engine = Callable[[Plan, CheckpointReader, CheckpointWriter], Iterator[tuple[Task, Done]]]
+ENGINES: dict[str, Engine] = {"local": _run_local}
 
 
 def fuse(
@@ -218,10 +269,13 @@ def fuse(
     stands in the way; `destination` then does not exist.
     """
     source, destination = Path(source), Path(destination)
-    if source.resolve() == destination.resolve():
-        raise InputError(f"{destination}: expected a folder other than the source, found the same; choose another")
+    if engine not in ENGINES:
+        raise InputError(f"engine: expected one of {', '.join(ENGINES)}, found {engine!r}")
+    if Path(os.path.realpath(destination)).is_relative_to(os.path.realpath(source)):
+        raise InputError(f"{destination}: expected a folder outside the source {source}, which stays as it is")
     reader = CheckpointReader(source)
     plan = make_plan(reader, basis=basis, dtype=dtype, layers_open=layers_open, max_shard_size=max_shard_size)
+    conditions: dict[str, float] = {}
     with new_folder(destination) as folder:
         needed, free = plan.bytes[1], shutil.disk_usage(folder).free
         if needed > free:
@@ -231,20 +285,43 @@ def fuse(
             (folder / file.parent).mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / file, folder / file)
         writer = CheckpointWriter(folder, plan.outputs)
-        ENGINES[engine](plan, reader, writer, lambda task: progress(plan, task))
+        for task, done in ENGINES[engine](plan, reader, writer):
+            conditions |= done.conditions
+            progress(plan, task)
         writer.finish()
         for model_file in MODEL_FILES:
             shutil.copyfile(model_file, folder / model_file.name)
-        write_json(folder / "config.json", fused_config(reader.config, plan, dtype))
+        write_json(folder / "config.json", plan.config)
+    _warn(plan, conditions)
     return plan
 
 
-def fused_config(config: Mapping[str, object], plan: Plan, dtype: str | None) -> dict[str, object]:
-    """The source's config.json with what fusing changed."""
-    changed = dataclasses.asdict(plan.target)
-    fields = {name: changed[name] for name in ("stream_basis", "p_removed")}
-    fields |= {name: list(changed[name]) for name in ("layers_open", "folded_biases")}
+def _warn(plan: Plan, conditions: Mapping[str, float]) -> None:
+    """Say when storing the result rounds too much: the dtype's rounding times the worst condition number."""
+    worst = max(conditions, key=conditions.__getitem__, default=None)
+    rounding = max(torch.finfo(info.dtype).eps for info in plan.outputs.values()) / 2
+    if worst is not None and conditions[worst] * rounding > LOSS_TO_WARN_OF:
+        logger.warning(
+            "%s has a condition number of %.1e, which multiplies the rounding of what is stored: run skipless verify, "
+            "and if it says no, store in a finer dtype or leave that layer open",
+            worst,
+            conditions[worst],
+        )
+
+
+def _fused_config(config: Mapping[str, object], target: Architecture, dtype: str | None) -> dict[str, object]:
+    """The source's config.json with what fusing changes.
+
+    Raises InputError naming the field when the model file would refuse it.
+    """
+    fields: dict[str, object] = {"stream_basis": target.stream_basis, "p_removed": target.p_removed}
+    fields |= {"layers_open": list(target.layers_open), "folded_biases": list(target.folded_biases)}
     if dtype is not None:
         fields["dtype"] = dtype
     kept = {name: value for name, value in config.items() if not (dtype and name == "torch_dtype")}
-    return {**kept, "architectures": ["SkiplessForCausalLM"], "auto_map": AUTO_MAP, **fields}
+    fused = {**kept, "architectures": ["SkiplessForCausalLM"], "auto_map": AUTO_MAP, **fields}
+    try:
+        SkiplessConfig.from_dict(copy.deepcopy(fused))
+    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise InputError(f"config.json: {' '.join(str(error.__cause__ or error).split())}") from error
+    return fused

@@ -57,12 +57,12 @@ def seams(architecture: Architecture) -> list[Seam]:
     return found
 
 
-def close(architecture: Architecture, seams_to_close: Iterable[Seam], basis: str) -> Architecture:
+def closed(architecture: Architecture, closing: Iterable[Seam], basis: str) -> Architecture:
     """The architecture after closing these seams, stream seams by `basis` ("q", "k" or "v").
 
     Every P-M seam is closed or none, as config.json has one switch for them all.
     """
-    closing = list(seams_to_close)
+    closing = list(closing)
     stream = {seam.layer for seam in closing if seam.kind == "stream"}
     p_removed = architecture.p_removed or any(seam.kind == "p" for seam in closing)
     still_open = [seam.layer for seam in seams(architecture) if seam.kind == "stream" and seam.layer not in stream]
@@ -115,7 +115,7 @@ def _stream_seam(architecture: Architecture, layer: int) -> Seam:
         identities={
             name: f"{attention}.{name}_proj"
             for name, width in architecture.projections.items()
-            if width == architecture.hidden_size
+            if width == architecture.hidden_size and architecture.stream_basis in (None, name)
         },
         saves=architecture.hidden_size**2,
         bias_takers=writers[:1],

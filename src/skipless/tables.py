@@ -45,7 +45,8 @@ def plan_table(plan: Plan) -> Table:
 
 def report_table(report: Report) -> Table:
     """The comparison, two lines a dtype: B, and what the dtype alone does to the original."""
-    table = Table(title="compared with A in fp64", box=box.SIMPLE_HEAD)
+    title = f"compared with A in fp64, on {report.tokens_seen:,} of {report.vocab_size:,} tokens"
+    table = Table(title=title, box=box.SIMPLE_HEAD)
     for column in ("run in", "", "logit error", "tolerance", "KL, nats", "top-1", "greedy", "verdict"):
         table.add_column(column, justify="right" if column not in ("run in", "") else "left")
     for row in report.rows:

@@ -10,20 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-import skipless.model  # noqa: F401  (registers the AutoClasses)
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError
-from skipless.quiet import no_library_bars
+from skipless.inference import greedy_config, load, load_tokenizer
 
-# Largest logit error, relative to the largest logit, that an exact rewrite shows when stored and run in this dtype.
+# Largest logit error, relative to the position's largest logit, that an exact rewrite shows when stored or run in this
+# dtype; and, where the original itself is worse there (always so in half precision), the multiple of its own error.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
-# In a half-precision dtype: at most this many times the error that the original itself shows there.
-HALF_PRECISION_FACTOR = 2.5
+OWN_ERROR_FACTOR = 2.5
+# A dtype in which the original itself is so wrong that any other model would pass proves nothing.
+LARGEST_TOLERANCE = 0.25
+
+# What is compared: at most so many positions, and so many logits (512 MB in fp64).
+MAX_POSITIONS = 4096
+MAX_LOGITS = 2**26
 
 DEFAULT_DTYPES = ("float64", "float32", "bfloat16")
 DEFAULT_PROMPT = 'def read(path):\n    """Read'
@@ -33,7 +36,8 @@ DEFAULT_PROMPT = 'def read(path):\n    """Read'
 class Row:
     """B in one dtype against A in fp64; the fields that begin with own_ are A's in the same dtype.
 
-    logit_error: max |difference| / max |logit of A| at the worst position. kl: mean KL(A || B) per token, in nats.
+    logit_error: max |difference| / max |logit of A| at the worst position (or / the median position's largest logit, if
+    that is larger). kl: mean KL(A || B) per token, in nats.
     top1: fraction of positions with the same most likely token. greedy: fraction of greedy tokens before the first
     difference (a tie, within the tolerance, is not one). judged: whether the dtype is at least as fine as B's weights.
     """
@@ -54,12 +58,25 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """The verdict, the row of each dtype, B's storage dtype, and what to make of it."""
+    """The verdict, B's coarsest stored dtype, how many tokens of the vocabulary were tried, and what to make of it."""
 
     same: bool
     stored: str
+    tokens_seen: int
+    vocab_size: int
     rows: tuple[Row, ...]
     note: str
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """Sequences to compute logits of and prompts to continue by `tokens`, (batch, length) each, and their coverage."""
+
+    sequences: tuple[Tensor, ...]
+    prompts: tuple[Tensor, ...]
+    tokens: int
+    tokens_seen: int
+    vocab_size: int
 
 
 @dataclass(frozen=True)
@@ -82,32 +99,27 @@ def verify(
 ) -> Report:
     """Compare model folder B with the original A on a prompt (if A has a tokenizer) and on random tokens.
 
-    tokens: length of the random sequences and of the greedy continuations. Raises InputError for folders that do not
-    load whole, or whose vocabularies differ.
+    tokens: length of the sequences that walk through the vocabulary, and of the greedy continuations. Tokens beyond the
+    first MAX_POSITIONS are not tried: the report says how many were. Raises InputError for folders that do not load
+    whole, or whose vocabularies differ.
     """
     a, b = Path(a), Path(b)
     readers = CheckpointReader(a), CheckpointReader(b)
-    vocabularies = [reader.config.get("vocab_size") for reader in readers]
-    if vocabularies[0] != vocabularies[1]:
-        raise InputError(f"vocab_size: expected {vocabularies[0]} as in {a}, found {vocabularies[1]} in {b}")
-    stored = max((info.dtype for info in readers[1].tensors.values()), key=lambda dtype: torch.finfo(dtype).eps)
-    stored_name = str(stored).removeprefix("torch.")
     for name in dtypes:
         if name not in DTYPE_NAMES:
             raise InputError(f"dtype: expected one of {', '.join(DTYPE_NAMES)}, found {name!r}")
-    if stored not in TOLERANCES and stored_name not in dtypes:
-        dtypes = (*dtypes, stored_name)
+    stored = max((info.dtype for info in readers[1].tensors.values()), key=lambda dtype: torch.finfo(dtype).eps)
+    stored_name = str(stored).removeprefix("torch.")
+    dtypes = tuple(dict.fromkeys((*dtypes, stored_name)))  # the dtype that is always judged
+    inputs = _inputs(a, [reader.config for reader in readers], prompt, tokens, seed)
 
-    sequences, prompts = _inputs(a, readers[0].config, prompt, tokens, seed)
-    reference = _run(a, torch.float64, sequences, prompts, tokens)
-    own = {
-        name: reference if name == "float64" else _run(a, getattr(torch, name), sequences, prompts, tokens)
-        for name in dtypes
-    }
+    reference = _run(a, torch.float64, inputs)
+    own = {name: reference if name == "float64" else _run(a, getattr(torch, name), inputs) for name in dtypes}
+    tolerances = {name: _tolerance(name, own[name], reference) for name in dtypes}
     rows = []
     for name in dtypes:
-        tolerance = max(_tolerance(other, own, reference) for other in {name, stored_name})
-        outcome = _run(b, getattr(torch, name), sequences, prompts, tokens)
+        outcome = _run(b, getattr(torch, name), inputs)
+        tolerance = max(tolerances[name], tolerances[stored_name])
         error = _logit_error(outcome, reference)
         greedy, alike = _greedy(outcome, reference, tolerance)
         half = stored not in TOLERANCES or getattr(torch, name) not in TOLERANCES
@@ -124,88 +136,72 @@ def verify(
                 greedy=greedy,
                 own_greedy=_greedy(own[name], reference, tolerance)[0],
                 judged=torch.finfo(getattr(torch, name)).eps <= torch.finfo(stored).eps,
-                passed=error <= tolerance and (alike or half),
+                passed=error <= tolerance <= LARGEST_TOLERANCE and (alike or half),
             )
         )
     same = all(row.passed for row in rows if row.judged)
-    return Report(same, stored_name, tuple(rows), _note(rows, same, stored_name))
+    note = _note(rows, same, stored_name)
+    return Report(same, stored_name, inputs.tokens_seen, inputs.vocab_size, tuple(rows), note)
 
 
-def _inputs(
-    folder: Path, config: dict[str, Any], prompt: str, tokens: int, seed: int
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Sequences to compute logits of, and prompts to continue greedily, each (batch, length)."""
+def _inputs(folder: Path, configs: Sequence[dict[str, Any]], prompt: str, tokens: int, seed: int) -> _Inputs:
+    """One long sequence of random tokens; short ones that walk through the vocabulary; the prompt, if A can read it."""
+    vocab_size, other = (_size(config, "vocab_size", None) for config in configs)
+    if vocab_size != other:
+        raise InputError(f"vocab_size: expected {vocab_size} as in A, found {other} in B")
+    limit = min(_size(config, "max_position_embeddings", 2**31) for config in configs)
     generator = torch.Generator().manual_seed(seed)
-    limit = config.get("max_position_embeddings") or 2**31
-    random_tokens = torch.randint(config["vocab_size"], (4, min(tokens, limit)), generator=generator)
-    sequences, prompts = [random_tokens], [random_tokens[:1, : max(1, min(tokens, limit - tokens) // 4)]]
-    if (folder / "tokenizer.json").exists() and prompt:
-        encoded = AutoTokenizer.from_pretrained(folder)(prompt, return_tensors="pt").input_ids
-        if encoded.shape[1]:
+    positions = max(4 * tokens, min(MAX_POSITIONS, MAX_LOGITS // vocab_size))
+    long = torch.randint(vocab_size, (1, min(limit, positions // 2)), generator=generator)
+    width = min(tokens, limit)
+    order = torch.randperm(vocab_size, generator=generator)
+    rows = max(1, (positions - long.shape[1]) // width)
+    walk = order.repeat(-(-rows * width // vocab_size))[: rows * width].view(rows, width)
+    sequences = [long, *walk.split(8)]
+    prompts = [walk[:1, : max(1, min(tokens, limit - tokens) // 4)]]
+    if prompt and (folder / "tokenizer.json").exists():
+        encoded = load_tokenizer(folder)(prompt, return_tensors="pt").input_ids
+        if encoded.shape[1] and int(encoded.max()) < vocab_size:
             sequences.append(encoded)
             prompts.append(encoded)
     if any(start.shape[1] + tokens > limit for start in prompts):
         raise InputError(
             f"tokens: expected a prompt and {tokens} tokens to fit in {limit} positions; use fewer --tokens"
         )
-    return sequences, prompts
+    seen = torch.cat([ids.flatten() for ids in sequences]).unique().numel()
+    return _Inputs(tuple(sequences), tuple(prompts), tokens, seen, vocab_size)
 
 
-def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a model folder whole, in `dtype`, for inference. Code in the folder is never run.
-
-    Raises InputError when the model's tensors and the folder's do not match exactly.
-    """
-    try:
-        with no_library_bars():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=False
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
-        raise InputError(
-            f"{folder}: expected a model that transformers loads, found: {' '.join(str(error).split())}"
-        ) from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[kind]:
-            raise InputError(
-                f"{folder}: expected all tensors of the model and no others, found {kind} {sorted(info[kind])[0]}"
-            )
-    return model.eval()
+def _size(config: dict[str, Any], name: str, default: int | None) -> int:
+    value = config.get(name, default)
+    if type(value) is not int or value < 1:
+        raise InputError(f"config.json: {name}: expected a positive integer, found {value!r}")
+    return value
 
 
 @torch.no_grad()
-def _run(folder: Path, dtype: torch.dtype, sequences: list[Tensor], prompts: list[Tensor], tokens: int) -> _Outcome:
+def _run(folder: Path, dtype: torch.dtype, inputs: _Inputs) -> _Outcome:
     model = load(folder, dtype)
-    logits = torch.cat([model(input_ids=ids).logits.flatten(0, 1).double() for ids in sequences])
+    logits = torch.cat([model(input_ids=ids).logits.flatten(0, 1).double() for ids in inputs.sequences])
     greedy, scores = [], []
-    for ids in prompts:
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy_config(tokens))
+    for ids in inputs.prompts:
+        output = model.generate(
+            ids, attention_mask=torch.ones_like(ids), generation_config=greedy_config(inputs.tokens)
+        )
         greedy.append(output.sequences[0, ids.shape[1] :])
         scores.append(torch.cat(output.logits).double())
     return _Outcome(logits, tuple(greedy), tuple(scores))
 
 
-def greedy_config(tokens: int) -> GenerationConfig:
-    """Greedy decoding of exactly `tokens` tokens, with the logits."""
-    return GenerationConfig(
-        max_new_tokens=tokens,
-        min_new_tokens=tokens,
-        do_sample=False,
-        pad_token_id=0,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-
-
-def _tolerance(name: str, own: dict[str, _Outcome], reference: _Outcome) -> float:
-    dtype = getattr(torch, name)
-    if dtype in TOLERANCES:
-        return TOLERANCES[dtype]
-    return HALF_PRECISION_FACTOR * _logit_error(own[name], reference)
+def _tolerance(name: str, own: _Outcome, reference: _Outcome) -> float:
+    """What an exact rewrite may show in this dtype, given what the original itself shows there."""
+    own_error = _logit_error(own, reference)
+    return max(TOLERANCES.get(getattr(torch, name), 0.0), OWN_ERROR_FACTOR * own_error)
 
 
 def _logit_error(outcome: _Outcome, reference: _Outcome) -> float:
-    error = (outcome.logits - reference.logits).abs().amax(-1) / reference.logits.abs().amax(-1)
+    sizes = reference.logits.abs().amax(-1)
+    error = (outcome.logits - reference.logits).abs().amax(-1) / sizes.clamp(min=sizes.median())
     return error.max().item() if error.isfinite().all() else math.inf
 
 
@@ -234,6 +230,12 @@ def _greedy(outcome: _Outcome, reference: _Outcome, tolerance: float) -> tuple[f
 
 def _note(rows: Sequence[Row], same: bool, stored: str) -> str:
     """What a reader should make of the table, in a sentence."""
+    blind = [row.dtype for row in rows if row.judged and not row.tolerance <= LARGEST_TOLERANCE]
+    if blind:
+        return (
+            f"cannot be judged: in {blind[0]}, the original itself is too far from what it is in fp64; fuse with "
+            f"--dtype float32 or finer and verify that"
+        )
     if not same:
         if stored == "float64":
             return "not the same function: in fp64, rounding cannot explain the difference"
@@ -241,11 +243,9 @@ def _note(rows: Sequence[Row], same: bool, stored: str) -> str:
             f"not the same function as stored in {stored}; to tell rounding from a bug, fuse with --dtype float64 and "
             f"verify that: fp64 leaves no room for rounding"
         )
-    worse = [row for row in rows if not row.judged and not row.passed]
-    if worse:
-        factors = " and ".join(f"{row.logit_error / row.own_logit_error:.0f}" for row in worse)
-        return (
-            f"the same function as stored in {stored}; do not run it in {' or '.join(row.dtype for row in worse)}, "
-            f"where its error is {factors} times the original's"
-        )
-    return f"the same function as stored in {stored}"
+    same_as = f"the same function as stored in {stored}"
+    if worse := [row for row in rows if not row.judged and not row.passed]:
+        names = " or ".join(row.dtype for row in worse)
+        factors = " and ".join(f"{row.logit_error / max(row.own_logit_error, 1e-300):.0f}" for row in worse)
+        same_as += f"; do not run it in {names}, where its error is {factors} times the original's"
+    return same_as

@@ -8,7 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from skipless import cli
+from skipless import InputError, cli, fuse
 from skipless.checkpoint.writer import CheckpointWriter
 from tests.models import build, edit_config, edit_tensors, save
 
@@ -132,9 +132,13 @@ def test_the_destination_exists(source, tmp_path):
 
 
 def test_the_destination_is_the_source(source, tmp_path):
-    refuse(tmp_path, destination="source", message="expected a folder other than the source")
+    refuse(tmp_path, destination="source", message="expected a folder outside the source")
     (tmp_path / "link").symlink_to(source)
-    refuse(tmp_path, destination="link", message="expected a folder other than the source")
+    refuse(tmp_path, destination="link", message="expected a folder outside the source")
+
+
+def test_the_destination_is_inside_the_source(source, tmp_path):
+    refuse(tmp_path, destination="source/fused", message="expected a folder outside the source")
 
 
 def test_the_destination_has_no_parent(source, tmp_path):
@@ -197,6 +201,41 @@ def test_a_config_field_is_missing(source, tmp_path, field):
 def test_the_config_contradicts_the_tensors(source, tmp_path, changes, tensor):
     edit_config(source, **changes)
     refuse(tmp_path, message=[tensor, "expected", "config.json"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_parameters.rope_type"),
+        ({"rope_parameters": "x"}, "rope_parameters"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "rope_parameters.rope_theta"),
+        ({"hidden_act": "nonsense"}, "hidden_act: expected an activation"),
+        (
+            {"head_dim": 8, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.4}},
+            "partial_rotary_factor",
+        ),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers: expected at most 23, the number of tensors"),
+        ({"model_type": ["skipless"]}, "model_type: expected 'skipless'"),
+    ],
+    ids=str,
+)
+def test_a_config_that_the_model_would_refuse(source, tmp_path, changes, message):
+    edit_config(source, **changes)
+    refuse(tmp_path, message=["config.json: ", message])
+
+
+def test_unknown_engine(source, tmp_path):
+    with pytest.raises(InputError, match="engine: expected one of local, found 'other'"):
+        fuse(source, tmp_path / "fused", engine="other")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_symlink_loop_and_a_folder_that_cannot_be_read(source, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    refuse(tmp_path, destination="loop", message="loop: expected a new folder")
+    (tmp_path / "loop").unlink()
+    (source / "dangling").symlink_to("nowhere")
+    refuse(tmp_path, message="dangling: could not be read: No such file or directory; nothing was left behind")
 
 
 def test_unknown_field_and_unknown_value(source, tmp_path):
@@ -274,15 +313,24 @@ def test_no_weights_and_no_folder(source, tmp_path):
         ({"a": "../outside.safetensors"}, "weight_map: expected safetensors files in this folder, found '../outside"),
         ({"a": "/etc/passwd"}, "weight_map: expected safetensors files in this folder"),
         ({"a": "model-00002-of-00002.safetensors"}, "expected a shard that model.safetensors.index.json names"),
-        ({"a": "model.safetensors"}, "a: expected in model.safetensors, as model.safetensors.index.json says"),
+        (
+            {"a": "model-00001-of-00002.safetensors"},
+            "a: expected in model-00001-of-00002.safetensors, as model.safetensors.index.json says",
+        ),
         ({"a": 3}, "weight_map: expected safetensors files"),
         ([], "weight_map: expected tensor names and their files, found none"),
     ],
     ids=str,
 )
 def test_a_bad_index(source, tmp_path, weight_map, message):
+    (source / "model.safetensors").rename(source / "model-00001-of-00002.safetensors")
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     refuse(tmp_path, message=message)
+
+
+def test_an_index_beside_a_whole_file(source, tmp_path):
+    (source / "model.safetensors.index.json").write_text("{}")
+    refuse(tmp_path, message="expected one of model.safetensors and model.safetensors.index.json, found both")
 
 
 @pytest.mark.parametrize(
@@ -291,6 +339,9 @@ def test_a_bad_index(source, tmp_path, weight_map, message):
         (["--layers-open", "x"], "--layers-open: expected layer numbers with commas between them, found 'x'"),
         (["--layers-open", "9"], "layers_open: expected layers 0..2, found 9"),
         (["--max-shard-size", "5"], "--max-shard-size: expected a number and MB or GB, such as 5GB; found '5'"),
+        (["--max-shard-size", "²GB"], "--max-shard-size: expected a number and MB or GB"),
+        (["--max-shard-size", "9" * 400 + "GB"], "--max-shard-size: expected a number and MB or GB"),
+        (["--max-shard-size", "0MB"], "--max-shard-size: expected a number and MB or GB"),
         (["--max-shard-size", "-1GB"], "--max-shard-size: expected a number and MB or GB"),
     ],
     ids=str,

@@ -11,7 +11,7 @@ import skipless
 from skipless import cli, demo
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.demo import BUNDLED, PROMPT
-from skipless.verification import greedy_config
+from skipless.inference import greedy_config
 from tests.models import load
 from tests.tolerances import FP32, FP64
 

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import skipless
-from skipless import cli
+from skipless import cli, verification
 from tests.models import build, edit_config, edit_tensors, save
 
 
@@ -64,12 +64,16 @@ def test_fp32_storage_is_judged_as_fp32(source, tmp_path):
     assert not rows(report)["bfloat16"].judged
 
 
-def test_bf16_storage_of_an_ill_conditioned_basis_is_refused_and_fp64_acquits_it(source, tmp_path):
-    q = build().model.layers[1].self_attn.q_proj.weight.detach().clone()
+def test_bf16_storage_of_an_ill_conditioned_basis_is_refused_and_fp64_acquits_it(tmp_path, caplog):
+    model = build(ffn_type="mlp", num_hidden_layers=2)
+    q = model.model.layers[1].self_attn.q_proj.weight.detach()
     q[0] = q[1] + 1e-3 * q[0]
-    edit_tensors(source, model__layers__1__self_attn__q_proj__weight=q)
+    source = save(model, tmp_path / "source")
     skipless.fuse(source, tmp_path / "half", dtype="bfloat16")
+    assert "layers.1.self_attn.q_proj has a condition number of" in caplog.text
+    caplog.clear()
     skipless.fuse(source, tmp_path / "exact", dtype="float64")
+    assert not caplog.text
     report = skipless.verify(source, tmp_path / "half", tokens=16)
     assert not report.same
     assert all(row.judged for row in report.rows)
@@ -90,19 +94,78 @@ def test_a_model_whose_cache_is_wrong_is_not_the_same(source, tmp_path, monkeypa
     from transformers.cache_utils import DynamicCache
 
     skipless.fuse(source, tmp_path / "fused")
-    update, calls = DynamicCache.update, []
+    update, run, folders = DynamicCache.update, verification._run, []
+
+    def noted(folder, *arguments):
+        folders.append(folder)
+        return run(folder, *arguments)
 
     def forgetful(cache, key, value, layer, *args, **kwargs):
-        calls.append(layer)
-        fused_model_runs = len(calls) > 3 * (1 + 16)  # the original: its logits, and 16 tokens, in 3 layers
-        return update(
-            cache, key, 0 * value if fused_model_runs and key.shape[2] == 1 else value, layer, *args, **kwargs
-        )
+        forget = folders[-1] == tmp_path / "fused" and key.shape[2] == 1
+        return update(cache, key, 0 * value if forget else value, layer, *args, **kwargs)
 
+    monkeypatch.setattr(verification, "_run", noted)
     monkeypatch.setattr(DynamicCache, "update", forgetful)
     report = skipless.verify(source, tmp_path / "fused", tokens=16, dtypes=("float64",))
     assert rows(report)["float64"].logit_error < 1e-9
     assert not report.same
+
+
+def test_the_stored_dtype_is_always_judged(tmp_path):
+    """Asked only about bf16, two unrelated models stored in fp32 are still not the same."""
+    a, b = (save(build(seed, dtype=torch.float32), tmp_path / str(seed)) for seed in (1, 2))
+    report = skipless.verify(a, b, tokens=16, dtypes=("bfloat16",))
+    assert [row.dtype for row in report.rows if row.judged] == ["float32"]
+    assert not report.same
+
+
+def test_half_precision_does_not_excuse_another_model(source, tmp_path):
+    skipless.fuse(source, tmp_path / "fused", dtype="float16")
+    edit_tensors(tmp_path / "fused", lm_head__weight=torch.zeros(61, 32, dtype=torch.float16))
+    assert not skipless.verify(source, tmp_path / "fused", tokens=16).same
+
+
+def test_where_the_original_itself_fails_nothing_can_be_judged(tmp_path):
+    model = build(dtype=torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight *= 1e6  # infinite logits in fp16
+    source = save(model, tmp_path / "source")
+    with torch.no_grad():
+        model.lm_head.weight /= 1e6
+    skipless.fuse(save(model, tmp_path / "scaled"), tmp_path / "fused", dtype="float16")
+    report = skipless.verify(source, tmp_path / "fused", tokens=16)
+    assert not report.same
+    assert "cannot be judged" in report.note
+
+
+def test_every_token_and_every_position_counts(tmp_path):
+    source = save(build(position_type="learned"), tmp_path / "source")
+    assert skipless.verify(source, source, tokens=8).tokens_seen == 61
+    for name in ("embed_tokens", "position_embeddings"):
+        table = build(position_type="learned").model.get_submodule(name).weight.detach().clone()
+        table[-3] *= 1.001
+        spoiled = save(build(position_type="learned"), tmp_path / name)
+        edit_tensors(spoiled, **{f"model__{name}__weight": table})
+        assert not skipless.verify(source, spoiled, tokens=8).same
+
+
+def test_code_in_the_folder_is_never_run(source, tmp_path):
+    (source / "tokenizer.json").write_text("not json")
+    (source / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}))
+    (source / "evil.py").write_text(f"open({str(tmp_path / 'pwned')!r}, 'w')")
+    result = run(source, source)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "expected a tokenizer that transformers loads" in result.stderr
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_json_has_no_nan(source, tmp_path):
+    skipless.fuse(source, tmp_path / "fused")
+    edit_tensors(tmp_path / "fused", lm_head__weight=torch.full((61, 32), 1e308, dtype=torch.float64))
+    result = run(source, tmp_path / "fused", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout, parse_constant=pytest.fail)["rows"][0]["logit_error"] is None
 
 
 def run(*arguments):

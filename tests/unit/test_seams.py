@@ -4,7 +4,7 @@ import re
 import pytest
 
 from skipless.architecture import Architecture
-from skipless.seams import close, seams
+from skipless.seams import closed, seams
 from tests.models import TINY
 
 
@@ -47,18 +47,18 @@ def test_a_seam_saves_what_it_says(fields):
             continue
         each = [other for other in seams(model) if other.kind == seam.kind]  # one switch for all P-M seams
         closing = [seam] if seam.kind == "stream" else each
-        assert weights(model) - weights(close(model, closing, "q")) == sum(other.saves for other in closing)
+        assert weights(model) - weights(closed(model, closing, "q")) == sum(other.saves for other in closing)
 
 
 def test_square_q_and_p_save_twice_d_squared_a_layer():
     model = architecture()
-    assert weights(model) - weights(close(model, seams(model), "q")) == 2 * 3 * 32**2
+    assert weights(model) - weights(closed(model, seams(model), "q")) == 2 * 3 * 32**2
 
 
 def test_closing_records_what_was_done():
-    closed = close(architecture(attention_bias=True), seams(architecture(attention_bias=True)), "q")
-    assert (closed.stream_basis, closed.layers_open, closed.p_removed) == ("q", (), True)
-    assert closed.folded_biases == (
+    fused = closed(architecture(attention_bias=True), seams(architecture(attention_bias=True)), "q")
+    assert (fused.stream_basis, fused.layers_open, fused.p_removed) == ("q", (), True)
+    assert fused.folded_biases == (
         "model.layers.0.mlp.gate_proj",
         "model.layers.0.mlp.up_proj",
         "model.layers.0.mlp.down_proj",
@@ -68,16 +68,16 @@ def test_closing_records_what_was_done():
         "model.layers.2.mlp.gate_proj",
         "model.layers.2.mlp.up_proj",
     )
-    assert seams(closed) == []
+    assert seams(fused) == []
 
 
 def test_a_seam_left_open_can_be_closed_later():
     model = architecture()
-    half = close(model, [seam for seam in seams(model) if seam.layer != 1 or seam.kind == "p"], "q")
+    half = closed(model, [seam for seam in seams(model) if seam.layer != 1 or seam.kind == "p"], "q")
     assert half.layers_open == (1,)
     (left,) = seams(half)
     assert (left.kind, left.layer) == ("stream", 1)
-    assert close(half, [left], "q") == close(model, seams(model), "q")
+    assert closed(half, [left], "q") == closed(model, seams(model), "q")
 
 
 @pytest.mark.parametrize(

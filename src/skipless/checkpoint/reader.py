@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,10 @@ class CheckpointReader:
 
     def _find_shards(self) -> list[str]:
         if (self.folder / INDEX).exists():
+            if (self.folder / SINGLE).exists():
+                raise InputError(
+                    f"{self.folder}: expected one of {SINGLE} and {INDEX}, found both; remove the stale one"
+                )
             weight_map = read_json_object(self.folder / INDEX).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise InputError(
@@ -146,10 +151,19 @@ class CheckpointReader:
                 )
 
     def other_files(self) -> list[Path]:
-        """Everything beside config.json, shards, index and Python code, relative to the folder, in a fixed order."""
-        weights = {"config.json", INDEX, *self.shards}
-        files = (path.relative_to(self.folder) for path in self.folder.rglob("*") if path.is_file())
-        return sorted(file for file in files if str(file) not in weights)
+        """Everything beside config.json and weights in any format, relative to the folder, in a fixed order.
+
+        Raises InputError for a folder that cannot be read.
+        """
+        found = []
+        for parent, _, names in os.walk(self.folder, onerror=_unreadable):
+            found += [(Path(parent) / name).relative_to(self.folder) for name in names]
+        weights = ("config.json", "*.safetensors", "*.index.json", *PICKLES)
+        return sorted(file for file in found if not any(file.match(pattern) for pattern in weights))
+
+
+def _unreadable(error: OSError) -> None:
+    raise InputError(f"{error.filename}: expected a folder that can be read, found: {error.strerror}") from error
 
 
 def read_json_object(file: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from safetensors import safe_open
 from skipless.checkpoint.reader import DTYPES, INDEX, SINGLE, TensorInfo
 from skipless.errors import InputError
 
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 def plan_shards(
@@ -61,11 +61,12 @@ def new_folder(destination: Path) -> Iterator[Path]:
         for path in (*folder.rglob("*"), folder):
             _sync(path)
         folder.rename(destination)
-        _sync(destination.parent)
+        with suppress(OSError):  # a parent that may be written but not read
+            _sync(destination.parent)
     except OSError as error:
-        raise InputError(
-            f"{destination}: could not be written: {error.strerror or error}; nothing was left behind"
-        ) from error
+        ours = error.filename is None or Path(error.filename).is_relative_to(folder)
+        where = f"{destination}: could not be written" if ours else f"{error.filename}: could not be read"
+        raise InputError(f"{where}: {error.strerror or error}; nothing was left behind") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -93,7 +94,7 @@ class CheckpointWriter:
             if info.shard == shard:
                 end = position + info.bytes
                 header[name] = {
-                    "dtype": DTYPE_NAMES[info.dtype],
+                    "dtype": CODES[info.dtype],
                     "shape": list(info.shape),
                     "data_offsets": [position, end],
                 }

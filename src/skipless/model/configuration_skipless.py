@@ -151,6 +151,10 @@ class SkiplessConfig(PreTrainedConfig):
         for name in self.rope_parameters:
             if name not in ("rope_type", "rope_theta", "partial_rotary_factor"):
                 raise ValueError(f"rope_parameters.{name}: not a parameter of default RoPE; remove it")
+        for name, least in (("rope_theta", 1.0), ("partial_rotary_factor", 0.0)):
+            value = self.rope_parameters.get(name, 1.0)
+            if not isinstance(value, int | float) or not least <= value < float("inf"):
+                raise ValueError(f"rope_parameters.{name}: expected a number from {least} on, found {value!r}")
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
             raise ValueError(
                 f"rope_parameters.partial_rotary_factor: expected an even number of rotated dimensions in "
