@@ -154,6 +154,7 @@ def test_no_space_left_while_writing(source, tmp_path, monkeypatch):
     write, written = CheckpointWriter.write, []
 
     def full(writer, name, tensor):
+        assert not (tmp_path / "fused").exists()  # not before it is whole
         written.append(name)
         if len(written) > 4:
             raise OSError(errno.ENOSPC, "No space left on device")

@@ -248,3 +248,23 @@ def test_command_line(folder: Path, trained: tuple[Path, dict[str, float]], tmp_
     found = CliRunner().invoke(main, [*arguments, str(tmp_path / "b")])
     assert (found.exit_code, found.stdout) == (2, "")
     assert "--resume" in found.stderr
+
+
+@pytest.mark.parametrize("change", ["recipe", "corpus"])
+def test_resuming_something_else_is_refused(change: str, recipe: Recipe, tmp_path: Path, monkeypatch: Any):
+    def stop(*_: Any, **__: Any):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.Bar, "on_step_end", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run.train(recipe, tmp_path)
+    if change == "recipe":
+        recipe = dataclasses.replace(recipe, muon_lr=2 * recipe.muon_lr)
+        message = "muon_lr: expected .* with which the run in .* was started, found"
+    else:
+        files = run.standard_library()
+        monkeypatch.setattr(run, "standard_library", lambda: files[1:])
+        message = "corpus: expected '[0-9a-f]{64}', with which"
+    with pytest.raises(InputError, match=message):
+        run.train(recipe, tmp_path, resume=True)

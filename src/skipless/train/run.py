@@ -1,6 +1,7 @@
 """Train a skipless model by a recipe: corpus, tokenizer, model, transformers' Trainer, and a folder that loads."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import shutil
@@ -87,7 +88,7 @@ def newest_checkpoint(checkpoints: Path) -> str | None:
 
 
 def check_folder(out: Path, fields: dict[str, Any], resume: bool) -> None:
-    """Refuse to write over files, to resume what is not there, or to resume with another recipe than was started."""
+    """Refuse to write over files, to resume what is not there, or to resume with another recipe or corpus."""
     saved = out / CHECKPOINTS / RECIPE
     if not resume:
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -116,10 +117,12 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False) -> dict[str, float
     resume (with it), for a model or corpus that cannot be trained, and when the loss stops being a number.
     """
     checkpoints = out / CHECKPOINTS
-    fields = json.loads(json.dumps(dataclasses.asdict(recipe)))
-    check_folder(out, fields, resume)
     set_seed(recipe.seed)
-    training_texts, held_out_texts = split(read_texts(standard_library()), recipe.held_out, recipe.seed)
+    texts = read_texts(standard_library())
+    corpus = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    fields = json.loads(json.dumps({**dataclasses.asdict(recipe), "corpus": corpus}))
+    check_folder(out, fields, resume)
+    training_texts, held_out_texts = split(texts, recipe.held_out, recipe.seed)
     try:
         config = SkiplessConfig(**recipe.model)
     except (ValueError, StrictDataclassError) as error:
