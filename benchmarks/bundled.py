@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 import skipless
 from skipless import tables
 from skipless.bench import decode
+from skipless.checkpoint.reader import CheckpointReader
 from skipless.demo import BUNDLED, PROMPT
 from skipless.inference import greedy_config, load
 
@@ -65,6 +66,12 @@ def main() -> None:
     console.print(f"machine: {machine}")
     result: dict[str, object] = {"machine": machine, **held_out_loss()}
     console.print(f"held out: {result['nats_per_token']:.3f} nats a token, {result['bits_per_byte']:.3f} bits a byte")
+
+    reader = CheckpointReader(BUNDLED)
+    layers = range(reader.config["num_hidden_layers"])
+    queries = [reader.tensor(f"model.layers.{layer}.self_attn.q_proj.weight").double() for layer in layers]
+    result["condition_q"] = [torch.linalg.cond(query).item() for query in queries]
+    console.print("condition numbers of Q (2-norm):", ", ".join(f"{value:,.0f}" for value in result["condition_q"]))
 
     with tempfile.TemporaryDirectory() as folder:
         table = Table(title="fused by q, by storage dtype; arithmetic in fp64")

@@ -36,7 +36,7 @@ def plan_table(plan: Plan) -> Table:
         "",
         _megabytes(before),
         _megabytes(after),
-        f"{before - after:,} ({1 - after / before:.1%})",
+        f"{after / before - 1:+.1%}",
     )
     shards = len({info.shard for info in plan.outputs.values()})
     table.add_row("files of weights", f"{shards:,}", "", "", "")

@@ -17,7 +17,7 @@ from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError
 from skipless.inference import greedy_config, load, load_tokenizer
 
-# Largest logit error, relative to the position's largest logit, that an exact rewrite shows when stored or run in this
+# Largest logit error, relative to the largest logit, that an exact rewrite shows when stored or run in this
 # dtype; and, where the original itself is worse there (always so in half precision), the multiple of its own error.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 OWN_ERROR_FACTOR = 2.5
@@ -36,10 +36,9 @@ DEFAULT_PROMPT = 'def read(path):\n    """Read'
 class Row:
     """B in one dtype against A in fp64; the fields that begin with own_ are A's in the same dtype.
 
-    logit_error: max |difference| / max |logit of A| at the worst position (or / the median position's largest logit, if
-    that is larger). kl: mean KL(A || B) per token, in nats.
-    top1: fraction of positions with the same most likely token. greedy: fraction of greedy tokens before the first
-    difference (a tie, within the tolerance, is not one). judged: whether the dtype is at least as fine as B's weights.
+    logit_error: max |difference| / max |logit of A|. kl: mean KL(A || B) per token, in nats. top1: fraction of
+    positions with the same most likely token. greedy: fraction of greedy tokens before the first difference (a tie,
+    within the tolerance, is not one). judged: whether the dtype is at least as fine as B's stored weights.
     """
 
     dtype: str
@@ -200,9 +199,8 @@ def _tolerance(name: str, own: _Outcome, reference: _Outcome) -> float:
 
 
 def _logit_error(outcome: _Outcome, reference: _Outcome) -> float:
-    sizes = reference.logits.abs().amax(-1)
-    error = (outcome.logits - reference.logits).abs().amax(-1) / sizes.clamp(min=sizes.median())
-    return error.max().item() if error.isfinite().all() else math.inf
+    error = (outcome.logits - reference.logits).abs().max() / reference.logits.abs().max()
+    return error.item() if error.isfinite() else math.inf
 
 
 def _kl(outcome: _Outcome, reference: _Outcome) -> float:

@@ -35,7 +35,7 @@ def steps():
             yield pytest.param(["bash", "-c", command], output, id=command)
 
 
-@pytest.mark.parametrize(("command", "output"), steps())
+@pytest.mark.parametrize(("command", "output"), list(steps()))
 def test_it_runs_and_prints_what_the_readme_says(folder, command, output):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "COLUMNS": "80", "PATH": path, "TRANSFORMERS_VERBOSITY": "error"}

@@ -80,7 +80,7 @@ def test_bf16_storage_of_an_ill_conditioned_basis_is_refused_and_fp64_acquits_it
     assert "fuse with --dtype float64 and verify that" in report.note
     exact = skipless.verify(source, tmp_path / "exact", tokens=16)
     assert exact.same
-    assert "do not run it in float32 or bfloat16, where its error is" in exact.note
+    assert "do not run it in bfloat16, where its error is" in exact.note
 
 
 def test_fp16_storage_adds_a_row_in_fp16(source, tmp_path):
