@@ -1,6 +1,7 @@
 """The model that comes with the package: real, trained, small, and fusible."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from skipless import cli, demo
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.demo import BUNDLED, PROMPT
 from skipless.inference import greedy_config
-from tests.models import load
+from tests.models import edit_tensors, load
 from tests.tolerances import FP32, FP64
 
 
@@ -44,7 +45,19 @@ def test_fused_it_is_the_same_function(fused, dtype, tolerance):
     assert all(row.logit_error <= tolerance and row.greedy == 1 for row in report.rows)
 
 
-def test_256_greedy_tokens_are_equal_in_fp32(fused):
+@pytest.fixture(scope="module")
+def spoiled(fused, tmp_path_factory):
+    folder = shutil.copytree(fused / "float32", tmp_path_factory.mktemp("spoiled") / "float32")
+    k_proj = "model.layers.3.self_attn.k_proj.weight"
+    edit_tensors(folder, **{k_proj: 1.05 * CheckpointReader(folder).tensor(k_proj)})
+    return folder
+
+
+def test_spoiled_it_is_not(spoiled):
+    assert not skipless.verify(BUNDLED, spoiled, dtypes=("float32",)).same
+
+
+def test_256_greedy_tokens_are_equal_in_fp32(fused, spoiled):
     ids = AutoTokenizer.from_pretrained(BUNDLED)(PROMPT, return_tensors="pt").input_ids
     original, rewritten = (
         load(folder, torch.float32).generate(ids, generation_config=greedy_config(256)).sequences
@@ -52,6 +65,8 @@ def test_256_greedy_tokens_are_equal_in_fp32(fused):
     )
     assert original.shape[1] == ids.shape[1] + 256
     assert torch.equal(original, rewritten)
+    other = load(spoiled, torch.float32).generate(ids, generation_config=greedy_config(256)).sequences
+    assert not torch.equal(original, other)
 
 
 def test_its_text_looks_like_python():

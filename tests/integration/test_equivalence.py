@@ -101,11 +101,11 @@ def check(model, basis, folder):
     assert relative_error(load(fused), model) > 1e3 * FP64
 
 
-def spoil(folder):
-    """The negative control: one part in a thousand of one folded matrix."""
+def spoil(folder, factor=1.001):
+    """The negative control: one folded matrix, off by one part in a thousand."""
     file = folder / "model.safetensors"
     tensors = load_file(file)
-    tensors["model.layers.0.mlp.up_proj.weight"] *= 1.001
+    tensors["model.layers.0.mlp.up_proj.weight"] *= factor
     save_file(tensors, file, metadata={"format": "pt"})
 
 
@@ -115,6 +115,8 @@ def test_fp32_checkpoints_stay_within_fp32(fields, tmp_path):
     save(model, tmp_path / "source")
     skipless.fuse(tmp_path / "source", tmp_path / "fused")
     assert relative_error(load(tmp_path / "fused", torch.float32), model.double()) <= FP32
+    spoil(tmp_path / "fused")
+    assert relative_error(load(tmp_path / "fused", torch.float32), model.double()) > FP32
 
 
 def test_a_well_conditioned_model_holds_up_in_bf16(tmp_path):
@@ -126,6 +128,8 @@ def test_a_well_conditioned_model_holds_up_in_bf16(tmp_path):
     skipless.fuse(tmp_path / "source", tmp_path / "fused", dtype="bfloat16")
     own = relative_error(load(tmp_path / "source", torch.bfloat16), model)
     assert relative_error(load(tmp_path / "fused", torch.bfloat16), model) <= HALF * own
+    spoil(tmp_path / "fused", factor=2)
+    assert relative_error(load(tmp_path / "fused", torch.bfloat16), model) > HALF * own
 
 
 @pytest.mark.parametrize("layers_open", [[0], [1], [0, 1, 2]], ids=str)
@@ -140,6 +144,8 @@ def test_layers_left_open(layers_open, tied, tmp_path):
     if len(layers_open) < 3:  # and close the rest later
         skipless.fuse(tmp_path / "fused", tmp_path / "whole")
         assert relative_error(load(tmp_path / "whole"), model) <= FP64
+    spoil(tmp_path / "fused")
+    assert relative_error(load(tmp_path / "fused"), model) > 1e3 * FP64
 
 
 def test_narrow_heads_merge_p_and_leave_the_stream_open(tmp_path):
@@ -149,6 +155,8 @@ def test_narrow_heads_merge_p_and_leave_the_stream_open(tmp_path):
     assert relative_error(load(tmp_path / "fused"), model) <= FP64
     saved = plan.weights[0] - plan.weights[1]
     assert saved == sum(seam.saves for seam in seams(plan.source) if seam.kind == "p")
+    spoil(tmp_path / "fused")
+    assert relative_error(load(tmp_path / "fused"), model) > 1e3 * FP64
 
 
 @pytest.mark.parametrize("fields", [{}, {"tie_word_embeddings": True}, {"attention_bias": True}], ids=str)

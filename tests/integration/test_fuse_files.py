@@ -34,8 +34,9 @@ assert AutoModel.from_pretrained({str(tmp_path / "fused")!r}, trust_remote_code=
 """
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True)
-    expected = load(source)(torch.arange(9)[None]).logits
-    assert (torch.load(tmp_path / "logits") - expected).abs().max() <= FP64 * expected.abs().max()
+    found, expected = torch.load(tmp_path / "logits"), load(source)(torch.arange(9)[None]).logits
+    assert (found - expected).abs().max() <= FP64 * expected.abs().max()
+    assert (found.roll(1) - expected).abs().max() > FP64 * expected.abs().max()
 
 
 def test_shards_and_index_load_like_one_file(source, tmp_path):
@@ -74,7 +75,7 @@ def test_every_other_file_is_copied_byte_for_byte(source, tmp_path):
 
 
 def test_config_keeps_what_fusing_does_not_change(source, tmp_path):
-    edit_config(source, eos_token_id=7, dtype="float64")
+    edit_config(source, eos_token_id=7, dtype="float64", torch_dtype="float64")
     before = json.loads((source / "config.json").read_text())
     skipless.fuse(source, tmp_path / "same")
     skipless.fuse(source, tmp_path / "cast", dtype="float32")
@@ -82,6 +83,7 @@ def test_config_keeps_what_fusing_does_not_change(source, tmp_path):
     changed = {name for name in before.keys() | same.keys() if before.get(name) != same.get(name)}
     assert changed == {"stream_basis", "p_removed", "auto_map"}
     assert (same["dtype"], cast["dtype"]) == ("float64", "float32")
+    assert "torch_dtype" not in cast
 
 
 def test_untouched_tensors_are_copied_bit_for_bit(tmp_path):
