@@ -131,18 +131,6 @@ def make_plan(
     closing = _choose(source, basis, frozenset(layers_open))
     target = closed(source, closing, basis)
 
-    produced: dict[str, Task] = {}
-    modules_after = {module.name: module for module in target.modules()}
-    modules_before = {module.name: module for module in source.modules()}
-    for group in _connected(closing):
-        names = list(dict.fromkeys(name for seam in group for name in seam.modules))
-        reads = tuple(tensor for name in names for tensor in modules_before[name].tensors())
-        writes = tuple(tensor for name in names if name in modules_after for tensor in modules_after[name].tensors())
-        task = Task(tuple(group), reads, writes)
-        produced.update(dict.fromkeys(writes, task))
-    for name in target.tensors():
-        produced.setdefault(name, Task((), (name,), (name,)))
-
     outputs = {}
     for name, shape in target.tensors().items():
         kept = reader.tensors.get(name) or reader.tensors[name.removesuffix("bias") + "weight"]
@@ -151,11 +139,23 @@ def make_plan(
         source=source,
         target=target,
         basis=basis,
-        tasks=tuple(dict.fromkeys(produced[name] for name in target.tensors())),
+        tasks=_tasks(source, target, closing),
         inputs=reader.tensors,
         outputs=plan_shards(outputs, max_shard_size),
         config=_fused_config(reader.config, target, dtype),
     )
+
+
+def _tasks(source: Architecture, target: Architecture, closing: Iterable[Seam]) -> tuple[Task, ...]:
+    """One task per group of seams that share modules, one per tensor that stays as it is, in the output's order."""
+    before, after = ({module.name: module for module in side.modules()} for side in (source, target))
+    writer_of = {name: Task((), (name,), (name,)) for name in target.tensors()}
+    for group in _connected(closing):
+        names = list(dict.fromkeys(name for seam in group for name in seam.modules))
+        reads = tuple(tensor for name in names for tensor in before[name].tensors())
+        writes = tuple(tensor for name in names if name in after for tensor in after[name].tensors())
+        writer_of.update(dict.fromkeys(writes, Task(tuple(group), reads, writes)))
+    return tuple(dict.fromkeys(writer_of[name] for name in target.tensors()))
 
 
 def _choose(source: Architecture, basis: str, layers_open: frozenset[int]) -> list[Seam]:
