@@ -29,6 +29,8 @@ class Group(click.Group):
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that files are cleaned up
         try:
             return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise  # click's own: usage (exit code 2), --help, Ctrl-C
         except (InputError, OSError) as error:
             err.print(f"skipless: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
             sys.exit(2)

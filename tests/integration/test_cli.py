@@ -1,0 +1,55 @@
+"""Usage: exit codes, and where the text goes."""
+
+import pytest
+from click.testing import CliRunner
+
+from skipless import __version__, cli, fusion
+from tests.models import build, save
+
+COMMANDS = ["demo", "fuse", "verify", "bench", "train"]
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.main, list(map(str, arguments)))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert "Usage:" in result.stdout
+    assert "--json" in result.stdout
+    assert command in run("--help").stdout
+
+
+def test_version():
+    assert __version__ in run("--version").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fuse"], "Missing argument 'SRC'"),
+        (["fuse", "a"], "Missing argument 'DST'"),
+        (["fuse", "a", "b", "--dtyp", "float32"], "No such option"),
+        (["fuse", "a", "b", "--dtype", "fp32"], "'fp32' is not one of"),
+        (["verify", "a", "b", "--tokens", "0"], "0 is not in the range"),
+        (["bench"], "Missing argument"),
+        (["forget"], "No such command"),
+    ],
+    ids=str,
+)
+def test_bad_usage_exits_with_2_and_no_traceback(arguments, message):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_bug_does_not_exit_with_the_code_that_means_no(tmp_path, monkeypatch):
+    monkeypatch.setattr(fusion, "fuse", lambda *_, **__: 1 / 0)
+    result = run("fuse", save(build(), tmp_path / "source"), tmp_path / "fused")
+    assert result.exit_code == 3
+    assert "ZeroDivisionError" in result.stderr
+    assert "this is a bug" in result.stderr
