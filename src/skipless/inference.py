@@ -16,6 +16,8 @@ def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
     Raises InputError when the folder does not load, or its tensors are not exactly the model's.
     """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: expected a model folder, found {'a file' if folder.exists() else 'nothing'}")
     try:
         with no_library_bars():
             model, info = AutoModelForCausalLM.from_pretrained(

@@ -47,6 +47,12 @@ def test_bad_usage_exits_with_2_and_no_traceback(arguments, message):
     assert result.stdout == ""
 
 
+def test_bench_without_a_model(tmp_path):
+    result = run("bench", tmp_path / "nothing")
+    assert result.exit_code == 2
+    assert "nothing: expected a model folder, found nothing" in result.stderr
+
+
 def test_a_bug_does_not_exit_with_the_code_that_means_no(tmp_path, monkeypatch):
     monkeypatch.setattr(fusion, "fuse", lambda *_, **__: 1 / 0)
     result = run("fuse", save(build(), tmp_path / "source"), tmp_path / "fused")
