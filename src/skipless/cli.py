@@ -18,6 +18,9 @@ from skipless import __version__
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError
 
+# Ctrl-C, as a shell counts it: 128 + SIGINT.
+INTERRUPTED = 130
+
 out = Console()
 err = Console(stderr=True)
 
@@ -30,7 +33,9 @@ class Group(click.Group):
         try:
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise  # click's own: usage (exit code 2), --help, Ctrl-C
+            raise  # click's own: usage (exit code 2), --help
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
         except (InputError, OSError) as error:
             err.print(f"skipless: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
             sys.exit(2)
@@ -210,7 +215,11 @@ def train(recipe: str, out_folder: Path, resume: bool, as_json: bool) -> None:
             f"train: expected the [train] extra, found no {error.name}; pip install 'skipless[train]'"
         ) from error
 
-    result = run(Recipe.read(recipe), out_folder, resume=resume)
+    try:
+        result = run(Recipe.read(recipe), out_folder, resume=resume)
+    except KeyboardInterrupt:
+        err.print(f"interrupted; go on with: skipless train {recipe} {out_folder} --resume", soft_wrap=True)
+        sys.exit(INTERRUPTED)
     if as_json:
         print_json(result)
     else:
