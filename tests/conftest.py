@@ -1,8 +1,9 @@
-"""Shapes in the algebra's annotations are checked while tests run; nothing asks a model hub."""
+"""Shapes in the algebra's annotations are checked while tests run; one thread; nothing asks a model hub."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models gain nothing from more, and busy machines make threads spin
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 from jaxtyping import install_import_hook
