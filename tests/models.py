@@ -1,4 +1,4 @@
-"""Tiny models, built in code: every weight, bias and gain random, so that nothing cancels by being zero or one."""
+"""Tiny models, built in code: all weights, biases, gains and orders random, so that nothing cancels by being one."""
 
 import json
 from pathlib import Path
@@ -35,6 +35,8 @@ def build(seed: int = 0, dtype: torch.dtype = torch.float64, **fields: Any) -> S
         elif "proj" in name:
             noise = 0.2 * torch.randn_like(weight) * weight.shape[1] ** -0.5
             weight.copy_(torch.nn.init.orthogonal_(torch.empty_like(weight), gain=1.3) + noise)
+    for order in model.buffers():
+        order.copy_(torch.randperm(len(order)))
     for index, layer in enumerate(model.model.layers, 1):
         size = model(input_ids=random_ids(model), output_hidden_states=True).hidden_states[index].std()
         for weight in layer.mlp.down_proj.parameters():

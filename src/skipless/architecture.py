@@ -19,7 +19,8 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "norm_type": ("none", "rms", "layer"),
     "position_type": ("rope", "rope_interleaved", "learned", "none"),
     "attention_shaping": (None, "value", "full"),
-    "stream_basis": (None, "q", "k", "v"),
+    "stream_basis": (None, "q", "k", "v", "pivoted"),
+    "rest_dtype": (None, "float32"),
     "values_removed": (False,),
     "head_removed": (False,),
 }
@@ -84,6 +85,7 @@ class Architecture:
     position_type: str = "rope"
     attention_shaping: str | None = None
     stream_basis: str | None = None
+    rest_dtype: str | None = None
     layers_open: tuple[int, ...] = ()
     p_removed: bool = False
     values_removed: bool = False
@@ -135,10 +137,21 @@ class Architecture:
                 f"config.json: num_key_value_heads: expected a divisor of num_attention_heads "
                 f"({self.num_attention_heads}), found {self.num_key_value_heads}"
             )
-        if self.stream_basis is not None and self.projections[self.stream_basis] != self.hidden_size:
+        if self.stream_basis == "pivoted":
+            if self.rest_width < 0:
+                raise InputError(
+                    f"config.json: stream_basis: 'pivoted' needs at least hidden_size ({self.hidden_size}) outputs of "
+                    f"q, k and v_proj together, found {sum(self.projections.values())}"
+                )
+        elif self.stream_basis is not None and self.projections[self.stream_basis] != self.hidden_size:
             raise InputError(
                 f"config.json: stream_basis: {self.stream_basis!r} needs a square {self.stream_basis}_proj, but it is "
                 f"({self.projections[self.stream_basis]}, {self.hidden_size})"
+            )
+        if self.rest_dtype is not None and self.stream_basis != "pivoted":
+            raise InputError(
+                f"config.json: rest_dtype: expected null with stream_basis {self.stream_basis!r}, which has no "
+                f"rest_proj; found {self.rest_dtype!r}"
             )
         for layer in self.layers_open:
             if not 0 <= layer < self.num_hidden_layers:
@@ -165,6 +178,11 @@ class Architecture:
         """Output widths of Q, K and V."""
         return {"q": self.query_width, "k": self.value_width, "v": self.value_width}
 
+    @property
+    def rest_width(self) -> int:
+        """Columns of [Q|K|V] beyond the hidden_size ones that pivoting turns into the identity: D + 2 e - d."""
+        return sum(self.projections.values()) - self.hidden_size
+
     def stream_closed(self, layer: int) -> bool:
         """Whether the stream seam before this layer has been closed."""
         return self.stream_basis is not None and layer not in self.layers_open
@@ -177,8 +195,11 @@ class Architecture:
             modules.append(Module("model.position_embeddings", self.max_position_embeddings, d, table=True))
         for layer in range(self.num_hidden_layers):
             attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
+            pivoted = self.stream_closed(layer) and self.stream_basis == "pivoted"
+            if pivoted and self.rest_width:
+                modules.append(Module(f"{attention}.rest_proj", d, self.rest_width, self.attention_bias))
             for name, width in self.projections.items():
-                if not (self.stream_closed(layer) and name == self.stream_basis):
+                if not (pivoted or (self.stream_closed(layer) and name == self.stream_basis)):
                     modules.append(Module(f"{attention}.{name}_proj", d, width, self.attention_bias))
             if not self.p_removed:
                 modules.append(Module(f"{attention}.o_proj", self.query_width, d, self.attention_bias))
@@ -194,8 +215,18 @@ class Architecture:
             for module in modules
         ]
 
+    def index_tensors(self) -> dict[str, tuple[int, ...]]:
+        """The tensors that are int32 indices and not weights: name -> shape."""
+        if self.stream_basis != "pivoted":
+            return {}
+        return {
+            f"model.layers.{layer}.self_attn.column_order": (sum(self.projections.values()),)
+            for layer in range(self.num_hidden_layers)
+            if self.stream_closed(layer)
+        }
+
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the checkpoint: name -> stored shape."""
+        """Every tensor of the checkpoint, weights and indices: name -> stored shape."""
         tensors = {name: shape for module in self.modules() for name, shape in module.tensors().items()}
         for layer in range(self.num_hidden_layers):
             for gain in GAINS[self.attention_shaping]:
@@ -209,7 +240,7 @@ class Architecture:
             tensors[f"{norm}.weight"] = (self.hidden_size,)
             if self.norm_type == "layer":
                 tensors[f"{norm}.bias"] = (self.hidden_size,)
-        return tensors
+        return tensors | self.index_tensors()
 
 
 def _checked(name: str, field: "dataclasses.Field[Any]", value: Any) -> Any:

@@ -30,6 +30,9 @@ def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
             raise InputError(
                 f"{folder}: expected all tensors of the model and no others, found {kind} {sorted(info[kind])[0]}"
             )
+    for name, buffer in model.named_buffers():
+        if name.endswith("column_order") and not torch.equal(buffer.sort().values, torch.arange(len(buffer)).int()):
+            raise InputError(f"{folder}: {name}: expected each of 0..{len(buffer) - 1} once; the file is damaged")
     return model.eval()
 
 

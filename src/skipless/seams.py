@@ -20,8 +20,10 @@ class Seam:
     writers, readers: the modules whose outputs, inputs lie in the seam's space, of `width` dimensions.
     bias_takers: the modules that take in the bias of the module that goes.
     duals: modules whose outputs the seam's tied table reads transposed (the last O, when the head is the embedding).
-    identities: name of a way to close the seam -> the module that becomes the identity and is left out.
-    saves: weights (biases not counted) that closing it removes.
+    identities: name of a way to close the seam -> the modules that go. A way by which one module goes makes it the
+        identity; by "pivoted", `width` columns of the readers [Q|K|V] become the identity, the other columns one
+        module, `rest`, and `order` is the index tensor that puts the outputs back in their places.
+    saves: weights (biases and indices not counted) that closing it removes.
     blocked: why the seam cannot be closed; None if it can.
     """
 
@@ -30,14 +32,16 @@ class Seam:
     width: int
     writers: tuple[str, ...]
     readers: tuple[str, ...]
-    identities: dict[str, str] = dataclasses.field(hash=False)
+    identities: dict[str, tuple[str, ...]] = dataclasses.field(hash=False)
     saves: int
     bias_takers: tuple[str, ...] = ()
     duals: tuple[str, ...] = ()
+    rest: str = ""
+    order: str = ""
     blocked: str | None = None
 
-    def removed(self, basis: str) -> str:
-        """The module that goes when stream seams are closed by `basis`; a P-M seam has only one way."""
+    def removed(self, basis: str) -> tuple[str, ...]:
+        """The modules that go when stream seams are closed by `basis`; a P-M seam has only one way."""
         return self.identities[basis if self.kind == "stream" else "p"]
 
     @property
@@ -58,7 +62,7 @@ def seams(architecture: Architecture) -> list[Seam]:
 
 
 def closed(architecture: Architecture, closing: Iterable[Seam], basis: str) -> Architecture:
-    """The architecture after closing these seams, stream seams by `basis` ("q", "k" or "v").
+    """The architecture after closing these seams, stream seams by `basis` ("q", "k", "v" or "pivoted").
 
     Every P-M seam is closed or none, as config.json has one switch for them all.
     """
@@ -106,18 +110,28 @@ def _stream_seam(architecture: Architecture, layer: int) -> Seam:
             f"norm_type {architecture.norm_type!r}: model.layers.{layer}.input_layernorm stands between "
             f"{' and '.join(writers)} and q, k, v_proj, and is not linear"
         )
+    d, widths = architecture.hidden_size, architecture.projections
+    identities: dict[str, tuple[str, ...]] = {
+        name: (f"{attention}.{name}_proj",) for name, width in widths.items() if width == d
+    }
+    readers = tuple(f"{attention}.{name}_proj" for name in widths)
+    if sum(widths.values()) >= d:
+        identities["pivoted"] = readers
+    elif blocked is None:
+        blocked = (
+            f"q, k and v_proj of layer {layer} having {sum(widths.values())} outputs together, fewer than hidden_size "
+            f"({d}): no {d} of them can stand for the stream"
+        )
     return Seam(
         kind="stream",
         layer=layer,
-        width=architecture.hidden_size,
+        width=d,
         writers=writers,
-        readers=tuple(f"{attention}.{name}_proj" for name in architecture.projections),
-        identities={
-            name: f"{attention}.{name}_proj"
-            for name, width in architecture.projections.items()
-            if width == architecture.hidden_size and architecture.stream_basis in (None, name)
-        },
-        saves=architecture.hidden_size**2,
+        readers=readers,
+        identities={name: gone for name, gone in identities.items() if architecture.stream_basis in (None, name)},
+        rest=f"{attention}.rest_proj",
+        order=f"{attention}.column_order",
+        saves=d**2,
         bias_takers=writers[:1],
         duals=duals,
         blocked=blocked,
@@ -144,7 +158,7 @@ def _p_seam(architecture: Architecture, layer: int) -> Seam:
     elif heads > d:
         blocked = (
             f"{o_proj} is ({d}, {heads}): merging it would make {' and '.join(readers)} larger, as heads * head_dim "
-            f"({heads}) exceeds hidden_size ({d})"
+            f"({heads}) exceeds hidden_size ({d}); close the others with --remove stream"
         )
     return Seam(
         kind="p",
@@ -152,7 +166,7 @@ def _p_seam(architecture: Architecture, layer: int) -> Seam:
         width=d,
         writers=(o_proj,),
         readers=readers,
-        identities={"p": o_proj},
+        identities={"p": (o_proj,)},
         bias_takers=readers,
         saves=heads * d + len(readers) * (d - heads) * architecture.intermediate_size,
         blocked=blocked,

@@ -107,7 +107,10 @@ def verify(
     for name in dtypes:
         if name not in DTYPE_NAMES:
             raise InputError(f"dtype: expected one of {', '.join(DTYPE_NAMES)}, found {name!r}")
-    stored = max((info.dtype for info in readers[1].tensors.values()), key=lambda dtype: torch.finfo(dtype).eps)
+    stored = max(
+        (info.dtype for info in readers[1].tensors.values() if not info.is_index),
+        key=lambda dtype: torch.finfo(dtype).eps,
+    )
     stored_name = str(stored).removeprefix("torch.")
     dtypes = tuple(dict.fromkeys((*dtypes, stored_name)))  # the dtype that is always judged
     inputs = _inputs(a, [reader.config for reader in readers], prompt, tokens, seed)

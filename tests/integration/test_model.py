@@ -2,6 +2,9 @@
 
 import copy
 import math
+import os
+import subprocess
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -39,6 +42,9 @@ CLOSED = {
         "model.layers.0.mlp.up_proj",
     ],
 }
+
+# d columns of q, k and v are the stream; layer 1 kept its projections
+PIVOTED = {"stream_basis": "pivoted", "layers_open": [1]}
 
 shaped = pytest.mark.parametrize("shaping", [None, "value", "full"])
 positioned = pytest.mark.parametrize("position", POSITIONS.values(), ids=POSITIONS)
@@ -130,7 +136,11 @@ def test_cached_decode_is_the_full_forward(shaping, position, kv_heads):
 
 
 @shaped
-@pytest.mark.parametrize("fields", [CLOSED, {**MHA, "stream_basis": "k"}, {**MHA, "stream_basis": "v"}], ids="qkv")
+@pytest.mark.parametrize(
+    "fields",
+    [CLOSED, {**MHA, "stream_basis": "k"}, {**MHA, "stream_basis": "v"}, {**PIVOTED, **BIASES, "head_dim": 12}],
+    ids=["q", "k", "v", "pivoted"],
+)
 def test_cached_decode_of_closed_models(shaping, fields):
     model = build(attention_shaping=shaping, **fields)
     ids = random_ids(model)
@@ -140,7 +150,9 @@ def test_cached_decode_of_closed_models(shaping, fields):
 
 
 @shaped
-@pytest.mark.parametrize("fields", [{}, {"position_type": "learned"}, CLOSED], ids=["rope", "learned", "closed"])
+@pytest.mark.parametrize(
+    "fields", [{}, {"position_type": "learned"}, CLOSED, PIVOTED], ids=["rope", "learned", "closed", "pivoted"]
+)
 def test_greedy_tokens_are_the_same_with_every_cache(shaping, fields):
     model = build(attention_shaping=shaping, **fields)
     ids = random_ids(model)
@@ -166,7 +178,7 @@ def padded(model: torch.nn.Module, left: bool) -> tuple[list[torch.Tensor], torc
 @shaped
 @attentions
 @pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
-@pytest.mark.parametrize("fields", [{}, {"position_type": "learned"}, {"position_type": "none"}, CLOSED])
+@pytest.mark.parametrize("fields", [{}, {"position_type": "learned"}, {"position_type": "none"}, CLOSED, PIVOTED])
 def test_padding_changes_nothing(shaping, attention, left, fields):
     model = build(attention_shaping=shaping, **fields)
     model.set_attn_implementation(attention)
@@ -233,7 +245,7 @@ def test_attentions_and_hidden_states_are_returned(shaping):
 
 
 @shaped
-@pytest.mark.parametrize("fields", [{}, {"tie_word_embeddings": True, "position_type": "learned"}, CLOSED])
+@pytest.mark.parametrize("fields", [{}, {"tie_word_embeddings": True, "position_type": "learned"}, CLOSED, PIVOTED])
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 def test_gradient_checkpointing_changes_no_gradient(shaping, fields, reentrant):
@@ -273,8 +285,14 @@ EVERYTHING = {**BIASES, "attention_shaping": "full", "position_type": "learned",
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize(
     "fields",
-    [{}, EVERYTHING, {**CLOSED, "attention_shaping": "value", "gate_bias": True}, {"tie_word_embeddings": True}],
-    ids=["plain", "everything", "closed", "tied"],
+    [
+        {},
+        EVERYTHING,
+        {**CLOSED, "attention_shaping": "value", "gate_bias": True},
+        {"tie_word_embeddings": True},
+        {**PIVOTED, **BIASES},
+    ],
+    ids=["plain", "everything", "closed", "tied", "pivoted"],
 )
 def test_saving_and_loading_is_exact(tmp_path, dtype, fields):
     model = build(dtype=dtype, **fields)
@@ -289,7 +307,7 @@ def test_saving_and_loading_is_exact(tmp_path, dtype, fields):
         found = loaded.state_dict()
         assert found.keys() == expected.keys()
         for name, tensor in found.items():
-            assert tensor.dtype == dtype, name
+            assert tensor.dtype == (torch.int32 if name.endswith("column_order") else dtype), name
             assert torch.equal(tensor, expected[name]), name
 
     name = "model.layers.1.mlp.up_proj.weight"
@@ -341,7 +359,8 @@ ACTIVATIONS = {
 def straight_line(config: SkiplessConfig, weights: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
     """Logits (T, vocab_size) of one sequence of ids (T,), in fp64 except RoPE's angles, which the model has in fp32."""
     length, width = len(ids), config.head_dim
-    group = config.num_attention_heads // config.num_key_value_heads
+    key_heads = config.num_key_value_heads
+    group = config.num_attention_heads // key_heads
     shaping, act = config.attention_shaping, ACTIVATIONS[config.hidden_act]
     past = torch.arange(length)[:, None] >= torch.arange(length)
     if "rope" in config.position_type:
@@ -371,7 +390,13 @@ def straight_line(config: SkiplessConfig, weights: dict[str, torch.Tensor], ids:
         x = x + weights["model.position_embeddings.weight"][:length]
     for index in range(config.num_hidden_layers):
         layer = f"model.layers.{index}"
-        q, k, v = (linear(f"{layer}.self_attn.{name}_proj", x).split(width, 1) for name in "qkv")
+        if f"{layer}.self_attn.column_order" in weights:
+            columns = [*x.T, *linear(f"{layer}.self_attn.rest_proj", x).T]
+            columns = torch.stack([columns[column] for column in weights[f"{layer}.self_attn.column_order"]], 1)
+            split = columns.split(width, 1)
+            q, k, v = split[: -2 * key_heads], split[-2 * key_heads : -key_heads], split[-key_heads:]
+        else:
+            q, k, v = (linear(f"{layer}.self_attn.{name}_proj", x).split(width, 1) for name in "qkv")
         gain = {name: weights.get(f"{layer}.self_attn.{name}") for name in ("alpha", "beta", "gamma")}
         heads = []
         for h in range(config.num_attention_heads):
@@ -424,6 +449,8 @@ def test_a_second_implementation_agrees(shaping, position, ffn, bias):
         {**MHA, "stream_basis": "k", "attention_bias": True, "attention_shaping": "value"},
         {**MHA, "stream_basis": "v", "p_removed": True, "attention_shaping": "full"},
         {"p_removed": True, "head_dim": 12},
+        {**PIVOTED, **BIASES, "position_type": "learned", "attention_shaping": "full"},
+        {**PIVOTED, "head_dim": 12, "num_key_value_heads": 1, "p_removed": True, "attention_shaping": "value"},
     ],
     ids=lambda fields: "-".join(fields),
 )
@@ -454,7 +481,11 @@ def test_the_comparison_sees_every_tensor(ffn_type):
         ("norm_type", {"norm_type": "rms"}),
         ("position_type", {"position_type": "alibi"}),
         ("attention_shaping", {"attention_shaping": "x"}),
-        ("stream_basis", {"stream_basis": "pivoted"}),
+        ("stream_basis", {"stream_basis": "o"}),
+        ("stream_basis", {"stream_basis": "pivoted", "head_dim": 2}),
+        ("rest_dtype", {"rest_dtype": "float32"}),
+        ("rest_dtype", {"rest_dtype": "float32", "stream_basis": "q"}),
+        ("rest_dtype", {"rest_dtype": "bfloat16", "stream_basis": "pivoted"}),
         ("stream_basis", {"stream_basis": "k"}),
         ("stream_basis", {"stream_basis": "v"}),
         ("stream_basis", {"stream_basis": "q", "head_dim": 12}),
@@ -521,8 +552,9 @@ def test_generation_defaults_and_bookkeeping_are_accepted():
         ({**MHA, "stream_basis": "v", "layers_open": [0, 2]}, {1: {"v_proj"}}),
         ({"p_removed": True}, {0: {"o_proj"}, 1: {"o_proj"}, 2: {"o_proj"}}),
         (CLOSED, {0: {"q_proj", "o_proj"}, 1: {"o_proj"}, 2: {"q_proj", "o_proj"}}),
+        (PIVOTED, {0: {"q_proj", "k_proj", "v_proj"}, 1: {"rest_proj"}, 2: {"q_proj", "k_proj", "v_proj"}}),
     ],
-    ids=["nothing", "mlp", "q", "k", "v", "p", "q-and-p"],
+    ids=["nothing", "mlp", "q", "k", "v", "p", "q-and-p", "pivoted"],
 )
 @shaped
 def test_closed_seams_leave_out_exactly_their_projections(shaping, fields, absent):
@@ -531,12 +563,15 @@ def test_closed_seams_leave_out_exactly_their_projections(shaping, fields, absen
     expected = {"model.embed_tokens.weight", "lm_head.weight"} | {f"{name}.bias" for name in model.config.folded_biases}
     for index in range(3):
         attention = {f"self_attn.{name}_proj.weight" for name in "qkvo"} | {f"self_attn.{name}" for name in gains}
+        if model.config.stream_basis == "pivoted":
+            attention |= {"self_attn.rest_proj.weight"}
         names = attention | {f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
         expected |= {
             f"model.layers.{index}.{name}" for name in names if not set(name.split(".")) & absent.get(index, set())
         }
-    assert set(model.state_dict()) == expected
     assert {name for name, _ in model.named_parameters()} == expected
+    orders = {f"model.layers.{i}.self_attn.column_order" for i in absent if {"q_proj", "k_proj"} <= absent[i]}
+    assert set(model.state_dict()) == expected | orders
     linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     assert linears == {name for name in expected if "proj.weight" in name} | {"lm_head.weight"}
 
@@ -557,13 +592,195 @@ def test_biases_are_where_the_flags_say(fields, biased):
     assert sorted(found) == sorted(3 * list(biased))
 
 
+# Pivoted: d of the columns of [Q|K|V] are the identity
+
+
+@torch.no_grad()
+def pivot(model: SkiplessForCausalLM, layers_open: tuple[int, ...] = (), **fields) -> SkiplessForCausalLM:
+    """The same function, with d random columns of every layer's [Q|K|V] turned into the identity, by hand."""
+    assert model.config.mlp_bias or not model.config.attention_bias  # the writers have a place for the columns' bias
+    changes = {"stream_basis": "pivoted", "layers_open": list(layers_open), **fields}
+    config = SkiplessConfig(**{**model.config.to_dict(), **changes})
+    weights, d = model.state_dict(), config.hidden_size
+    for layer in set(range(config.num_hidden_layers)) - set(layers_open):
+        attention = f"model.layers.{layer}.self_attn"
+        A = torch.cat([weights.pop(f"{attention}.{name}_proj.weight") for name in "qkv"]).T
+        bias = [weights.pop(f"{attention}.{name}_proj.bias", torch.zeros(0).double()) for name in "qkv"]
+        bias = torch.cat(bias) if config.attention_bias else A.new_zeros(A.shape[1])
+        chosen = torch.randperm(A.shape[1])
+        while torch.linalg.cond(A[:, chosen[:d]]) > 1000:
+            chosen = torch.randperm(A.shape[1])
+        S, rest, bias_S, bias_rest = A[:, chosen[:d]], A[:, chosen[d:]], bias[chosen[:d]], bias[chosen[d:]]
+        R = torch.linalg.solve(S, rest)
+
+        if layer == 0:
+            weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"] @ S + bias_S
+            if config.position_type == "learned":
+                weights["model.position_embeddings.weight"] = weights["model.position_embeddings.weight"] @ S
+        else:
+            writer = f"model.layers.{layer - 1}.mlp.down_proj"
+            weights[f"{writer}.weight"] = S.T @ weights[f"{writer}.weight"]
+            if config.mlp_bias:
+                weights[f"{writer}.bias"] = weights[f"{writer}.bias"] @ S + bias_S
+        if len(chosen) > d:
+            weights[f"{attention}.rest_proj.weight"] = R.T
+            if config.attention_bias:
+                weights[f"{attention}.rest_proj.bias"] = bias_rest - bias_S @ R
+        weights[f"{attention}.column_order"] = chosen.argsort().int()
+    pivoted = SkiplessForCausalLM(config).double().eval()
+    pivoted.load_state_dict(weights)
+    return pivoted
+
+
+@torch.no_grad()
+def swap(model: SkiplessForCausalLM, layer: int = 2) -> SkiplessForCausalLM:
+    """Exchange the places of one column of the query and one of the value."""
+    order = model.model.layers[layer].self_attn.column_order
+    order[[0, -1]] = order[[-1, 0]]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("fields", "layers_open"),
+    [
+        ({}, ()),
+        ({**BIASES, "position_type": "learned", "attention_shaping": "full"}, ()),
+        ({**BIASES, "head_dim": 12, "attention_shaping": "value"}, (1,)),
+        ({"head_dim": 12, "p_removed": True, "num_key_value_heads": 1}, (0,)),
+        ({**MHA, **BIASES, "position_type": "rope_interleaved"}, (0, 1)),
+        ({"tie_word_embeddings": True}, (0,)),
+        ({**BIASES, "head_dim": 4}, ()),
+        ({"head_dim": 4, "attention_shaping": "full"}, (1,)),
+    ],
+    ids=["GQA", "biases", "wide-heads", "MQA", "MHA", "tied", "no-rest-biases", "no-rest"],
+)
+def test_pivoting_changes_no_logit(fields, layers_open):
+    model = build(**fields)
+    pivoted = pivot(model, layers_open)
+    for index, layer in enumerate(pivoted.model.layers):
+        attention = layer.self_attn
+        assert (attention.column_order is None) == (attention.q_proj is not None) == (index in layers_open)
+        assert (attention.rest_proj is None) == (index in layers_open or fields.get("head_dim") == 4)
+    ids = random_ids(model)
+    expected = logits(model, ids)
+    assert agree(logits(pivoted, ids), expected)
+    assert agree(decode(pivoted, ids, cuts=[4, 5, 8]), expected)
+    assert torch.equal(tokens(pivoted, ids), tokens(model, ids))
+    assert not agree(logits(swap(pivoted), ids), expected)
+
+
+def test_a_pivoted_model_is_trained_from_scratch():
+    model = AutoModelForCausalLM.from_config(SkiplessConfig(**TINY, **PIVOTED, attention_bias=True))
+    for name, order in model.named_buffers():
+        assert torch.equal(order, torch.arange(64, dtype=torch.int32)), name
+    ids = random_ids(model)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(weight.grad.any() for weight in model.model.layers[2].self_attn.rest_proj.parameters())
+
+
+def test_column_order_stays_as_it_is_when_the_model_is_cast(tmp_path):
+    model = build(**PIVOTED)
+    save(model, tmp_path)
+    orders = dict(model.named_buffers())
+    assert len(orders) == 2
+    with torch.device("meta"):
+        meta = SkiplessForCausalLM(model.config)
+    meta.load_state_dict(model.state_dict(), assign=True)
+    assert agree(logits(meta.eval(), random_ids(model)), logits(model, random_ids(model)))
+    copies = [copy.deepcopy(model).to(torch.bfloat16), copy.deepcopy(model).half(), copy.deepcopy(model).float(), meta]
+    copies += [load(tmp_path, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+    copies += [AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)]
+    for cast in copies:
+        found = {f"model.{name.removeprefix('model.')}": order for name, order in cast.named_buffers()}
+        assert found.keys() == orders.keys()
+        for name, order in found.items():
+            assert order.dtype == torch.int32
+            assert torch.equal(order, orders[name])
+            assert not torch.equal(order, order.sort().values)  # nor has loading begun it anew
+
+
+def test_a_missing_column_order_is_reported_and_in_order(tmp_path):
+    model = build(**PIVOTED)
+    save(model, tmp_path)
+    missing = "model.layers.2.self_attn.column_order"
+    edit_tensors(tmp_path, **{missing: None})
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys"] == {missing}
+    assert torch.equal(loaded.model.layers[2].self_attn.column_order, torch.arange(64, dtype=torch.int32))
+    expected = model.model.layers[0].self_attn.column_order
+    assert torch.equal(loaded.model.layers[0].self_attn.column_order, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_rest_dtype_keeps_rest_proj_fine(tmp_path, dtype):
+    model = pivot(build(**BIASES), layers_open=(1,), rest_dtype="float32")
+    ids = random_ids(model)
+    loaded = load(save(model, tmp_path / "exact"), dtype)
+    again = load(save(loaded, tmp_path / "cast"), dtype)
+    made = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
+    for cast in (loaded, again, made):
+        assert cast.dtype == dtype
+        for name, weight in cast.named_parameters():
+            kept = torch.promote_types(dtype, torch.float32) if "rest_proj" in name else dtype
+            assert weight.dtype == kept, name
+            assert cast is made or torch.equal(weight, model.get_parameter(name).to(kept)), name
+    assert logits(loaded, ids).dtype == dtype
+    assert torch.equal(logits(loaded, ids), logits(again, ids))
+
+    attention = loaded.model.layers[0].self_attn
+    x = torch.randn(2, 5, 32).to(dtype)
+    with torch.no_grad():
+        found = torch.cat(attention.project(x), -1)
+        rest = torch.nn.functional.linear(x.double(), *(weight.double() for weight in attention.rest_proj.parameters()))
+        columns = torch.cat((x.double(), rest), -1)[..., attention.column_order]
+    assert found.dtype == dtype
+    rounded_once = {"rtol": torch.finfo(dtype).eps, "atol": 1e-5 * columns.abs().max().item()}
+    assert torch.allclose(found.double(), columns, **rounded_once)
+    with torch.no_grad():
+        small = torch.cat(copy.deepcopy(attention).to(torch.bfloat16).project(x), -1)
+    assert not torch.allclose(small.double(), columns, **rounded_once)
+
+
+def test_a_pivoted_folder_loads_without_skipless_through_trust_remote_code(tmp_path):
+    model = build(**PIVOTED, rest_dtype="float32", attention_bias=True)
+    save(model, tmp_path / "model")
+    code = f"""
+import sys; sys.modules["skipless"] = None
+import torch; from transformers import AutoModelForCausalLM
+folder = {str(tmp_path / "model")!r}
+for name, dtype in (("fp64", torch.float64), ("bf16", torch.bfloat16)):
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
+    torch.save((model(torch.arange(9)[None]).logits, model.state_dict()), folder + name)
+"""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True)
+    found, _ = torch.load(tmp_path / "modelfp64")
+    expected = logits(model, torch.arange(9)[None])
+    assert agree(found, expected)
+    assert not agree(found.roll(1, 1), expected)
+    _, weights = torch.load(tmp_path / "modelbf16")
+    dtypes = {name.split(".")[-2 if "rest" in name else -1]: weight.dtype for name, weight in weights.items()}
+    assert dtypes == {
+        "weight": torch.bfloat16,
+        "bias": torch.bfloat16,
+        "rest_proj": torch.float32,
+        "column_order": torch.int32,
+    }
+    assert all(torch.equal(weights[name], order) for name, order in model.named_buffers())
+
+
 # Compilation and lower precision
 
 
 @pytest.mark.parametrize(
     "fields",
-    [{"attention_shaping": "full"}, {**CLOSED, "attention_shaping": "full"}, {**CLOSED, "attention_shaping": "value"}],
-    ids=["full", "full-closed", "value-closed"],
+    [
+        {"attention_shaping": "full"},
+        {**CLOSED, "attention_shaping": "full"},
+        {**CLOSED, "attention_shaping": "value"},
+        {**PIVOTED, "attention_shaping": "full"},
+    ],
+    ids=["full", "full-closed", "value-closed", "full-pivoted"],
 )
 def test_the_model_compiles_whole(fields):
     model = build(**fields)

@@ -23,6 +23,9 @@ VARIANTS = [
         "folded_biases": ["model.embed_tokens", "model.layers.0.mlp.down_proj"],
     },
     {"p_removed": True, "head_dim": 4},
+    {"stream_basis": "pivoted", "attention_bias": True, "layers_open": [1], "rest_dtype": "float32"},
+    {"stream_basis": "pivoted", "head_dim": 12, "attention_shaping": "full"},
+    {"stream_basis": "pivoted", "head_dim": 4, "attention_bias": True},
 ]
 
 
@@ -33,6 +36,26 @@ def test_tensors_are_those_of_the_model(fields):
     if model.config.tie_word_embeddings:
         del shapes["lm_head.weight"]
     assert Architecture.from_config(json.loads(model.config.to_json_string())).tensors() == shapes
+
+
+@pytest.mark.parametrize("fields", VARIANTS, ids=str)
+def test_index_tensors_are_the_integers_of_the_model(fields):
+    model = build(**fields)
+    shapes = {name: tuple(x.shape) for name, x in model.state_dict().items() if not x.is_floating_point()}
+    assert Architecture.from_config(json.loads(model.config.to_json_string())).index_tensors() == shapes
+
+
+def test_pivoted_layers_have_a_rest_and_an_order_for_q_k_and_v():
+    architecture = Architecture.from_config(config(stream_basis="pivoted", layers_open=[1], attention_bias=True))
+    assert architecture.rest_width == 32  # 32 + 16 + 16 outputs, of which 32 are the stream
+    attention = [
+        {name.split(".")[-1]: shape for name, shape in architecture.tensors().items() if name.startswith(prefix)}
+        for prefix in ("model.layers.0.self_attn.rest", "model.layers.0.self_attn.column")
+    ]
+    assert attention == [{"weight": (32, 32), "bias": (32,)}, {"column_order": (64,)}]
+    assert set(architecture.index_tensors()) == {f"model.layers.{layer}.self_attn.column_order" for layer in (0, 2)}
+    projections = {name.split(".")[2] for name in architecture.tensors() if name.split(".")[-2] in ("q_proj", "k_proj")}
+    assert projections == {"1"}
 
 
 @pytest.mark.parametrize(("norm", "parameters"), [("rms", 1), ("layer", 2)])
@@ -75,6 +98,9 @@ def test_a_missing_dimension_is_named(name):
         ({"num_key_value_heads": 3}, "num_key_value_heads: expected a divisor of num_attention_heads"),
         ({"num_attention_heads": 6, "num_key_value_heads": 6}, "head_dim: expected a value, found none"),
         ({"stream_basis": "k"}, "stream_basis: 'k' needs a square k_proj"),
+        ({"stream_basis": "pivoted", "head_dim": 2}, "stream_basis: 'pivoted' needs at least hidden_size .* found 16"),
+        ({"rest_dtype": "float32"}, "rest_dtype: expected null with stream_basis None"),
+        ({"stream_basis": "q", "rest_dtype": "float32"}, "rest_dtype: expected null with stream_basis 'q'"),
         ({"layers_open": [3]}, "layers_open: expected layers 0..2, found 3"),
         ({"layers_open": "1"}, "layers_open: expected a list of int"),
         ({"folded_biases": ["model.layers.7.mlp.down_proj"]}, "folded_biases: expected names of modules"),
@@ -89,11 +115,11 @@ def test_what_is_not_understood_is_refused_by_name(changes, message):
 
 def test_the_model_file_supports_nothing_the_architecture_does_not_know():
     fields = {field.name for field in dataclasses.fields(Architecture)}
+    allowing = {"stream_basis": {"num_key_value_heads": 4}, "rest_dtype": {"stream_basis": "pivoted"}}
     for name, values in SUPPORTED.items():
         assert name in fields
         for value in values:
-            basis = {"num_key_value_heads": 4} if name == "stream_basis" else {}
-            Architecture.from_config(config(**{name: value, **basis}))
+            Architecture.from_config(config(**{name: value, **allowing.get(name, {})}))
     assert fields <= set(SkiplessConfig(**TINY).to_dict())
 
 

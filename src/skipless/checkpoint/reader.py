@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from skipless.dtypes import SAFETENSORS_NAMES
+from skipless.dtypes import INDEX_NAMES, SAFETENSORS_NAMES
 from skipless.errors import InputError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
-DTYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for code, name in SAFETENSORS_NAMES.items()}
+DTYPES: dict[str, torch.dtype] = {
+    code: getattr(torch, name) for code, name in (SAFETENSORS_NAMES | INDEX_NAMES).items()
+}
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,11 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: torch.dtype
     shard: str
+
+    @property
+    def is_index(self) -> bool:
+        """Whether it holds integers: places of other tensors' columns, not weights."""
+        return not self.dtype.is_floating_point
 
     @property
     def weights(self) -> int:
@@ -98,8 +105,9 @@ class CheckpointReader:
                         raise InputError(f"{name}: expected once, found in {tensors[name].shard} and {shard}")
                     if view.get_dtype() not in DTYPES:
                         raise InputError(
-                            f"{name}: expected a dtype of {', '.join(DTYPES)}, found {view.get_dtype()} in {shard}; "
-                            f"dequantize or convert it first"
+                            f"{name}: expected a dtype of {', '.join(SAFETENSORS_NAMES)} (weights) or "
+                            f"{', '.join(INDEX_NAMES)} (indices), found {view.get_dtype()} in {shard}; dequantize or "
+                            f"convert it first"
                         )
                     tensors[name] = TensorInfo(tuple(view.get_shape()), DTYPES[view.get_dtype()], shard)
         for name, shard in (self._weight_map or {}).items():
@@ -132,8 +140,11 @@ class CheckpointReader:
             )
         return tensor
 
-    def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
-        """Compare names and shapes with what config.json promises. Raises InputError for the first difference."""
+    def check(self, expected: Mapping[str, tuple[int, ...]], indices: Collection[str] = ()) -> None:
+        """Compare names, shapes and kinds (integers for `indices`, else floating point) with what config.json promises.
+
+        Raises InputError for the first difference.
+        """
         for name, shape in expected.items():
             if name not in self.tensors:
                 raise InputError(
@@ -143,6 +154,9 @@ class CheckpointReader:
                 raise InputError(
                     f"{name}: expected {shape}, as config.json says; found {found}; correct one of the two"
                 )
+            if self.tensors[name].is_index != (name in indices):
+                kind = "int32 indices" if name in indices else "floating-point weights"
+                raise InputError(f"{name}: expected {kind}, found {self.tensors[name].dtype}; convert it")
         for name, info in self.tensors.items():
             if name not in expected:
                 raise InputError(

@@ -19,7 +19,8 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "norm_type": ("none",),
     "position_type": ("rope", "rope_interleaved", "learned", "none"),
     "attention_shaping": (None, "value", "full"),
-    "stream_basis": (None, "q", "k", "v"),
+    "stream_basis": (None, "q", "k", "v", "pivoted"),
+    "rest_dtype": (None, "float32"),
     "values_removed": (False,),
     "head_removed": (False,),
 }
@@ -44,7 +45,9 @@ class SkiplessConfig(PreTrainedConfig):
     """Dimensions, switches and closed seams of a skipless transformer (arXiv:2404.12362).
 
     Sizes are in elements. `stream_basis` names the projection that became the identity and is therefore absent
-    ("q", "k" or "v"; null: none); `layers_open` lists the layers that kept it; `p_removed` says that o_proj has been
+    ("q", "k" or "v"; null: none), or is "pivoted": hidden_size columns of all three did, the others are rest_proj, and
+    column_order puts them in their places; `rest_dtype` "float32" keeps rest_proj in fp32 when the model is loaded in
+    a smaller dtype; `layers_open` lists the layers that kept their projections; `p_removed` says that o_proj has been
     merged into the FFN's input matrices; `folded_biases` lists the modules that gained a bias by folding.
 
     Raises, at construction, for a field, value or combination that the model does not implement: ValueError or
@@ -75,6 +78,7 @@ class SkiplessConfig(PreTrainedConfig):
     position_type: str = "rope"
     attention_shaping: str | None = None
     stream_basis: str | None = None
+    rest_dtype: str | None = None
     layers_open: list[int] | None = None
     p_removed: bool = False
     values_removed: bool = False
@@ -115,13 +119,24 @@ class SkiplessConfig(PreTrainedConfig):
                 f"num_key_value_heads: expected a divisor of num_attention_heads ({self.num_attention_heads}), "
                 f"found {self.num_key_value_heads}"
             )
-        if self.stream_basis is not None:
+        if self.stream_basis == "pivoted":
+            if self.rest_width < 0:
+                raise ValueError(
+                    f"stream_basis: 'pivoted' needs at least hidden_size ({self.hidden_size}) outputs of q, k and "
+                    f"v_proj together, found {self.rest_width + self.hidden_size}"
+                )
+        elif self.stream_basis is not None:
             heads = self.num_attention_heads if self.stream_basis == "q" else self.num_key_value_heads
             if heads * self.head_dim != self.hidden_size:
                 raise ValueError(
                     f"stream_basis: {self.stream_basis!r} needs a square {self.stream_basis}_proj, but its output is "
                     f"{heads * self.head_dim} wide and hidden_size is {self.hidden_size}"
                 )
+        if self.rest_dtype is not None and self.stream_basis != "pivoted":
+            raise ValueError(
+                f"rest_dtype: expected null with stream_basis {self.stream_basis!r}, which has no rest_proj; found "
+                f"{self.rest_dtype!r}"
+            )
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act: expected an activation of transformers, found {self.hidden_act!r}")
         if self.gate_bias and self.ffn_type != "glu":
@@ -160,6 +175,11 @@ class SkiplessConfig(PreTrainedConfig):
                 f"rope_parameters.partial_rotary_factor: expected an even number of rotated dimensions in "
                 f"1..{self.head_dim} (head_dim), found {self.rotary_dim}"
             )
+
+    @property
+    def rest_width(self) -> int:
+        """Columns of q, k and v_proj together beyond the hidden_size ones that pivoting turns into the identity."""
+        return (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim - self.hidden_size
 
     @property
     def rotary_dim(self) -> int:

@@ -2,6 +2,7 @@
 
 Serial layer (arXiv:2404.12362, Fig. 1): attention -> P (o_proj) -> M (gate/up) -> activation -> O (down_proj) -> next.
 A closed stream seam leaves out q_proj (or k_proj, v_proj): the stream itself is then the query (key, value).
+Pivoted, it leaves out all three: d of their outputs are the stream itself, rest_proj computes the others from it.
 A closed P-M seam leaves out o_proj: the concatenated heads feed gate_proj and up_proj directly.
 
 Shapes: B batch, T tokens, d hidden_size, H query heads, K key-value heads, g = H / K queries per group, h head_dim.
@@ -9,6 +10,7 @@ Shapes: B batch, T tokens, d hidden_size, H query heads, K key-value heads, g = 
 
 import torch
 from torch import nn
+from transformers import initialization
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -71,7 +73,7 @@ def eager_attention_forward(
 
 
 class SkiplessAttention(nn.Module):
-    """Grouped-query attention whose query (key, value) projection may be the identity, with optional shaping."""
+    """Grouped-query attention, with optional shaping, some of whose projections' columns may be the identity."""
 
     def __init__(self, config: SkiplessConfig, layer_idx: int):
         super().__init__()
@@ -88,14 +90,36 @@ class SkiplessAttention(nn.Module):
 
         stream_basis = None if layer_idx in config.layers_open else config.stream_basis
         query_width, value_width = self.num_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        widths = {"q": query_width, "k": value_width, "v": value_width}
-        for name, width in widths.items():
-            linear = None if name == stream_basis else nn.Linear(config.hidden_size, width, config.attention_bias)
+        self.widths = (query_width, value_width, value_width)
+        rest_proj, column_order = None, None
+        if stream_basis == "pivoted":
+            column_order = torch.arange(sum(self.widths), dtype=torch.int32)
+            if config.rest_width:
+                dtype = torch.get_default_dtype()
+                if config.rest_dtype is not None:  # loading casts into the dtype that a parameter was made with
+                    dtype = torch.promote_types(dtype, getattr(torch, config.rest_dtype))
+                rest_proj = nn.Linear(config.hidden_size, config.rest_width, config.attention_bias, dtype=dtype)
+        self.register_module("rest_proj", rest_proj)
+        self.register_buffer("column_order", column_order)
+        for name, width in zip("qkv", self.widths, strict=True):
+            gone = stream_basis in (name, "pivoted")
+            linear = None if gone else nn.Linear(config.hidden_size, width, config.attention_bias)
             self.register_module(f"{name}_proj", linear)
         self.o_proj = None if config.p_removed else nn.Linear(query_width, config.hidden_size, config.attention_bias)
         gains = {None: (), "value": ("alpha", "beta"), "full": ("alpha", "beta", "gamma")}[config.attention_shaping]
         for name in gains:
             self.register_parameter(name, nn.Parameter(torch.empty(self.num_heads)))
+
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Query, key and value, (B, T, heads * h) each, of the stream (B, T, d)."""
+        if self.column_order is None:
+            linears = (self.q_proj, self.k_proj, self.v_proj)
+            return tuple(hidden_states if linear is None else linear(hidden_states) for linear in linears)
+        columns = hidden_states
+        if self.rest_proj is not None:
+            rest = self.rest_proj(hidden_states.to(self.rest_proj.weight.dtype))
+            columns = torch.cat((hidden_states, rest.to(hidden_states.dtype)), -1)
+        return columns.index_select(-1, self.column_order).split(self.widths, -1)
 
     def shape(self, answers: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Out = alpha v + beta softmax(.) v - gamma mean_causal(v) per head (arXiv:2311.01906, eq. 8, value path).
@@ -122,10 +146,7 @@ class SkiplessAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
-        query = hidden_states if self.q_proj is None else self.q_proj(hidden_states)
-        key = hidden_states if self.k_proj is None else self.k_proj(hidden_states)
-        value = hidden_states if self.v_proj is None else self.v_proj(hidden_states)
-        query, key, value = (states.view(hidden_shape).transpose(1, 2) for states in (query, key, value))
+        query, key, value = (states.view(hidden_shape).transpose(1, 2) for states in self.project(hidden_states))
         own_value = value
 
         if position_embeddings is not None:
@@ -237,6 +258,8 @@ class SkiplessPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight)
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
+        if isinstance(module, SkiplessAttention) and module.column_order is not None:
+            initialization.copy_(module.column_order, torch.arange(len(module.column_order)))
         if isinstance(module, SkiplessAttention) and self.config.attention_shaping is not None:
             nn.init.ones_(module.alpha)
             if self.config.attention_shaping == "value":
