@@ -1,16 +1,15 @@
-"""Which block of a seam becomes the identity, and how well it can be solved with.
+"""Which columns of a seam's readers become the identity, and how well the rest can be solved with them.
 
-S below is square, (d, d), in fp64; solves go through an LU factorization, never through an inverse.
+A = [Q|K|V] below is (d, m), S its d chosen columns, in fp64; solves go through an LU factorization, never an inverse.
 """
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import scipy.linalg
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from skipless.errors import InputError
@@ -18,51 +17,142 @@ from skipless.seams import Seam
 
 # A solve in fp64 loses about eps * condition. Beyond this, the rewritten model could not reach 1e-9 even in fp64.
 MAX_CONDITION = 1e-9 / np.finfo(np.float64).eps
+# With pivoted columns |R| stays small whatever S's condition number is, so S need only be of full rank in fp64.
+MAX_CONDITION_PIVOTED = 1e-3 / np.finfo(np.float64).eps
+# Columns are swapped until no entry of R is larger than this (a maximum-volume submatrix has max|R| <= 1; identities).
+MAX_REST = 1.05
+# Columns swapped at once, so that a round costs a matrix product and not as many rank-1 updates.
+SWAPS = 64
 
 
 @dataclass(frozen=True)
 class Basis:
-    """An LU-factorized S; `condition` is LAPACK's estimate (gecon) of its condition number in the 1-norm, or inf."""
+    """The columns of A that become the identity, ascending, and S, LU-factorized.
 
-    lu: np.ndarray
-    pivots: np.ndarray
+    condition: LAPACK's estimate (gecon) of S's condition number in the 1-norm, or inf. limit: up to which it can be
+    used: a model rewritten in the basis then equals the original to 1e-9 in fp64.
+    """
+
+    columns: Int[Tensor, "d"]
+    lu: Float[Tensor, "d d"]
+    pivots: Int[Tensor, "d"]
     condition: float
+    limit: float = MAX_CONDITION
 
     @classmethod
-    def factorize(cls, matrix: Float[Tensor, "d d"]) -> "Basis":
-        """Factorize S (LAPACK getrf through scipy, which outruns torch's fp64 on a CPU)."""
-        dense = matrix.to(torch.float64).numpy()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", scipy.linalg.LinAlgWarning)  # an exactly singular S: condition says so
-            lu, pivots = scipy.linalg.lu_factor(dense, check_finite=False)
-        reciprocal, _ = scipy.linalg.lapack.dgecon(lu, np.linalg.norm(dense, 1))
-        return cls(lu, pivots, 1 / reciprocal if reciprocal > 0 else float("inf"))
+    def of_columns(
+        cls, matrix: Float[Tensor, "d m"], columns: Int[Tensor, "d"], limit: float = MAX_CONDITION
+    ) -> "Basis":
+        """Factorize S, the columns of A = `matrix` in ascending order."""
+        columns = columns.sort().values
+        chosen = matrix[:, columns]
+        lu, pivots, _ = torch.linalg.lu_factor_ex(chosen)
+        norm = torch.linalg.matrix_norm(chosen, 1).item()
+        reciprocal, _ = scipy.linalg.lapack.dgecon(lu.cpu().numpy(), norm)
+        return cls(columns, lu, pivots, 1 / reciprocal if reciprocal > 0 else float("inf"), limit)
+
+    @classmethod
+    def pivoted(cls, matrix: Float[Tensor, "d m"], weights: Float[Tensor, "m"]) -> "Basis":
+        """The basis of `pivot`; weights: what a squared error counts in each column."""
+        return cls.of_columns(matrix, pivot(matrix * weights.sqrt()), MAX_CONDITION_PIVOTED)
 
     @property
     def usable(self) -> bool:
         """Whether a model rewritten in this basis can equal the original to 1e-9 in fp64."""
-        return bool(self.condition <= MAX_CONDITION)
+        return bool(self.condition <= self.limit)
 
-    def solve(self, right: Float[Tensor, "d m"]) -> Float[Tensor, "d m"]:
+    def solve(self, right: Float[Tensor, "d r"]) -> Float[Tensor, "d r"]:
         """S^-1 right."""
-        solution = scipy.linalg.lu_solve((self.lu, self.pivots), right.numpy(), check_finite=False)
-        return torch.from_numpy(solution)
+        return torch.linalg.lu_solve(self.lu, self.pivots, right)
 
 
-def choose(seam: Seam, gone: str, weights: Mapping[str, Float[Tensor, "d _"]]) -> Basis:
-    """The basis that turns the reader `gone` into the identity; weights: those of the seam's readers.
+def pivot(matrix: Float[Tensor, "d m"]) -> Int[Tensor, "d"]:
+    """The d columns S of A (m >= d) for which no entry of R = S^-1 A exceeds MAX_REST; the columns in any order.
 
+    LU of A^T with partial pivoting picks d rows; then the largest entry of R names a column of S and one of the rest to
+    swap, each swap multiplying |det S| by it, until none is larger (maximum-volume submatrix; Goreinov et al., "How to
+    find a good submatrix", 2010). A matrix of lower rank has no such columns: any are returned.
+    """
+    d, m = matrix.shape
+    lu, pivots, _ = torch.linalg.lu_factor_ex(matrix.T)
+    order = torch.arange(m)
+    for row, other in enumerate(pivots.tolist()):
+        order[[row, other - 1]] = order[[other - 1, row]]
+    order = order.to(matrix.device)
+    chosen, others = order[:d].clone(), order[d:].clone()
+    if m == d or not (lu.diagonal() != 0).all():
+        return chosen
+    rest = torch.linalg.solve_triangular(lu[:d], lu[d:], upper=False, left=False, unitriangular=True)  # R^T, (m - d, d)
+    while True:
+        new, out = _swaps(rest)
+        if not len(new):
+            return chosen
+        block = rest[new][:, out]
+        rows = torch.linalg.solve(block, rest[new])
+        columns = torch.linalg.solve(block, rest[:, out], left=False)
+        gone = rest[new].index_add(1, out, -torch.eye(len(out), dtype=rest.dtype, device=rest.device))
+        rest.addmm_(columns, gone, alpha=-1)
+        rest[new] = -rows
+        rest[new[:, None], out] = torch.linalg.inv(block)
+        chosen[out], others[new] = others[new], chosen[out]
+
+
+def _swaps(rest: Float[Tensor, "r d"]) -> tuple[Int[Tensor, "k"], Int[Tensor, "k"]]:
+    """Swaps (row of R^T, column of R^T) to make at once, each enlarging |det S| by more than MAX_REST after the others.
+
+    The largest entries of at most SWAPS rows, in different columns; one after the other is taken while its pivot, after
+    eliminating those taken, is still large enough.
+    """
+    values, places = rest.abs().max(1)
+    largest = values.argsort(descending=True, stable=True)[: 2 * SWAPS].tolist()
+    new: list[int] = []
+    out: list[int] = []
+    for row in largest:
+        column = int(places[row])
+        if values[row] > MAX_REST and column not in out and len(new) < SWAPS:
+            new.append(row)
+            out.append(column)
+    block = rest[new][:, out]
+    taken = []
+    for k in range(len(new)):
+        if block[k, k].abs() > MAX_REST:
+            taken.append(k)
+            block -= torch.outer(block[:, k], block[k]) / block[k, k]
+    rows, columns = torch.tensor([new, out], dtype=torch.int64, device=rest.device)
+    return rows[taken], columns[taken]
+
+
+def choose(seam: Seam, way: str, readers: Mapping[str, Float[Tensor, "d _"]], weights: Float[Tensor, "m"]) -> Basis:
+    """The basis that closes a stream seam by `way`, one of seam.identities.
+
+    readers: the weights of seam.readers, in that order; weights: what a squared error counts in each of their columns.
     Raises InputError when it is singular or nearly so, with its condition number and the alternatives that would work.
     """
-    basis = Basis.factorize(weights[gone])
+    basis = candidate(seam, way, readers, weights)
     if basis.usable:
         return basis
-    others = {name: Basis.factorize(weights[module]) for name, module in seam.identities.items() if module != gone}
+    others = {name: candidate(seam, name, readers, weights) for name in seam.identities if name != way}
     alternatives = [
         *(f"--basis {name} (condition number {other.condition:.1e})" for name, other in others.items() if other.usable),
         f"leave this seam open with --layers-open {seam.layer}",
     ]
-    raise InputError(
-        f"{gone}.weight: expected an invertible matrix (condition number at most {MAX_CONDITION:.1e}), "
-        f"found {basis.condition:.1e}; use {' or '.join(alternatives)}"
+    gone = seam.identities[way]
+    what = (
+        f"{gone[0]}.weight: expected an invertible matrix"
+        if len(gone) == 1
+        else (f"{', '.join(gone)}: expected {seam.width} linearly independent outputs")
     )
+    raise InputError(
+        f"{what} (condition number at most {basis.limit:.1e}), found {basis.condition:.1e}; "
+        f"use {' or '.join(alternatives)}"
+    )
+
+
+def candidate(seam: Seam, way: str, readers: Mapping[str, Float[Tensor, "d _"]], weights: Float[Tensor, "m"]) -> Basis:
+    """The basis of `way`, usable or not; arguments as for choose."""
+    joined = torch.cat([readers[name] for name in seam.readers], 1)
+    gone = seam.identities[way]
+    if len(gone) > 1:
+        return Basis.pivoted(joined, weights)
+    start = sum(readers[name].shape[1] for name in seam.readers[: seam.readers.index(gone[0])])
+    return Basis.of_columns(joined, torch.arange(start, start + seam.width, device=joined.device))

@@ -1,0 +1,143 @@
+"""What storing a model in some dtype will cost, before doing it: expected relative errors of q, k, v and M.
+
+Inputs are taken as white, rounding errors as independent with a relative size that the dtype sets. Then every error is
+a sum of squares: of G = E[x^T x], of the pivots of the metrics that rounding.py rounds under, and of R.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from skipless.basis import Basis, candidate
+from skipless.eliminate import Affine, Stream, close_stream
+from skipless.rounding import HALF, factorize, joint_metric, moment, noise_weights, repaired_metric
+from skipless.seams import Seam
+
+# Rounding an entry m 2^k, 1 <= m < 2, is an error of at most eps 2^k / 2, evenly spread: rms eps / (m sqrt(12)) of it;
+# with m spread evenly over the logarithm, E[1 / m^2] = 3 / (8 ln 2).
+RMS = (3 / (8 * math.log(2)) / 12) ** 0.5
+
+
+def rounding_error(dtype: torch.dtype) -> float:
+    """Root mean square relative error of storing numbers in `dtype`."""
+    return RMS * torch.finfo(dtype).eps
+
+
+class StreamAudit:
+    """A stream seam's tensors, and what each way to close it would do to q, k and v.
+
+    affines: every module of seam.modules in fp64; ways are the names in seam.identities.
+    """
+
+    def __init__(self, seam: Seam, affines: Mapping[str, Affine]):
+        self.seam, self.affines = seam, affines
+        self.readers = {name: affines[name].weight for name in seam.readers}
+        writers = [affines[name].weight for name in seam.writers]
+        duals = [affines[name].weight.T for name in seam.duals]
+        parts = noise_weights(writers, [*self.readers.values(), *duals])
+        self.weights = torch.cat(parts[: len(self.readers)])
+        self.dual_weights = torch.cat([*parts[len(self.readers) :], self.weights[:0]])
+        self._writers = writers
+
+    @cached_property
+    def moment(self) -> Float[Tensor, "d d"]:
+        """G = E[x^T x] of the original stream."""
+        return moment(self._writers)
+
+    def basis(self, way: str) -> Basis:
+        """The basis of a way, usable or not."""
+        return candidate(self.seam, way, self.readers, self.weights)
+
+    def close(self, basis: Basis) -> Stream:
+        """The seam closed exactly."""
+        return close_stream(self.seam, self.affines, basis)
+
+    def original(self, dtype: torch.dtype) -> dict[str, float]:
+        """Relative errors of q, k, v when the original's weights, using all their bits, are rounded to `dtype`."""
+        power = self.moment.diagonal()
+        errors = {}
+        for name, reader in self.readers.items():
+            total = (self.moment @ reader * reader).sum()
+            errors[_letter(name)] = _relative(2 * (power @ reader**2).sum(), total, dtype)
+        return errors
+
+    def fused(self, basis: Basis, dtype: torch.dtype) -> dict[str, float]:
+        """Relative errors of q, k, v of the original's function once fused by `basis` and stored in `dtype`."""
+        if not basis.usable:
+            return {_letter(name): float("inf") for name in self.readers}
+        stream = self.close(basis)
+        rest = stream.rest.weight
+        chosen = self._chosen(basis)
+        metric = chosen.T @ self.moment @ chosen
+        if dtype in HALF:
+            passed, others = self._shaped(stream, rest, metric)
+        else:
+            power = metric.diagonal()
+            passed, others = power, 2 * power @ rest**2
+        columns = torch.cat([stream.kept, stream.others])
+        squares = torch.empty_like(self.weights)
+        squares[columns] = torch.cat([passed, others])
+        totals = torch.empty_like(self.weights)
+        totals[columns] = torch.cat([metric.diagonal(), (metric @ rest * rest).sum(0)])
+        sizes = [reader.shape[1] for reader in self.readers.values()]
+        return {
+            _letter(name): _relative(square.sum(), total.sum(), dtype)
+            for name, square, total in zip(self.readers, squares.split(sizes), totals.split(sizes), strict=True)
+        }
+
+    def _chosen(self, basis: Basis) -> Float[Tensor, "d d"]:
+        return torch.cat(list(self.readers.values()), 1)[:, basis.columns]
+
+    def _shaped(self, stream: Stream, rest: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared errors of the passed and the rest columns after rounding.round_seam, in units of its relative error.
+
+        With E = Z L^-1 the error of rows rounded under M = L D L^T, Z independent; and U = Z' Ln^-1 that of X R, which
+        re-solving X spreads: U (1 - W_r R^T M^-1 R) stays in the rest columns, U W_r R^T M^-1 goes to the passed.
+        """
+        passed_weights, rest_weights = self.weights[stream.kept], self.weights[stream.others]
+        power = metric.diagonal()
+        joint = joint_metric(rest, passed_weights, rest_weights)
+        if stream.duals:
+            duals = torch.cat([dual.weight.T for dual in stream.duals.values()], 1)
+            joint = joint + joint_metric(duals, torch.zeros_like(passed_weights), self.dual_weights)
+        under = factorize(joint, power)
+        rows = torch.empty_like(joint)
+        rows[:, under.order] = power[under.order].sqrt()[:, None] * _inverse(under.upper)
+        passed, others = (rows**2).sum(0), ((rows @ rest) ** 2).sum(0)
+        if rest.shape[1]:
+            down = factorize(metric, (rest**2).mean(1))
+            along = factorize(repaired_metric(rest, passed_weights, rest_weights), (rest**2).mean(0))
+            sizes = (down.pivots @ rest[down.order] ** 2)[along.order].sqrt()
+            left = torch.empty(rest.shape[1], rest.shape[1], dtype=rest.dtype, device=rest.device)
+            left[:, along.order] = sizes[:, None] * _inverse(along.upper)
+            moved = torch.cholesky_solve(rest * rest_weights, torch.linalg.cholesky(joint)).T  # W_r R^T M^-1
+            spread = left @ moved
+            passed = passed + (spread**2).sum(0)
+            others = others + ((left - spread @ rest) ** 2).sum(0)
+        return passed, others
+
+
+def merged_errors(writer: Tensor, readers: Sequence[Tensor], dtype: torch.dtype) -> tuple[float, float]:
+    """Relative errors of x P M, for white x, when P (D, d) and M (d, f) are rounded, and when M* = P M is."""
+    joined = torch.cat(list(readers), 1)
+    total = (writer.T @ writer * (joined @ joined.T)).sum()
+    own = 2 * ((writer**2).sum(0) @ (joined**2).sum(1))
+    return _relative(own, total, dtype), rounding_error(dtype)
+
+
+def _inverse(upper: Tensor) -> Tensor:
+    eye = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+    return torch.linalg.solve_triangular(upper, eye, upper=True, unitriangular=True)
+
+
+def _relative(square: Tensor, total: Tensor, dtype: torch.dtype) -> float:
+    return rounding_error(dtype) * (square / total).sqrt().item()
+
+
+def _letter(name: str) -> str:
+    """The paper's name of a reader: q of model.layers.0.self_attn.q_proj."""
+    return name.rpartition(".")[2].removesuffix("_proj")

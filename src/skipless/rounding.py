@@ -1,0 +1,374 @@
+"""Store a closed seam in bf16 or fp16 with the least error: round with feedback, and re-solve what is still free.
+
+A closed seam is a writer X (n, d), whose rows are the stream, and a rest R (d, r), row vectors: [X | X R] is what the
+readers get. Rounding both plainly multiplies X's error by R. Here, instead, with W_b and W_r the weights of the passed
+and of the rest columns, G = X^T X:
+
+    1. R is rounded with feedback in both directions, under G (down its columns) and under
+       N = (W_r^-1 + R^T W_b^-1 R)^-1 (along its rows): what step 2 cannot repair, as
+       min over X' of || [X' - X | X' R' - X R] ||^2 = tr(G E N E^T) with E = R' - R.
+    2. X is re-solved against the rounded R': X' = (X W_b + X R W_r R'^T) M^-1 with M = W_b + R' W_r R'^T.
+    3. X' is rounded with feedback under M, what an error in the stream costs in all columns together.
+
+Feedback: with H = L D L^T, L unit upper triangular, tr(E H E^T) = sum_j D_j |(E L)_j|^2; columns are rounded from
+first to last, and each makes up for the errors of those before it (LDL^T rounding, arXiv:2307.13304; GPTQ,
+arXiv:2210.17323). In two directions, tr(G E N E^T) = sum_ij Dg_i Dn_j (Lg^T E Ln)_ij^2, and entry (i, j) makes up for
+all (a <= i, b <= j) before it.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from skipless.eliminate import Affine, Stream
+from skipless.errors import InputError
+
+# Dtypes in which the rounding of a closed seam is worth shaping; fp32 and fp64 are rounded plainly.
+HALF = (torch.bfloat16, torch.float16)
+
+# Rows of X rounded together: bounds the working memory to 28 bytes x d x ROWS beside X and the result.
+ROWS = 4096
+# Columns of X^T X computed at a time, from the diagonal on.
+GRAM = 512
+# Columns of R under one metric N: bounds N (a tied table's readers are as many as the FFN is wide).
+COLUMNS = 4096
+# Side of the tiles that R is rounded in, along anti-diagonals: 2 (d + r) steps, each on up to r entries.
+TILE = 32
+# While the scaled |R| stays below this, directions of X that fp32 cannot see (1e-7 of its power) do not matter in k or
+# v either, and G may be summed in fp32, at twice the speed. (Pivoted bases keep |R| near 1.)
+SMALL_REST = 16
+# A metric is damped by so many eps of its mean diagonal, below which its dtype cannot tell directions apart; and by
+# more, step by step, if it still has no Cholesky factor.
+DAMPING = 50
+DAMPING_STEP, DAMPING_STEPS = 100, 6
+# With fewer rows in X than dimensions the last solve repairs everything; the weights stay positive.
+LEAST_REPAIRABLE = 1e-3
+
+
+@dataclass(frozen=True)
+class Metric:
+    """H = L diag(D) L^T in the order in which columns are rounded: order[k] is the k-th. upper: L."""
+
+    order: Int[Tensor, "n"]
+    upper: Float[Tensor, "n n"]
+    pivots: Float[Tensor, "n"]
+
+    def solve(self, right: Float[Tensor, "n r"]) -> Float[Tensor, "n r"]:
+        """H^-1 right."""
+        half = torch.linalg.solve_triangular(self.upper, right[self.order], upper=True, unitriangular=True)
+        half /= self.pivots[:, None]
+        solution = torch.empty_like(right)
+        solution[self.order] = torch.linalg.solve_triangular(self.upper.T, half, upper=False, unitriangular=True)
+        return solution
+
+
+@dataclass(frozen=True)
+class Rest:
+    """A matrix (d, r) that reads the stream, what a squared error counts in each of its columns, and its dtype."""
+
+    matrix: Float[Tensor, "d r"]
+    weights: Float[Tensor, "r"]
+    dtype: torch.dtype
+
+
+def round_stream(
+    stream: Stream, weights: Float[Tensor, "m"], dual_weights: Float[Tensor, "u"], dtypes: Mapping[str, torch.dtype]
+) -> Stream:
+    """A closed stream seam with every weight rounded to its dtype, in fp64, and biases that make up for it.
+
+    weights, dual_weights: what a squared error counts in each column of the readers and of the duals' transposed
+    weights (noise_weights). dtypes: of each writer and dual, and of "rest". Modules in fp32 or fp64 stay as they are.
+    """
+    rests = [Rest(stream.rest.weight, weights[stream.others], dtypes["rest"])]
+    sizes = [dual.weight.shape[0] for dual in stream.duals.values()]
+    for (name, dual), part in zip(stream.duals.items(), dual_weights.split(sizes), strict=True):
+        rests.append(Rest(dual.weight.T, part, dtypes[name]))
+    # a writer's bias is a row of the stream like any other
+    rows = [
+        writer.weight if writer.bias is None else torch.cat([writer.weight, writer.bias[None]])
+        for writer in stream.writers.values()
+    ]
+    rounded, rounded_rests = round_seam(rows, rests, weights[stream.kept], [dtypes[name] for name in stream.writers])
+    writers, bias = {}, stream.rest.bias
+    for (name, writer), before, after in zip(stream.writers.items(), rows, rounded, strict=True):
+        writers[name] = dataclasses.replace(writer, weight=after[: len(writer.weight)])
+        if writer.bias is not None:
+            writers[name] = dataclasses.replace(writers[name], bias=after[-1])
+            if bias is not None:
+                bias = bias + before[-1] @ stream.rest.weight - after[-1] @ rounded_rests[0]
+    duals = {
+        name: dataclasses.replace(dual, weight=matrix.T)
+        for (name, dual), matrix in zip(stream.duals.items(), rounded_rests[1:], strict=True)
+    }
+    return dataclasses.replace(stream, writers=writers, rest=Affine(rounded_rests[0], bias), duals=duals)
+
+
+def noise_weights(
+    writers: Sequence[Float[Tensor, "_ d"]], readers: Sequence[Float[Tensor, "d _"]]
+) -> list[Float[Tensor, "_"]]:
+    """What a squared error counts in each column of each reader: the inverse of what storing the original costs there.
+
+    Rounding O and A to relative precision u makes the columns of x A wrong by 2 u^2 sum_i |x_i|^2 A_ij^2, here as the
+    mean over the reader's columns. Weighted so, q, k and v lose alike, compared with the original in the same dtype.
+    """
+    power = mean_squares(writers)
+    noise = torch.stack([(power @ reader**2).mean() for reader in readers])
+    noise = noise.clamp(min=1e-12 * noise.max()).clamp(min=torch.finfo(noise.dtype).tiny)
+    return [value.expand(reader.shape[1]) for value, reader in zip(noise.max() / noise, readers, strict=True)]
+
+
+def round_seam(
+    writers: Sequence[Float[Tensor, "_ d"]],
+    rests: Sequence[Rest],
+    passed_weights: Float[Tensor, "d"],
+    dtypes: Sequence[torch.dtype],
+) -> tuple[list[Float[Tensor, "_ d"]], list[Float[Tensor, "d _"]]]:
+    """The writers (the stream is a sum of one row of each) and the rests as they are best stored, in fp64.
+
+    A rest in fp32 or fp64 is not rounded but re-solved, after everything else: R' = argmin || X' R' - X R ||.
+    """
+    small = all(_largest(rest, passed_weights) <= SMALL_REST for rest in rests)
+    metric = moment(writers, torch.float32 if small else torch.float64)
+    repairable = 1 - metric.shape[0] / sum(len(writer) for writer in writers)
+    stored, weights = [], []
+    for rest in rests:
+        half = rest.dtype in HALF
+        stored.append(round_rest(rest, metric, passed_weights) if half else rest.matrix)
+        # the last solve repairs an error in the d of n dimensions that X spans: it costs the rest's columns less
+        weights.append(rest.weights if half else rest.weights * max(repairable, LEAST_REPAIRABLE))
+    after, before = torch.cat(stored, 1), torch.cat([rest.matrix for rest in rests], 1)
+    rest_weights = torch.cat(weights)
+    joint = joint_metric(after, passed_weights, rest_weights)
+    under = factorize(joint, metric.diagonal())
+    # X' = X + X (R - R') W_r R'^T M^-1, the difference being small enough for fp32
+    change = (before - after).float() @ under.solve(after * rest_weights).T.float()
+    rounded = [round_rows(writer, change, under, dtype) for writer, dtype in zip(writers, dtypes, strict=True)]
+    for k, rest in enumerate(rests):
+        if rest.dtype not in HALF:
+            stored[k] = solve_rest(writers, rounded, rest.matrix)
+    return rounded, stored
+
+
+def round_rest(rest: Rest, metric: Float[Tensor, "d d"], passed_weights: Float[Tensor, "d"]) -> Float[Tensor, "d r"]:
+    """Step 1, in blocks of COLUMNS: R under G (metric) and N, what re-solving X cannot repair."""
+    if not rest.matrix.shape[1]:
+        return rest.matrix
+    rows = factorize(metric, (rest.matrix**2).mean(1))
+    blocks = []
+    for block, weights in zip(rest.matrix.split(COLUMNS, 1), rest.weights.split(COLUMNS), strict=True):
+        columns = factorize(repaired_metric(block, passed_weights, weights), (block**2).mean(0))
+        blocks.append(round_both_ways(block, rows, columns, rest.dtype))
+    return torch.cat(blocks, 1)
+
+
+def moment(writers: Sequence[Float[Tensor, "_ d"]], dtype: torch.dtype = torch.float64) -> Float[Tensor, "d d"]:
+    """G = E[x^T x] of a stream x that is the sum of one row of each writer, every row as likely as any other."""
+    total, means = torch.zeros((), dtype=dtype), None
+    for writer in writers:
+        mean = writer.mean(0).to(dtype)
+        total = total + _gram(writer.to(dtype)) / len(writer)
+        if means is not None:
+            total += torch.outer(means, mean) + torch.outer(mean, means)
+        means = mean if means is None else means + mean
+    return total
+
+
+def _largest(rest: Rest, passed_weights: Float[Tensor, "d"]) -> float:
+    """Max |R|, each column and row scaled by what errors count there."""
+    if not rest.matrix.shape[1]:
+        return 0.0
+    return (rest.matrix.abs() * rest.weights.sqrt() / passed_weights.sqrt()[:, None]).max().item()
+
+
+def _gram(matrix: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
+    """X^T X, its lower half mirrored and not computed."""
+    d = matrix.shape[1]
+    gram = torch.empty(d, d, dtype=matrix.dtype, device=matrix.device)
+    for start in range(0, d, GRAM):
+        block = slice(start, start + GRAM)
+        gram[block, start:] = matrix[:, block].T @ matrix[:, start:]
+        gram[start + GRAM :, block] = gram[block, start + GRAM :].T
+    return gram
+
+
+def mean_squares(writers: Sequence[Float[Tensor, "_ d"]]) -> Float[Tensor, "d"]:
+    """What the writers' columns add to the stream's mean square."""
+    return torch.stack([torch.linalg.vector_norm(writer, dim=0) ** 2 / len(writer) for writer in writers]).sum(0)
+
+
+def joint_metric(rest: Tensor, passed_weights: Tensor, rest_weights: Tensor) -> Float[Tensor, "d d"]:
+    """M = W_b + R W_r R^T: what an error in the stream costs in the passed and the rest columns together."""
+    metric = _gram((rest * rest_weights.sqrt()).T)
+    metric.diagonal().add_(passed_weights)
+    return metric
+
+
+def repaired_metric(rest: Tensor, passed_weights: Tensor, rest_weights: Tensor) -> Float[Tensor, "r r"]:
+    """N = (W_r^-1 + R^T W_b^-1 R)^-1."""
+    inverse = _gram(rest / passed_weights.sqrt()[:, None])
+    inverse.diagonal().add_(1 / rest_weights)
+    return torch.cholesky_inverse(_root(inverse))
+
+
+def solve_rest(exact: Sequence[Tensor], rounded: Sequence[Tensor], rest: Tensor) -> Float[Tensor, "d r"]:
+    """Argmin over R' of || X' R' - X R ||, as R + (X'^T X')^-1 X'^T (X - X') R: only the difference is solved for."""
+    owed = torch.zeros_like(rest)
+    for before, after in zip(exact, rounded, strict=True):
+        owed += after.T @ ((before - after) @ rest) / len(after)
+    return rest + torch.cholesky_solve(owed, _root(moment(rounded)))
+
+
+def _root(metric: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """Cholesky's L, H = L L^T, in fp64, of a metric as little damped as it takes."""
+    eps, tiny = torch.finfo(metric.dtype).eps, torch.finfo(metric.dtype).tiny
+    damping = (metric.diagonal().mean() * DAMPING * eps + tiny).double()
+    for _ in range(DAMPING_STEPS):
+        damped = metric.to(torch.float64, copy=True)
+        damped.diagonal().add_(damping)
+        root, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            return root
+        damping *= DAMPING_STEP
+    raise InputError("weights: expected numbers whose squares are finite in fp64, found larger ones")
+
+
+def factorize(metric: Float[Tensor, "n n"], power: Float[Tensor, "n"]) -> Metric:
+    """Factorize a metric; power: mean square of the columns that are rounded under it.
+
+    Steps of a floating-point format grow with what they round. The last column can pass its error to no other, so the
+    one whose steps cost least goes last.
+    """
+    order = (metric.diagonal() * power).argsort(descending=True, stable=True)
+    backwards = order.flip(0)
+    root = _root(metric[backwards][:, backwards]).flip(0, 1)  # H = root root^T, upper triangular
+    return Metric(order, root / root.diagonal(), root.diagonal() ** 2)
+
+
+def round_rows(
+    matrix: Float[Tensor, "n d"], change: Float[Tensor, "d d"], metric: Metric, dtype: torch.dtype
+) -> Float[Tensor, "n d"]:
+    """X + X change, rounded to `dtype` with feedback under `metric` if that is a half precision; in fp64.
+
+    The rows are independent of each other.
+    """
+    result = torch.empty_like(matrix.T)
+    upper, moved = metric.upper.float(), change[:, metric.order].T.float()
+    buffers = torch.empty(2, len(upper), min(ROWS, len(matrix)), dtype=torch.float32, device=matrix.device)
+    for start in range(0, len(matrix), ROWS):
+        rows = matrix[start : start + ROWS].T
+        error, owed = buffers[:, :, : rows.shape[1]]
+        block = rows[metric.order]
+        block += torch.mm(moved, rows.float(), out=owed)
+        if dtype in HALF:
+            _round_block(block, upper, dtype, error, owed.zero_())
+        result[metric.order, start : start + ROWS] = block
+    return result.T
+
+
+def _round_block(
+    block: Float[Tensor, "d n"],
+    upper: Float[Tensor, "d d"],
+    dtype: torch.dtype,
+    error: Float[Tensor, "d n"],
+    owed: Float[Tensor, "d n"],
+) -> None:
+    """Round in place, first row to last, by halves; owed: what each row has to make up for; error: what it leaves.
+
+    Both are fp32: small beside what they correct.
+    """
+    size = len(block)
+    if size == 1:
+        exact = block[0]
+        rounded = (exact - owed[0]).to(dtype).to(exact.dtype)
+        error[0] = rounded - exact
+        block[0] = rounded
+        return
+    first, last = slice(0, size // 2), slice(size // 2, size)
+    _round_block(block[first], upper[first, first], dtype, error[first], owed[first])
+    owed[last].addmm_(upper[first, last].T, error[first])
+    _round_block(block[last], upper[last, last], dtype, error[last], owed[last])
+
+
+def round_both_ways(
+    matrix: Float[Tensor, "d r"], rows: Metric, columns: Metric, dtype: torch.dtype
+) -> Float[Tensor, "d r"]:
+    """Round to `dtype` with feedback down the columns (metric `rows`, G) and along the rows (metric `columns`, N).
+
+    Entry (i, j) waits for all (a <= i, b <= j), so the tiles of an anti-diagonal are rounded together, and within the
+    tiles the entries of an anti-diagonal. Tile columns are kept last to first: those of an anti-diagonal of tiles then
+    lie in memory as its tile rows do, and products need no copies.
+    """
+    (d, r), device = matrix.shape, matrix.device
+    down, across = -(-d // TILE), -(-r // TILE)
+    values = _pad(matrix[rows.order][:, columns.order], down, across)
+    values = values.view(down, TILE, across, TILE).transpose(1, 2).contiguous()  # (p, q, i, j)
+    lg = _column_blocks(_pad(rows.upper.float(), down, down))  # (p, d, j)
+    ln = _column_blocks(_pad(columns.upper.float(), across, across)).flip(0)  # (-q, r, j)
+    error = torch.zeros(across, down * TILE, TILE, dtype=torch.float32, device=device)  # (-q, i, j)
+    mixed = torch.zeros(down, TILE, across * TILE, dtype=torch.float32, device=device)  # Lg^T error: (p, i, j)
+    for diagonal in range(down + across - 1):
+        first, last = max(0, diagonal - across + 1), min(down, diagonal + 1)
+        tiles = range(first, last)
+        p = slice(first, last)
+        q = slice(across - 1 - diagonal + first, across - 1 - diagonal + last)
+        above = torch.bmm(lg[p, : last * TILE].mT, error[q, : last * TILE])
+        for tile, row in enumerate(tiles):
+            column = diagonal - row
+            mixed[row, :, column * TILE : (column + 1) * TILE] = above[tile]
+        right = (diagonal - first + 1) * TILE
+        owed = torch.bmm(mixed[p, :, :right], ln[q, :right])
+        here = torch.arange(first, last, device=device)
+        inner_g = torch.stack([lg[row, row * TILE : (row + 1) * TILE] for row in tiles])
+        inner_n = torch.stack(
+            [ln[across - 1 - c, c * TILE : (c + 1) * TILE] for c in (diagonal - row for row in tiles)]
+        )
+        rounded, errors, gained = _round_tiles(values[here, diagonal - here], owed, inner_g, inner_n, dtype)
+        values[here, diagonal - here] = rounded
+        for tile, row in enumerate(tiles):
+            column = diagonal - row
+            error[across - 1 - column, row * TILE : (row + 1) * TILE] = errors[tile]
+            mixed[row, :, column * TILE : (column + 1) * TILE] += gained[tile]
+    result = torch.empty_like(matrix)
+    result[rows.order[:, None], columns.order] = values.transpose(1, 2).reshape(down * TILE, -1)[:d, :r]
+    return result
+
+
+def _round_tiles(
+    exact: Float[Tensor, "t i j"],
+    owed: Float[Tensor, "t i j"],
+    lg: Float[Tensor, "t i i"],
+    ln: Float[Tensor, "t j j"],
+    dtype: torch.dtype,
+) -> tuple[Float[Tensor, "t i j"], Float[Tensor, "t i j"], Float[Tensor, "t i j"]]:
+    """Round tiles, anti-diagonal by anti-diagonal: the rounded values, their errors, and Lg^T errors.
+
+    With columns last to first an anti-diagonal is a diagonal, so that every step works on views.
+    """
+    exact, owed, across = exact.flip(2), owed.flip(2), ln.mT.flip(1, 2)
+    rounded, error, mixed = torch.empty_like(exact), torch.empty_like(owed), torch.zeros_like(owed)
+    size = exact.shape[1]
+    for offset in range(size - 1, -size, -1):
+        i = slice(max(0, -offset), min(size, size - offset))
+        j = slice(max(0, offset), min(size, size + offset))
+        values, target = (tiles.diagonal(offset, 1, 2) for tiles in (exact, rounded))
+        debt = owed.diagonal(offset, 1, 2) + (mixed[:, i] * across[:, j]).sum(-1)
+        target.copy_((values - debt).to(dtype))
+        wrong = (target - values).float()
+        error.diagonal(offset, 1, 2).copy_(wrong)
+        mixed[:, :, j] += lg[:, i].mT * wrong[:, None]
+    return rounded.flip(2), error.flip(2), mixed.flip(2)
+
+
+def _pad(matrix: Tensor, down: int, across: int) -> Tensor:
+    """The matrix with zeros below and to the right, of whole tiles."""
+    rows, columns = matrix.shape
+    return torch.nn.functional.pad(matrix, (0, across * TILE - columns, 0, down * TILE - rows))
+
+
+def _column_blocks(matrix: Tensor) -> Tensor:
+    """(n, blocks * TILE) -> (blocks, n, TILE)."""
+    return matrix.view(matrix.shape[0], -1, TILE).transpose(0, 1).contiguous()
