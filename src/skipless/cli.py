@@ -89,13 +89,19 @@ def demo(as_json: bool) -> None:
 @click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
 @click.option(
     "--basis",
-    type=click.Choice(["q", "k", "v"]),
-    default="q",
+    type=click.Choice(["auto", "q", "k", "v", "pivoted"]),
+    default="auto",
     show_default=True,
-    help="What becomes the identity (k, v: MHA only).",
+    help="What becomes the identity: q_proj (k, v: MHA only), or the best columns of all three.",
 )
 @click.option("--dtype", type=click.Choice(DTYPE_NAMES), help="Store every tensor in this dtype [default: as in SRC].")
-@click.option("--layers-open", default="", metavar="I,J,...", help="Layers that keep their projection.")
+@click.option(
+    "--rest-dtype",
+    type=click.Choice(["float32"]),
+    help="Store rest_proj, what pivoted leaves of Q, K, V, in this dtype.",
+)
+@click.option("--layers-open", default="", metavar="I,J,...", help="Layers that keep their projections.")
+@click.option("--remove", default="stream,p", show_default=True, metavar="KINDS", help="Kinds of seams to close.")
 @click.option(
     "--max-shard-size", default="5GB", show_default=True, help="Largest file of weights: a number and MB or GB."
 )
@@ -106,19 +112,23 @@ def fuse(
     destination: Path,
     basis: str,
     dtype: str | None,
+    rest_dtype: str | None,
     layers_open: str,
+    remove: str,
     max_shard_size: str,
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Write the skipless checkpoint SRC without Q (or K, V) and P into the new folder DST."""
+    """Write the skipless checkpoint SRC without the weights it does not need into the new folder DST."""
     from skipless import fusion, tables
     from skipless.checkpoint.reader import CheckpointReader
 
     options: dict[str, Any] = {
         "basis": basis,
         "dtype": dtype,
+        "rest_dtype": rest_dtype,
         "layers_open": parse_layers(layers_open),
+        "remove": [kind.strip() for kind in remove.split(",")],
         "max_shard_size": parse_size(max_shard_size),
     }
     if dry_run:
@@ -136,6 +146,8 @@ def fuse(
         print_json(plan.summary())
     else:
         out.print(tables.plan_table(plan))
+        if plan.reason:
+            out.print(f"basis {plan.basis}: {plan.reason}", soft_wrap=True)
         if not dry_run:
             out.print(f"wrote {destination}; check it with: skipless verify {source} {destination}", soft_wrap=True)
 

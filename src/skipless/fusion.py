@@ -5,6 +5,7 @@ of each other, so that an engine may run them in any order and anywhere.
 """
 
 import copy
+import dataclasses
 import logging
 import os
 import shutil
@@ -21,15 +22,21 @@ from skipless.basis import choose
 from skipless.checkpoint.reader import CheckpointReader, TensorInfo
 from skipless.checkpoint.writer import CheckpointWriter, new_folder, plan_shards, write_json
 from skipless.dtypes import DTYPE_NAMES
-from skipless.eliminate import Affine, close
+from skipless.eliminate import Affine, column_order, merge, modules
 from skipless.errors import InputError
 from skipless.model.configuration_skipless import SkiplessConfig
+from skipless.prediction import StreamAudit, rounding_error
+from skipless.rounding import HALF, round_stream
 from skipless.seams import Seam, closed, seams
 
 logger = logging.getLogger("skipless")
 
-BASES = ("q", "k", "v")
-# Relative error of k and v above which a layer's result is visibly not the original's.
+BASES = ("q", "k", "v", "pivoted")
+AUTO = "auto"
+REMOVABLE = ("stream", "p")
+# "auto" takes q, whose model is simpler and needs no gather, up to this multiple of pivoted's error.
+AS_GOOD = 1.1
+# Relative error of q, k, v above which a layer's result is visibly not the original's.
 LOSS_TO_WARN_OF = 1e-2
 MODEL_FILES = tuple(
     Path(__file__).parent / "model" / name for name in ("configuration_skipless.py", "modeling_skipless.py")
@@ -52,19 +59,25 @@ class Task:
 
 @dataclass(frozen=True)
 class Done:
-    """What a task gives: the tensors to write, and the condition numbers of the modules it turned into the identity."""
+    """What a task gives: the tensors to write, and the expected relative error of q, k, v for modules that became the
+    identity.
+    """
 
     tensors: Iterator[tuple[str, torch.Tensor]]
-    conditions: Mapping[str, float]
+    losses: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a fuse will do. `inputs`, `outputs`: every tensor of source and result; `config`: the new one."""
+    """All that a fuse will do. `inputs`, `outputs`: every tensor of source and result; `config`: the new one.
+
+    basis: how stream seams are closed; reason: why, if it was chosen from the weights.
+    """
 
     source: Architecture
     target: Architecture
     basis: str
+    reason: str
     tasks: tuple[Task, ...]
     inputs: Mapping[str, TensorInfo]
     outputs: Mapping[str, TensorInfo]
@@ -80,8 +93,11 @@ class Plan:
 
     @property
     def weights(self) -> tuple[int, int]:
-        """Numbers stored before and after, biases included."""
-        before, after = (sum(info.weights for info in tensors.values()) for tensors in (self.inputs, self.outputs))
+        """Numbers stored before and after, biases included, indices not."""
+        before, after = (
+            sum(info.weights for info in tensors.values() if not info.is_index)
+            for tensors in (self.inputs, self.outputs)
+        )
         return before, after
 
     @property
@@ -96,6 +112,7 @@ class Plan:
         bytes_before, bytes_after = self.bytes
         return {
             "basis": self.basis,
+            "reason": self.reason,
             "tasks": len(self.tasks),
             "weights_before": before,
             "weights_after": after,
@@ -108,15 +125,19 @@ class Plan:
 def make_plan(
     reader: CheckpointReader,
     *,
-    basis: str = "q",
+    basis: str = AUTO,
     dtype: str | None = None,
+    rest_dtype: str | None = None,
     layers_open: Iterable[int] = (),
+    remove: Iterable[str] = REMOVABLE,
     max_shard_size: int = 5 * 10**9,
 ) -> Plan:
-    """Plan from config.json and headers alone which seams are closed, and what is read and written for each.
+    """Plan from config.json and headers which seams are closed, and what is read and written for each.
 
-    basis: the projection that becomes the identity, "q", "k" or "v" (Fig. 1 b, c, d). dtype: that of every output
-    tensor (None: each keeps its own). layers_open: layers that keep theirs. max_shard_size in bytes.
+    basis: what becomes the identity: the projection "q", "k" or "v" (Fig. 1 b, c, d), "pivoted" (the best d columns of
+    all three), or "auto": one of "q" and "pivoted", for which weights are read (choose_basis). dtype: that of every
+    output tensor (None: each keeps its own); rest_dtype: that of rest_proj, "float32" or None. layers_open: layers
+    whose stream seam stays open. remove: the kinds of seams to close, "stream" and "p". max_shard_size in bytes.
     Raises InputError for a checkpoint that contradicts its config, a blocked seam, or nothing to remove.
     """
     source = Architecture.from_config(reader.config)
@@ -125,25 +146,85 @@ def make_plan(
             f"config.json: num_hidden_layers: expected at most {len(reader.tensors)}, the number of tensors, found "
             f"{source.num_hidden_layers}"
         )
-    reader.check(source.tensors())
+    reader.check(source.tensors(), source.index_tensors())
     if dtype is not None and dtype not in DTYPE_NAMES:
         raise InputError(f"dtype: expected one of {', '.join(DTYPE_NAMES)}, found {dtype!r}")
-    closing = _choose(source, basis, frozenset(layers_open))
+    closing = _choose(source, basis, frozenset(layers_open), frozenset(remove))
+    reason = ""
+    if basis == AUTO:
+        basis, reason = choose_basis(reader, source, closing, dtype)
     target = closed(source, closing, basis)
-
-    outputs = {}
-    for name, shape in target.tensors().items():
-        kept = reader.tensors.get(name) or reader.tensors[name.removesuffix("bias") + "weight"]
-        outputs[name] = (shape, kept.dtype if dtype is None else getattr(torch, dtype))
+    if rest_dtype is not None:
+        if rest_dtype != "float32" or basis != "pivoted":
+            raise InputError(
+                f"rest_dtype: expected 'float32' with basis 'pivoted', found {rest_dtype!r} with {basis!r}"
+            )
+        target = dataclasses.replace(target, rest_dtype=rest_dtype)
     return Plan(
         source=source,
         target=target,
         basis=basis,
+        reason=reason,
         tasks=_tasks(source, target, closing),
         inputs=reader.tensors,
-        outputs=plan_shards(outputs, max_shard_size),
+        outputs=plan_shards(_outputs(reader.tensors, target, closing, dtype), max_shard_size),
         config=_fused_config(reader.config, target, dtype),
     )
+
+
+def choose_basis(
+    reader: CheckpointReader, source: Architecture, closing: Iterable[Seam], dtype: str | None
+) -> tuple[str, str]:
+    """The basis that "auto" stands for, one for the whole model, and why.
+
+    "q", whose model is the simplest, if in every layer its predicted error in the dtype of storage is at most
+    AS_GOOD times that of "pivoted"; else "pivoted". Reads Q, K, V and their writers up to the first layer that decides.
+    """
+    if source.stream_basis is not None:
+        return source.stream_basis, "the basis in which this model is already fused"
+    stream = [seam for seam in closing if seam.kind == "stream"]
+    if not stream:
+        return "q", ""
+    if any("q" not in seam.identities for seam in stream):
+        return "pivoted", f"q_proj is ({source.query_width}, {source.hidden_size}), not square"
+    before = {module.name: module for module in source.modules()}
+    worst = 0.0
+    for seam in stream:
+        affines = {name: _load(before[name], None, reader.tensor) for name in seam.modules}
+        stored = reader.tensors[f"{seam.writers[0]}.weight"].dtype if dtype is None else getattr(torch, dtype)
+        audit = StreamAudit(seam, affines)
+        by_q, pivoted = (max(audit.fused(audit.basis(way), stored).values()) for way in ("q", "pivoted"))
+        if not by_q <= AS_GOOD * pivoted:
+            return "pivoted", (
+                f"in layer {seam.layer}, stored in {str(stored).removeprefix('torch.')}, the worst of q, k, v would be "
+                f"wrong by {by_q:.1e} by q, {pivoted:.1e} pivoted (the original: "
+                f"{max(audit.original(stored).values()):.1e})"
+            )
+        worst = max(worst, by_q / pivoted)
+    return "q", f"in every layer its predicted error is at most {worst:.2f} times that of pivoted"
+
+
+def _outputs(
+    inputs: Mapping[str, TensorInfo], target: Architecture, closing: Iterable[Seam], dtype: str | None
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor of the result, in the order in which they are written."""
+    rest_of = {seam.rest: inputs[f"{seam.readers[0]}.weight"].dtype for seam in closing if seam.rest}
+    indices = target.index_tensors()
+    outputs = {}
+    for name, shape in target.tensors().items():
+        module = name.rpartition(".")[0]
+        if name in indices:
+            kept = torch.int32
+        elif dtype is not None:
+            kept = getattr(torch, dtype)
+        elif name in inputs:
+            kept = inputs[name].dtype
+        else:
+            kept = rest_of[module] if module in rest_of else inputs[f"{module}.weight"].dtype
+        if module.endswith(".rest_proj") and target.rest_dtype is not None:
+            kept = torch.promote_types(kept, getattr(torch, target.rest_dtype))
+        outputs[name] = (shape, kept)
+    return outputs
 
 
 def _tasks(source: Architecture, target: Architecture, closing: Iterable[Seam]) -> tuple[Task, ...]:
@@ -152,37 +233,42 @@ def _tasks(source: Architecture, target: Architecture, closing: Iterable[Seam]) 
     writer_of = {name: Task((), (name,), (name,)) for name in target.tensors()}
     for group in _connected(closing):
         names = list(dict.fromkeys(name for seam in group for name in seam.modules))
+        left = [name for name in (*names, *(seam.rest for seam in group)) if name in after]
         reads = tuple(tensor for name in names for tensor in before[name].tensors())
-        writes = tuple(tensor for name in names if name in after for tensor in after[name].tensors())
+        writes = tuple(tensor for name in left for tensor in after[name].tensors())
+        writes += tuple(seam.order for seam in group if seam.order in writer_of)
         writer_of.update(dict.fromkeys(writes, Task(tuple(group), reads, writes)))
     return tuple(dict.fromkeys(writer_of[name] for name in target.tensors()))
 
 
-def _choose(source: Architecture, basis: str, layers_open: frozenset[int]) -> list[Seam]:
+def _choose(source: Architecture, basis: str, layers_open: frozenset[int], remove: frozenset[str]) -> list[Seam]:
     """The seams to close, or InputError when one of them cannot be."""
-    if basis not in BASES:
-        raise InputError(f"basis: expected one of {', '.join(BASES)}, found {basis!r}")
+    if basis not in (AUTO, *BASES):
+        raise InputError(f"basis: expected one of {', '.join((AUTO, *BASES))}, found {basis!r}")
+    if unknown := sorted(remove - set(REMOVABLE)):
+        raise InputError(f"remove: expected {' and '.join(REMOVABLE)}, or one of them; found {unknown[0]!r}")
     if beyond := sorted(layer for layer in layers_open if not 0 <= layer < source.num_hidden_layers):
         raise InputError(f"layers_open: expected layers 0..{source.num_hidden_layers - 1}, found {beyond[0]}")
-    if source.stream_basis not in (None, basis):
+    if source.stream_basis is not None and basis not in (AUTO, source.stream_basis):
         raise InputError(
             f"basis: expected {source.stream_basis!r}, in which this model is already fused; found {basis!r}"
         )
-    closing = [seam for seam in seams(source) if not (seam.kind == "stream" and seam.layer in layers_open)]
+    closing = [
+        seam
+        for seam in seams(source)
+        if seam.kind in remove and not (seam.kind == "stream" and seam.layer in layers_open)
+    ]
     if not closing:
         raise InputError("nothing to remove: every seam of this model is closed already, or left open on request")
     for seam in closing:
         if seam.blocked:
             raise InputError(f"the {seam.kind} seam of layer {seam.layer} is blocked by {seam.blocked}")
     for seam in closing:
-        if seam.kind == "stream" and basis not in seam.identities:
-            square = " or ".join(f"--basis {name}" for name in seam.identities) or (
-                f"none is, so leave the stream seams open with --layers-open "
-                f"{','.join(map(str, range(source.num_hidden_layers)))}"
-            )
+        if seam.kind == "stream" and basis != AUTO and basis not in seam.identities:
             raise InputError(
                 f"basis: expected a square projection, found {basis}_proj ({source.projections[basis]}, "
-                f"{source.hidden_size}) in layer {seam.layer}; use one that is square: {square}"
+                f"{source.hidden_size}) in layer {seam.layer}; use "
+                f"{' or '.join(f'--basis {name}' for name in seam.identities)}"
             )
     return closing
 
@@ -198,35 +284,71 @@ def _connected(closing: Iterable[Seam]) -> list[list[Seam]]:
 
 
 def run_task(plan: Plan, task: Task, read: Callable[[str], torch.Tensor]) -> Done:
-    """Carry out one task: read its tensors, close its seams in fp64, and hand out what is to be written, cast once."""
+    """Carry out one task: read its tensors, close its seams in fp64, and hand out what is to be written."""
     if not task.seams:
         (name,) = task.writes
-        return Done(iter([(name, read(name).to(plan.outputs[name].dtype))]), {})
+        tensor = read(name)
+        return Done(iter([(name, tensor.to(plan.outputs[name].dtype))]), {})
     before, after = plan.modules
     names = dict.fromkeys(name for seam in task.seams for name in seam.modules)
     affines = {name: _load(before[name], after.get(name), read) for name in names}
-    conditions = {}
+    indices: dict[str, torch.Tensor] = {}
+    losses: dict[str, float] = {}
     for seam in task.seams:
-        gone = seam.removed(plan.basis)
-        basis = None
-        if gone in seam.readers:
-            basis = choose(seam, gone, {name: affines[name].weight for name in seam.readers})
-            conditions[gone] = basis.condition
-        remaining = close(seam, gone, affines, basis)
+        if seam.kind == "p":
+            remaining = merge(seam, affines)
+        else:
+            remaining, order, loss = _close_stream(plan, seam, affines)
+            if seam.order in plan.outputs:
+                indices[seam.order] = order
+            else:
+                losses[seam.removed(plan.basis)[0]] = loss
         for name in seam.modules:
             affines.pop(name, None)
         affines |= remaining
-    return Done(_stored(plan, affines), conditions)
+    return Done(_stored(plan, affines, indices), losses)
 
 
-def _stored(plan: Plan, affines: Mapping[str, Affine]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Modules as the checkpoint stores them, in the output's dtype."""
+def _close_stream(
+    plan: Plan, seam: Seam, affines: Mapping[str, Affine]
+) -> tuple[dict[str, Affine], torch.Tensor, float]:
+    """Close a stream seam by the plan's basis and round it: the modules that remain, their order, the loss expected."""
+    audit = StreamAudit(seam, affines)
+    basis = choose(seam, plan.basis, audit.readers, audit.weights)
+    stream = audit.close(basis)
+    dtypes = _dtypes(plan, seam)
+    coarsest = max(dtypes.values(), key=lambda dtype: torch.finfo(dtype).eps)
+    loss = basis.condition * rounding_error(coarsest)
+    if coarsest in HALF:
+        if plan.basis != "pivoted":
+            loss = max(audit.fused(basis, coarsest).values())
+        stream = round_stream(stream, audit.weights, audit.dual_weights, dtypes)
+    widths = {name: weight.shape[1] for name, weight in audit.readers.items()}
+    return modules(seam, plan.basis, stream, widths), column_order(stream), loss
+
+
+def _dtypes(plan: Plan, seam: Seam) -> dict[str, torch.dtype]:
+    """In what a stream seam's writers, its duals and, as "rest", its readers are stored (the finest of these)."""
+    dtypes = {name: plan.outputs[f"{name}.weight"].dtype for name in (*seam.writers, *seam.duals)}
+    rest = [
+        plan.outputs[name].dtype
+        for reader in (*seam.readers, seam.rest)
+        if (name := f"{reader}.weight") in plan.outputs
+    ]
+    return {**dtypes, "rest": min(rest, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)}
+
+
+def _stored(
+    plan: Plan, affines: Mapping[str, Affine], indices: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Modules as the checkpoint stores them, in the output's dtype, and index tensors."""
     _, after = plan.modules
     for name, affine in affines.items():
         weight = affine.weight if after[name].table else affine.weight.T
         yield f"{name}.weight", weight.to(plan.outputs[f"{name}.weight"].dtype)
         if affine.bias is not None:
             yield f"{name}.bias", affine.bias.to(plan.outputs[f"{name}.bias"].dtype)
+    yield from indices.items()
 
 
 def _load(module: Module, closed: Module | None, read: Callable[[str], torch.Tensor]) -> Affine:
@@ -255,9 +377,11 @@ def fuse(
     source: str | Path,
     destination: str | Path,
     *,
-    basis: str = "q",
+    basis: str = AUTO,
     dtype: str | None = None,
+    rest_dtype: str | None = None,
     layers_open: Iterable[int] = (),
+    remove: Iterable[str] = REMOVABLE,
     max_shard_size: int = 5 * 10**9,
     engine: str = "local",
     progress: Callable[[Plan, Task | None], None] = lambda plan, task: None,
@@ -274,8 +398,16 @@ def fuse(
     if Path(os.path.realpath(destination)).is_relative_to(os.path.realpath(source)):
         raise InputError(f"{destination}: expected a folder outside the source {source}, which stays as it is")
     reader = CheckpointReader(source)
-    plan = make_plan(reader, basis=basis, dtype=dtype, layers_open=layers_open, max_shard_size=max_shard_size)
-    conditions: dict[str, float] = {}
+    plan = make_plan(
+        reader,
+        basis=basis,
+        dtype=dtype,
+        rest_dtype=rest_dtype,
+        layers_open=layers_open,
+        remove=remove,
+        max_shard_size=max_shard_size,
+    )
+    losses: dict[str, float] = {}
     with new_folder(destination) as folder:
         needed, free = plan.bytes[1], shutil.disk_usage(folder).free
         if needed > free:
@@ -286,26 +418,25 @@ def fuse(
             shutil.copyfile(source / file, folder / file)
         writer = CheckpointWriter(folder, plan.outputs)
         for task, done in ENGINES[engine](plan, reader, writer):
-            conditions |= done.conditions
+            losses |= done.losses
             progress(plan, task)
         writer.finish()
         for model_file in MODEL_FILES:
             shutil.copyfile(model_file, folder / model_file.name)
         write_json(folder / "config.json", plan.config)
-    _warn(plan, conditions)
+    _warn(losses)
     return plan
 
 
-def _warn(plan: Plan, conditions: Mapping[str, float]) -> None:
-    """Say when storing the result rounds too much: the dtype's rounding times the worst condition number."""
-    worst = max(conditions, key=conditions.__getitem__, default=None)
-    rounding = max(torch.finfo(info.dtype).eps for info in plan.outputs.values()) / 2
-    if worst is not None and conditions[worst] * rounding > LOSS_TO_WARN_OF:
+def _warn(losses: Mapping[str, float]) -> None:
+    """Say when storing the result rounds too much, naming the worst module."""
+    worst = max(losses, key=losses.__getitem__, default="")
+    if worst and losses[worst] > LOSS_TO_WARN_OF:
         logger.warning(
-            "%s has a condition number of %.1e, which multiplies the rounding of what is stored: run skipless verify, "
-            "and if it says no, store in a finer dtype or leave that layer open",
+            "%s became the identity: expect q, k or v of its layer to be wrong by %.1g as stored; run skipless verify, "
+            "and if it says no, use --basis pivoted, a finer --dtype, or leave that layer open",
             worst,
-            conditions[worst],
+            losses[worst],
         )
 
 
@@ -315,6 +446,8 @@ def _fused_config(config: Mapping[str, object], target: Architecture, dtype: str
     Raises InputError naming the field when the model file would refuse it.
     """
     fields: dict[str, object] = {"stream_basis": target.stream_basis, "p_removed": target.p_removed}
+    if target.rest_dtype is not None:
+        fields["rest_dtype"] = target.rest_dtype
     fields |= {"layers_open": list(target.layers_open), "folded_biases": list(target.folded_biases)}
     if dtype is not None:
         fields["dtype"] = dtype
