@@ -8,7 +8,9 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 from jaxtyping import install_import_hook
 
-install_import_hook(["skipless.basis", "skipless.eliminate"], "beartype.beartype")
+install_import_hook(
+    [f"skipless.{room}" for room in ("basis", "eliminate", "rounding", "prediction")], "beartype.beartype"
+)
 
 import pytest
 from hypothesis import settings

@@ -65,7 +65,18 @@ def test_wrong_shape(source, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.bool], ids=str)
 def test_wrong_dtype(source, tmp_path, dtype):
     edit_tensors(source, **{Q1: torch.zeros(32, 32).to(dtype)})
-    refuse(tmp_path, message=[f"{Q1}: expected a dtype of F64, F32, BF16, F16, found ", "dequantize or convert"])
+    expected = f"{Q1}: expected a dtype of F64, F32, BF16, F16 (weights) or I32 (indices), found "
+    refuse(tmp_path, message=[expected, "dequantize or convert"])
+
+
+def test_an_index_for_a_weight_and_a_weight_for_an_index(source, tmp_path):
+    edit_tensors(source, **{Q1: torch.zeros(32, 32, dtype=torch.int32)})
+    refuse(tmp_path, message=f"{Q1}: expected floating-point weights, found torch.int32")
+    shutil.rmtree(source)
+    save(build(stream_basis="pivoted", layers_open=[1], dtype=torch.float32), source)
+    order = "model.layers.2.self_attn.column_order"
+    edit_tensors(source, **{order: torch.arange(64).float()})
+    refuse(tmp_path, message=f"{order}: expected int32 indices, found torch.float32")
 
 
 @pytest.mark.parametrize("kept", [0, 5, 100, -1], ids=str)
@@ -109,11 +120,27 @@ def test_singular(source, tmp_path):
     edit_tensors(source, **{Q1: torch.ones(32, 32)})
     refuse(
         tmp_path,
+        "--basis",
+        "q",
         message=[
             f"{Q1}: expected an invertible matrix",
             "condition number at most 4.5e+06",
             "found ",
+            "use --basis pivoted (condition number ",
             "leave this seam open with --layers-open 1",
+        ],
+    )
+
+
+def test_rank_deficient(source, tmp_path):
+    widths = {"q_proj": 32, "k_proj": 16, "v_proj": 16}
+    edit_tensors(source, **{Q1.replace("q_proj", name): torch.ones(width, 32) for name, width in widths.items()})
+    refuse(
+        tmp_path,
+        message=[
+            "model.layers.1.self_attn.q_proj, model.layers.1.self_attn.k_proj, model.layers.1.self_attn.v_proj: "
+            "expected 32 linearly independent outputs",
+            "use leave this seam open with --layers-open 1",
         ],
     )
 

@@ -22,6 +22,7 @@ def fused(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundled")
     for dtype in ("float64", "float32"):
         skipless.fuse(BUNDLED, folder / dtype, dtype=dtype)
+    skipless.fuse(BUNDLED, folder / "by q", basis="q", dtype="float32")
     return folder
 
 
@@ -38,18 +39,28 @@ def test_its_tokenizer_round_trips_python():
     assert len(tokenizer) == CheckpointReader(BUNDLED).config["vocab_size"]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", FP64), ("float32", FP32)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", FP64), ("float32", FP32), ("by q", FP32)])
 def test_fused_it_is_the_same_function(fused, dtype, tolerance):
-    report = skipless.verify(BUNDLED, fused / dtype, dtypes=("float64", dtype), prompt=PROMPT)
+    dtypes = ("float64", "float32" if dtype == "by q" else dtype)
+    report = skipless.verify(BUNDLED, fused / dtype, dtypes=dtypes, prompt=PROMPT)
     assert report.same
     assert all(row.logit_error <= tolerance and row.greedy == 1 for row in report.rows)
+
+
+def test_in_bf16_pivoted_holds_up_and_q_does_not(tmp_path):
+    skipless.fuse(BUNDLED, tmp_path / "half")
+    tensors = CheckpointReader(tmp_path / "half").tensors.values()
+    assert {info.dtype for info in tensors if not info.is_index} == {torch.bfloat16}
+    assert skipless.verify(BUNDLED, tmp_path / "half").same
+    skipless.fuse(BUNDLED, tmp_path / "by q", basis="q")
+    assert not skipless.verify(BUNDLED, tmp_path / "by q").same
 
 
 @pytest.fixture(scope="module")
 def spoiled(fused, tmp_path_factory):
     folder = shutil.copytree(fused / "float32", tmp_path_factory.mktemp("spoiled") / "float32")
-    k_proj = "model.layers.3.self_attn.k_proj.weight"
-    edit_tensors(folder, **{k_proj: 1.05 * CheckpointReader(folder).tensor(k_proj)})
+    rest = "model.layers.3.self_attn.rest_proj.weight"
+    edit_tensors(folder, **{rest: 1.05 * CheckpointReader(folder).tensor(rest)})
     return folder
 
 

@@ -12,7 +12,7 @@ import skipless
 from skipless.architecture import Architecture
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.seams import seams
-from tests.models import build, load, random_ids, relative_error, save
+from tests.models import build, edit_tensors, load, random_ids, relative_error, save
 from tests.tolerances import FP32, FP64, HALF
 
 MHA = {"num_key_value_heads": 4}
@@ -42,6 +42,19 @@ NAMED = {
     "shaped by value": ({"attention_shaping": "value"}, "q"),
     "fully shaped": ({"attention_shaping": "full", "attention_bias": True}, "q"),
     "fully shaped, by v": ({"attention_shaping": "full", **MHA}, "v"),
+    "pivoted, MHA": ({**MHA}, "pivoted"),
+    "pivoted, GQA": ({}, "pivoted"),
+    "pivoted, MQA": ({"num_key_value_heads": 1}, "pivoted"),
+    "pivoted, all biases": ({"attention_bias": True, "mlp_bias": True, "gate_bias": True}, "pivoted"),
+    "pivoted, tied, all biases": ({"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}, "pivoted"),
+    "pivoted, learned positions": ({"position_type": "learned", "attention_bias": True}, "pivoted"),
+    "pivoted, interleaved rope": ({"position_type": "rope_interleaved"}, "pivoted"),
+    "pivoted, fully shaped": ({"attention_shaping": "full", "attention_bias": True}, "pivoted"),
+    "pivoted, narrow heads": ({"head_dim": 4, "attention_bias": True}, "pivoted"),
+    "pivoted, nothing left of Q, K, V": (
+        {"num_attention_heads": 2, "head_dim": 8, "num_key_value_heads": 1},
+        "pivoted",
+    ),
 }
 
 
@@ -75,7 +88,8 @@ def cases(draw):
             fields["rope_parameters"]["partial_rotary_factor"] = 1.0
     for switch in ("attention_bias", "mlp_bias", "gate_bias", "tie_word_embeddings"):
         fields[switch] = draw(st.booleans()) and not (switch == "gate_bias" and fields["ffn_type"] == "mlp")
-    return fields, draw(st.sampled_from("qkv" if kv_heads == heads else "q")), draw(st.integers(0, 2**16))
+    bases = ["pivoted", *("qkv" if kv_heads == heads else "q")]
+    return fields, draw(st.sampled_from(bases)), draw(st.integers(0, 2**16))
 
 
 @settings(max_examples=200)
@@ -119,43 +133,51 @@ def test_fp32_checkpoints_stay_within_fp32(fields, tmp_path):
     assert relative_error(load(tmp_path / "fused", torch.float32), model.double()) > FP32
 
 
-def test_a_well_conditioned_model_holds_up_in_bf16(tmp_path):
-    model = build()
-    with torch.no_grad():
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("fields", "basis"), NAMED.values(), ids=NAMED.keys())
+def test_half_precision(fields, basis, dtype, tmp_path):
+    """Weights as they come if pivoted; a well-conditioned Q, K or V if that is to be the identity."""
+    model = build(**fields)
+    if basis != "pivoted":
         for layer in model.model.layers:
-            torch.nn.init.orthogonal_(layer.self_attn.q_proj.weight)
-    save(model, tmp_path / "source")
-    skipless.fuse(tmp_path / "source", tmp_path / "fused", dtype="bfloat16")
-    own = relative_error(load(tmp_path / "source", torch.bfloat16), model)
-    assert relative_error(load(tmp_path / "fused", torch.bfloat16), model) <= HALF * own
+            torch.nn.init.orthogonal_(getattr(layer.self_attn, f"{basis}_proj").weight)
+    source = save(model, tmp_path / "source")
+    skipless.fuse(source, tmp_path / "fused", basis=basis, dtype=dtype)
+    own = relative_error(load(source, getattr(torch, dtype)), model)
+    assert relative_error(load(tmp_path / "fused", getattr(torch, dtype)), model) <= HALF * own
     spoil(tmp_path / "fused", factor=2)
-    assert relative_error(load(tmp_path / "fused", torch.bfloat16), model) > HALF * own
+    assert relative_error(load(tmp_path / "fused", getattr(torch, dtype)), model) > HALF * own
 
 
 @pytest.mark.parametrize("layers_open", [[0], [1], [0, 1, 2]], ids=str)
 @pytest.mark.parametrize("tied", [False, True])
-def test_layers_left_open(layers_open, tied, tmp_path):
+@pytest.mark.parametrize("basis", ["q", "pivoted"])
+def test_layers_left_open(basis, layers_open, tied, tmp_path):
     model = build(tie_word_embeddings=tied, attention_bias=True)
     save(model, tmp_path / "source")
-    plan = skipless.fuse(tmp_path / "source", tmp_path / "fused", layers_open=layers_open)
+    plan = skipless.fuse(tmp_path / "source", tmp_path / "fused", basis=basis, layers_open=layers_open)
     assert relative_error(load(tmp_path / "fused"), model) <= FP64
     kept = {name for name in plan.outputs if name.endswith("q_proj.weight")}
     assert kept == {f"model.layers.{layer}.self_attn.q_proj.weight" for layer in layers_open}
     if len(layers_open) < 3:  # and close the rest later
-        skipless.fuse(tmp_path / "fused", tmp_path / "whole")
+        assert skipless.fuse(tmp_path / "fused", tmp_path / "whole").basis == basis
         assert relative_error(load(tmp_path / "whole"), model) <= FP64
     spoil(tmp_path / "fused")
     assert relative_error(load(tmp_path / "fused"), model) > 1e3 * FP64
 
 
-def test_narrow_heads_merge_p_and_leave_the_stream_open(tmp_path):
-    model = build(head_dim=4)
+@pytest.mark.parametrize("kind", ["stream", "p"])
+def test_one_kind_of_seams(kind, tmp_path):
+    model = build(head_dim=4, **MHA)
     save(model, tmp_path / "source")
-    plan = skipless.fuse(tmp_path / "source", tmp_path / "fused", layers_open=[0, 1, 2])
+    plan = skipless.fuse(tmp_path / "source", tmp_path / "fused", remove=[kind])
     assert relative_error(load(tmp_path / "fused"), model) <= FP64
-    saved = plan.weights[0] - plan.weights[1]
-    assert saved == sum(seam.saves for seam in seams(plan.source) if seam.kind == "p")
-    spoil(tmp_path / "fused")
+    assert plan.weights[0] - plan.weights[1] == sum(seam.saves for seam in seams(plan.source) if seam.kind == kind)
+    other = skipless.fuse(tmp_path / "fused", tmp_path / "both")
+    assert other.weights[1] == skipless.fuse(tmp_path / "source", tmp_path / "at once").weights[1]
+    assert relative_error(load(tmp_path / "both"), model) <= FP64
+    name = "model.layers.1.self_attn.rest_proj.weight" if kind == "stream" else "model.layers.1.mlp.up_proj.weight"
+    edit_tensors(tmp_path / "fused", **{name: 1.001 * CheckpointReader(tmp_path / "fused").tensor(name)})
     assert relative_error(load(tmp_path / "fused"), model) > 1e3 * FP64
 
 

@@ -94,14 +94,28 @@ def test_untouched_tensors_are_copied_bit_for_bit(tmp_path):
         assert torch.equal(a.tensor(name), b.tensor(name))
 
 
+# Half precision rounds these with feedback, and everything else plainly. (The last layer's O writes no stream seam.)
+WITH_FEEDBACK = (
+    "embed_tokens.weight",
+    "0.mlp.down_proj.weight",
+    "1.mlp.down_proj.weight",
+    "k_proj.weight",
+    "v_proj.weight",
+)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_dtype_casts_every_tensor(source, tmp_path, dtype):
-    skipless.fuse(source, tmp_path / "fused", dtype=dtype)
+    skipless.fuse(source, tmp_path / "fused", basis="q", dtype=dtype)
     found = {info.dtype for info in CheckpointReader(tmp_path / "fused").tensors.values()}
     assert found == {getattr(torch, dtype)}
-    skipless.fuse(source, tmp_path / "exact")  # fp64 throughout, cast once at the end
+    skipless.fuse(source, tmp_path / "exact", basis="q")  # fp64 throughout, cast once at the end
     exact, cast = (CheckpointReader(tmp_path / folder) for folder in ("exact", "fused"))
-    assert all(torch.equal(cast.tensor(name), exact.tensor(name).to(getattr(torch, dtype))) for name in exact.tensors)
+    same = {
+        name for name in exact.tensors if torch.equal(cast.tensor(name), exact.tensor(name).to(getattr(torch, dtype)))
+    }
+    shaped = set() if dtype == "float32" else {name for name in exact.tensors if name.endswith(WITH_FEEDBACK)}
+    assert exact.tensors.keys() - same == shaped
 
 
 def test_files_have_the_usual_mode_and_metadata(source, tmp_path):
@@ -142,7 +156,7 @@ def test_memory_holds_one_task_at_a_time(tmp_path, monkeypatch):
 
 def test_a_plan_reads_no_tensor_and_tasks_cover_everything_once(source, monkeypatch):
     monkeypatch.setattr(CheckpointReader, "tensor", lambda *_: pytest.fail("a tensor was read"))
-    plan = make_plan(CheckpointReader(source))
+    plan = make_plan(CheckpointReader(source), basis="pivoted")
     reads = [name for task in plan.tasks for name in task.reads]
     writes = [name for task in plan.tasks for name in task.writes]
     assert sorted(reads) == sorted(plan.inputs)

@@ -34,8 +34,10 @@ def test_the_first_seam_is_written_by_the_embeddings_and_pulls_the_tied_head_alo
     assert seam.duals == ("model.layers.2.mlp.down_proj",)
 
 
-@pytest.mark.parametrize(("kv_heads", "bases"), [(4, {"q", "k", "v"}), (2, {"q"}), (1, {"q"})])
-def test_only_square_projections_can_become_the_identity(kv_heads, bases):
+@pytest.mark.parametrize(
+    ("kv_heads", "bases"), [(4, {"q", "k", "v", "pivoted"}), (2, {"q", "pivoted"}), (1, {"q", "pivoted"})]
+)
+def test_only_square_projections_and_pivoted_columns_can_become_the_identity(kv_heads, bases):
     assert set(seams(architecture(num_key_value_heads=kv_heads))[0].identities) == bases
 
 
