@@ -193,15 +193,18 @@ def choose_basis(
         affines = {name: _load(before[name], None, reader.tensor) for name in seam.modules}
         stored = reader.tensors[f"{seam.writers[0]}.weight"].dtype if dtype is None else getattr(torch, dtype)
         audit = StreamAudit(seam, affines)
-        by_q, pivoted = (max(audit.fused(audit.basis(way), stored).values()) for way in ("q", "pivoted"))
+        q = audit.basis("q")
+        if not q.usable:
+            return "pivoted", f"the condition number of layer {seam.layer}'s q_proj is {q.condition:.1e}"
+        by_q, pivoted = (max(audit.fused(basis, [stored])[0].values()) for basis in (q, audit.basis("pivoted")))
         if not by_q <= AS_GOOD * pivoted:
             return "pivoted", (
-                f"in layer {seam.layer}, stored in {str(stored).removeprefix('torch.')}, the worst of q, k, v would be "
-                f"wrong by {by_q:.1e} by q, {pivoted:.1e} pivoted (the original: "
+                f"in {str(stored).removeprefix('torch.')} the worst of layer {seam.layer}'s q, k, v is expected to be "
+                f"off by {pivoted:.1e}, and by {by_q:.1e} with q (the original: "
                 f"{max(audit.original(stored).values()):.1e})"
             )
         worst = max(worst, by_q / pivoted)
-    return "q", f"in every layer its predicted error is at most {worst:.2f} times that of pivoted"
+    return "q", f"in every layer its expected error is at most {worst:.2f} times that of pivoted"
 
 
 def _outputs(
@@ -321,7 +324,7 @@ def _close_stream(
     loss = basis.condition * rounding_error(coarsest)
     if coarsest in HALF:
         if plan.basis != "pivoted":
-            loss = max(audit.fused(basis, coarsest).values())
+            loss = max(audit.fused(basis, [coarsest])[0].values())
         stream = round_stream(stream, audit.weights, audit.dual_weights, dtypes)
     widths = {name: weight.shape[1] for name, weight in audit.readers.items()}
     return modules(seam, plan.basis, stream, widths), column_order(stream), loss

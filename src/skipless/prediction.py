@@ -14,7 +14,7 @@ from torch import Tensor
 
 from skipless.basis import Basis, candidate
 from skipless.eliminate import Affine, Stream, close_stream
-from skipless.rounding import HALF, factorize, joint_metric, moment, noise_weights, repaired_metric
+from skipless.rounding import HALF, factorize, gram, joint_metric, moment, noise_weights, repaired_metric
 from skipless.seams import Seam
 
 # Rounding an entry m 2^k, 1 <= m < 2, is an error of at most eps 2^k / 2, evenly spread: rms eps / (m sqrt(12)) of it;
@@ -62,30 +62,34 @@ class StreamAudit:
         errors = {}
         for name, reader in self.readers.items():
             total = (self.moment @ reader * reader).sum()
-            errors[_letter(name)] = _relative(2 * (power @ reader**2).sum(), total, dtype)
+            errors[letter(name)] = _relative(2 * (power @ reader**2).sum(), total, dtype)
         return errors
 
-    def fused(self, basis: Basis, dtype: torch.dtype) -> dict[str, float]:
-        """Relative errors of q, k, v of the original's function once fused by `basis` and stored in `dtype`."""
+    def fused(self, basis: Basis, dtypes: Sequence[torch.dtype]) -> list[dict[str, float]]:
+        """For each dtype, relative errors of q, k, v once the seam is closed by `basis` and stored in it."""
         if not basis.usable:
-            return {_letter(name): float("inf") for name in self.readers}
+            return [{letter(name): math.inf for name in self.readers} for _ in dtypes]
         stream = self.close(basis)
-        rest = stream.rest.weight
-        chosen = self._chosen(basis)
+        units = {shaped: self._fused(basis, stream, shaped) for shaped in {dtype in HALF for dtype in dtypes}}
+        return [
+            {name: rounding_error(dtype) * unit for name, unit in units[dtype in HALF].items()} for dtype in dtypes
+        ]
+
+    def _fused(self, basis: Basis, stream: Stream, shaped: bool) -> dict[str, float]:
+        """Relative errors in units of the dtype's rounding error; shaped: with feedback."""
+        chosen, rest = self._chosen(basis), stream.rest.weight
         metric = chosen.T @ self.moment @ chosen
-        if dtype in HALF:
+        if shaped:
             passed, others = self._shaped(stream, rest, metric)
         else:
-            power = metric.diagonal()
-            passed, others = power, 2 * power @ rest**2
+            passed, others = metric.diagonal(), 2 * metric.diagonal() @ rest**2
         columns = torch.cat([stream.kept, stream.others])
-        squares = torch.empty_like(self.weights)
+        squares, totals = torch.empty_like(self.weights), torch.empty_like(self.weights)
         squares[columns] = torch.cat([passed, others])
-        totals = torch.empty_like(self.weights)
         totals[columns] = torch.cat([metric.diagonal(), (metric @ rest * rest).sum(0)])
         sizes = [reader.shape[1] for reader in self.readers.values()]
         return {
-            _letter(name): _relative(square.sum(), total.sum(), dtype)
+            letter(name): (square.sum() / total.sum()).sqrt().item()
             for name, square, total in zip(self.readers, squares.split(sizes), totals.split(sizes), strict=True)
         }
 
@@ -121,12 +125,14 @@ class StreamAudit:
         return passed, others
 
 
-def merged_errors(writer: Tensor, readers: Sequence[Tensor], dtype: torch.dtype) -> tuple[float, float]:
-    """Relative errors of x P M, for white x, when P (D, d) and M (d, f) are rounded, and when M* = P M is."""
-    joined = torch.cat(list(readers), 1)
-    total = (writer.T @ writer * (joined @ joined.T)).sum()
-    own = 2 * ((writer**2).sum(0) @ (joined**2).sum(1))
-    return _relative(own, total, dtype), rounding_error(dtype)
+def merged_errors(writer: Tensor, readers: Sequence[Tensor]) -> tuple[float, float]:
+    """Relative errors of x P M, for white x, when P (D, d) and every M (d, f) are rounded, and when M* = P M is.
+
+    In units of the dtype's rounding error.
+    """
+    total = (gram(writer) * sum(gram(reader.T) for reader in readers)).sum()
+    own = 2 * ((writer**2).sum(0) @ torch.stack([(reader**2).sum(1) for reader in readers]).sum(0))
+    return (own / total).sqrt().item(), 1.0
 
 
 def _inverse(upper: Tensor) -> Tensor:
@@ -138,6 +144,6 @@ def _relative(square: Tensor, total: Tensor, dtype: torch.dtype) -> float:
     return rounding_error(dtype) * (square / total).sqrt().item()
 
 
-def _letter(name: str) -> str:
+def letter(name: str) -> str:
     """The paper's name of a reader: q of model.layers.0.self_attn.q_proj."""
     return name.rpartition(".")[2].removesuffix("_proj")

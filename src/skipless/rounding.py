@@ -170,7 +170,7 @@ def moment(writers: Sequence[Float[Tensor, "_ d"]], dtype: torch.dtype = torch.f
     total, means = torch.zeros((), dtype=dtype), None
     for writer in writers:
         mean = writer.mean(0).to(dtype)
-        total = total + _gram(writer.to(dtype)) / len(writer)
+        total = total + gram(writer.to(dtype)) / len(writer)
         if means is not None:
             total += torch.outer(means, mean) + torch.outer(mean, means)
         means = mean if means is None else means + mean
@@ -184,7 +184,7 @@ def _largest(rest: Rest, passed_weights: Float[Tensor, "d"]) -> float:
     return (rest.matrix.abs() * rest.weights.sqrt() / passed_weights.sqrt()[:, None]).max().item()
 
 
-def _gram(matrix: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
+def gram(matrix: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
     """X^T X, its lower half mirrored and not computed."""
     d = matrix.shape[1]
     gram = torch.empty(d, d, dtype=matrix.dtype, device=matrix.device)
@@ -202,14 +202,14 @@ def mean_squares(writers: Sequence[Float[Tensor, "_ d"]]) -> Float[Tensor, "d"]:
 
 def joint_metric(rest: Tensor, passed_weights: Tensor, rest_weights: Tensor) -> Float[Tensor, "d d"]:
     """M = W_b + R W_r R^T: what an error in the stream costs in the passed and the rest columns together."""
-    metric = _gram((rest * rest_weights.sqrt()).T)
+    metric = gram((rest * rest_weights.sqrt()).T)
     metric.diagonal().add_(passed_weights)
     return metric
 
 
 def repaired_metric(rest: Tensor, passed_weights: Tensor, rest_weights: Tensor) -> Float[Tensor, "r r"]:
     """N = (W_r^-1 + R^T W_b^-1 R)^-1."""
-    inverse = _gram(rest / passed_weights.sqrt()[:, None])
+    inverse = gram(rest / passed_weights.sqrt()[:, None])
     inverse.diagonal().add_(1 / rest_weights)
     return torch.cholesky_inverse(_root(inverse))
 
