@@ -25,8 +25,8 @@ from skipless.dtypes import DTYPE_NAMES
 from skipless.eliminate import Affine, column_order, merge, modules
 from skipless.errors import InputError
 from skipless.model.configuration_skipless import SkiplessConfig
-from skipless.prediction import StreamAudit, rounding_error
-from skipless.rounding import HALF, round_stream
+from skipless.prediction import StreamAudit
+from skipless.rounding import HALF, round_stream, rounding_error
 from skipless.seams import Seam, closed, seams
 
 logger = logging.getLogger("skipless")

@@ -14,17 +14,19 @@ from torch import Tensor
 
 from skipless.basis import Basis, candidate
 from skipless.eliminate import Affine, Stream, close_stream
-from skipless.rounding import HALF, factorize, gram, joint_metric, moment, noise_weights, repaired_metric
+from skipless.rounding import (
+    HALF,
+    Rest,
+    factorize,
+    gram,
+    joint_metric,
+    moment,
+    noise_weights,
+    repaired_metric,
+    rounding_error,
+    shrink,
+)
 from skipless.seams import Seam
-
-# Rounding an entry m 2^k, 1 <= m < 2, is an error of at most eps 2^k / 2, evenly spread: rms eps / (m sqrt(12)) of it;
-# with m spread evenly over the logarithm, E[1 / m^2] = 3 / (8 ln 2).
-RMS = (3 / (8 * math.log(2)) / 12) ** 0.5
-
-
-def rounding_error(dtype: torch.dtype) -> float:
-    """Root mean square relative error of storing numbers in `dtype`."""
-    return RMS * torch.finfo(dtype).eps
 
 
 class StreamAudit:
@@ -61,7 +63,7 @@ class StreamAudit:
         power = self.moment.diagonal()
         errors = {}
         for name, reader in self.readers.items():
-            total = (self.moment @ reader * reader).sum()
+            total = _powers(self.moment, reader).sum()
             errors[letter(name)] = _relative(2 * (power @ reader**2).sum(), total, dtype)
         return errors
 
@@ -70,40 +72,42 @@ class StreamAudit:
         if not basis.usable:
             return [{letter(name): math.inf for name in self.readers} for _ in dtypes]
         stream = self.close(basis)
-        units = {shaped: self._fused(basis, stream, shaped) for shaped in {dtype in HALF for dtype in dtypes}}
-        return [
-            {name: rounding_error(dtype) * unit for name, unit in units[dtype in HALF].items()} for dtype in dtypes
-        ]
-
-    def _fused(self, basis: Basis, stream: Stream, shaped: bool) -> dict[str, float]:
-        """Relative errors in units of the dtype's rounding error; shaped: with feedback."""
-        chosen, rest = self._chosen(basis), stream.rest.weight
+        chosen = torch.cat(list(self.readers.values()), 1)[:, basis.columns]
         metric = chosen.T @ self.moment @ chosen
-        if shaped:
-            passed, others = self._shaped(stream, rest, metric)
+        return [self._fused(stream, metric, dtype) for dtype in dtypes]
+
+    def _fused(self, stream: Stream, metric: Tensor, dtype: torch.dtype) -> dict[str, float]:
+        """Relative errors of q, k, v; metric: E[x^T x] of the closed seam's stream."""
+        rest = stream.rest.weight
+        if dtype in HALF:
+            passed, others = self._shaped(stream, metric, dtype)
         else:
-            passed, others = metric.diagonal(), 2 * metric.diagonal() @ rest**2
+            unit = rounding_error(dtype) ** 2
+            passed, others = unit * metric.diagonal(), 2 * unit * metric.diagonal() @ rest**2
         columns = torch.cat([stream.kept, stream.others])
         squares, totals = torch.empty_like(self.weights), torch.empty_like(self.weights)
         squares[columns] = torch.cat([passed, others])
-        totals[columns] = torch.cat([metric.diagonal(), (metric @ rest * rest).sum(0)])
+        totals[columns] = torch.cat([metric.diagonal(), _powers(metric, rest)])
         sizes = [reader.shape[1] for reader in self.readers.values()]
         return {
             letter(name): (square.sum() / total.sum()).sqrt().item()
             for name, square, total in zip(self.readers, squares.split(sizes), totals.split(sizes), strict=True)
         }
 
-    def _chosen(self, basis: Basis) -> Float[Tensor, "d d"]:
-        return torch.cat(list(self.readers.values()), 1)[:, basis.columns]
+    def _shaped(self, stream: Stream, metric: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Squared errors of the passed and the rest columns after rounding.round_seam.
 
-    def _shaped(self, stream: Stream, rest: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared errors of the passed and the rest columns after rounding.round_seam, in units of its relative error.
-
-        With E = Z L^-1 the error of rows rounded under M = L D L^T, Z independent; and U = Z' Ln^-1 that of X R, which
-        re-solving X spreads: U (1 - W_r R^T M^-1 R) stays in the rest columns, U W_r R^T M^-1 goes to the passed.
+        Three errors add up. That of the stream, in rows rounded under M = L D L^T, is Z L^-1, Z independent. Those of
+        the rest, rounded (Z' Ln^-1) and shrunk, are spread by re-solving X: with T = W_r R^T M^-1, an error U of X R
+        leaves U (1 - T R) in the rest columns and U T in the passed ones.
         """
-        passed_weights, rest_weights = self.weights[stream.kept], self.weights[stream.others]
-        power = metric.diagonal()
+        exact, passed_weights, rest_weights = (
+            stream.rest.weight,
+            self.weights[stream.kept],
+            self.weights[stream.others],
+        )
+        rest = shrink(Rest(exact, rest_weights, dtype), metric).matrix
+        power, unit = metric.diagonal(), rounding_error(dtype) ** 2
         joint = joint_metric(rest, passed_weights, rest_weights)
         if stream.duals:
             duals = torch.cat([dual.weight.T for dual in stream.duals.values()], 1)
@@ -111,18 +115,24 @@ class StreamAudit:
         under = factorize(joint, power)
         rows = torch.empty_like(joint)
         rows[:, under.order] = power[under.order].sqrt()[:, None] * _inverse(under.upper)
-        passed, others = (rows**2).sum(0), ((rows @ rest) ** 2).sum(0)
+        passed, others = unit * (rows**2).sum(0), unit * ((rows @ rest) ** 2).sum(0)
         if rest.shape[1]:
             down = factorize(metric, (rest**2).mean(1))
             along = factorize(repaired_metric(rest, passed_weights, rest_weights), (rest**2).mean(0))
             sizes = (down.pivots @ rest[down.order] ** 2)[along.order].sqrt()
             left = torch.empty(rest.shape[1], rest.shape[1], dtype=rest.dtype, device=rest.device)
             left[:, along.order] = sizes[:, None] * _inverse(along.upper)
-            moved = torch.cholesky_solve(rest * rest_weights, torch.linalg.cholesky(joint)).T  # W_r R^T M^-1
-            spread = left @ moved
-            passed = passed + (spread**2).sum(0)
-            others = others + ((left - spread @ rest) ** 2).sum(0)
+            moved = under.solve(rest * rest_weights).T
+            spread, shrunk = left @ moved, rest - exact
+            passed = passed + unit * (spread**2).sum(0) + _powers(metric, shrunk @ moved)
+            others = others + unit * ((left - spread @ rest) ** 2).sum(0)
+            others = others + _powers(metric, shrunk - shrunk @ moved @ rest)
         return passed, others
+
+
+def _powers(metric: Tensor, matrix: Tensor) -> Tensor:
+    """Mean squares of the columns of x A, for E[x^T x] = metric."""
+    return (metric @ matrix * matrix).sum(0)
 
 
 def merged_errors(writer: Tensor, readers: Sequence[Tensor]) -> tuple[float, float]:

@@ -4,7 +4,9 @@ A closed seam is a writer X (n, d), whose rows are the stream, and a rest R (d, 
 readers get. Rounding both plainly multiplies X's error by R. Here, instead, with W_b and W_r the weights of the passed
 and of the rest columns, G = X^T X:
 
-    1. R is rounded with feedback in both directions, under G (down its columns) and under
+    1. R is shrunk to what is best to multiply by when both X and R will be off by their dtype's relative error u:
+       argmin over R' of || X (R' - R) ||^2 + 2 u^2 || diag(G)^1/2 R' ||^2. (A small R, as pivoting gives, needs it not.)
+       Then it is rounded with feedback in both directions, under G (down its columns) and under
        N = (W_r^-1 + R^T W_b^-1 R)^-1 (along its rows): what step 2 cannot repair, as
        min over X' of || [X' - X | X' R' - X R] ||^2 = tr(G E N E^T) with E = R' - R.
     2. X is re-solved against the rounded R': X' = (X W_b + X R W_r R'^T) M^-1 with M = W_b + R' W_r R'^T.
@@ -17,6 +19,7 @@ all (a <= i, b <= j) before it.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -30,7 +33,7 @@ from skipless.errors import InputError
 # Dtypes in which the rounding of a closed seam is worth shaping; fp32 and fp64 are rounded plainly.
 HALF = (torch.bfloat16, torch.float16)
 
-# Rows of X rounded together: bounds the working memory to 28 bytes x d x ROWS beside X and the result.
+# Rows of X rounded together: bounds the working memory to 32 bytes x d x ROWS beside X and the result.
 ROWS = 4096
 # Columns of X^T X computed at a time, from the diagonal on.
 GRAM = 512
@@ -39,7 +42,7 @@ COLUMNS = 4096
 # Side of the tiles that R is rounded in, along anti-diagonals: 2 (d + r) steps, each on up to r entries.
 TILE = 32
 # While the scaled |R| stays below this, directions of X that fp32 cannot see (1e-7 of its power) do not matter in k or
-# v either, and G may be summed in fp32, at twice the speed. (Pivoted bases keep |R| near 1.)
+# v either: G may be summed in fp32, at twice the speed, and R need not be shrunk. (Pivoted bases keep |R| near 1.)
 SMALL_REST = 16
 # A metric is damped by so many eps of its mean diagonal, below which its dtype cannot tell directions apart; and by
 # more, step by step, if it still has no Cholesky factor.
@@ -47,6 +50,14 @@ DAMPING = 50
 DAMPING_STEP, DAMPING_STEPS = 100, 6
 # With fewer rows in X than dimensions the last solve repairs everything; the weights stay positive.
 LEAST_REPAIRABLE = 1e-3
+# Rounding an entry m 2^k, 1 <= m < 2, is an error of at most eps 2^k / 2, evenly spread: rms eps / (m sqrt(12)) of it;
+# with m spread evenly over the logarithm, E[1 / m^2] = 3 / (8 ln 2).
+RMS = (3 / (8 * math.log(2)) / 12) ** 0.5
+
+
+def rounding_error(dtype: torch.dtype) -> float:
+    """Root mean square relative error of storing numbers in `dtype`."""
+    return RMS * torch.finfo(dtype).eps
 
 
 @dataclass(frozen=True)
@@ -132,25 +143,36 @@ def round_seam(
     A rest in fp32 or fp64 is not rounded but re-solved, after everything else: R' = argmin || X' R' - X R ||.
     """
     small = all(_largest(rest, passed_weights) <= SMALL_REST for rest in rests)
-    metric = moment(writers, torch.float32 if small else torch.float64)
+    precise = torch.float32 if small else torch.float64
+    metric = moment(writers, precise)
     repairable = 1 - metric.shape[0] / sum(len(writer) for writer in writers)
     stored, weights = [], []
     for rest in rests:
         half = rest.dtype in HALF
-        stored.append(round_rest(rest, metric, passed_weights) if half else rest.matrix)
+        if half:
+            stored.append(round_rest(rest if small else shrink(rest, metric), metric, passed_weights))
+        else:
+            stored.append(rest.matrix)
         # the last solve repairs an error in the d of n dimensions that X spans: it costs the rest's columns less
         weights.append(rest.weights if half else rest.weights * max(repairable, LEAST_REPAIRABLE))
     after, before = torch.cat(stored, 1), torch.cat([rest.matrix for rest in rests], 1)
     rest_weights = torch.cat(weights)
     joint = joint_metric(after, passed_weights, rest_weights)
     under = factorize(joint, metric.diagonal())
-    # X' = X + X (R - R') W_r R'^T M^-1, the difference being small enough for fp32
-    change = (before - after).float() @ under.solve(after * rest_weights).T.float()
+    # X' = X + X (R - R') W_r R'^T M^-1; with a small R, the difference is small enough for fp32
+    change = (before - after).to(precise) @ under.solve(after * rest_weights).T.to(precise)
     rounded = [round_rows(writer, change, under, dtype) for writer, dtype in zip(writers, dtypes, strict=True)]
     for k, rest in enumerate(rests):
         if rest.dtype not in HALF:
             stored[k] = solve_rest(writers, rounded, rest.matrix)
     return rounded, stored
+
+
+def shrink(rest: Rest, metric: Float[Tensor, "d d"]) -> Rest:
+    """R' = (G + N)^-1 G R = R - (G + N)^-1 N R with N = 2 u^2 diag(G), the noise that X and R will have (step 1)."""
+    noise = 2 * rounding_error(rest.dtype) ** 2 * metric.diagonal()
+    lost = torch.cholesky_solve(noise[:, None] * rest.matrix, _root(metric + noise.diag()))
+    return dataclasses.replace(rest, matrix=rest.matrix - lost)
 
 
 def round_rest(rest: Rest, metric: Float[Tensor, "d d"], passed_weights: Float[Tensor, "d"]) -> Float[Tensor, "d r"]:
@@ -256,13 +278,13 @@ def round_rows(
     The rows are independent of each other.
     """
     result = torch.empty_like(matrix.T)
-    upper, moved = metric.upper.float(), change[:, metric.order].T.float()
+    upper, moved = metric.upper.float(), change[:, metric.order].T
     buffers = torch.empty(2, len(upper), min(ROWS, len(matrix)), dtype=torch.float32, device=matrix.device)
     for start in range(0, len(matrix), ROWS):
         rows = matrix[start : start + ROWS].T
         error, owed = buffers[:, :, : rows.shape[1]]
         block = rows[metric.order]
-        block += torch.mm(moved, rows.float(), out=owed)
+        block += moved @ rows.to(moved.dtype)
         if dtype in HALF:
             _round_block(block, upper, dtype, error, owed.zero_())
         result[metric.order, start : start + ROWS] = block
