@@ -1,8 +1,8 @@
-"""The tolerances that tests hold the library to; `skipless verify` uses the same numbers."""
+"""The tolerances that tests hold the library to; `skipless verify` and `skipless audit` use the same numbers."""
 
 import torch
 
-from skipless.verification import OWN_ERROR_FACTOR, TOLERANCES
+from skipless.tolerances import OWN_ERROR_FACTOR, TOLERANCES
 
 FP64 = TOLERANCES[torch.float64]
 FP32 = TOLERANCES[torch.float32]

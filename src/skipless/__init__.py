@@ -1,7 +1,8 @@
 """Remove, exactly, the weights a transformer without skip connections does not need (arXiv:2404.12362).
 
-`skipless.fuse(source, destination)` rewrites a model folder, `skipless.verify(a, b)` proves that nothing changed, and
-`import skipless.model` lets transformers load the result. Importing skipless itself loads no torch.
+`skipless.audit(model)` says what can be removed safely, `skipless.fuse(source, destination)` rewrites a model folder,
+`skipless.verify(a, b)` proves that nothing changed, and `import skipless.model` lets transformers load the result.
+Importing skipless itself loads no torch.
 """
 
 from importlib import import_module
@@ -10,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from skipless.errors import InputError
 
 if TYPE_CHECKING:
+    from skipless.auditing import audit
     from skipless.fusion import fuse
     from skipless.verification import verify
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "fuse", "verify"]
+__all__ = ["InputError", "audit", "fuse", "verify"]
 
-_LAZY = {"fuse": "skipless.fusion", "verify": "skipless.verification"}
+_LAZY = {"audit": "skipless.auditing", "fuse": "skipless.fusion", "verify": "skipless.verification"}
 
 
 def __getattr__(name: str) -> Any:

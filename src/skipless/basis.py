@@ -75,10 +75,10 @@ def pivot(matrix: Float[Tensor, "d m"]) -> Int[Tensor, "d"]:
     """
     d, m = matrix.shape
     lu, pivots, _ = torch.linalg.lu_factor_ex(matrix.T)
-    order = torch.arange(m)
+    places = list(range(m))
     for row, other in enumerate(pivots.tolist()):
-        order[[row, other - 1]] = order[[other - 1, row]]
-    order = order.to(matrix.device)
+        places[row], places[other - 1] = places[other - 1], places[row]
+    order = torch.tensor(places, device=matrix.device)
     chosen, others = order[:d].clone(), order[d:].clone()
     if m == d or not (lu.diagonal() != 0).all():
         return chosen

@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,24 +85,76 @@ def demo(as_json: bool) -> None:
     sys.exit(0 if result.report.same and result.same_tokens else 1)
 
 
+def removal_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What fuse is asked for, and audit asked about."""
+    options = [
+        click.option(
+            "--basis",
+            type=click.Choice(["auto", "q", "k", "v", "pivoted"]),
+            default="auto",
+            show_default=True,
+            help="What becomes the identity: q_proj (k, v: MHA only), or the best columns of all three.",
+        ),
+        click.option(
+            "--dtype", type=click.Choice(DTYPE_NAMES), help="Store every tensor in this dtype [default: as it is]."
+        ),
+        click.option("--layers-open", default="", metavar="I,J,...", help="Layers that keep their projections."),
+        click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu or cuda."),
+        click.option(
+            "--remove", default="stream,p", show_default=True, metavar="KINDS", help="Kinds of seams to close."
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def parse_removal(layers_open: str, remove: str, **others: Any) -> dict[str, Any]:
+    """The values of removal_options as fusion takes them."""
+    return {
+        "layers_open": parse_layers(layers_open),
+        "remove": [kind.strip() for kind in remove.split(",")],
+        **others,
+    }
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@removal_options
+@as_json
+def audit(model: Path, as_json: bool, **removal: Any) -> None:
+    """What can be removed from MODEL, and at what loss? Exit code 1 if what the options ask for is not safe.
+
+    For every layer: condition numbers of Q, K, V and P, and the relative errors of q, k, v and of M's outputs to expect
+    from each way to remove them, stored in each dtype, beside the original's own.
+    """
+    from skipless import auditing, tables
+
+    options = parse_removal(**removal)
+    with progress_bar("auditing") as progress:
+        bar = progress.add_task("", total=None)
+        found = auditing.audit(
+            model, progress=lambda done, total: progress.update(bar, completed=done, total=total), **options
+        )
+    if as_json:
+        print_json({**dataclasses.asdict(found), "safe": found.safe})
+    else:
+        for table in tables.audit_tables(found):
+            out.print(table)
+        for line in tables.audit_lines(found):
+            out.print(line, soft_wrap=True, highlight=False)
+    sys.exit(0 if found.safe else 1)
+
+
 @main.command()
 @click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
 @click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
-@click.option(
-    "--basis",
-    type=click.Choice(["auto", "q", "k", "v", "pivoted"]),
-    default="auto",
-    show_default=True,
-    help="What becomes the identity: q_proj (k, v: MHA only), or the best columns of all three.",
-)
-@click.option("--dtype", type=click.Choice(DTYPE_NAMES), help="Store every tensor in this dtype [default: as in SRC].")
+@removal_options
 @click.option(
     "--rest-dtype",
     type=click.Choice(["float32"]),
     help="Store rest_proj, what pivoted leaves of Q, K, V, in this dtype.",
 )
-@click.option("--layers-open", default="", metavar="I,J,...", help="Layers that keep their projections.")
-@click.option("--remove", default="stream,p", show_default=True, metavar="KINDS", help="Kinds of seams to close.")
 @click.option(
     "--max-shard-size", default="5GB", show_default=True, help="Largest file of weights: a number and MB or GB."
 )
@@ -110,32 +163,25 @@ def demo(as_json: bool) -> None:
 def fuse(
     source: Path,
     destination: Path,
-    basis: str,
-    dtype: str | None,
     rest_dtype: str | None,
-    layers_open: str,
-    remove: str,
     max_shard_size: str,
     dry_run: bool,
     as_json: bool,
+    **removal: Any,
 ) -> None:
     """Write the skipless checkpoint SRC without the weights it does not need into the new folder DST."""
     from skipless import fusion, tables
     from skipless.checkpoint.reader import CheckpointReader
 
     options: dict[str, Any] = {
-        "basis": basis,
-        "dtype": dtype,
+        **parse_removal(**removal),
         "rest_dtype": rest_dtype,
-        "layers_open": parse_layers(layers_open),
-        "remove": [kind.strip() for kind in remove.split(",")],
         "max_shard_size": parse_size(max_shard_size),
     }
     if dry_run:
-        plan = fusion.make_plan(CheckpointReader(source), **options)
+        plan = fusion.make_plan(CheckpointReader(source, options.pop("device")), **options)
     else:
-        columns = (TextColumn("fusing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        with progress_bar("fusing") as progress:
             bar = progress.add_task("", total=None)
 
             def advance(plan: fusion.Plan, task: fusion.Task | None) -> None:
@@ -236,6 +282,12 @@ def train(recipe: str, out_folder: Path, resume: bool, as_json: bool) -> None:
         print_json(result)
     else:
         out.print(f"held out: {result['held_out_loss']:.3f} nats a token, {result['bits_per_byte']:.3f} bits a byte")
+
+
+def progress_bar(verb: str) -> Progress:
+    """A bar on stderr that goes when it is done, if that is a terminal."""
+    columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
 
 
 def print_json(value: Any) -> None:

@@ -7,6 +7,7 @@ of each other, so that an engine may run them in any order and anywhere.
 import copy
 import dataclasses
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,8 +26,8 @@ from skipless.dtypes import DTYPE_NAMES
 from skipless.eliminate import Affine, column_order, merge, modules
 from skipless.errors import InputError
 from skipless.model.configuration_skipless import SkiplessConfig
-from skipless.prediction import StreamAudit
-from skipless.rounding import HALF, round_stream, rounding_error
+from skipless.prediction import Forecast, OpenStream, forecast
+from skipless.rounding import HALF, round_stream
 from skipless.seams import Seam, closed, seams
 
 logger = logging.getLogger("skipless")
@@ -36,8 +37,6 @@ AUTO = "auto"
 REMOVABLE = ("stream", "p")
 # "auto" takes q, whose model is simpler and needs no gather, up to this multiple of pivoted's error.
 AS_GOOD = 1.1
-# Relative error of q, k, v above which a layer's result is visibly not the original's.
-LOSS_TO_WARN_OF = 1e-2
 MODEL_FILES = tuple(
     Path(__file__).parent / "model" / name for name in ("configuration_skipless.py", "modeling_skipless.py")
 )
@@ -59,12 +58,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Done:
-    """What a task gives: the tensors to write, and the expected relative error of q, k, v for modules that became the
-    identity.
-    """
+    """What a task gives: the tensors to write, and where storing them is expected to lose too much."""
 
     tensors: Iterator[tuple[str, torch.Tensor]]
-    losses: Mapping[str, float]
+    problems: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -140,19 +137,19 @@ def make_plan(
     whose stream seam stays open. remove: the kinds of seams to close, "stream" and "p". max_shard_size in bytes.
     Raises InputError for a checkpoint that contradicts its config, a blocked seam, or nothing to remove.
     """
-    source = Architecture.from_config(reader.config)
-    if source.num_hidden_layers > len(reader.tensors):
-        raise InputError(
-            f"config.json: num_hidden_layers: expected at most {len(reader.tensors)}, the number of tensors, found "
-            f"{source.num_hidden_layers}"
-        )
-    reader.check(source.tensors(), source.index_tensors())
-    if dtype is not None and dtype not in DTYPE_NAMES:
-        raise InputError(f"dtype: expected one of {', '.join(DTYPE_NAMES)}, found {dtype!r}")
-    closing = _choose(source, basis, frozenset(layers_open), frozenset(remove))
+    source = read_architecture(reader)
+    closing = requested(source, basis, dtype, layers_open, remove)
+    if not closing:
+        raise InputError("nothing to remove: every seam of this model is closed already, or left open on request")
+    for seam in closing:
+        if seam.refusal:
+            raise InputError(seam.refusal)
     reason = ""
     if basis == AUTO:
-        basis, reason = choose_basis(reader, source, closing, dtype)
+        stored = {seam: stored_in(reader, seam, dtype) for seam in closing if seam.kind == "stream"}
+        ways = ("q", "pivoted")
+        forecasts = (forecast(seam, load(source, seam, reader.tensor), [name], ways) for seam, name in stored.items())
+        basis, reason = choose_basis(source, stored, forecasts)
     target = closed(source, closing, basis)
     if rest_dtype is not None:
         if rest_dtype != "float32" or basis != "pivoted":
@@ -172,39 +169,83 @@ def make_plan(
     )
 
 
-def choose_basis(
-    reader: CheckpointReader, source: Architecture, closing: Iterable[Seam], dtype: str | None
-) -> tuple[str, str]:
+def read_architecture(reader: CheckpointReader) -> Architecture:
+    """What config.json describes, if the headers agree. Raises InputError for the first difference."""
+    source = Architecture.from_config(reader.config)
+    if source.num_hidden_layers > len(reader.tensors):
+        raise InputError(
+            f"config.json: num_hidden_layers: expected at most {len(reader.tensors)}, the number of tensors, found "
+            f"{source.num_hidden_layers}"
+        )
+    reader.check(source.tensors(), source.index_tensors())
+    return source
+
+
+def requested(
+    source: Architecture, basis: str, dtype: str | None, layers_open: Iterable[int], remove: Iterable[str]
+) -> list[Seam]:
+    """The open seams asked for, blocked or not. Arguments as for make_plan; InputError if they make no sense."""
+    layers_open, remove = frozenset(layers_open), frozenset(remove)
+    if dtype is not None and dtype not in DTYPE_NAMES:
+        raise InputError(f"dtype: expected one of {', '.join(DTYPE_NAMES)}, found {dtype!r}")
+    if basis not in (AUTO, *BASES):
+        raise InputError(f"basis: expected one of {', '.join((AUTO, *BASES))}, found {basis!r}")
+    if unknown := sorted(remove - set(REMOVABLE)):
+        raise InputError(f"remove: expected {' and '.join(REMOVABLE)}, or one of them; found {unknown[0]!r}")
+    if beyond := sorted(layer for layer in layers_open if not 0 <= layer < source.num_hidden_layers):
+        raise InputError(f"layers_open: expected layers 0..{source.num_hidden_layers - 1}, found {beyond[0]}")
+    if source.stream_basis is not None and basis not in (AUTO, source.stream_basis):
+        raise InputError(
+            f"basis: expected {source.stream_basis!r}, in which this model is already fused; found {basis!r}"
+        )
+    closing = [
+        seam
+        for seam in seams(source)
+        if seam.kind in remove and not (seam.kind == "stream" and seam.layer in layers_open)
+    ]
+    for seam in closing:
+        if seam.kind == "stream" and basis != AUTO and basis not in seam.identities:
+            raise InputError(
+                f"basis: expected a square projection, found {basis}_proj ({source.projections[basis]}, "
+                f"{source.hidden_size}) in layer {seam.layer}; use "
+                f"{' or '.join(f'--basis {name}' for name in seam.identities)}"
+            )
+    return closing
+
+
+def choose_basis(source: Architecture, stored: Mapping[Seam, str], forecasts: Iterable[Forecast]) -> tuple[str, str]:
     """The basis that "auto" stands for, one for the whole model, and why.
 
-    "q", whose model is the simplest, if in every layer its predicted error in the dtype of storage is at most
-    AS_GOOD times that of "pivoted"; else "pivoted". Reads Q, K, V and their writers up to the first layer that decides.
+    "q", whose model is the simplest, if in every layer its expected error in the dtype of storage is at most AS_GOOD
+    times that of "pivoted"; else "pivoted". stored: the stream seams to close, and the dtype of each; forecasts: of
+    each, taken up to the first that decides.
     """
     if source.stream_basis is not None:
         return source.stream_basis, "the basis in which this model is already fused"
-    stream = [seam for seam in closing if seam.kind == "stream"]
-    if not stream:
+    if not stored:
         return "q", ""
-    if any("q" not in seam.identities for seam in stream):
+    if any("q" not in seam.identities for seam in stored):
         return "pivoted", f"q_proj is ({source.query_width}, {source.hidden_size}), not square"
-    before = {module.name: module for module in source.modules()}
     worst = 0.0
-    for seam in stream:
-        affines = {name: _load(before[name], None, reader.tensor) for name in seam.modules}
-        stored = reader.tensors[f"{seam.writers[0]}.weight"].dtype if dtype is None else getattr(torch, dtype)
-        audit = StreamAudit(seam, affines)
-        q = audit.basis("q")
-        if not q.usable:
-            return "pivoted", f"the condition number of layer {seam.layer}'s q_proj is {q.condition:.1e}"
-        by_q, pivoted = (max(audit.fused(basis, [stored])[0].values()) for basis in (q, audit.basis("pivoted")))
-        if not by_q <= AS_GOOD * pivoted:
+    for seam_forecast in forecasts:
+        seam = seam_forecast.seam
+        by_q, pivoted = (seam_forecast.ways[way].worst(stored[seam]) for way in ("q", "pivoted"))
+        if math.isinf(by_q):
             return "pivoted", (
-                f"in {str(stored).removeprefix('torch.')} the worst of layer {seam.layer}'s q, k, v is expected to be "
-                f"off by {pivoted:.1e}, and by {by_q:.1e} with q (the original: "
-                f"{max(audit.original(stored).values()):.1e})"
+                f"the condition number of layer {seam.layer}'s q_proj is {seam_forecast.ways['q'].condition:.1e}"
+            )
+        if by_q > AS_GOOD * pivoted:
+            return "pivoted", (
+                f"in {stored[seam]} the worst of layer {seam.layer}'s q, k, v is expected to be off by {pivoted:.1e}, "
+                f"and by {by_q:.1e} with q (the original: {max(seam_forecast.original[stored[seam]].values()):.1e})"
             )
         worst = max(worst, by_q / pivoted)
     return "q", f"in every layer its expected error is at most {worst:.2f} times that of pivoted"
+
+
+def stored_in(reader: CheckpointReader, seam: Seam, dtype: str | None) -> str:
+    """The dtype in which a seam is stored when fuse is asked for `dtype` (None: that of its first writer)."""
+    return dtype or str(reader.tensors[f"{seam.writers[0]}.weight"].dtype).removeprefix("torch.")
 
 
 def _outputs(
@@ -244,38 +285,6 @@ def _tasks(source: Architecture, target: Architecture, closing: Iterable[Seam]) 
     return tuple(dict.fromkeys(writer_of[name] for name in target.tensors()))
 
 
-def _choose(source: Architecture, basis: str, layers_open: frozenset[int], remove: frozenset[str]) -> list[Seam]:
-    """The seams to close, or InputError when one of them cannot be."""
-    if basis not in (AUTO, *BASES):
-        raise InputError(f"basis: expected one of {', '.join((AUTO, *BASES))}, found {basis!r}")
-    if unknown := sorted(remove - set(REMOVABLE)):
-        raise InputError(f"remove: expected {' and '.join(REMOVABLE)}, or one of them; found {unknown[0]!r}")
-    if beyond := sorted(layer for layer in layers_open if not 0 <= layer < source.num_hidden_layers):
-        raise InputError(f"layers_open: expected layers 0..{source.num_hidden_layers - 1}, found {beyond[0]}")
-    if source.stream_basis is not None and basis not in (AUTO, source.stream_basis):
-        raise InputError(
-            f"basis: expected {source.stream_basis!r}, in which this model is already fused; found {basis!r}"
-        )
-    closing = [
-        seam
-        for seam in seams(source)
-        if seam.kind in remove and not (seam.kind == "stream" and seam.layer in layers_open)
-    ]
-    if not closing:
-        raise InputError("nothing to remove: every seam of this model is closed already, or left open on request")
-    for seam in closing:
-        if seam.blocked:
-            raise InputError(f"the {seam.kind} seam of layer {seam.layer} is blocked by {seam.blocked}")
-    for seam in closing:
-        if seam.kind == "stream" and basis != AUTO and basis not in seam.identities:
-            raise InputError(
-                f"basis: expected a square projection, found {basis}_proj ({source.projections[basis]}, "
-                f"{source.hidden_size}) in layer {seam.layer}; use "
-                f"{' or '.join(f'--basis {name}' for name in seam.identities)}"
-            )
-    return closing
-
-
 def _connected(closing: Iterable[Seam]) -> list[list[Seam]]:
     """Group seams that share a module, in order: they must be closed one after the other on the same tensors."""
     groups: list[list[Seam]] = []
@@ -291,43 +300,44 @@ def run_task(plan: Plan, task: Task, read: Callable[[str], torch.Tensor]) -> Don
     if not task.seams:
         (name,) = task.writes
         tensor = read(name)
-        return Done(iter([(name, tensor.to(plan.outputs[name].dtype))]), {})
+        return Done(iter([(name, tensor.to(plan.outputs[name].dtype))]))
     before, after = plan.modules
     names = dict.fromkeys(name for seam in task.seams for name in seam.modules)
     affines = {name: _load(before[name], after.get(name), read) for name in names}
     indices: dict[str, torch.Tensor] = {}
-    losses: dict[str, float] = {}
+    problems: list[str] = []
     for seam in task.seams:
         if seam.kind == "p":
             remaining = merge(seam, affines)
         else:
-            remaining, order, loss = _close_stream(plan, seam, affines)
+            remaining, order, problem = _close_stream(plan, seam, affines)
             if seam.order in plan.outputs:
                 indices[seam.order] = order
-            else:
-                losses[seam.removed(plan.basis)[0]] = loss
+            if problem is not None:
+                problems.append(problem)
         for name in seam.modules:
             affines.pop(name, None)
         affines |= remaining
-    return Done(_stored(plan, affines, indices), losses)
+    return Done(_stored(plan, affines, indices), tuple(problems))
 
 
 def _close_stream(
     plan: Plan, seam: Seam, affines: Mapping[str, Affine]
-) -> tuple[dict[str, Affine], torch.Tensor, float]:
-    """Close a stream seam by the plan's basis and round it: the modules that remain, their order, the loss expected."""
-    audit = StreamAudit(seam, affines)
-    basis = choose(seam, plan.basis, audit.readers, audit.weights)
-    stream = audit.close(basis)
+) -> tuple[dict[str, Affine], torch.Tensor, str | None]:
+    """Close a stream seam by the plan's basis and round it: the modules that remain, their order, and what is wrong."""
+    opened = OpenStream(seam, affines)
+    basis = choose(seam, plan.basis, opened.readers, opened.weights)
+    stream = opened.close(basis)
     dtypes = _dtypes(plan, seam)
     coarsest = max(dtypes.values(), key=lambda dtype: torch.finfo(dtype).eps)
-    loss = basis.condition * rounding_error(coarsest)
+    problem = None
+    if plan.basis != "pivoted":  # its R is small, whatever the weights
+        name = str(coarsest).removeprefix("torch.")
+        problem = opened.forecast([name], {plan.basis: basis}).problem(plan.basis, name)
     if coarsest in HALF:
-        if plan.basis != "pivoted":
-            loss = max(audit.fused(basis, [coarsest])[0].values())
-        stream = round_stream(stream, audit.weights, audit.dual_weights, dtypes)
-    widths = {name: weight.shape[1] for name, weight in audit.readers.items()}
-    return modules(seam, plan.basis, stream, widths), column_order(stream), loss
+        stream = round_stream(stream, opened.weights, opened.dual_weights, dtypes)
+    widths = {name: weight.shape[1] for name, weight in opened.readers.items()}
+    return modules(seam, plan.basis, stream, widths), column_order(stream), problem
 
 
 def _dtypes(plan: Plan, seam: Seam) -> dict[str, torch.dtype]:
@@ -352,6 +362,12 @@ def _stored(
         if affine.bias is not None:
             yield f"{name}.bias", affine.bias.to(plan.outputs[f"{name}.bias"].dtype)
     yield from indices.items()
+
+
+def load(source: Architecture, seam: Seam, read: Callable[[str], torch.Tensor]) -> dict[str, Affine]:
+    """The maps of a seam's modules in fp64."""
+    modules = {module.name: module for module in source.modules()}
+    return {name: _load(modules[name], None, read) for name in seam.modules}
 
 
 def _load(module: Module, closed: Module | None, read: Callable[[str], torch.Tensor]) -> Affine:
@@ -387,11 +403,13 @@ def fuse(
     remove: Iterable[str] = REMOVABLE,
     max_shard_size: int = 5 * 10**9,
     engine: str = "local",
+    device: str = "cpu",
     progress: Callable[[Plan, Task | None], None] = lambda plan, task: None,
 ) -> Plan:
     """Write `source` without Q (or K, V) and P into the new folder `destination`, and return what was done.
 
-    Arguments as for make_plan; `progress` is called with None once the plan is made and then with each finished task.
+    Arguments as for make_plan; device: where the algebra is done, "cpu" or a CUDA device (their results differ in the
+    last bits). `progress` is called with None once the plan is made and then with each finished task.
     The result computes the same function (identities: arXiv:2404.12362, Fig. 1). Raises InputError for anything that
     stands in the way; `destination` then does not exist.
     """
@@ -400,7 +418,7 @@ def fuse(
         raise InputError(f"engine: expected one of {', '.join(ENGINES)}, found {engine!r}")
     if Path(os.path.realpath(destination)).is_relative_to(os.path.realpath(source)):
         raise InputError(f"{destination}: expected a folder outside the source {source}, which stays as it is")
-    reader = CheckpointReader(source)
+    reader = CheckpointReader(source, device)
     plan = make_plan(
         reader,
         basis=basis,
@@ -410,7 +428,7 @@ def fuse(
         remove=remove,
         max_shard_size=max_shard_size,
     )
-    losses: dict[str, float] = {}
+    problems: list[str] = []
     with new_folder(destination) as folder:
         needed, free = plan.bytes[1], shutil.disk_usage(folder).free
         if needed > free:
@@ -421,26 +439,19 @@ def fuse(
             shutil.copyfile(source / file, folder / file)
         writer = CheckpointWriter(folder, plan.outputs)
         for task, done in ENGINES[engine](plan, reader, writer):
-            losses |= done.losses
+            problems += done.problems
             progress(plan, task)
         writer.finish()
         for model_file in MODEL_FILES:
             shutil.copyfile(model_file, folder / model_file.name)
         write_json(folder / "config.json", plan.config)
-    _warn(losses)
-    return plan
-
-
-def _warn(losses: Mapping[str, float]) -> None:
-    """Say when storing the result rounds too much, naming the worst module."""
-    worst = max(losses, key=losses.__getitem__, default="")
-    if worst and losses[worst] > LOSS_TO_WARN_OF:
+    if problems:
         logger.warning(
-            "%s became the identity: expect q, k or v of its layer to be wrong by %.1g as stored; run skipless verify, "
-            "and if it says no, use --basis pivoted, a finer --dtype, or leave that layer open",
-            worst,
-            losses[worst],
+            "%s%s; run skipless verify, and if it says no, use --basis pivoted or a finer --dtype, or leave it open",
+            problems[0],
+            f" (and {len(problems) - 1} more layers)" if len(problems) > 1 else "",
         )
+    return plan
 
 
 def _fused_config(config: Mapping[str, object], target: Architecture, dtype: str | None) -> dict[str, object]:

@@ -4,8 +4,10 @@ Inputs are taken as white, rounding errors as independent with a relative size t
 a sum of squares: of G = E[x^T x], of the pivots of the metrics that rounding.py rounds under, and of R.
 """
 
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -27,12 +29,80 @@ from skipless.rounding import (
     shrink,
 )
 from skipless.seams import Seam
+from skipless.tolerances import tolerance
 
 
-class StreamAudit:
-    """A stream seam's tensors, and what each way to close it would do to q, k and v.
+@dataclass(frozen=True)
+class Way:
+    """A way to close a seam.
 
-    affines: every module of seam.modules in fp64; ways are the names in seam.identities.
+    condition: estimated condition number, 1-norm, of the columns that become the identity; largest: max|R| of the rest,
+    rows and columns scaled by what errors count there (both None in a P-M seam, where nothing is solved for).
+    errors: dtype -> q, k, v or m -> expected relative error as stored in it; infinite if the way cannot be gone.
+    """
+
+    condition: float | None
+    largest: float | None
+    errors: Mapping[str, Mapping[str, float]]
+
+    def worst(self, dtype: str) -> float:
+        """The largest of the errors in a dtype."""
+        return max(self.errors[dtype].values())
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What closing a seam will cost, by way and dtype, and `original`: what storing it unclosed costs by dtype alone.
+
+    The original's weights are taken to use all their bits: a bf16 checkpoint would lose nothing in bf16.
+    """
+
+    seam: Seam
+    original: Mapping[str, Mapping[str, float]]
+    ways: Mapping[str, Way]
+
+    def problem(self, way: str, dtype: str) -> str | None:
+        """Why closing the seam by `way` is not safe in `dtype`, or None: the error would exceed the tolerance."""
+        found, own = self.ways[way].errors[dtype], self.original[dtype]
+        limits = {name: tolerance(getattr(torch, dtype), own[name]) for name in found}
+        beyond = [name for name in found if found[name] > limits[name]]
+        if not beyond:
+            return None
+        name = max(beyond, key=found.__getitem__)
+        if math.isinf(found[name]):
+            return (
+                f"layer {self.seam.layer} cannot be rewritten by {way}: the condition number is "
+                f"{self.ways[way].condition:.1e}"
+            )
+        return (
+            f"layer {self.seam.layer} by {way} in {dtype}: {name} is expected to be off by {found[name]:.1e}, which is "
+            f"more than {limits[name]:.1e} (the original: {own[name]:.1e})"
+        )
+
+
+def forecast(
+    seam: Seam, affines: Mapping[str, Affine], dtypes: Sequence[str], ways: Iterable[str] | None = None
+) -> Forecast:
+    """What closing a seam by each of `ways` (None: all there are) will cost in each dtype.
+
+    affines: every module of seam.modules in fp64.
+    """
+    if seam.kind == "stream":
+        stream = OpenStream(seam, affines)
+        return stream.forecast(dtypes, {way: stream.basis(way) for way in ways or seam.identities})
+    (writer,) = (affines[name].weight for name in seam.writers)
+    own, merged = _merged(writer, [affines[name].weight for name in seam.readers])
+    original, errors = (
+        {dtype: {"m": unit * rounding_error(getattr(torch, dtype))} for dtype in dtypes} for unit in (own, merged)
+    )
+    return Forecast(seam, original, {way: Way(None, None, errors) for way in seam.identities})
+
+
+class OpenStream:
+    """A stream seam's tensors before it is closed, and what each way to close it would do to q, k and v.
+
+    affines: every module of seam.modules in fp64; ways are the names in seam.identities. weights, dual_weights: what a
+    squared error counts in each column of the readers and of the duals' transposed weights.
     """
 
     def __init__(self, seam: Seam, affines: Mapping[str, Affine]):
@@ -58,23 +128,32 @@ class StreamAudit:
         """The seam closed exactly."""
         return close_stream(self.seam, self.affines, basis)
 
-    def original(self, dtype: torch.dtype) -> dict[str, float]:
-        """Relative errors of q, k, v when the original's weights, using all their bits, are rounded to `dtype`."""
-        power = self.moment.diagonal()
-        errors = {}
-        for name, reader in self.readers.items():
-            total = _powers(self.moment, reader).sum()
-            errors[letter(name)] = _relative(2 * (power @ reader**2).sum(), total, dtype)
-        return errors
+    def forecast(self, dtypes: Sequence[str], bases: Mapping[str, Basis]) -> Forecast:
+        """What closing it in each of these bases will cost in each dtype."""
+        original = {dtype: self._original(getattr(torch, dtype)) for dtype in dtypes}
+        return Forecast(self.seam, original, {way: self._way(basis, dtypes) for way, basis in bases.items()})
 
-    def fused(self, basis: Basis, dtypes: Sequence[torch.dtype]) -> list[dict[str, float]]:
-        """For each dtype, relative errors of q, k, v once the seam is closed by `basis` and stored in it."""
+    def _original(self, dtype: torch.dtype) -> dict[str, float]:
+        """Relative errors of q, k, v when the original's weights are rounded to `dtype`."""
+        power, unit = self.moment.diagonal(), rounding_error(dtype)
+        return {
+            letter(name): unit * _relative(2 * (power @ reader**2).sum(), _powers(self.moment, reader).sum())
+            for name, reader in self.readers.items()
+        }
+
+    def _way(self, basis: Basis, dtypes: Sequence[str]) -> Way:
+        """What the seam closed in a basis, usable or not, loses."""
         if not basis.usable:
-            return [{letter(name): math.inf for name in self.readers} for _ in dtypes]
-        stream = self.close(basis)
+            lost = {letter(name): math.inf for name in self.readers}
+            return Way(basis.condition, math.inf, dict.fromkeys(dtypes, lost))
+        stream = close_stream(dataclasses.replace(self.seam, writers=()), self.affines, basis)
         chosen = torch.cat(list(self.readers.values()), 1)[:, basis.columns]
         metric = chosen.T @ self.moment @ chosen
-        return [self._fused(stream, metric, dtype) for dtype in dtypes]
+        rest = Rest(stream.rest.weight, self.weights[stream.others], metric.dtype)
+        largest = rest.largest(self.weights[stream.kept])
+        return Way(
+            basis.condition, largest, {dtype: self._fused(stream, metric, getattr(torch, dtype)) for dtype in dtypes}
+        )
 
     def _fused(self, stream: Stream, metric: Tensor, dtype: torch.dtype) -> dict[str, float]:
         """Relative errors of q, k, v; metric: E[x^T x] of the closed seam's stream."""
@@ -90,7 +169,7 @@ class StreamAudit:
         totals[columns] = torch.cat([metric.diagonal(), _powers(metric, rest)])
         sizes = [reader.shape[1] for reader in self.readers.values()]
         return {
-            letter(name): (square.sum() / total.sum()).sqrt().item()
+            letter(name): _relative(square.sum(), total.sum())
             for name, square, total in zip(self.readers, squares.split(sizes), totals.split(sizes), strict=True)
         }
 
@@ -106,7 +185,7 @@ class StreamAudit:
             self.weights[stream.kept],
             self.weights[stream.others],
         )
-        rest = shrink(Rest(exact, rest_weights, dtype), metric).matrix
+        rest = shrink(Rest(exact, rest_weights, dtype), metric, passed_weights).matrix
         power, unit = metric.diagonal(), rounding_error(dtype) ** 2
         joint = joint_metric(rest, passed_weights, rest_weights)
         if stream.duals:
@@ -130,19 +209,24 @@ class StreamAudit:
         return passed, others
 
 
+def _relative(square: Tensor, total: Tensor) -> float:
+    """An error as part of what it is an error of; of nothing (all weights are 0), nothing."""
+    return (square / total).sqrt().item() if total > 0 else 0.0
+
+
 def _powers(metric: Tensor, matrix: Tensor) -> Tensor:
     """Mean squares of the columns of x A, for E[x^T x] = metric."""
     return (metric @ matrix * matrix).sum(0)
 
 
-def merged_errors(writer: Tensor, readers: Sequence[Tensor]) -> tuple[float, float]:
+def _merged(writer: Tensor, readers: Sequence[Tensor]) -> tuple[float, float]:
     """Relative errors of x P M, for white x, when P (D, d) and every M (d, f) are rounded, and when M* = P M is.
 
     In units of the dtype's rounding error.
     """
     total = (gram(writer) * sum(gram(reader.T) for reader in readers)).sum()
     own = 2 * ((writer**2).sum(0) @ torch.stack([(reader**2).sum(1) for reader in readers]).sum(0))
-    return (own / total).sqrt().item(), 1.0
+    return _relative(own, total), 1.0
 
 
 def _inverse(upper: Tensor) -> Tensor:
@@ -150,10 +234,6 @@ def _inverse(upper: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(upper, eye, upper=True, unitriangular=True)
 
 
-def _relative(square: Tensor, total: Tensor, dtype: torch.dtype) -> float:
-    return rounding_error(dtype) * (square / total).sqrt().item()
-
-
 def letter(name: str) -> str:
-    """The paper's name of a reader: q of model.layers.0.self_attn.q_proj."""
-    return name.rpartition(".")[2].removesuffix("_proj")
+    """The paper's name of a projection, in lower case: q of model.layers.0.self_attn.q_proj, p of o_proj."""
+    return {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "p"}[name.rpartition(".")[2]]

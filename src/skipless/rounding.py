@@ -5,7 +5,7 @@ readers get. Rounding both plainly multiplies X's error by R. Here, instead, wit
 and of the rest columns, G = X^T X:
 
     1. R is shrunk to what is best to multiply by when both X and R will be off by their dtype's relative error u:
-       argmin over R' of || X (R' - R) ||^2 + 2 u^2 || diag(G)^1/2 R' ||^2. (A small R, as pivoting gives, needs it not.)
+       argmin over R' of || X (R' - R) ||^2 + 2 u^2 || diag(G)^1/2 R' ||^2. (Pivoting's R is small and needs it not.)
        Then it is rounded with feedback in both directions, under G (down its columns) and under
        N = (W_r^-1 + R^T W_b^-1 R)^-1 (along its rows): what step 2 cannot repair, as
        min over X' of || [X' - X | X' R' - X R] ||^2 = tr(G E N E^T) with E = R' - R.
@@ -42,8 +42,8 @@ COLUMNS = 4096
 # Side of the tiles that R is rounded in, along anti-diagonals: 2 (d + r) steps, each on up to r entries.
 TILE = 32
 # While the scaled |R| stays below this, directions of X that fp32 cannot see (1e-7 of its power) do not matter in k or
-# v either: G may be summed in fp32, at twice the speed, and R need not be shrunk. (Pivoted bases keep |R| near 1.)
-SMALL_REST = 16
+# v either: G may be summed in fp32, at twice the speed, and R need not be shrunk. (Pivoted bases keep |R| <= 1.05.)
+SMALL_REST = 2
 # A metric is damped by so many eps of its mean diagonal, below which its dtype cannot tell directions apart; and by
 # more, step by step, if it still has no Cholesky factor.
 DAMPING = 50
@@ -84,6 +84,12 @@ class Rest:
     matrix: Float[Tensor, "d r"]
     weights: Float[Tensor, "r"]
     dtype: torch.dtype
+
+    def largest(self, passed_weights: Float[Tensor, "d"]) -> float:
+        """Max |R|, each row and column scaled by what errors count there."""
+        if not self.matrix.shape[1]:
+            return 0.0
+        return (self.matrix.abs() * self.weights.sqrt() / passed_weights.sqrt()[:, None]).max().item()
 
 
 def round_stream(
@@ -142,7 +148,7 @@ def round_seam(
 
     A rest in fp32 or fp64 is not rounded but re-solved, after everything else: R' = argmin || X' R' - X R ||.
     """
-    small = all(_largest(rest, passed_weights) <= SMALL_REST for rest in rests)
+    small = all(rest.largest(passed_weights) <= SMALL_REST for rest in rests)
     precise = torch.float32 if small else torch.float64
     metric = moment(writers, precise)
     repairable = 1 - metric.shape[0] / sum(len(writer) for writer in writers)
@@ -150,7 +156,7 @@ def round_seam(
     for rest in rests:
         half = rest.dtype in HALF
         if half:
-            stored.append(round_rest(rest if small else shrink(rest, metric), metric, passed_weights))
+            stored.append(round_rest(shrink(rest, metric, passed_weights), metric, passed_weights))
         else:
             stored.append(rest.matrix)
         # the last solve repairs an error in the d of n dimensions that X spans: it costs the rest's columns less
@@ -168,8 +174,13 @@ def round_seam(
     return rounded, stored
 
 
-def shrink(rest: Rest, metric: Float[Tensor, "d d"]) -> Rest:
-    """R' = (G + N)^-1 G R = R - (G + N)^-1 N R with N = 2 u^2 diag(G), the noise that X and R will have (step 1)."""
+def shrink(rest: Rest, metric: Float[Tensor, "d d"], passed_weights: Float[Tensor, "d"]) -> Rest:
+    """R' = (G + N)^-1 G R = R - (G + N)^-1 N R with N = 2 u^2 diag(G), the noise that X and R will have (step 1).
+
+    A small R stays as it is.
+    """
+    if rest.largest(passed_weights) <= SMALL_REST:
+        return rest
     noise = 2 * rounding_error(rest.dtype) ** 2 * metric.diagonal()
     lost = torch.cholesky_solve(noise[:, None] * rest.matrix, _root(metric + noise.diag()))
     return dataclasses.replace(rest, matrix=rest.matrix - lost)
@@ -189,7 +200,7 @@ def round_rest(rest: Rest, metric: Float[Tensor, "d d"], passed_weights: Float[T
 
 def moment(writers: Sequence[Float[Tensor, "_ d"]], dtype: torch.dtype = torch.float64) -> Float[Tensor, "d d"]:
     """G = E[x^T x] of a stream x that is the sum of one row of each writer, every row as likely as any other."""
-    total, means = torch.zeros((), dtype=dtype), None
+    total, means = writers[0].new_zeros((), dtype=dtype), None
     for writer in writers:
         mean = writer.mean(0).to(dtype)
         total = total + gram(writer.to(dtype)) / len(writer)
@@ -197,13 +208,6 @@ def moment(writers: Sequence[Float[Tensor, "_ d"]], dtype: torch.dtype = torch.f
             total += torch.outer(means, mean) + torch.outer(mean, means)
         means = mean if means is None else means + mean
     return total
-
-
-def _largest(rest: Rest, passed_weights: Float[Tensor, "d"]) -> float:
-    """Max |R|, each column and row scaled by what errors count there."""
-    if not rest.matrix.shape[1]:
-        return 0.0
-    return (rest.matrix.abs() * rest.weights.sqrt() / passed_weights.sqrt()[:, None]).max().item()
 
 
 def gram(matrix: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:

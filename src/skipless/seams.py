@@ -40,9 +40,18 @@ class Seam:
     order: str = ""
     blocked: str | None = None
 
+    def way(self, basis: str) -> str:
+        """How it is closed when stream seams are closed by `basis`; a P-M seam has only one way."""
+        return basis if self.kind == "stream" else "p"
+
     def removed(self, basis: str) -> tuple[str, ...]:
-        """The modules that go when stream seams are closed by `basis`; a P-M seam has only one way."""
-        return self.identities[basis if self.kind == "stream" else "p"]
+        """The modules that go when stream seams are closed by `basis`."""
+        return self.identities[self.way(basis)]
+
+    @property
+    def refusal(self) -> str | None:
+        """Why it cannot be closed, in a sentence, or None."""
+        return self.blocked and f"the {self.kind} seam of layer {self.layer} is blocked by {self.blocked}"
 
     @property
     def modules(self) -> tuple[str, ...]:

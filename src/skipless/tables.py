@@ -1,13 +1,16 @@
 """Results as tables for people (rich)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
+from skipless.auditing import Audit, SeamAudit
 from skipless.bench import Speed
 from skipless.demo import Demo
 from skipless.fusion import Plan
+from skipless.spectrum import Spectrum
 from skipless.verification import Report
 
 MEGABYTE = 10**6
@@ -41,6 +44,72 @@ def plan_table(plan: Plan) -> Table:
     shards = len({info.shard for info in plan.outputs.values()})
     table.add_row("files of weights", f"{shards:,}", "", "", "")
     return table
+
+
+def audit_tables(audit: Audit) -> Iterator[Table]:
+    """By layer: condition numbers of the matrices; then the errors to expect, of q, k, v and of M's outputs."""
+    letters = [letter for letter in "qkvp" if any(letter in seam.matrices for seam in audit.seams)]
+    rows: dict[int, dict[str, str]] = {}
+    for seam in audit.seams:
+        row = rows.setdefault(seam.layer, {})
+        row |= {letter: _condition(found) for letter, found in seam.matrices.items()}
+        if pivoted := seam.ways.get("pivoted"):
+            row |= {"pivoted": f"{pivoted.condition:.1e}", "max|R|": f"{pivoted.largest:.2f}"}
+    table = Table(title="condition numbers", box=box.SIMPLE_HEAD)
+    table.add_column("layer", justify="right")
+    columns = [*letters, *(name for name in ("pivoted", "max|R|") if any(name in row for row in rows.values()))]
+    for name in columns:
+        table.add_column(name.upper() if name in letters else name, justify="right")
+    for layer, row in rows.items():
+        table.add_row(str(layer), *(row.get(name, "") for name in columns))
+    yield table
+    for kind, what in (("stream", "the original's q, k, v"), ("p", "its M's outputs")):
+        if seams := [seam for seam in audit.seams if seam.kind == kind and seam.ways]:
+            yield _loss_table(seams, f"expected relative error of {what}, and as multiples of it")
+
+
+def _loss_table(seams: Sequence[SeamAudit], title: str) -> Table:
+    """Seams of one kind by dtype: the original's error in it, and that of each way; red where that is not safe."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("layer", justify="right")
+    dtypes = list(dict.fromkeys(dtype for seam in seams for dtype in seam.original))
+    ways = list(dict.fromkeys(way for seam in seams for way in seam.ways))
+    for dtype in dtypes:
+        table.add_column(dtype, justify="right")
+        for way in ways:
+            table.add_column(way, justify="right")
+    for seam in seams:
+        cells = [str(seam.layer)]
+        for dtype in dtypes:
+            own = seam.original.get(dtype, {})
+            cells.append(f"{max(own.values()):.1e}" if own else "")
+            cells += [_loss(seam, way, dtype) if own and way in seam.ways else "" for way in ways]
+        table.add_row(*cells)
+    return table
+
+
+def _loss(seam: SeamAudit, way: str, dtype: str) -> str:
+    worst = max(error / (seam.original[dtype][name] or 1) for name, error in seam.ways[way].errors[dtype].items())
+    text = f"{worst:.1f}x" if worst < 10 else f"{worst:.0f}x" if worst < 1e4 else f"{worst:.0e}x"
+    return f"[red]{text}[/]" if dtype in seam.problems[way] else text
+
+
+def audit_lines(audit: Audit) -> Iterator[str]:
+    """What an audit comes to, in words."""
+    if not audit.seams:
+        yield "nothing left to remove: every seam of this model is closed already"
+        return
+    if audit.reason:
+        yield f"basis {audit.basis}: {audit.reason}"
+    yield from (f"[red]not safe:[/] {escape(problem)}" for problem in audit.problems)
+    if audit.alternatives:
+        yield f"safe instead: {' or '.join(audit.alternatives)}"
+    if audit.safe:
+        yield "[green]safe to remove[/], with the same options: skipless fuse"
+
+
+def _condition(found: Spectrum) -> str:
+    return f"{found.condition:.1e}" + ("" if found.rank == min(found.shape) else f" (rank {found.rank})")
 
 
 def report_table(report: Report) -> Table:

@@ -16,11 +16,8 @@ from skipless.checkpoint.reader import CheckpointReader
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError
 from skipless.inference import greedy_config, load, load_tokenizer
+from skipless.tolerances import TOLERANCES, tolerance
 
-# Largest logit error, relative to the largest logit, that an exact rewrite shows when stored or run in this
-# dtype; and, where the original itself is worse there (always so in half precision), the multiple of its own error.
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
-OWN_ERROR_FACTOR = 2.5
 # A dtype in which the original itself is so wrong that any other model would pass proves nothing.
 LARGEST_TOLERANCE = 0.25
 
@@ -117,28 +114,28 @@ def verify(
 
     reference = _run(a, torch.float64, inputs)
     own = {name: reference if name == "float64" else _run(a, getattr(torch, name), inputs) for name in dtypes}
-    tolerances = {name: _tolerance(name, own[name], reference) for name in dtypes}
+    tolerances = {name: tolerance(getattr(torch, name), _logit_error(own[name], reference)) for name in dtypes}
     rows = []
     for name in dtypes:
         outcome = _run(b, getattr(torch, name), inputs)
-        tolerance = max(tolerances[name], tolerances[stored_name])
+        largest = max(tolerances[name], tolerances[stored_name])
         error = _logit_error(outcome, reference)
-        greedy, alike = _greedy(outcome, reference, tolerance)
+        greedy, alike = _greedy(outcome, reference, largest)
         half = stored not in TOLERANCES or getattr(torch, name) not in TOLERANCES
         rows.append(
             Row(
                 dtype=name,
                 logit_error=error,
                 own_logit_error=_logit_error(own[name], reference),
-                tolerance=tolerance,
+                tolerance=largest,
                 kl=_kl(outcome, reference),
                 own_kl=_kl(own[name], reference),
                 top1=_top1(outcome, reference),
                 own_top1=_top1(own[name], reference),
                 greedy=greedy,
-                own_greedy=_greedy(own[name], reference, tolerance)[0],
+                own_greedy=_greedy(own[name], reference, largest)[0],
                 judged=torch.finfo(getattr(torch, name)).eps <= torch.finfo(stored).eps,
-                passed=error <= tolerance <= LARGEST_TOLERANCE and (alike or half),
+                passed=error <= largest <= LARGEST_TOLERANCE and (alike or half),
             )
         )
     same = all(row.passed for row in rows if row.judged)
@@ -193,12 +190,6 @@ def _run(folder: Path, dtype: torch.dtype, inputs: _Inputs) -> _Outcome:
         greedy.append(output.sequences[0, ids.shape[1] :])
         scores.append(torch.cat(output.logits).double())
     return _Outcome(logits, tuple(greedy), tuple(scores))
-
-
-def _tolerance(name: str, own: _Outcome, reference: _Outcome) -> float:
-    """What an exact rewrite may show in this dtype, given what the original itself shows there."""
-    own_error = _logit_error(own, reference)
-    return max(TOLERANCES.get(getattr(torch, name), 0.0), OWN_ERROR_FACTOR * own_error)
 
 
 def _logit_error(outcome: _Outcome, reference: _Outcome) -> float:

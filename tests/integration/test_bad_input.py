@@ -366,6 +366,11 @@ def test_an_index_beside_a_whole_file(source, tmp_path):
     [
         (["--layers-open", "x"], "--layers-open: expected layer numbers with commas between them, found 'x'"),
         (["--layers-open", "9"], "layers_open: expected layers 0..2, found 9"),
+        (["--rest-dtype", "float32", "--basis", "q"], "rest_dtype: expected 'float32' with basis 'pivoted', found"),
+        (["--device", "cuda:99"], "device: expected cpu or one of the CUDA devices that torch finds ("),
+        (["--device", "tpu"], "found 'tpu'"),
+        (["--device", "meta"], "found 'meta'"),
+        (["--device", "cpu", "--layers-open", "9"], "layers_open: expected layers 0..2, found 9"),
         (["--max-shard-size", "5"], "--max-shard-size: expected a number and MB or GB, such as 5GB; found '5'"),
         (["--max-shard-size", "²GB"], "--max-shard-size: expected a number and MB or GB"),
         (["--max-shard-size", "9" * 400 + "GB"], "--max-shard-size: expected a number and MB or GB"),

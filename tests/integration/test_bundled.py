@@ -47,13 +47,14 @@ def test_fused_it_is_the_same_function(fused, dtype, tolerance):
     assert all(row.logit_error <= tolerance and row.greedy == 1 for row in report.rows)
 
 
-def test_in_bf16_pivoted_holds_up_and_q_does_not(tmp_path):
-    skipless.fuse(BUNDLED, tmp_path / "half")
-    tensors = CheckpointReader(tmp_path / "half").tensors.values()
-    assert {info.dtype for info in tensors if not info.is_index} == {torch.bfloat16}
-    assert skipless.verify(BUNDLED, tmp_path / "half").same
-    skipless.fuse(BUNDLED, tmp_path / "by q", basis="q")
-    assert not skipless.verify(BUNDLED, tmp_path / "by q").same
+def test_in_bf16_it_holds_up_by_any_basis_and_a_plain_cast_does_not(fused, tmp_path):
+    for basis in ("auto", "q"):
+        skipless.fuse(BUNDLED, tmp_path / basis, basis=basis)
+        tensors = CheckpointReader(tmp_path / basis).tensors.values()
+        assert {info.dtype for info in tensors if not info.is_index} == {torch.bfloat16}
+        assert skipless.verify(BUNDLED, tmp_path / basis, dtypes=()).same
+    load(fused / "by q", torch.bfloat16).save_pretrained(tmp_path / "cast")
+    assert not skipless.verify(BUNDLED, tmp_path / "cast", dtypes=()).same
 
 
 @pytest.fixture(scope="module")

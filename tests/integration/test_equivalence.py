@@ -51,6 +51,7 @@ NAMED = {
     "pivoted, interleaved rope": ({"position_type": "rope_interleaved"}, "pivoted"),
     "pivoted, fully shaped": ({"attention_shaping": "full", "attention_bias": True}, "pivoted"),
     "pivoted, narrow heads": ({"head_dim": 4, "attention_bias": True}, "pivoted"),
+    "pivoted, wide heads": ({"head_dim": 12, "attention_bias": True}, "pivoted"),
     "pivoted, nothing left of Q, K, V": (
         {"num_attention_heads": 2, "head_dim": 8, "num_key_value_heads": 1},
         "pivoted",
@@ -68,15 +69,19 @@ def cases(draw):
     heads = draw(st.sampled_from([1, 2, 4, 6]))
     kv_heads = draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0]))
     head_dim = draw(st.sampled_from([2, 4, 8]))
+    basis = draw(st.sampled_from(["pivoted", *("qkv" if kv_heads == heads else "q")]))
+    hidden_size = heads * head_dim
+    if basis == "pivoted":  # also narrower and wider than the query heads, up to all of q, k and v
+        hidden_size = draw(st.integers(max(2, hidden_size // 2), hidden_size + 2 * kv_heads * head_dim))
     position = draw(st.sampled_from(["rope", "rope_interleaved", "learned", "none"]))
     fields = {
         "vocab_size": draw(st.integers(5, 70)),
-        "hidden_size": heads * head_dim,
+        "hidden_size": hidden_size,
         "head_dim": head_dim,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "num_hidden_layers": draw(st.integers(1, 3)),
-        "intermediate_size": draw(st.integers(2 * heads * head_dim, 3 * heads * head_dim)),
+        "intermediate_size": draw(st.integers(2 * hidden_size, 3 * hidden_size)),
         "ffn_type": draw(st.sampled_from(["mlp", "glu"])),
         "hidden_act": draw(st.sampled_from(["silu", "gelu", "leaky_relu"])),
         "position_type": position,
@@ -88,8 +93,7 @@ def cases(draw):
             fields["rope_parameters"]["partial_rotary_factor"] = 1.0
     for switch in ("attention_bias", "mlp_bias", "gate_bias", "tie_word_embeddings"):
         fields[switch] = draw(st.booleans()) and not (switch == "gate_bias" and fields["ffn_type"] == "mlp")
-    bases = ["pivoted", *("qkv" if kv_heads == heads else "q")]
-    return fields, draw(st.sampled_from(bases)), draw(st.integers(0, 2**16))
+    return fields, basis, draw(st.integers(0, 2**16))
 
 
 @settings(max_examples=200)
@@ -101,7 +105,7 @@ def test_drawn_cases(case, tmp_path_factory):
 
 def check(model, basis, folder):
     source, fused = save(model, folder / "source"), folder / "fused"
-    skipless.fuse(source, fused, basis=basis)
+    skipless.fuse(source, fused, basis=basis, remove=removable(model))
     rewritten = load(fused)
     assert relative_error(rewritten, model) <= FP64
     assert relative_error(load(fused, torch.float32), model) <= FP32
@@ -113,6 +117,12 @@ def check(model, basis, folder):
 
     spoil(fused)
     assert relative_error(load(fused), model) > 1e3 * FP64
+
+
+def removable(model):
+    """Every kind of seams that the model's widths allow to close."""
+    config = model.config
+    return ("stream", "p") if config.num_attention_heads * config.head_dim <= config.hidden_size else ("stream",)
 
 
 def spoil(folder, factor=1.001):
@@ -142,7 +152,7 @@ def test_half_precision(fields, basis, dtype, tmp_path):
         for layer in model.model.layers:
             torch.nn.init.orthogonal_(getattr(layer.self_attn, f"{basis}_proj").weight)
     source = save(model, tmp_path / "source")
-    skipless.fuse(source, tmp_path / "fused", basis=basis, dtype=dtype)
+    skipless.fuse(source, tmp_path / "fused", basis=basis, dtype=dtype, remove=removable(model))
     own = relative_error(load(source, getattr(torch, dtype)), model)
     assert relative_error(load(tmp_path / "fused", getattr(torch, dtype)), model) <= HALF * own
     spoil(tmp_path / "fused", factor=2)

@@ -51,11 +51,12 @@ class TensorInfo:
 class CheckpointReader:
     """A model folder opened for reading. No tensor is read until `tensor` is called.
 
-    Raises InputError naming the file, field or tensor for anything missing, truncated, contradicting or not
-    safetensors; pickle files are never opened.
+    device: where tensors are read to, "cpu" or a CUDA device. Raises InputError naming the file, field or tensor for
+    anything missing, truncated, contradicting or not safetensors; pickle files are never opened.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, device: str = "cpu"):
+        self.device = _device(device)
         if not folder.is_dir():
             raise InputError(f"{folder}: expected a model folder, found {'a file' if folder.exists() else 'nothing'}")
         self.folder = folder
@@ -117,7 +118,7 @@ class CheckpointReader:
 
     def _open(self, shard: str) -> Any:
         try:
-            return safe_open(self.folder / shard, framework="pt")
+            return safe_open(self.folder / shard, framework="pt", device=str(self.device))
         except (SafetensorError, OSError) as error:
             raise InputError(
                 f"{self.folder / shard}: expected a whole safetensors file, found {error}; it may be truncated or "
@@ -174,6 +175,18 @@ class CheckpointReader:
             found += [(Path(parent) / name).relative_to(self.folder) for name in names]
         weights = ("config.json", "*.safetensors", "*.index.json", *PICKLES)
         return sorted(file for file in found if not any(file.match(pattern) for pattern in weights))
+
+
+def _device(name: str) -> torch.device:
+    """The device of that name. Raises InputError if there is none, or none that computes in fp64."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    count = torch.cuda.device_count()
+    if device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < count):
+        return device
+    raise InputError(f"device: expected cpu or one of the CUDA devices that torch finds ({count}), found {name!r}")
 
 
 def _unreadable(error: OSError) -> None:

@@ -120,7 +120,7 @@ class CheckpointWriter:
             )
         with (self.folder / info.shard).open("r+b") as file:
             file.seek(self._offsets[name])
-            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         self.missing.discard(name)
 
     def finish(self) -> None:

@@ -1,0 +1,13 @@
+"""How far from the original an exact rewrite may be, by the dtype in which it is stored or run."""
+
+import torch
+
+# Largest error, relative to the largest logit or to the root mean square of q, k, v, that an exact rewrite shows; and,
+# where the original itself is worse there (always so in half precision), the multiple of the original's own error.
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
+OWN_ERROR_FACTOR = 2.5
+
+
+def tolerance(dtype: torch.dtype, own_error: float) -> float:
+    """What a rewrite may show in `dtype`, where the original shows `own_error`."""
+    return max(TOLERANCES.get(dtype, 0.0), OWN_ERROR_FACTOR * own_error)

@@ -1,0 +1,236 @@
+"""Rounding with feedback: does what its formulas say, and holds the errors of q, k, v near the original's own."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from skipless.eliminate import Affine
+from skipless.errors import InputError
+from skipless.prediction import OpenStream
+from skipless.rounding import (
+    Rest,
+    factorize,
+    joint_metric,
+    moment,
+    repaired_metric,
+    round_both_ways,
+    round_rows,
+    round_seam,
+    round_stream,
+    rounding_error,
+    shrink,
+    solve_rest,
+)
+from tests.seams import gaussian_layer, outputs, relative_errors
+
+HALF = [torch.bfloat16, torch.float16]
+half = pytest.mark.parametrize("dtype", HALF, ids=["bf16", "fp16"])
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def metric_of(size, seed=0):
+    matrix = draw(3 * size, size, seed=seed) @ draw(size, size, seed=seed + 1)
+    return matrix.T @ matrix
+
+
+def cast(matrix, dtype):
+    return matrix.to(dtype).double()
+
+
+@given(size=st.integers(1, 40), seed=st.integers(0, 999))
+def test_a_metric_is_factorized_as_upper_triangles(size, seed):
+    metric = metric_of(size, seed)
+    found = factorize(metric, torch.rand(size, dtype=torch.float64))
+    assert torch.equal(found.upper, found.upper.triu())
+    assert torch.equal(found.upper.diagonal(), torch.ones(size, dtype=torch.float64))
+    product = found.upper * found.pivots @ found.upper.T
+    torch.testing.assert_close(product, metric[found.order][:, found.order], rtol=1e-9, atol=1e-9 * metric.max().item())
+    torch.testing.assert_close(metric @ found.solve(draw(size, 2)), draw(size, 2), rtol=1e-4, atol=1e-4)
+
+
+def one_by_one(values, down, across, dtype):
+    """round_both_ways as its formula reads: entry (i, j) makes up for all (a <= i, b <= j) before it."""
+    exact = values[down.order][:, across.order]
+    rounded, error = torch.empty_like(exact), torch.zeros_like(exact)
+    for i in range(exact.shape[0]):
+        for j in range(exact.shape[1]):
+            owed = (down.upper.T @ error @ across.upper)[i, j]
+            rounded[i, j] = (exact[i, j] - owed).to(dtype)
+            error[i, j] = rounded[i, j] - exact[i, j]
+    result = torch.empty_like(values)
+    result[down.order[:, None], across.order] = rounded
+    return result
+
+
+@settings(max_examples=20)
+@given(rows=st.integers(1, 70), columns=st.integers(1, 70), seed=st.integers(0, 999), dtype=st.sampled_from(HALF))
+def test_rounding_in_tiles_is_rounding_one_by_one(rows, columns, seed, dtype):
+    values = draw(rows, columns, seed=seed)
+    down = factorize(metric_of(rows, seed), torch.ones(rows, dtype=torch.float64))
+    across = factorize(metric_of(columns, seed + 7), torch.ones(columns, dtype=torch.float64))
+    found, expected = round_both_ways(values, down, across, dtype), one_by_one(values, down, across, dtype)
+    assert torch.equal(found, cast(found, dtype))
+    different = (found != expected).double().mean()  # fp32 against fp64: a value half-way may go either way
+    assert different <= 0.01
+    assert not torch.equal(found, cast(values, dtype)) or min(rows, columns) == 1
+
+
+@half
+def test_the_rounding_error_is_that_of_numbers_spread_over_many_sizes(dtype):
+    values = 2.0 ** (8 * torch.rand(10**5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 4)
+    found = ((cast(values, dtype) / values - 1) ** 2).mean().sqrt().item()
+    assert rounding_error(dtype) == pytest.approx(found, rel=0.01)
+
+
+@given(rows=st.integers(1, 20), columns=st.integers(1, 70), seed=st.integers(0, 999), dtype=st.sampled_from(HALF))
+def test_rows_are_rounded_one_by_one(rows, columns, seed, dtype):
+    values, change = draw(rows, columns, seed=seed), 0.1 * draw(columns, columns, seed=seed + 1)
+    metric = factorize(metric_of(columns, seed), torch.ones(columns, dtype=torch.float64))
+    nothing = factorize(torch.eye(rows, dtype=torch.float64), torch.ones(rows, dtype=torch.float64))
+    found = round_rows(values, change, metric, dtype)
+    expected = one_by_one(values + values @ change, nothing, metric, dtype)
+    assert torch.equal(found, cast(found, dtype))
+    assert (found != expected).double().mean() <= 0.02
+    untouched = round_rows(values, change, metric, torch.float32)
+    torch.testing.assert_close(untouched, values + values @ change, rtol=1e-12, atol=1e-12)
+
+
+@half
+def test_feedback_costs_the_pivots_and_a_plain_cast_the_diagonal(dtype):
+    values, metric = draw(200, 64), metric_of(64)
+    factors = factorize(metric, (values**2).mean(0))
+    found = round_rows(values, torch.zeros(64, 64).double(), factors, dtype)
+    unit, power = rounding_error(dtype) ** 2, (values**2).sum(0)
+
+    def cost(rounded):
+        return torch.trace((rounded - values) @ metric @ (rounded - values).T).item()
+
+    with_feedback, plain = unit * (factors.pivots @ power[factors.order]).item(), unit * (metric.diagonal() @ power)
+    assert cost(found) == pytest.approx(with_feedback, rel=0.1)
+    assert cost(cast(values, dtype)) == pytest.approx(plain.item(), rel=0.1)
+    assert with_feedback < 0.5 * plain
+
+
+def test_the_moment_is_that_of_sums_of_random_rows():
+    writers = [draw(3, 5), draw(4, 5, seed=1), draw(2, 5, seed=2)]
+    sums = torch.stack([a + b + c for a in writers[0] for b in writers[1] for c in writers[2]])
+    torch.testing.assert_close(moment(writers), sums.T @ sums / len(sums))
+
+
+def test_what_resolving_the_stream_repairs():
+    """Min over X' of || [X' - X | X' R' - X R] ||^2 (weighted) is tr(G E N E^T)."""
+    x, rest = draw(40, 8), draw(8, 5)
+    other = rest + 1e-3 * draw(8, 5, seed=1)
+    passed_weights, rest_weights = 1 + torch.rand(8).double(), 1 + torch.rand(5).double()
+    left = torch.cat([torch.eye(8).double() * passed_weights.sqrt(), other * rest_weights.sqrt()], 1)
+    right = torch.cat([x * passed_weights.sqrt(), x @ rest * rest_weights.sqrt()], 1)
+    best = torch.linalg.lstsq(left.T, right.T).solution.T
+    least = torch.linalg.norm(best @ left - right) ** 2
+    error = other - rest
+    repaired = repaired_metric(other, passed_weights, rest_weights)
+    torch.testing.assert_close(torch.trace(x.T @ x @ error @ repaired @ error.T), least)
+
+    under = factorize(joint_metric(other, passed_weights, rest_weights), torch.ones(8).double())
+    change = (rest - other) @ under.solve(other * rest_weights).T
+    torch.testing.assert_close(x + x @ change, best)
+
+
+def test_the_rest_is_solved_again_for_the_rounded_stream():
+    x, rest = draw(40, 8), draw(8, 5)
+    rounded = cast(x, torch.bfloat16)
+    expected = torch.linalg.lstsq(rounded, x @ rest).solution
+    torch.testing.assert_close(solve_rest([x], [rounded], rest), expected, rtol=1e-8, atol=1e-8)
+    assert not torch.allclose(rest, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_shrinking_is_ridge_regression_on_the_noise():
+    x = draw(60, 10) @ torch.diag(torch.logspace(0, -6, 10, dtype=torch.float64)) @ draw(10, 10, seed=3)
+    rest, metric = 100 * draw(10, 4), moment([x])
+    found = shrink(Rest(rest, torch.ones(4).double(), torch.bfloat16), metric, torch.ones(10).double()).matrix
+    scale = (2 * len(x) * metric.diagonal()).sqrt() * rounding_error(torch.bfloat16)
+    stacked = torch.cat([x, scale.diag()])
+    expected = torch.linalg.lstsq(stacked, torch.cat([x @ rest, torch.zeros(10, 4).double()])).solution
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+    assert not torch.allclose(found, rest, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+@half
+@pytest.mark.parametrize(
+    ("rest_dtype", "worst"), [(None, 1.5), (torch.float32, 1.11)], ids=["all in half", "rest in fp32"]
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_pivoted_and_rounded_q_k_v_are_as_good_as_the_originals(dtype, rest_dtype, worst, seed):
+    seam, affines = gaussian_layer(width=256, seed=seed)
+    opened = OpenStream(seam, affines)
+    stream = opened.close(opened.basis("pivoted"))
+    dtypes = {"o": dtype, "rest": rest_dtype or dtype}
+    rounded = round_stream(stream, opened.weights, opened.dual_weights, dtypes)
+    assert torch.equal(rounded.writers["o"].weight, cast(rounded.writers["o"].weight, dtype))
+    own = relative_errors(affines, {name: Affine(cast(affine.weight, dtype)) for name, affine in affines.items()})
+    found = outputs(rounded, affines)
+    assert max(found[name] / own[name] for name in own) <= worst
+
+    plain = {"o": Affine(cast(stream.writers["o"].weight, dtype)), "rest": Affine(cast(stream.rest.weight, dtype))}
+    control = outputs(stream, affines, **plain)
+    assert max(control[name] / own[name] for name in own) > 2
+
+
+@half
+def test_by_an_ill_conditioned_q_it_is_ten_times_better_than_a_cast(dtype):
+    seam, affines = gaussian_layer(width=256, condition=1e5)
+    opened = OpenStream(seam, affines)
+    stream = opened.close(opened.basis("q"))
+    rounded = round_stream(stream, opened.weights, opened.dual_weights, {"o": dtype, "rest": dtype})
+    plain = {"o": Affine(cast(stream.writers["o"].weight, dtype)), "rest": Affine(cast(stream.rest.weight, dtype))}
+    found, control = outputs(rounded, affines), outputs(stream, affines, **plain)
+    own = relative_errors(affines, {name: Affine(cast(affine.weight, dtype)) for name, affine in affines.items()})
+    assert max(control.values()) > 10 * max(found.values())
+    assert max(found[name] / own[name] for name in own) < 10
+
+
+@half
+@pytest.mark.parametrize("rows", [3, 20, 64], ids=["three tokens", "fewer tokens than dimensions", "as many"])
+def test_a_small_vocabulary(dtype, rows):
+    seam, affines = gaussian_layer(width=64, rows=rows)
+    opened = OpenStream(seam, affines)
+    rounded = round_stream(
+        opened.close(opened.basis("pivoted")), opened.weights, opened.dual_weights, {"o": dtype, "rest": dtype}
+    )
+    assert max(outputs(rounded, affines).values()) < 4 * torch.finfo(dtype).eps
+
+
+@half
+@pytest.mark.parametrize("dead", ["o", "k_proj", "a unit"])
+def test_dead_weights_stay_dead(dead, dtype):
+    """A writer or reader that is zero, or a unit that is never written, as in models fresh from initialization."""
+    seam, affines = gaussian_layer(width=64)
+    if dead == "a unit":
+        affines["o"].weight[:, 5] = 0
+    else:
+        affines[dead].weight[:] = 0
+    opened = OpenStream(seam, affines)
+    rounded = round_stream(
+        opened.close(opened.basis("pivoted")), opened.weights, opened.dual_weights, {"o": dtype, "rest": dtype}
+    )
+    found = outputs(rounded, affines)
+    assert all(error < 4 * torch.finfo(dtype).eps for error in found.values())
+    assert dead != "k_proj" or found["k_proj"] == 0
+
+
+def test_biases_are_carried_through_rounding():
+    seam, affines = gaussian_layer(width=64, biased=True)
+    opened = OpenStream(seam, affines)
+    stream = opened.close(opened.basis("pivoted"))
+    rounded = round_stream(stream, opened.weights, opened.dual_weights, {"o": torch.bfloat16, "rest": torch.bfloat16})
+    assert max(outputs(rounded, affines).values()) < 4 * torch.finfo(torch.bfloat16).eps
+    assert max(outputs(rounded, affines, o=Affine(rounded.writers["o"].weight)).values()) > 0.1
+
+
+def test_numbers_too_large_to_square_are_refused():
+    x = draw(20, 4) * 1e200
+    with pytest.raises(InputError, match="weights: expected numbers whose squares are finite in fp64"):
+        round_seam([x], [Rest(draw(4, 3), torch.ones(3).double(), torch.bfloat16)], torch.ones(4).double(), HALF[:1])
