@@ -1,7 +1,8 @@
 """What storing a model in some dtype will cost, before doing it: expected relative errors of q, k, v and M.
 
-Inputs are taken as white, rounding errors as independent with a relative size that the dtype sets. Then every error is
-a sum of squares: of G = E[x^T x], of the pivots of the metrics that rounding.py rounds under, and of R.
+Inputs are taken as white, rounding errors as independent with a relative size that the dtype sets. Every error then is
+a sum of squares, of G = E[x^T x], of the pivots of the metrics that rounding.py rounds under, and of R; where those
+would take longer than the rounding itself, it is the mean of a sample.
 """
 
 import dataclasses
@@ -30,6 +31,9 @@ from skipless.rounding import (
 )
 from skipless.seams import Seam
 from skipless.tolerances import tolerance
+
+# Sampled errors: those of q, k or v, a sum over at least as many, are then right to a few per cent.
+PROBES = 512
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,11 @@ class OpenStream:
         """G = E[x^T x] of the original stream."""
         return moment(self._writers)
 
+    @cached_property
+    def powers(self) -> dict[str, Tensor]:
+        """Mean squares of q, k and v, summed over their columns."""
+        return {name: (self.moment @ reader * reader).sum() for name, reader in self.readers.items()}
+
     def basis(self, way: str) -> Basis:
         """The basis of a way, usable or not."""
         return candidate(self.seam, way, self.readers, self.weights)
@@ -137,7 +146,7 @@ class OpenStream:
         """Relative errors of q, k, v when the original's weights are rounded to `dtype`."""
         power, unit = self.moment.diagonal(), rounding_error(dtype)
         return {
-            letter(name): unit * _relative(2 * (power @ reader**2).sum(), _powers(self.moment, reader).sum())
+            letter(name): unit * _relative(2 * (power @ reader**2).sum(), self.powers[name])
             for name, reader in self.readers.items()
         }
 
@@ -164,59 +173,49 @@ class OpenStream:
             unit = rounding_error(dtype) ** 2
             passed, others = unit * metric.diagonal(), 2 * unit * metric.diagonal() @ rest**2
         columns = torch.cat([stream.kept, stream.others])
-        squares, totals = torch.empty_like(self.weights), torch.empty_like(self.weights)
+        squares = torch.empty_like(self.weights)
         squares[columns] = torch.cat([passed, others])
-        totals[columns] = torch.cat([metric.diagonal(), _powers(metric, rest)])
-        sizes = [reader.shape[1] for reader in self.readers.values()]
+        parts = squares.split([reader.shape[1] for reader in self.readers.values()])
         return {
-            letter(name): _relative(square.sum(), total.sum())
-            for name, square, total in zip(self.readers, squares.split(sizes), totals.split(sizes), strict=True)
+            letter(name): _relative(part.sum(), self.powers[name])
+            for name, part in zip(self.readers, parts, strict=True)
         }
 
     def _shaped(self, stream: Stream, metric: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Squared errors of the passed and the rest columns after rounding.round_seam.
+        """Squared errors of the passed and the rest columns after rounding.round_seam, as means over PROBES samples.
 
-        Three errors add up. That of the stream, in rows rounded under M = L D L^T, is Z L^-1, Z independent. Those of
-        the rest, rounded (Z' Ln^-1) and shrunk, are spread by re-solving X: with T = W_r R^T M^-1, an error U of X R
-        leaves U (1 - T R) in the rest columns and U T in the passed ones.
+        The stream's error, in rows rounded under M, and the rest's, U, in columns rounded under N and shrunk, are
+        independent. Re-solving X spreads U: with T = W_r R^T M^-1, U T goes to the passed columns, U (1 - T R) stays.
         """
-        exact, passed_weights, rest_weights = (
-            stream.rest.weight,
-            self.weights[stream.kept],
-            self.weights[stream.others],
-        )
+        exact, dual_weights = stream.rest.weight, self.dual_weights
+        passed_weights, rest_weights = self.weights[stream.kept], self.weights[stream.others]
         rest = shrink(Rest(exact, rest_weights, dtype), metric, passed_weights).matrix
-        power, unit = metric.diagonal(), rounding_error(dtype) ** 2
+        generator = torch.Generator().manual_seed(0)
+
+        def noise(sizes: Tensor) -> Tensor:
+            drawn = torch.randn(PROBES, len(sizes), generator=generator, dtype=sizes.dtype, device="cpu")
+            return drawn.to(sizes.device) * sizes
+
+        power, unit = metric.diagonal(), rounding_error(dtype)
         joint = joint_metric(rest, passed_weights, rest_weights)
         if stream.duals:
             duals = torch.cat([dual.weight.T for dual in stream.duals.values()], 1)
-            joint = joint + joint_metric(duals, torch.zeros_like(passed_weights), self.dual_weights)
+            joint = joint + joint_metric(duals, torch.zeros_like(passed_weights), dual_weights)
         under = factorize(joint, power)
-        rows = torch.empty_like(joint)
-        rows[:, under.order] = power[under.order].sqrt()[:, None] * _inverse(under.upper)
-        passed, others = unit * (rows**2).sum(0), unit * ((rows @ rest) ** 2).sum(0)
-        if rest.shape[1]:
-            down = factorize(metric, (rest**2).mean(1))
-            along = factorize(repaired_metric(rest, passed_weights, rest_weights), (rest**2).mean(0))
-            sizes = (down.pivots @ rest[down.order] ** 2)[along.order].sqrt()
-            left = torch.empty(rest.shape[1], rest.shape[1], dtype=rest.dtype, device=rest.device)
-            left[:, along.order] = sizes[:, None] * _inverse(along.upper)
-            moved = under.solve(rest * rest_weights).T
-            spread, shrunk = left @ moved, rest - exact
-            passed = passed + unit * (spread**2).sum(0) + _powers(metric, shrunk @ moved)
-            others = others + unit * ((left - spread @ rest) ** 2).sum(0)
-            others = others + _powers(metric, shrunk - shrunk @ moved @ rest)
-        return passed, others
+        written = under.feedback(noise(unit * power.sqrt()))
+        down = factorize(metric, (rest**2).mean(1))
+        along = factorize(repaired_metric(rest, passed_weights, rest_weights), (rest**2).mean(0))
+        read = along.feedback(noise(unit * (down.pivots @ rest[down.order] ** 2).sqrt()))
+        streams = torch.empty_like(written)
+        streams[:, down.order] = noise(down.pivots.sqrt()) @ down.upper.T  # with E[x^T x] = metric
+        read = read + streams @ (rest - exact)
+        moved = under.solve(rest @ (read * rest_weights).T).T
+        return ((written + moved) ** 2).mean(0), ((read + (written - moved) @ rest) ** 2).mean(0)
 
 
 def _relative(square: Tensor, total: Tensor) -> float:
     """An error as part of what it is an error of; of nothing (all weights are 0), nothing."""
     return (square / total).sqrt().item() if total > 0 else 0.0
-
-
-def _powers(metric: Tensor, matrix: Tensor) -> Tensor:
-    """Mean squares of the columns of x A, for E[x^T x] = metric."""
-    return (metric @ matrix * matrix).sum(0)
 
 
 def _merged(writer: Tensor, readers: Sequence[Tensor]) -> tuple[float, float]:
@@ -227,11 +226,6 @@ def _merged(writer: Tensor, readers: Sequence[Tensor]) -> tuple[float, float]:
     total = (gram(writer) * sum(gram(reader.T) for reader in readers)).sum()
     own = 2 * ((writer**2).sum(0) @ torch.stack([(reader**2).sum(1) for reader in readers]).sum(0))
     return _relative(own, total), 1.0
-
-
-def _inverse(upper: Tensor) -> Tensor:
-    eye = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
-    return torch.linalg.solve_triangular(upper, eye, upper=True, unitriangular=True)
 
 
 def letter(name: str) -> str:

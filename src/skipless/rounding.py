@@ -76,6 +76,14 @@ class Metric:
         solution[self.order] = torch.linalg.solve_triangular(self.upper.T, half, upper=False, unitriangular=True)
         return solution
 
+    def feedback(self, noise: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
+        """E = Z L^-1, the errors of rows rounded under H, of the errors Z that each column's own rounding makes."""
+        errors = torch.empty_like(noise)
+        errors[:, self.order] = torch.linalg.solve_triangular(
+            self.upper, noise[:, self.order], upper=True, left=False, unitriangular=True
+        )
+        return errors
+
 
 @dataclass(frozen=True)
 class Rest:

@@ -1,0 +1,131 @@
+"""What storing the bundled model in half precision costs: logits on held-out text, arithmetic in fp64.
+
+    python benchmarks/stored.py
+
+The bundled file is bf16 already, so casting it to bf16 would show nothing. Its weights are first mixed within every
+seam by a random orthogonal matrix (the function stays the same, to 1e-14): they then use all their bits, as weights do
+that were trained in fp32. Prints a table, and on the last line one JSON object.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import skipless
+from skipless.architecture import Architecture
+from skipless.checkpoint.reader import CheckpointReader
+from skipless.demo import BUNDLED
+from skipless.inference import load, load_tokenizer
+from skipless.seams import seams
+from skipless.train.data import Blocks, read_texts, split, standard_library
+from skipless.train.recipe import Recipe
+
+console = Console(width=100)
+
+
+@torch.no_grad()
+def mix(model: Any, seed: int = 0) -> None:
+    """Put a random orthogonal matrix G into every seam: writers W G, readers G^-1 W."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = dict(model.named_parameters())
+    for seam in seams(Architecture.from_config(CheckpointReader(BUNDLED).config)):
+        matrix = torch.randn(seam.width, seam.width, generator=generator, dtype=torch.float64)
+        gauge = torch.linalg.qr(matrix).Q
+        for name in seam.writers:
+            weight = weights[f"{name}.weight"]
+            weight.copy_(weight @ gauge if "embed" in name else gauge.T @ weight)
+        for name in seam.readers:
+            weight = weights[f"{name}.weight"]
+            weight.copy_(weight @ gauge)
+
+
+def held_out(sequences: int) -> torch.Tensor:
+    """Blocks of tokens (sequences, length) of files that the bundled model was not trained on."""
+    recipe = Recipe.read("stdlib")
+    _, texts = split(read_texts(standard_library()), recipe.held_out, recipe.seed)
+    tokens = Blocks.from_texts(texts, load_tokenizer(BUNDLED), recipe.sequence_length).tokens
+    return tokens[torch.linspace(0, len(tokens) - 1, sequences).long()]
+
+
+@torch.no_grad()
+def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    return torch.cat([model(input_ids=ids).logits.flatten(0, 1) for ids in tokens.split(8)])
+
+
+def compare(found: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
+    target, other = exact.log_softmax(-1), found.log_softmax(-1)
+    return {
+        "logit_error": (torch.linalg.norm(found - exact) / torch.linalg.norm(exact)).item(),
+        "kl": (target.exp() * (target - other)).sum(-1).mean().item(),
+        "top1": (found.argmax(-1) == exact.argmax(-1)).double().mean().item(),
+    }
+
+
+def cast(model: Any, dtype: torch.dtype) -> Any:
+    """The same model with every weight rounded to `dtype`, in fp64."""
+    return model.to(dtype).double()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sequences", type=int, default=32, help="held-out sequences of 256 tokens")
+    parser.add_argument("--seeds", type=int, default=3, help="random mixtures to average over")
+    arguments = parser.parse_args()
+    tokens = held_out(arguments.sequences)
+    rows: dict[str, list[dict[str, float]]] = {}
+    for seed in range(arguments.seeds):
+        for name, numbers in one_mixture(tokens, seed).items():
+            rows.setdefault(name, []).append(numbers)
+    means = {
+        name: {key: sum(found[key] for found in runs) / len(runs) for key in runs[0]} for name, runs in rows.items()
+    }
+    table = Table(title=f"{tokens.numel():,} held-out tokens, mean of {arguments.seeds} mixtures")
+    for column in ("stored", "logits, relative error", "KL, nats", "top-1 equal"):
+        table.add_column(column, justify="left" if column == "stored" else "right")
+    for name, numbers in means.items():
+        table.add_row(name, f"{numbers['logit_error']:.2g}", f"{numbers['kl']:.2g}", f"{numbers['top1']:.4f}")
+    console.print(table)
+    print(json.dumps(means))
+
+
+def one_mixture(tokens: torch.Tensor, seed: int) -> dict[str, dict[str, float]]:
+    """Every way to store one mixture of the bundled model against that mixture in fp64."""
+    found: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        model = load(BUNDLED, torch.float64)
+        mix(model, seed)
+        model.save_pretrained(folder / "original")
+        exact = logits(model, tokens)
+
+        def add(name: str, other: Any) -> None:
+            found[name] = compare(logits(other, tokens), exact)
+
+        for dtype in (torch.bfloat16, torch.float16):
+            short = str(dtype).removeprefix("torch.")
+            add(f"original, {short}", cast(load(folder / "original", torch.float64), dtype))
+            for basis in ("q", "pivoted"):
+                fused = folder / f"{basis}-{short}"
+                skipless.fuse(folder / "original", folder / f"{basis}-exact-{short}", basis=basis)
+                add(f"{basis}, {short}, cast", cast(load(folder / f"{basis}-exact-{short}", torch.float64), dtype))
+                skipless.fuse(folder / "original", fused, basis=basis, dtype=short)
+                add(f"{basis}, {short}", load(fused, torch.float64))
+            fused = folder / f"rest-{short}"
+            skipless.fuse(folder / "original", fused, basis="pivoted", dtype=short, rest_dtype="float32")
+            add(f"pivoted, {short}, rest_proj in float32", load(fused, torch.float64))
+        for dtype in ("float32", "float64"):
+            for basis in ("q", "pivoted"):
+                fused = folder / f"{basis}-{dtype}"
+                skipless.fuse(folder / "original", fused, basis=basis, dtype=dtype)
+                add(f"{basis}, {dtype}", load(fused, torch.float64))
+    return found
+
+
+if __name__ == "__main__":
+    main()
