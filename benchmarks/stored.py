@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 import skipless
 from skipless.architecture import Architecture
@@ -72,11 +73,27 @@ def cast(model: Any, dtype: torch.dtype) -> Any:
     return model.to(dtype).double()
 
 
+@torch.no_grad()
+def resolve(model: Any, dtype: torch.dtype) -> Any:
+    """A model fused by q in fp64, cast, its K and V then solved for (least squares) what now writes the stream."""
+    layers, embedding = model.model.layers, model.model.embed_tokens
+    solved = []
+    for index, layer in enumerate(layers):
+        x = layers[index - 1].mlp.down_proj.weight.T if index else embedding.weight
+        for linear in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+            solution = torch.linalg.lstsq(x.to(dtype).double(), x @ linear.weight.T).solution
+            solved.append((linear, solution.T))
+    for linear, weight in solved:
+        linear.weight.copy_(weight)
+    return cast(model, dtype)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sequences", type=int, default=32, help="held-out sequences of 256 tokens")
     parser.add_argument("--seeds", type=int, default=3, help="random mixtures to average over")
     arguments = parser.parse_args()
+    disable_progress_bar()
     tokens = held_out(arguments.sequences)
     rows: dict[str, list[dict[str, float]]] = {}
     for seed in range(arguments.seeds):
@@ -109,21 +126,23 @@ def one_mixture(tokens: torch.Tensor, seed: int) -> dict[str, dict[str, float]]:
 
         for dtype in (torch.bfloat16, torch.float16):
             short = str(dtype).removeprefix("torch.")
-            add(f"original, {short}", cast(load(folder / "original", torch.float64), dtype))
-            for basis in ("q", "pivoted"):
-                fused = folder / f"{basis}-{short}"
-                skipless.fuse(folder / "original", folder / f"{basis}-exact-{short}", basis=basis)
-                add(f"{basis}, {short}, cast", cast(load(folder / f"{basis}-exact-{short}", torch.float64), dtype))
+            add(f"{short}: original, cast", cast(load(folder / "original", torch.float64), dtype))
+            for basis, plain in (("q", "S = Q, cast (the paper's way)"), ("pivoted", "pivoted, cast")):
+                exact_folder, fused = folder / f"{basis}-exact-{short}", folder / f"{basis}-{short}"
+                skipless.fuse(folder / "original", exact_folder, basis=basis)
+                add(f"{short}: {plain}", cast(load(exact_folder, torch.float64), dtype))
+                if basis == "q":
+                    add(f"{short}: S = Q, cast, R re-solved", resolve(load(exact_folder, torch.float64), dtype))
                 skipless.fuse(folder / "original", fused, basis=basis, dtype=short)
-                add(f"{basis}, {short}", load(fused, torch.float64))
+                add(f"{short}: --basis {basis}", load(fused, torch.float64))
             fused = folder / f"rest-{short}"
             skipless.fuse(folder / "original", fused, basis="pivoted", dtype=short, rest_dtype="float32")
-            add(f"pivoted, {short}, rest_proj in float32", load(fused, torch.float64))
+            add(f"{short}: --basis pivoted --rest-dtype float32", load(fused, torch.float64))
         for dtype in ("float32", "float64"):
             for basis in ("q", "pivoted"):
                 fused = folder / f"{basis}-{dtype}"
                 skipless.fuse(folder / "original", fused, basis=basis, dtype=dtype)
-                add(f"{basis}, {dtype}", load(fused, torch.float64))
+                add(f"{dtype}: --basis {basis}", load(fused, torch.float64))
     return found
 
 

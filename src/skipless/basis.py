@@ -3,6 +3,7 @@
 A = [Q|K|V] below is (d, m), S its d chosen columns, in fp64; solves go through an LU factorization, never an inverse.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -103,12 +104,12 @@ def _swaps(rest: Float[Tensor, "r d"]) -> tuple[Int[Tensor, "k"], Int[Tensor, "k
     The largest entries of at most SWAPS rows, in different columns; one after the other is taken while its pivot, after
     eliminating those taken, is still large enough.
     """
-    values, places = rest.abs().max(1)
+    values = torch.linalg.vector_norm(rest, math.inf, dim=1)
     largest = values.argsort(descending=True, stable=True)[: 2 * SWAPS].tolist()
     new: list[int] = []
     out: list[int] = []
     for row in largest:
-        column = int(places[row])
+        column = int(rest[row].abs().argmax())
         if values[row] > MAX_REST and column not in out and len(new) < SWAPS:
             new.append(row)
             out.append(column)

@@ -68,6 +68,10 @@ class Metric:
     upper: Float[Tensor, "n n"]
     pivots: Float[Tensor, "n"]
 
+    def to(self, dtype: torch.dtype) -> "Metric":
+        """The same in another precision."""
+        return Metric(self.order, self.upper.to(dtype), self.pivots.to(dtype))
+
     def solve(self, right: Float[Tensor, "n r"]) -> Float[Tensor, "n r"]:
         """H^-1 right."""
         half = torch.linalg.solve_triangular(self.upper, right[self.order], upper=True, unitriangular=True)
@@ -157,7 +161,7 @@ def round_seam(
     A rest in fp32 or fp64 is not rounded but re-solved, after everything else: R' = argmin || X' R' - X R ||.
     """
     small = all(rest.largest(passed_weights) <= SMALL_REST for rest in rests)
-    precise = torch.float32 if small else torch.float64
+    precise = torch.float32 if small and all(dtype in HALF for dtype in dtypes) else torch.float64
     metric = moment(writers, precise)
     repairable = 1 - metric.shape[0] / sum(len(writer) for writer in writers)
     stored, weights = [], []
@@ -172,9 +176,9 @@ def round_seam(
     after, before = torch.cat(stored, 1), torch.cat([rest.matrix for rest in rests], 1)
     rest_weights = torch.cat(weights)
     joint = joint_metric(after, passed_weights, rest_weights)
-    under = factorize(joint, metric.diagonal())
+    under = factorize(joint, metric.diagonal()).to(precise)
     # X' = X + X (R - R') W_r R'^T M^-1; with a small R, the difference is small enough for fp32
-    change = (before - after).to(precise) @ under.solve(after * rest_weights).T.to(precise)
+    change = (before - after).to(precise) @ under.solve((after * rest_weights).to(precise)).T
     rounded = [round_rows(writer, change, under, dtype) for writer, dtype in zip(writers, dtypes, strict=True)]
     for k, rest in enumerate(rests):
         if rest.dtype not in HALF:
@@ -278,7 +282,7 @@ def factorize(metric: Float[Tensor, "n n"], power: Float[Tensor, "n"]) -> Metric
     """
     order = (metric.diagonal() * power).argsort(descending=True, stable=True)
     backwards = order.flip(0)
-    root = _root(metric[backwards][:, backwards]).flip(0, 1)  # H = root root^T, upper triangular
+    root = _root(metric[backwards[:, None], backwards]).flip(0, 1)  # H = root root^T, upper triangular
     return Metric(order, root / root.diagonal(), root.diagonal() ** 2)
 
 
@@ -290,16 +294,15 @@ def round_rows(
     The rows are independent of each other.
     """
     result = torch.empty_like(matrix.T)
-    upper, moved = metric.upper.float(), change[:, metric.order].T
+    upper, moved = metric.upper.float(), change[:, metric.order].T.contiguous()
     buffers = torch.empty(2, len(upper), min(ROWS, len(matrix)), dtype=torch.float32, device=matrix.device)
     for start in range(0, len(matrix), ROWS):
-        rows = matrix[start : start + ROWS].T
-        error, owed = buffers[:, :, : rows.shape[1]]
-        block = rows[metric.order]
-        block += moved @ rows.to(moved.dtype)
+        rows = matrix[start : start + ROWS].T.to(change.dtype)
+        block = rows[metric.order].addmm_(moved, rows)
         if dtype in HALF:
+            error, owed = buffers[:, :, : rows.shape[1]]
             _round_block(block, upper, dtype, error, owed.zero_())
-        result[metric.order, start : start + ROWS] = block
+        result[metric.order, start : start + ROWS] = block.to(result.dtype)
     return result.T
 
 
