@@ -293,17 +293,17 @@ def round_rows(
 
     The rows are independent of each other.
     """
-    result = torch.empty_like(matrix.T)
+    result = torch.empty_like(matrix)
     upper, moved = metric.upper.float(), change[:, metric.order].T.contiguous()
     buffers = torch.empty(2, len(upper), min(ROWS, len(matrix)), dtype=torch.float32, device=matrix.device)
     for start in range(0, len(matrix), ROWS):
-        rows = matrix[start : start + ROWS].T.to(change.dtype)
+        rows = matrix[start : start + ROWS].T.to(change.dtype).contiguous()
         block = rows[metric.order].addmm_(moved, rows)
         if dtype in HALF:
             error, owed = buffers[:, :, : rows.shape[1]]
             _round_block(block, upper, dtype, error, owed.zero_())
-        result[metric.order, start : start + ROWS] = block.to(result.dtype)
-    return result.T
+        result[start : start + ROWS, metric.order] = block.T.to(result.dtype)
+    return result
 
 
 def _round_block(

@@ -230,6 +230,16 @@ def test_biases_are_carried_through_rounding():
     assert max(outputs(rounded, affines, o=Affine(rounded.writers["o"].weight)).values()) > 0.1
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("factor", [1, 100], ids=["small R", "large R"])
+def test_what_is_rounded_stays_as_it_was(transposed, factor):
+    x, rest = draw(20, 8).T.contiguous().T if transposed else draw(20, 8), factor * draw(8, 5)
+    before = x.clone(), rest.clone()
+    round_seam([x], [Rest(rest, torch.ones(5).double(), torch.bfloat16)], torch.ones(8).double(), HALF[:1])
+    assert torch.equal(x, before[0])
+    assert torch.equal(rest, before[1])
+
+
 def test_numbers_too_large_to_square_are_refused():
     x = draw(20, 4) * 1e200
     with pytest.raises(InputError, match="weights: expected numbers whose squares are finite in fp64"):
