@@ -1,4 +1,4 @@
-"""What storing the bundled model in half precision costs: logits on held-out text, arithmetic in fp64.
+"""What half precision costs the bundled model: logits on held-out text, stored in it, and both stored and run in it.
 
     python benchmarks/stored.py
 
@@ -56,7 +56,7 @@ def held_out(sequences: int) -> torch.Tensor:
 
 @torch.no_grad()
 def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    return torch.cat([model(input_ids=ids).logits.flatten(0, 1) for ids in tokens.split(8)])
+    return torch.cat([model(input_ids=ids).logits.flatten(0, 1).double() for ids in tokens.split(8)])
 
 
 def compare(found: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
@@ -138,6 +138,9 @@ def one_mixture(tokens: torch.Tensor, seed: int) -> dict[str, dict[str, float]]:
             fused = folder / f"rest-{short}"
             skipless.fuse(folder / "original", fused, basis="pivoted", dtype=short, rest_dtype="float32")
             add(f"{short}: --basis pivoted --rest-dtype float32", load(fused, torch.float64))
+            folders = {"original, cast": "original", "--basis q": f"q-{short}", "--basis pivoted": f"pivoted-{short}"}
+            for name, fused in folders.items():
+                add(f"run in {short}: {name}", load(folder / fused, dtype))
         for dtype in ("float32", "float64"):
             for basis in ("q", "pivoted"):
                 fused = folder / f"{basis}-{dtype}"

@@ -40,8 +40,8 @@ def demo(say: Callable[[str], None]) -> Demo:
     say(text)
     with tempfile.TemporaryDirectory() as folder:
         fused_folder = Path(folder) / "fused"
-        say("Fusing it (Q becomes the identity, P merges into the FFN), stored in float32 ...")
-        plan = fuse(BUNDLED, fused_folder, basis="q", dtype="float32")
+        say("Fusing it (256 columns of Q, K, V become the identity, P merges into the FFN), stored in float32 ...")
+        plan = fuse(BUNDLED, fused_folder, dtype="float32")
         say("Verifying it against the original ...")
         report = verify(BUNDLED, fused_folder, prompt=PROMPT)
         fused = load(fused_folder, torch.float32)

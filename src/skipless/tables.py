@@ -55,7 +55,7 @@ def audit_tables(audit: Audit) -> Iterator[Table]:
         row |= {letter: _condition(found) for letter, found in seam.matrices.items()}
         if pivoted := seam.ways.get("pivoted"):
             row |= {"pivoted": f"{pivoted.condition:.1e}", "max|R|": f"{pivoted.largest:.2f}"}
-    table = Table(title="condition numbers", box=box.SIMPLE_HEAD)
+    table = Table(title="condition numbers (pivoted: of the columns chosen)", box=box.SIMPLE_HEAD)
     table.add_column("layer", justify="right")
     columns = [*letters, *(name for name in ("pivoted", "max|R|") if any(name in row for row in rows.values()))]
     for name in columns:
@@ -63,9 +63,9 @@ def audit_tables(audit: Audit) -> Iterator[Table]:
     for layer, row in rows.items():
         table.add_row(str(layer), *(row.get(name, "") for name in columns))
     yield table
-    for kind, what in (("stream", "the original's q, k, v"), ("p", "its M's outputs")):
+    for kind, what in (("stream", "q, k, v"), ("p", "M's outputs")):
         if seams := [seam for seam in audit.seams if seam.kind == kind and seam.ways]:
-            yield _loss_table(seams, f"expected relative error of {what}, and as multiples of it")
+            yield _loss_table(seams, f"relative error of {what}: original's, and multiples")
 
 
 def _loss_table(seams: Sequence[SeamAudit], title: str) -> Table:
@@ -77,7 +77,7 @@ def _loss_table(seams: Sequence[SeamAudit], title: str) -> Table:
     for dtype in dtypes:
         table.add_column(dtype, justify="right")
         for way in ways:
-            table.add_column(way, justify="right")
+            table.add_column("merged" if way == "p" else way, justify="right")
     for seam in seams:
         cells = [str(seam.layer)]
         for dtype in dtypes:
