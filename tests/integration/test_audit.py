@@ -63,7 +63,7 @@ def test_every_seam_with_its_matrices_and_errors(source):
 def test_the_tables(source):
     result = run(source)
     assert result.exit_code == 0, result.output
-    for text in ("condition numbers", "max|R|", "expected relative error", "bfloat16", "float16", "float32", "M's"):
+    for text in ("condition numbers", "max|R|", "relative error of q, k, v", "bfloat16", "float16", "float32", "M's"):
         assert text in result.stdout
     assert "safe to remove" in result.stdout
     assert "not safe" not in result.stdout
