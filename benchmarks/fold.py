@@ -59,13 +59,13 @@ def main() -> None:
         del folded
 
         start = time.perf_counter()
-        audit = OpenStream(seam, affines)
-        basis = audit.basis("pivoted")
+        opened = OpenStream(seam, affines)
+        basis = opened.basis("pivoted")
         chosen = time.perf_counter() - start
-        stream = audit.close(basis)  # O S is part of the fold; R = S^-1 A_r, which the plain way needs, too, is not
+        stream = opened.close(basis)  # O S is part of the fold; R = S^-1 A_r, which the plain way needs, too, is not
         closing = time.perf_counter() - start - chosen
         begin = time.perf_counter()
-        round_stream(stream, audit.weights, audit.dual_weights, {"o": torch.bfloat16, "rest": torch.bfloat16})
+        round_stream(stream, opened.weights, opened.dual_weights, {"o": torch.bfloat16, "rest": torch.bfloat16})
         rounding = time.perf_counter() - begin
         extras.append(chosen + rounding)
         for name, value in (("basis", chosen), ("close", closing), ("round", rounding)):

@@ -22,7 +22,7 @@ def gaussian_layer(width, rows=None, seed=0, condition=None, biased=False):
         q = left * values @ right
     weights = [draw(rows or 3 * width, width), q, draw(width, width // 4), draw(width, width // 4)]
     affines = {
-        name: Affine(weight, draw(1, weight.shape[1])[0] if biased else None)
+        name: Affine(weight, 0.1 * draw(1, weight.shape[1])[0] if biased else None)
         for name, weight in zip(("o", *READERS), weights, strict=True)
     }
     identities = {"q": ("q_proj",), "pivoted": READERS}

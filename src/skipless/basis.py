@@ -18,7 +18,8 @@ from skipless.seams import Seam
 
 # A solve in fp64 loses about eps * condition. Beyond this, the rewritten model could not reach 1e-9 even in fp64.
 MAX_CONDITION = 1e-9 / np.finfo(np.float64).eps
-# With pivoted columns |R| stays small whatever S's condition number is, so S need only be of full rank in fp64.
+# With pivoted columns |R| stays small whatever S's condition number is, so S need only be of full rank in fp64. (Not so
+# what a tied table's transpose reads, S^-1 O^T: where there are such duals, MAX_CONDITION holds.)
 MAX_CONDITION_PIVOTED = 1e-3 / np.finfo(np.float64).eps
 # Columns are swapped until no entry of R is larger than this (a maximum-volume submatrix has max|R| <= 1; identities).
 MAX_REST = 1.05
@@ -51,11 +52,6 @@ class Basis:
         norm = torch.linalg.matrix_norm(chosen, 1).item()
         reciprocal, _ = scipy.linalg.lapack.dgecon(lu.cpu().numpy(), norm)
         return cls(columns, lu, pivots, 1 / reciprocal if reciprocal > 0 else float("inf"), limit)
-
-    @classmethod
-    def pivoted(cls, matrix: Float[Tensor, "d m"], weights: Float[Tensor, "m"]) -> "Basis":
-        """The basis of `pivot`; weights: what a squared error counts in each column."""
-        return cls.of_columns(matrix, pivot(matrix * weights.sqrt()), MAX_CONDITION_PIVOTED)
 
     @property
     def usable(self) -> bool:
@@ -154,6 +150,7 @@ def candidate(seam: Seam, way: str, readers: Mapping[str, Float[Tensor, "d _"]],
     joined = torch.cat([readers[name] for name in seam.readers], 1)
     gone = seam.identities[way]
     if len(gone) > 1:
-        return Basis.pivoted(joined, weights)
+        limit = MAX_CONDITION if seam.duals else MAX_CONDITION_PIVOTED
+        return Basis.of_columns(joined, pivot(joined * weights.sqrt()), limit)
     start = sum(readers[name].shape[1] for name in seam.readers[: seam.readers.index(gone[0])])
     return Basis.of_columns(joined, torch.arange(start, start + seam.width, device=joined.device))

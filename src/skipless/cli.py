@@ -98,6 +98,11 @@ def removal_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--dtype", type=click.Choice(DTYPE_NAMES), help="Store every tensor in this dtype [default: as it is]."
         ),
+        click.option(
+            "--rest-dtype",
+            type=click.Choice(["float32"]),
+            help="Store rest_proj, what pivoted leaves of Q, K, V, in this dtype.",
+        ),
         click.option("--layers-open", default="", metavar="I,J,...", help="Layers that keep their projections."),
         click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu or cuda."),
         click.option(
@@ -110,10 +115,10 @@ def removal_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def parse_removal(layers_open: str, remove: str, **others: Any) -> dict[str, Any]:
-    """The values of removal_options as fusion takes them."""
+    """The values of removal_options as fuse and audit take them."""
     return {
         "layers_open": parse_layers(layers_open),
-        "remove": [kind.strip() for kind in remove.split(",")],
+        "remove": tuple(kind.strip() for kind in remove.split(",")),
         **others,
     }
 
@@ -151,11 +156,6 @@ def audit(model: Path, as_json: bool, **removal: Any) -> None:
 @click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
 @removal_options
 @click.option(
-    "--rest-dtype",
-    type=click.Choice(["float32"]),
-    help="Store rest_proj, what pivoted leaves of Q, K, V, in this dtype.",
-)
-@click.option(
     "--max-shard-size", default="5GB", show_default=True, help="Largest file of weights: a number and MB or GB."
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan - what is read, written and saved - and stop.")
@@ -163,7 +163,6 @@ def audit(model: Path, as_json: bool, **removal: Any) -> None:
 def fuse(
     source: Path,
     destination: Path,
-    rest_dtype: str | None,
     max_shard_size: str,
     dry_run: bool,
     as_json: bool,
@@ -172,14 +171,12 @@ def fuse(
     """Write the skipless checkpoint SRC without the weights it does not need into the new folder DST."""
     from skipless import fusion, tables
     from skipless.checkpoint.reader import CheckpointReader
+    from skipless.request import Request
 
-    options: dict[str, Any] = {
-        **parse_removal(**removal),
-        "rest_dtype": rest_dtype,
-        "max_shard_size": parse_size(max_shard_size),
-    }
+    options, size = parse_removal(**removal), parse_size(max_shard_size)
     if dry_run:
-        plan = fusion.make_plan(CheckpointReader(source, options.pop("device")), **options)
+        reader = CheckpointReader(source, options.pop("device"))
+        plan = fusion.prepare(reader, Request(**options), size)
     else:
         with progress_bar("fusing") as progress:
             bar = progress.add_task("", total=None)
@@ -187,7 +184,7 @@ def fuse(
             def advance(plan: fusion.Plan, task: fusion.Task | None) -> None:
                 progress.update(bar, total=len(plan.tasks), advance=0 if task is None else 1)
 
-            plan = fusion.fuse(source, destination, progress=advance, **options)
+            plan = fusion.fuse(source, destination, max_shard_size=size, progress=advance, **options)
     if as_json:
         print_json(plan.summary())
     else:
@@ -303,10 +300,10 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(plain(value), allow_nan=False))
 
 
-def parse_layers(text: str) -> list[int]:
-    """Layer numbers with commas between them, as a list."""
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Layer numbers with commas between them."""
     try:
-        return [int(part) for part in text.split(",") if part.strip()]
+        return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
         raise InputError(f"--layers-open: expected layer numbers with commas between them, found {text!r}") from None
 

@@ -1,13 +1,12 @@
 """Rewrite a skipless checkpoint without the weights it does not need: plan from headers, then stream the tensors.
 
-The plan is pure (no tensor is read); a task is everything that must be in memory together, and tasks are independent
-of each other, so that an engine may run them in any order and anywhere.
+A plan is pure (no tensor is read; a basis is chosen before, which may read some); a task is everything that must be in
+memory together, and tasks are independent of each other, so that an engine may run them in any order and anywhere.
 """
 
 import copy
 import dataclasses
 import logging
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,21 +21,17 @@ from skipless.architecture import Architecture, Module
 from skipless.basis import choose
 from skipless.checkpoint.reader import CheckpointReader, TensorInfo
 from skipless.checkpoint.writer import CheckpointWriter, new_folder, plan_shards, write_json
-from skipless.dtypes import DTYPE_NAMES
 from skipless.eliminate import Affine, column_order, merge, modules
 from skipless.errors import InputError
 from skipless.model.configuration_skipless import SkiplessConfig
-from skipless.prediction import Forecast, OpenStream, forecast
+from skipless.prediction import Forecast, OpenStream, forecast, merged
+from skipless.request import AUTO, REMOVABLE, Request
 from skipless.rounding import HALF, round_stream
-from skipless.seams import Seam, closed, seams
+from skipless.seams import Seam, closed
+from skipless.source import read_affine, read_architecture, read_seam
 
 logger = logging.getLogger("skipless")
 
-BASES = ("q", "k", "v", "pivoted")
-AUTO = "auto"
-REMOVABLE = ("stream", "p")
-# "auto" takes q, whose model is simpler and needs no gather, up to this multiple of pivoted's error.
-AS_GOOD = 1.1
 MODEL_FILES = tuple(
     Path(__file__).parent / "model" / name for name in ("configuration_skipless.py", "modeling_skipless.py")
 )
@@ -119,133 +114,52 @@ class Plan:
         }
 
 
-def make_plan(
-    reader: CheckpointReader,
-    *,
-    basis: str = AUTO,
-    dtype: str | None = None,
-    rest_dtype: str | None = None,
-    layers_open: Iterable[int] = (),
-    remove: Iterable[str] = REMOVABLE,
-    max_shard_size: int = 5 * 10**9,
-) -> Plan:
+def prepare(reader: CheckpointReader, request: Request, max_shard_size: int = 5 * 10**9) -> Plan:
+    """Choose the basis, if that is left open (which reads weights: Request.decide), and plan."""
+    source = read_architecture(reader)
+    ways = ("q", "pivoted")
+
+    def foretell(seam: Seam) -> Forecast:
+        dtypes = dict.fromkeys(request.stored(reader.tensors, seam, way) for way in ways)
+        return forecast(seam, read_seam(source, seam, reader.tensor), tuple(dtypes), ways)
+
+    basis, reason = request.decide(source, reader.tensors, _closing(source, request), foretell)
+    return make_plan(reader, dataclasses.replace(request, basis=basis), reason, max_shard_size)
+
+
+def make_plan(reader: CheckpointReader, request: Request, reason: str = "", max_shard_size: int = 5 * 10**9) -> Plan:
     """Plan from config.json and headers which seams are closed, and what is read and written for each.
 
-    basis: what becomes the identity: the projection "q", "k" or "v" (Fig. 1 b, c, d), "pivoted" (the best d columns of
-    all three), or "auto": one of "q" and "pivoted", for which weights are read (choose_basis). dtype: that of every
-    output tensor (None: each keeps its own); rest_dtype: that of rest_proj, "float32" or None. layers_open: layers
-    whose stream seam stays open. remove: the kinds of seams to close, "stream" and "p". max_shard_size in bytes.
-    Raises InputError for a checkpoint that contradicts its config, a blocked seam, or nothing to remove.
+    request: with a basis, which was chosen for `reason`. max_shard_size in bytes. Raises InputError for a checkpoint
+    that contradicts its config, a blocked seam, or nothing to remove.
     """
+    assert request.basis != AUTO
     source = read_architecture(reader)
-    closing = requested(source, basis, dtype, layers_open, remove)
+    closing = _closing(source, request)
+    target = closed(source, closing, request.basis)
+    if request.rest_dtype is not None:
+        target = dataclasses.replace(target, rest_dtype=request.rest_dtype)
+    return Plan(
+        source=source,
+        target=target,
+        basis=request.basis,
+        reason=reason,
+        tasks=_tasks(source, target, closing),
+        inputs=reader.tensors,
+        outputs=plan_shards(_outputs(reader.tensors, target, closing, request.dtype), max_shard_size),
+        config=_fused_config(reader.config, target, request.dtype),
+    )
+
+
+def _closing(source: Architecture, request: Request) -> list[Seam]:
+    """The seams to close, or InputError when there are none or one of them cannot be."""
+    closing = request.seams(source)
     if not closing:
         raise InputError("nothing to remove: every seam of this model is closed already, or left open on request")
     for seam in closing:
         if seam.refusal:
             raise InputError(seam.refusal)
-    reason = ""
-    if basis == AUTO:
-        stored = {seam: stored_in(reader, seam, dtype) for seam in closing if seam.kind == "stream"}
-        ways = ("q", "pivoted")
-        forecasts = (forecast(seam, load(source, seam, reader.tensor), [name], ways) for seam, name in stored.items())
-        basis, reason = choose_basis(source, stored, forecasts)
-    target = closed(source, closing, basis)
-    if rest_dtype is not None:
-        if rest_dtype != "float32" or basis != "pivoted":
-            raise InputError(
-                f"rest_dtype: expected 'float32' with basis 'pivoted', found {rest_dtype!r} with {basis!r}"
-            )
-        target = dataclasses.replace(target, rest_dtype=rest_dtype)
-    return Plan(
-        source=source,
-        target=target,
-        basis=basis,
-        reason=reason,
-        tasks=_tasks(source, target, closing),
-        inputs=reader.tensors,
-        outputs=plan_shards(_outputs(reader.tensors, target, closing, dtype), max_shard_size),
-        config=_fused_config(reader.config, target, dtype),
-    )
-
-
-def read_architecture(reader: CheckpointReader) -> Architecture:
-    """What config.json describes, if the headers agree. Raises InputError for the first difference."""
-    source = Architecture.from_config(reader.config)
-    if source.num_hidden_layers > len(reader.tensors):
-        raise InputError(
-            f"config.json: num_hidden_layers: expected at most {len(reader.tensors)}, the number of tensors, found "
-            f"{source.num_hidden_layers}"
-        )
-    reader.check(source.tensors(), source.index_tensors())
-    return source
-
-
-def requested(
-    source: Architecture, basis: str, dtype: str | None, layers_open: Iterable[int], remove: Iterable[str]
-) -> list[Seam]:
-    """The open seams asked for, blocked or not. Arguments as for make_plan; InputError if they make no sense."""
-    layers_open, remove = frozenset(layers_open), frozenset(remove)
-    if dtype is not None and dtype not in DTYPE_NAMES:
-        raise InputError(f"dtype: expected one of {', '.join(DTYPE_NAMES)}, found {dtype!r}")
-    if basis not in (AUTO, *BASES):
-        raise InputError(f"basis: expected one of {', '.join((AUTO, *BASES))}, found {basis!r}")
-    if unknown := sorted(remove - set(REMOVABLE)):
-        raise InputError(f"remove: expected {' and '.join(REMOVABLE)}, or one of them; found {unknown[0]!r}")
-    if beyond := sorted(layer for layer in layers_open if not 0 <= layer < source.num_hidden_layers):
-        raise InputError(f"layers_open: expected layers 0..{source.num_hidden_layers - 1}, found {beyond[0]}")
-    if source.stream_basis is not None and basis not in (AUTO, source.stream_basis):
-        raise InputError(
-            f"basis: expected {source.stream_basis!r}, in which this model is already fused; found {basis!r}"
-        )
-    closing = [
-        seam
-        for seam in seams(source)
-        if seam.kind in remove and not (seam.kind == "stream" and seam.layer in layers_open)
-    ]
-    for seam in closing:
-        if seam.kind == "stream" and basis != AUTO and basis not in seam.identities:
-            raise InputError(
-                f"basis: expected a square projection, found {basis}_proj ({source.projections[basis]}, "
-                f"{source.hidden_size}) in layer {seam.layer}; use "
-                f"{' or '.join(f'--basis {name}' for name in seam.identities)}"
-            )
     return closing
-
-
-def choose_basis(source: Architecture, stored: Mapping[Seam, str], forecasts: Iterable[Forecast]) -> tuple[str, str]:
-    """The basis that "auto" stands for, one for the whole model, and why.
-
-    "q", whose model is the simplest, if in every layer its expected error in the dtype of storage is at most AS_GOOD
-    times that of "pivoted"; else "pivoted". stored: the stream seams to close, and the dtype of each; forecasts: of
-    each, taken up to the first that decides.
-    """
-    if source.stream_basis is not None:
-        return source.stream_basis, "the basis in which this model is already fused"
-    if not stored:
-        return "q", ""
-    if any("q" not in seam.identities for seam in stored):
-        return "pivoted", f"q_proj is ({source.query_width}, {source.hidden_size}), not square"
-    worst = 0.0
-    for seam_forecast in forecasts:
-        seam = seam_forecast.seam
-        by_q, pivoted = (seam_forecast.ways[way].worst(stored[seam]) for way in ("q", "pivoted"))
-        if math.isinf(by_q):
-            return "pivoted", (
-                f"the condition number of layer {seam.layer}'s q_proj is {seam_forecast.ways['q'].condition:.1e}"
-            )
-        if by_q > AS_GOOD * pivoted:
-            return "pivoted", (
-                f"in {stored[seam]} the worst of layer {seam.layer}'s q, k, v is expected to be off by {pivoted:.1e}, "
-                f"and by {by_q:.1e} with q (the original: {max(seam_forecast.original[stored[seam]].values()):.1e})"
-            )
-        worst = max(worst, by_q / pivoted)
-    return "q", f"in every layer its expected error is at most {worst:.2f} times that of pivoted"
-
-
-def stored_in(reader: CheckpointReader, seam: Seam, dtype: str | None) -> str:
-    """The dtype in which a seam is stored when fuse is asked for `dtype` (None: that of its first writer)."""
-    return dtype or str(reader.tensors[f"{seam.writers[0]}.weight"].dtype).removeprefix("torch.")
 
 
 def _outputs(
@@ -303,18 +217,18 @@ def run_task(plan: Plan, task: Task, read: Callable[[str], torch.Tensor]) -> Don
         return Done(iter([(name, tensor.to(plan.outputs[name].dtype))]))
     before, after = plan.modules
     names = dict.fromkeys(name for seam in task.seams for name in seam.modules)
-    affines = {name: _load(before[name], after.get(name), read) for name in names}
+    affines = {name: read_affine(before[name], after.get(name), read) for name in names}
     indices: dict[str, torch.Tensor] = {}
     problems: list[str] = []
     for seam in task.seams:
         if seam.kind == "p":
-            remaining = merge(seam, affines)
+            remaining, problem = _merge(plan, seam, affines)
         else:
             remaining, order, problem = _close_stream(plan, seam, affines)
             if seam.order in plan.outputs:
                 indices[seam.order] = order
-            if problem is not None:
-                problems.append(problem)
+        if problem is not None:
+            problems.append(problem)
         for name in seam.modules:
             affines.pop(name, None)
         affines |= remaining
@@ -330,14 +244,23 @@ def _close_stream(
     stream = opened.close(basis)
     dtypes = _dtypes(plan, seam)
     coarsest = max(dtypes.values(), key=lambda dtype: torch.finfo(dtype).eps)
-    problem = None
-    if plan.basis != "pivoted":  # its R is small, whatever the weights
-        name = str(coarsest).removeprefix("torch.")
-        problem = opened.forecast([name], {plan.basis: basis}).problem(plan.basis, name)
     if coarsest in HALF:
         stream = round_stream(stream, opened.weights, opened.dual_weights, dtypes)
+    name = str(coarsest).removeprefix("torch.")
+    problem = opened.measure(plan.basis, basis, stream, dtypes, name).problem(plan.basis, name)
     widths = {name: weight.shape[1] for name, weight in opened.readers.items()}
     return modules(seam, plan.basis, stream, widths), column_order(stream), problem
+
+
+def _merge(plan: Plan, seam: Seam, affines: Mapping[str, Affine]) -> tuple[dict[str, Affine], str | None]:
+    """Close a P-M seam: the modules that remain, and what is wrong."""
+    remaining = merge(seam, affines)
+    weights = [affine.weight for affine in remaining.values()]
+    dtypes = [plan.outputs[f"{name}.weight"].dtype for name in remaining]
+    name = str(max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)).removeprefix("torch.")
+    power = sum(weight.square().sum().item() for weight in weights)
+    largest = max(weight.abs().max().item() for weight in weights)
+    return remaining, merged(seam, affines, [name], power, largest).problem("p", name)
 
 
 def _dtypes(plan: Plan, seam: Seam) -> dict[str, torch.dtype]:
@@ -362,21 +285,6 @@ def _stored(
         if affine.bias is not None:
             yield f"{name}.bias", affine.bias.to(plan.outputs[f"{name}.bias"].dtype)
     yield from indices.items()
-
-
-def load(source: Architecture, seam: Seam, read: Callable[[str], torch.Tensor]) -> dict[str, Affine]:
-    """The maps of a seam's modules in fp64."""
-    modules = {module.name: module for module in source.modules()}
-    return {name: _load(modules[name], None, read) for name in seam.modules}
-
-
-def _load(module: Module, closed: Module | None, read: Callable[[str], torch.Tensor]) -> Affine:
-    """A module's map in fp64. A table without a bias of its own afterwards takes biases into its rows."""
-    # Always a copy: read from the file, its address and so the last bits of a product would depend on the sharding.
-    weight = read(f"{module.name}.weight").to(torch.float64, copy=True)
-    bias = read(f"{module.name}.bias").to(torch.float64) if module.bias else None
-    one_hot = module.table and closed is not None and not closed.bias
-    return Affine(weight if module.table else weight.T, bias, one_hot)
 
 
 def _run_local(plan: Plan, reader: CheckpointReader, writer: CheckpointWriter) -> Iterator[tuple[Task, Done]]:
@@ -408,28 +316,21 @@ def fuse(
 ) -> Plan:
     """Write `source` without Q (or K, V) and P into the new folder `destination`, and return what was done.
 
-    Arguments as for make_plan; device: where the algebra is done, "cpu" or a CUDA device (their results differ in the
-    last bits). `progress` is called with None once the plan is made and then with each finished task.
-    The result computes the same function (identities: arXiv:2404.12362, Fig. 1). Raises InputError for anything that
-    stands in the way; `destination` then does not exist.
+    basis, dtype, rest_dtype, layers_open, remove: what is asked for (request.Request). max_shard_size in bytes. device:
+    where the algebra is done, "cpu" or a CUDA device (their results differ in the last bits). `progress` is called with
+    None once the plan is made and then with each finished task. The result computes the same function (identities:
+    arXiv:2404.12362, Fig. 1). Raises InputError for anything that stands in the way; `destination` then does not exist.
     """
     source, destination = Path(source), Path(destination)
     if engine not in ENGINES:
         raise InputError(f"engine: expected one of {', '.join(ENGINES)}, found {engine!r}")
     if Path(os.path.realpath(destination)).is_relative_to(os.path.realpath(source)):
         raise InputError(f"{destination}: expected a folder outside the source {source}, which stays as it is")
+    request = Request(basis, dtype, rest_dtype, tuple(layers_open), tuple(remove))
     reader = CheckpointReader(source, device)
-    plan = make_plan(
-        reader,
-        basis=basis,
-        dtype=dtype,
-        rest_dtype=rest_dtype,
-        layers_open=layers_open,
-        remove=remove,
-        max_shard_size=max_shard_size,
-    )
     problems: list[str] = []
     with new_folder(destination) as folder:
+        plan = prepare(reader, request, max_shard_size)
         needed, free = plan.bytes[1], shutil.disk_usage(folder).free
         if needed > free:
             raise InputError(f"{destination}: expected {needed:,} bytes of free disk space, found {free:,}")

@@ -19,15 +19,20 @@ from skipless.basis import Basis, candidate
 from skipless.eliminate import Affine, Stream, close_stream
 from skipless.rounding import (
     HALF,
+    ROWS,
     Rest,
+    along_rows,
     factorize,
     gram,
     joint_metric,
+    left_by_solving,
+    mean_squares,
     moment,
     noise_weights,
-    repaired_metric,
+    repaired_weights,
     rounding_error,
     shrink,
+    subnormal_power,
 )
 from skipless.seams import Seam
 from skipless.tolerances import tolerance
@@ -42,12 +47,18 @@ class Way:
 
     condition: estimated condition number, 1-norm, of the columns that become the identity; largest: max|R| of the rest,
     rows and columns scaled by what errors count there (both None in a P-M seam, where nothing is solved for).
-    errors: dtype -> q, k, v or m -> expected relative error as stored in it; infinite if the way cannot be gone.
+    errors: dtype -> q, k, v (and logits, if the head is tied to the seam's table) or m -> expected relative error as
+    stored in it; infinite if the way cannot be gone or the dtype cannot hold the numbers.
     """
 
     condition: float | None
     largest: float | None
     errors: Mapping[str, Mapping[str, float]]
+
+    @property
+    def usable(self) -> bool:
+        """Whether it can be gone at all, in exact enough arithmetic."""
+        return self.largest != math.inf
 
     def worst(self, dtype: str) -> float:
         """The largest of the errors in a dtype."""
@@ -69,41 +80,66 @@ class Forecast:
         """Why closing the seam by `way` is not safe in `dtype`, or None: the error would exceed the tolerance."""
         found, own = self.ways[way].errors[dtype], self.original[dtype]
         limits = {name: tolerance(getattr(torch, dtype), own[name]) for name in found}
-        beyond = [name for name in found if found[name] > limits[name]]
+        beyond = [name for name in found if found[name] > limits[name] or math.isinf(found[name])]
         if not beyond:
             return None
         name = max(beyond, key=found.__getitem__)
-        if math.isinf(found[name]):
+        if not self.ways[way].usable:
             return (
                 f"layer {self.seam.layer} cannot be rewritten by {way}: the condition number is "
                 f"{self.ways[way].condition:.1e}"
             )
+        if math.isinf(found[name]):
+            return f"layer {self.seam.layer} by {way}: there are numbers larger than {dtype} can hold"
         return (
-            f"layer {self.seam.layer} by {way} in {dtype}: {name} is expected to be off by {found[name]:.1e}, which is "
-            f"more than {limits[name]:.1e} (the original: {own[name]:.1e})"
+            f"layer {self.seam.layer} by {way} in {dtype}: the relative error of {name} is {found[name]:.1e}, above "
+            f"{limits[name]:.1e} (the original's: {own[name]:.1e})"
         )
 
 
 def forecast(
-    seam: Seam, affines: Mapping[str, Affine], dtypes: Sequence[str], ways: Iterable[str] | None = None
+    seam: Seam,
+    affines: Mapping[str, Affine],
+    dtypes: Sequence[str],
+    ways: Iterable[str] | None = None,
+    rest_dtype: str | None = None,
 ) -> Forecast:
     """What closing a seam by each of `ways` (None: all there are) will cost in each dtype.
 
-    affines: every module of seam.modules in fp64.
+    affines: every module of seam.modules in fp64. rest_dtype: that of the rest of pivoted columns, if it is another.
     """
     if seam.kind == "stream":
         stream = OpenStream(seam, affines)
-        return stream.forecast(dtypes, {way: stream.basis(way) for way in ways or seam.identities})
+        return stream.forecast(dtypes, {way: stream.basis(way) for way in ways or seam.identities}, rest_dtype)
     (writer,) = (affines[name].weight for name in seam.writers)
-    own, merged = _merged(writer, [affines[name].weight for name in seam.readers])
-    original, errors = (
-        {dtype: {"m": unit * rounding_error(getattr(torch, dtype))} for dtype in dtypes} for unit in (own, merged)
-    )
+    readers = torch.cat([affines[name].weight for name in seam.readers], 1)
+    power = (gram(writer) * gram(readers.T)).sum().item()
+    return merged(seam, affines, dtypes, power, _reach(writer, readers))
+
+
+def merged(seam: Seam, affines: Mapping[str, Affine], dtypes: Sequence[str], power: float, largest: float) -> Forecast:
+    """The errors of x P M, for white x, when P (D, d) and every M (d, f) are rounded, and when M* = P M is.
+
+    power: sum of squares of all M*; largest: max |M*|, or a bound of it.
+    """
+    (writer,) = (affines[name].weight for name in seam.writers)
+    readers = [affines[name].weight for name in seam.readers]
+    size = len(writer) * sum(reader.shape[1] for reader in readers)
+    original, errors = {}, {}
+    for dtype in dtypes:
+        unit, floor = _precision(dtype)
+        p = (writer**2).sum(0)
+        m = torch.stack([(reader**2).sum(1) for reader in readers]).sum(0)
+        width = sum(reader.shape[1] for reader in readers)
+        own = ((p + floor * len(writer)) @ m + p @ (m + floor * width)).item()
+        original[dtype] = {"m": unit * _relative(own, power)}
+        lost = math.inf if largest > torch.finfo(getattr(torch, dtype)).max else power + floor * size
+        errors[dtype] = {"m": unit * _relative(lost, power)}
     return Forecast(seam, original, {way: Way(None, None, errors) for way in seam.identities})
 
 
 class OpenStream:
-    """A stream seam's tensors before it is closed, and what each way to close it would do to q, k and v.
+    """A stream seam's tensors before it is closed, and what each way to close it would do to what is read from it.
 
     affines: every module of seam.modules in fp64; ways are the names in seam.identities. weights, dual_weights: what a
     squared error counts in each column of the readers and of the duals' transposed weights.
@@ -112,22 +148,31 @@ class OpenStream:
     def __init__(self, seam: Seam, affines: Mapping[str, Affine]):
         self.seam, self.affines = seam, affines
         self.readers = {name: affines[name].weight for name in seam.readers}
-        writers = [affines[name].weight for name in seam.writers]
+        self.writers = [affines[name].weight for name in seam.writers]
         duals = [affines[name].weight.T for name in seam.duals]
-        parts = noise_weights(writers, [*self.readers.values(), *duals])
+        parts = noise_weights(self.writers, [*self.readers.values(), *duals])
         self.weights = torch.cat(parts[: len(self.readers)])
         self.dual_weights = torch.cat([*parts[len(self.readers) :], self.weights[:0]])
-        self._writers = writers
+        # everything that reads the stream; a tied head reads it through the duals
+        self.outputs = {letter(name): reader for name, reader in self.readers.items()}
+        if duals:
+            self.outputs["logits"] = torch.cat(duals, 1)
 
     @cached_property
     def moment(self) -> Float[Tensor, "d d"]:
         """G = E[x^T x] of the original stream."""
-        return moment(self._writers)
+        return moment(self.writers)
 
     @cached_property
-    def powers(self) -> dict[str, Tensor]:
-        """Mean squares of q, k and v, summed over their columns."""
-        return {name: (self.moment @ reader * reader).sum() for name, reader in self.readers.items()}
+    def powers(self) -> dict[str, float]:
+        """Mean squares of q, k and v (and logits), summed over their columns."""
+        return {name: (self.moment @ reader * reader).sum().item() for name, reader in self.outputs.items()}
+
+    @cached_property
+    def _bias_powers(self) -> dict[str, float]:
+        """Sums of squares of the readers' biases."""
+        biases = {letter(name): self.affines[name].bias for name in self.readers}
+        return {name: bias.square().sum().item() for name, bias in biases.items() if bias is not None}
 
     def basis(self, way: str) -> Basis:
         """The basis of a way, usable or not."""
@@ -137,95 +182,196 @@ class OpenStream:
         """The seam closed exactly."""
         return close_stream(self.seam, self.affines, basis)
 
-    def forecast(self, dtypes: Sequence[str], bases: Mapping[str, Basis]) -> Forecast:
+    def forecast(self, dtypes: Sequence[str], bases: Mapping[str, Basis], rest_dtype: str | None = None) -> Forecast:
         """What closing it in each of these bases will cost in each dtype."""
-        original = {dtype: self._original(getattr(torch, dtype)) for dtype in dtypes}
-        return Forecast(self.seam, original, {way: self._way(basis, dtypes) for way, basis in bases.items()})
+        original = {dtype: self._original(dtype, self.powers) for dtype in dtypes}
+        ways = {way: self._way(way, basis, dtypes, rest_dtype) for way, basis in bases.items()}
+        return Forecast(self.seam, original, ways)
 
-    def _original(self, dtype: torch.dtype) -> dict[str, float]:
-        """Relative errors of q, k, v when the original's weights are rounded to `dtype`."""
-        power, unit = self.moment.diagonal(), rounding_error(dtype)
-        return {
-            letter(name): unit * _relative(2 * (power @ reader**2).sum(), self.powers[name])
-            for name, reader in self.readers.items()
-        }
+    def measure(
+        self, way: str, basis: Basis, stream: Stream, dtypes: Mapping[str, torch.dtype], judged: str
+    ) -> Forecast:
+        """What closing it by `way` has cost, on a sample of the writers' rows; `judged`: the dtype it counts as.
 
-    def _way(self, basis: Basis, dtypes: Sequence[str]) -> Way:
+        stream: as it will be stored in `dtypes` (of each writer and dual, and of "rest").
+        """
+        generator = torch.Generator().manual_seed(0)
+        pairs = list(zip(self.seam.writers, self.writers, strict=True))
+        rows = {name: torch.randint(len(weight), (PROBES,), generator=generator) for name, weight in pairs}
+
+        def written(affines: Mapping[str, Affine]) -> Tensor:
+            found = [apply(rows[name].to(weight.device), affines[name]) for name, weight in pairs]
+            return torch.stack(found).sum(0)
+
+        def apply(picked: Tensor, affine: Affine) -> Tensor:
+            return affine.weight[picked] + (0 if affine.bias is None else affine.bias)
+
+        stored = {name: _cast(affine, dtypes[name]) for name, affine in (stream.writers | stream.duals).items()}
+        rest = _cast(stream.rest, dtypes["rest"])
+        x, y = written(self.affines), written(stored)
+        exact = torch.cat([_read(x, self.affines[name]) for name in self.seam.readers], 1)
+        found = torch.cat([y, _read(y, rest)], 1)[:, torch.cat([stream.kept, stream.others]).argsort()]
+        parts = (found - exact).split([reader.shape[1] for reader in self.readers.values()], 1)
+        lost = {letter(name): part for name, part in zip(self.readers, parts, strict=True)}
+        x = written({name: dataclasses.replace(affine, bias=None) for name, affine in self.affines.items()})
+        powers = {name: (x @ reader).square().sum().item() / PROBES for name, reader in self.outputs.items()}
+        if stream.duals:
+            table = self.seam.writers[0]
+            picked = rows[table].to(x.device)
+            before, after = self.affines[table].weight[picked], stored[table].weight[picked]
+            duals = torch.cat([stored[name].weight.T for name in stream.duals], 1)
+            lost["logits"] = after @ duals - before @ self.outputs["logits"]
+            powers["logits"] = (before @ self.outputs["logits"]).square().sum().item() / PROBES
+        errors = {name: _relative(part.square().sum().item() / PROBES, powers[name]) for name, part in lost.items()}
+        way_found = Way(basis.condition, None, {judged: errors})
+        return Forecast(self.seam, {judged: self._original(judged, powers)}, {way: way_found})
+
+    def _original(self, dtype: str, powers: Mapping[str, float]) -> dict[str, float]:
+        """Relative errors of q, k, v (and logits) when the original's weights are rounded to `dtype`."""
+        power, (unit, floor) = mean_squares(self.writers), _precision(dtype)
+        for name in self.seam.writers:
+            if (bias := self.affines[name].bias) is not None:
+                power = power + bias.square()
+        errors = {}
+        for name, reader in self.outputs.items():
+            lost = _noise(power, reader, floor).sum().item()
+            errors[name] = unit * _relative(lost + self._bias_powers.get(name, 0.0), powers[name])
+        return errors
+
+    def _way(self, way: str, basis: Basis, dtypes: Sequence[str], rest_dtype: str | None) -> Way:
         """What the seam closed in a basis, usable or not, loses."""
+        lost = dict.fromkeys(self.outputs, math.inf)
         if not basis.usable:
-            lost = {letter(name): math.inf for name in self.readers}
             return Way(basis.condition, math.inf, dict.fromkeys(dtypes, lost))
-        stream = close_stream(dataclasses.replace(self.seam, writers=()), self.affines, basis)
+        # without the writers' rows, which would take longest and of which `moment` says enough
+        bare = {
+            name: dataclasses.replace(self.affines[name], weight=self.affines[name].weight[:0])
+            for name in self.seam.writers
+        }
+        stream = close_stream(self.seam, {**self.affines, **bare}, basis)
         chosen = torch.cat(list(self.readers.values()), 1)[:, basis.columns]
         metric = chosen.T @ self.moment @ chosen
-        rest = Rest(stream.rest.weight, self.weights[stream.others], metric.dtype)
-        largest = rest.largest(self.weights[stream.kept])
-        return Way(
-            basis.condition, largest, {dtype: self._fused(stream, metric, getattr(torch, dtype)) for dtype in dtypes}
-        )
+        passed_weights, errors, largest = self.weights[stream.kept], {}, 0.0
+        written = max(_reach(writer, chosen) for writer in self.writers)
+        for name in dtypes:
+            dtype = getattr(torch, name)
+            finer = dtype if rest_dtype is None or way != "pivoted" else getattr(torch, rest_dtype)
+            rests = [Rest(stream.rest.weight, self.weights[stream.others], torch.promote_types(dtype, finer))]
+            largest = rests[0].largest(passed_weights)
+            if stream.duals:
+                rests.append(Rest(self._duals(stream), self.dual_weights, dtype))
+            numbers = max([written, *(rest.matrix.abs().max().item() for rest in rests if rest.matrix.numel())])
+            fits = numbers <= torch.finfo(dtype).max
+            errors[name] = self._fused(stream, rests, metric, name) if fits else lost
+        return Way(basis.condition, largest, errors)
 
-    def _fused(self, stream: Stream, metric: Tensor, dtype: torch.dtype) -> dict[str, float]:
-        """Relative errors of q, k, v; metric: E[x^T x] of the closed seam's stream."""
-        rest = stream.rest.weight
-        if dtype in HALF:
-            passed, others = self._shaped(stream, metric, dtype)
+    def _duals(self, stream: Stream) -> Float[Tensor, "d u"]:
+        return torch.cat([dual.weight.T for dual in stream.duals.values()], 1)
+
+    def _fused(self, stream: Stream, rests: Sequence[Rest], metric: Tensor, dtype: str) -> dict[str, float]:
+        """Relative errors of q, k, v (and logits); metric: E[x^T x] of the closed seam's stream."""
+        unit, floor = _precision(dtype)
+        biases = [writer.bias for writer in stream.writers.values() if writer.bias is not None]
+        power = sum((bias.square() for bias in biases), torch.zeros_like(metric[0]))
+        rest_bias = stream.rest.bias
+        if getattr(torch, dtype) in HALF:
+            passed, others, matrix = self._shaped(rests, self.weights[stream.kept], metric, dtype)
+            if rest_bias is not None:  # as round_stream has it make up for the writers'
+                rest_bias = rest_bias + sum((bias @ (stream.rest.weight - matrix) for bias in biases), 0)
         else:
-            unit = rounding_error(dtype) ** 2
-            passed, others = unit * metric.diagonal(), 2 * unit * metric.diagonal() @ rest**2
-        columns = torch.cat([stream.kept, stream.others])
-        squares = torch.empty_like(self.weights)
-        squares[columns] = torch.cat([passed, others])
-        parts = squares.split([reader.shape[1] for reader in self.readers.values()])
+            passed = unit**2 * (metric.diagonal() + floor * (metric.diagonal() > 0))
+            noise = [_noise(metric.diagonal() + power, rest.matrix, floor) for rest in rests]
+            others = unit**2 * torch.cat(noise, 1).sum(0)
+        passed = passed + unit**2 * power
+        own, duals = others[: len(stream.others)], others[len(stream.others) :]
+        if rest_bias is not None:
+            own = own + unit**2 * rest_bias.square()
+        squares = torch.cat([torch.cat([passed, own])[torch.cat([stream.kept, stream.others]).argsort()], duals])
+        parts = squares.split([reader.shape[1] for reader in self.outputs.values()])
         return {
-            letter(name): _relative(part.sum(), self.powers[name])
-            for name, part in zip(self.readers, parts, strict=True)
+            name: _relative(part.sum().item(), self.powers[name])
+            for name, part in zip(self.outputs, parts, strict=True)
         }
 
-    def _shaped(self, stream: Stream, metric: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Squared errors of the passed and the rest columns after rounding.round_seam, as means over PROBES samples.
+    def _shaped(
+        self, rests: Sequence[Rest], passed_weights: Tensor, metric: Tensor, dtype: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Squared errors of the passed and the rests' columns after rounding.round_seam, as means over PROBES samples;
+        and the first rest as it is before it is rounded.
 
-        The stream's error, in rows rounded under M, and the rest's, U, in columns rounded under N and shrunk, are
+        The stream's error, in rows rounded under M, and the rests', U, in columns rounded under N and shrunk, are
         independent. Re-solving X spreads U: with T = W_r R^T M^-1, U T goes to the passed columns, U (1 - T R) stays.
+        A rest in fp32 is not rounded but solved for last, which leaves a part of what the stream's error does to it.
         """
-        exact, dual_weights = stream.rest.weight, self.dual_weights
-        passed_weights, rest_weights = self.weights[stream.kept], self.weights[stream.others]
-        rest = shrink(Rest(exact, rest_weights, dtype), metric, passed_weights).matrix
         generator = torch.Generator().manual_seed(0)
 
         def noise(sizes: Tensor) -> Tensor:
             drawn = torch.randn(PROBES, len(sizes), generator=generator, dtype=sizes.dtype, device="cpu")
             return drawn.to(sizes.device) * sizes
 
-        power, unit = metric.diagonal(), rounding_error(dtype)
-        joint = joint_metric(rest, passed_weights, rest_weights)
-        if stream.duals:
-            duals = torch.cat([dual.weight.T for dual in stream.duals.values()], 1)
-            joint = joint + joint_metric(duals, torch.zeros_like(passed_weights), dual_weights)
-        under = factorize(joint, power)
-        written = under.feedback(noise(unit * power.sqrt()))
-        down = factorize(metric, (rest**2).mean(1))
-        along = factorize(repaired_metric(rest, passed_weights, rest_weights), (rest**2).mean(0))
-        read = along.feedback(noise(unit * (down.pivots @ rest[down.order] ** 2).sqrt()))
+        power, (unit, floor) = metric.diagonal(), _precision(dtype)
+        shrunk = [shrink(rest, metric, passed_weights) if rest.dtype in HALF else rest for rest in rests]
+        after, before = (torch.cat([rest.matrix for rest in each], 1) for each in (shrunk, rests))
+        left = left_by_solving(self.writers)
+        weights = repaired_weights(rests, left)
+        under = factorize(joint_metric(after, passed_weights, weights), power)
+        written = under.feedback(noise(unit * (power + floor * (power > 0)).sqrt()))
+        down = factorize(metric, (after**2).mean(1))
+        read = []
+        for rest in shrunk:
+            if rest.dtype not in HALF:
+                read.append(rest.matrix.new_zeros(PROBES, rest.matrix.shape[1]))
+                continue
+            for block in rest.blocks():
+                entries = block.matrix[down.order] ** 2
+                sizes = unit * (down.pivots @ (entries + floor * (entries > 0))).sqrt()
+                read.append(along_rows(block, passed_weights).feedback(noise(sizes)))
         streams = torch.empty_like(written)
         streams[:, down.order] = noise(down.pivots.sqrt()) @ down.upper.T  # with E[x^T x] = metric
-        read = read + streams @ (rest - exact)
-        moved = under.solve(rest @ (read * rest_weights).T).T
-        return ((written + moved) ** 2).mean(0), ((read + (written - moved) @ rest) ** 2).mean(0)
+        error = torch.cat(read, 1) + streams @ (after - before)
+        moved = under.solve(after @ (error * weights).T).T
+        others = ((error + (written - moved) @ after) ** 2).mean(0)
+        solved = [others.new_full((rest.matrix.shape[1],), 1.0 if rest.dtype in HALF else left) for rest in rests]
+        return ((written + moved) ** 2).mean(0), others * torch.cat(solved), shrunk[0].matrix
 
 
-def _relative(square: Tensor, total: Tensor) -> float:
-    """An error as part of what it is an error of; of nothing (all weights are 0), nothing."""
-    return (square / total).sqrt().item() if total > 0 else 0.0
+def _precision(dtype: str) -> tuple[float, float]:
+    """A dtype's relative rounding error, and the square below which it is an absolute one."""
+    kind = getattr(torch, dtype)
+    return rounding_error(kind), subnormal_power(kind)
 
 
-def _merged(writer: Tensor, readers: Sequence[Tensor]) -> tuple[float, float]:
-    """Relative errors of x P M, for white x, when P (D, d) and every M (d, f) are rounded, and when M* = P M is.
+def _noise(power: Float[Tensor, "d"], matrix: Float[Tensor, "d r"], floor: float) -> Float[Tensor, "d r"]:
+    """What rounding adds to the mean squares of x A, entry by entry of A, in units of the squared rounding error.
 
-    In units of the dtype's rounding error.
+    power: mean squares of x's columns. Zeros are stored exactly.
     """
-    total = (gram(writer) * sum(gram(reader.T) for reader in readers)).sum()
-    own = 2 * ((writer**2).sum(0) @ torch.stack([(reader**2).sum(1) for reader in readers]).sum(0))
-    return _relative(own, total), 1.0
+    squares = matrix**2
+    x = (power + floor * (power > 0))[:, None]
+    return x * squares + power[:, None] * (squares + floor * (squares > 0))
+
+
+def _reach(left: Float[Tensor, "n d"], right: Float[Tensor, "d m"]) -> float:
+    """Max |A B|; a bound of it where that is below the largest number of every dtype."""
+    bound = torch.linalg.vector_norm(left, dim=1).max() * torch.linalg.vector_norm(right, dim=0).max()
+    if bound <= torch.finfo(torch.float16).max:
+        return bound.item()
+    return max((block @ right).abs().max().item() for block in left.split(ROWS))
+
+
+def _cast(affine: Affine, dtype: torch.dtype) -> Affine:
+    """A map as it is stored, in fp64."""
+    bias = None if affine.bias is None else affine.bias.to(dtype).double()
+    return Affine(affine.weight.to(dtype).double(), bias)
+
+
+def _read(x: Float[Tensor, "n d"], affine: Affine) -> Float[Tensor, "n r"]:
+    return x @ affine.weight + (0 if affine.bias is None else affine.bias)
+
+
+def _relative(square: float, total: float) -> float:
+    """The root of an error's square as part of what it is an error of; of nothing (all weights are 0), nothing."""
+    return (square / total) ** 0.5 if total > 0 else 0.0
 
 
 def letter(name: str) -> str:

@@ -48,8 +48,8 @@ SMALL_REST = 2
 # more, step by step, if it still has no Cholesky factor.
 DAMPING = 50
 DAMPING_STEP, DAMPING_STEPS = 100, 6
-# With fewer rows in X than dimensions the last solve repairs everything; the weights stay positive.
-LEAST_REPAIRABLE = 1e-3
+# With fewer rows in X than dimensions, solving for the rest last leaves nothing; the weights stay positive.
+LEAST_LEFT = 1e-3
 # Rounding an entry m 2^k, 1 <= m < 2, is an error of at most eps 2^k / 2, evenly spread: rms eps / (m sqrt(12)) of it;
 # with m spread evenly over the logarithm, E[1 / m^2] = 3 / (8 ln 2).
 RMS = (3 / (8 * math.log(2)) / 12) ** 0.5
@@ -58,6 +58,11 @@ RMS = (3 / (8 * math.log(2)) / 12) ** 0.5
 def rounding_error(dtype: torch.dtype) -> float:
     """Root mean square relative error of storing numbers in `dtype`."""
     return RMS * torch.finfo(dtype).eps
+
+
+def subnormal_power(dtype: torch.dtype) -> float:
+    """The square below which numbers are rounded as if they were that large: to multiples of the smallest subnormal."""
+    return (torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps) ** 2 / 12 / rounding_error(dtype) ** 2
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,11 @@ class Rest:
     weights: Float[Tensor, "r"]
     dtype: torch.dtype
 
+    def blocks(self) -> list["Rest"]:
+        """Its columns, COLUMNS at a time."""
+        parts = zip(self.matrix.split(COLUMNS, 1), self.weights.split(COLUMNS), strict=True)
+        return [Rest(matrix, weights, self.dtype) for matrix, weights in parts]
+
     def largest(self, passed_weights: Float[Tensor, "d"]) -> float:
         """Max |R|, each row and column scaled by what errors count there."""
         if not self.matrix.shape[1]:
@@ -116,19 +126,22 @@ def round_stream(
     sizes = [dual.weight.shape[0] for dual in stream.duals.values()]
     for (name, dual), part in zip(stream.duals.items(), dual_weights.split(sizes), strict=True):
         rests.append(Rest(dual.weight.T, part, dtypes[name]))
-    # a writer's bias is a row of the stream like any other
+    # where the rest has a bias, it makes up for what becomes of the writers' biases; else those are rows like any other
+    as_rows = stream.rest.bias is None
     rows = [
-        writer.weight if writer.bias is None else torch.cat([writer.weight, writer.bias[None]])
+        torch.cat([writer.weight, writer.bias[None]]) if as_rows and writer.bias is not None else writer.weight
         for writer in stream.writers.values()
     ]
     rounded, rounded_rests = round_seam(rows, rests, weights[stream.kept], [dtypes[name] for name in stream.writers])
     writers, bias = {}, stream.rest.bias
-    for (name, writer), before, after in zip(stream.writers.items(), rows, rounded, strict=True):
+    for (name, writer), after in zip(stream.writers.items(), rounded, strict=True):
         writers[name] = dataclasses.replace(writer, weight=after[: len(writer.weight)])
-        if writer.bias is not None:
-            writers[name] = dataclasses.replace(writers[name], bias=after[-1])
-            if bias is not None:
-                bias = bias + before[-1] @ stream.rest.weight - after[-1] @ rounded_rests[0]
+        if writer.bias is None:
+            continue
+        stored = after[-1] if as_rows else writer.bias.to(dtypes[name]).to(writer.bias.dtype)
+        writers[name] = dataclasses.replace(writers[name], bias=stored)
+        if bias is not None:
+            bias = bias + writer.bias @ stream.rest.weight - stored @ rounded_rests[0]
     duals = {
         name: dataclasses.replace(dual, weight=matrix.T)
         for (name, dual), matrix in zip(stream.duals.items(), rounded_rests[1:], strict=True)
@@ -163,18 +176,12 @@ def round_seam(
     small = all(rest.largest(passed_weights) <= SMALL_REST for rest in rests)
     precise = torch.float32 if small and all(dtype in HALF for dtype in dtypes) else torch.float64
     metric = moment(writers, precise)
-    repairable = 1 - metric.shape[0] / sum(len(writer) for writer in writers)
-    stored, weights = [], []
-    for rest in rests:
-        half = rest.dtype in HALF
-        if half:
-            stored.append(round_rest(shrink(rest, metric, passed_weights), metric, passed_weights))
-        else:
-            stored.append(rest.matrix)
-        # the last solve repairs an error in the d of n dimensions that X spans: it costs the rest's columns less
-        weights.append(rest.weights if half else rest.weights * max(repairable, LEAST_REPAIRABLE))
+    stored = [
+        round_rest(shrink(rest, metric, passed_weights), metric, passed_weights) if rest.dtype in HALF else rest.matrix
+        for rest in rests
+    ]
     after, before = torch.cat(stored, 1), torch.cat([rest.matrix for rest in rests], 1)
-    rest_weights = torch.cat(weights)
+    rest_weights = repaired_weights(rests, left_by_solving(writers))
     joint = joint_metric(after, passed_weights, rest_weights)
     under = factorize(joint, metric.diagonal()).to(precise)
     # X' = X + X (R - R') W_r R'^T M^-1; with a small R, the difference is small enough for fp32
@@ -186,8 +193,19 @@ def round_seam(
     return rounded, stored
 
 
+def left_by_solving(writers: Sequence[Float[Tensor, "_ d"]]) -> float:
+    """Of a rest's squared errors, the part that solving for it last leaves: n rows of X span d of n dimensions."""
+    rows = sum(len(writer) for writer in writers)
+    return max(1 - writers[0].shape[1] / rows, LEAST_LEFT)
+
+
+def repaired_weights(rests: Sequence[Rest], left: float) -> Float[Tensor, "r"]:
+    """What an error of the stream costs in each column of the rests: less where the rest is solved for last."""
+    return torch.cat([rest.weights if rest.dtype in HALF else rest.weights * left for rest in rests])
+
+
 def shrink(rest: Rest, metric: Float[Tensor, "d d"], passed_weights: Float[Tensor, "d"]) -> Rest:
-    """R' = (G + N)^-1 G R = R - (G + N)^-1 N R with N = 2 u^2 diag(G), the noise that X and R will have (step 1).
+    """R' = (G + V)^-1 G R = R - (G + V)^-1 V R with V = 2 u^2 diag(G), the noise that X and R will have (step 1).
 
     A small R stays as it is.
     """
@@ -203,11 +221,18 @@ def round_rest(rest: Rest, metric: Float[Tensor, "d d"], passed_weights: Float[T
     if not rest.matrix.shape[1]:
         return rest.matrix
     rows = factorize(metric, (rest.matrix**2).mean(1))
-    blocks = []
-    for block, weights in zip(rest.matrix.split(COLUMNS, 1), rest.weights.split(COLUMNS), strict=True):
-        columns = factorize(repaired_metric(block, passed_weights, weights), (block**2).mean(0))
-        blocks.append(round_both_ways(block, rows, columns, rest.dtype))
-    return torch.cat(blocks, 1)
+    return torch.cat(
+        [
+            round_both_ways(block.matrix, rows, along_rows(block, passed_weights), block.dtype)
+            for block in rest.blocks()
+        ],
+        1,
+    )
+
+
+def along_rows(rest: Rest, passed_weights: Float[Tensor, "d"]) -> Metric:
+    """N, factorized: the metric under which R is rounded along its rows."""
+    return factorize(repaired_metric(rest.matrix, passed_weights, rest.weights), (rest.matrix**2).mean(0))
 
 
 def moment(writers: Sequence[Float[Tensor, "_ d"]], dtype: torch.dtype = torch.float64) -> Float[Tensor, "d d"]:
@@ -253,10 +278,19 @@ def repaired_metric(rest: Tensor, passed_weights: Tensor, rest_weights: Tensor) 
 
 
 def solve_rest(exact: Sequence[Tensor], rounded: Sequence[Tensor], rest: Tensor) -> Float[Tensor, "d r"]:
-    """Argmin over R' of || X' R' - X R ||, as R + (X'^T X')^-1 X'^T (X - X') R: only the difference is solved for."""
-    owed = torch.zeros_like(rest)
+    """Argmin over R' of || X' R' - X R ||, as R + (X'^T X')^-1 X'^T (X - X') R: only the difference is solved for.
+
+    X is a stream like that of `moment`: a sum of one row of each writer.
+    """
+    owed, afters, lost = torch.zeros_like(rest), [], []
     for before, after in zip(exact, rounded, strict=True):
         owed += after.T @ ((before - after) @ rest) / len(after)
+        afters.append(after.mean(0))
+        lost.append((before - after).mean(0) @ rest)
+    for k, after in enumerate(afters):
+        for other, value in enumerate(lost):
+            if other != k:
+                owed += torch.outer(after, value)
     return rest + torch.cholesky_solve(owed, _root(moment(rounded)))
 
 
@@ -271,7 +305,7 @@ def _root(metric: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
         if not failed:
             return root
         damping *= DAMPING_STEP
-    raise InputError("weights: expected numbers whose squares are finite in fp64, found larger ones")
+    raise InputError("weights: expected numbers whose squares can be summed, found larger ones; scale the model down")
 
 
 def factorize(metric: Float[Tensor, "n n"], power: Float[Tensor, "n"]) -> Metric:

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import scipy.linalg
 from jaxtyping import Float
-from scipy.sparse.linalg import LinearOperator, eigsh
+from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import Tensor
 
 # Up to this many singular values, all of them cost less than a search for two.
@@ -29,7 +29,9 @@ def spectrum(matrix: Float[Tensor, "n m"]) -> Spectrum:
     """Condition number in the 2-norm, and rank as numpy.linalg.matrix_rank counts it, of a matrix in fp64."""
     rows, columns = matrix.shape
     size = min(rows, columns)
-    square = matrix.cpu().numpy() if rows >= columns else matrix.T.cpu().numpy()
+    largest = matrix.abs().max()
+    scaled = (matrix / largest if largest > 0 else matrix).cpu().numpy()  # squares neither over- nor underflow
+    square = scaled if rows >= columns else scaled.T
     if rows != columns:
         square = scipy.linalg.qr(square, mode="r")[0][:size]  # the same singular values
     threshold = max(rows, columns) * np.finfo(np.float64).eps
@@ -56,6 +58,9 @@ def _condition(square: np.ndarray) -> float:
     def operator(apply: Callable[[np.ndarray], np.ndarray]) -> LinearOperator:
         return LinearOperator(square.shape, matvec=apply, dtype=np.float64)
 
-    norm = largest(operator(lambda x: square.T @ (square @ x)))
     solve = partial(scipy.linalg.lu_solve, (lu, pivots), check_finite=False)
-    return norm * largest(operator(lambda x: solve(solve(x, trans=1))))
+    try:
+        norm = largest(operator(lambda x: square.T @ (square @ x)))
+        return norm * largest(operator(lambda x: solve(solve(x, trans=1))))
+    except ArpackError:  # the inverse overflows
+        return float("inf")

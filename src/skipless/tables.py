@@ -9,6 +9,7 @@ from rich.table import Table
 from skipless.auditing import Audit, SeamAudit
 from skipless.bench import Speed
 from skipless.demo import Demo
+from skipless.dtypes import DTYPE_NAMES
 from skipless.fusion import Plan
 from skipless.spectrum import Spectrum
 from skipless.verification import Report
@@ -72,7 +73,8 @@ def _loss_table(seams: Sequence[SeamAudit], title: str) -> Table:
     """Seams of one kind by dtype: the original's error in it, and that of each way; red where that is not safe."""
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("layer", justify="right")
-    dtypes = list(dict.fromkeys(dtype for seam in seams for dtype in seam.original))
+    stored = {dtype for seam in seams for dtype in seam.stored.values()}
+    dtypes = [name for name in DTYPE_NAMES if name in stored or name != "float64"]
     ways = list(dict.fromkeys(way for seam in seams for way in seam.ways))
     for dtype in dtypes:
         table.add_column(dtype, justify="right")
@@ -81,9 +83,8 @@ def _loss_table(seams: Sequence[SeamAudit], title: str) -> Table:
     for seam in seams:
         cells = [str(seam.layer)]
         for dtype in dtypes:
-            own = seam.original.get(dtype, {})
-            cells.append(f"{max(own.values()):.1e}" if own else "")
-            cells += [_loss(seam, way, dtype) if own and way in seam.ways else "" for way in ways]
+            cells.append(f"{max(seam.original[dtype].values()):.1e}")
+            cells += [_loss(seam, way, dtype) if way in seam.ways else "" for way in ways]
         table.add_row(*cells)
     return table
 
@@ -96,8 +97,8 @@ def _loss(seam: SeamAudit, way: str, dtype: str) -> str:
 
 def audit_lines(audit: Audit) -> Iterator[str]:
     """What an audit comes to, in words."""
-    if not audit.seams:
-        yield "nothing left to remove: every seam of this model is closed already"
+    if not any(seam.asked for seam in audit.seams):
+        yield "nothing to remove: every seam of this model is closed already, or left open on request"
         return
     if audit.reason:
         yield f"basis {audit.basis}: {audit.reason}"

@@ -9,6 +9,7 @@ import torch
 from click.testing import CliRunner
 
 from skipless import InputError, cli, fuse
+from skipless.checkpoint.reader import CheckpointReader
 from skipless.checkpoint.writer import CheckpointWriter
 from tests.models import build, edit_config, edit_tensors, save
 
@@ -156,6 +157,12 @@ def test_the_destination_exists(source, tmp_path):
     shutil.rmtree(tmp_path / "fused")
     (tmp_path / "fused").write_text("a file")
     refuse(tmp_path, message="fused: expected a new folder")
+
+
+def test_the_destination_is_looked_at_before_the_weights_are(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(CheckpointReader, "tensor", lambda *_: pytest.fail("a tensor was read"))
+    (tmp_path / "fused").mkdir()
+    refuse(tmp_path, message="fused: expected a new folder, found one that exists")
 
 
 def test_the_destination_is_the_source(source, tmp_path):

@@ -14,6 +14,7 @@ from safetensors import safe_open
 import skipless
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.fusion import make_plan
+from skipless.request import Request
 from tests.models import build, edit_config, load, random_ids, save
 from tests.tolerances import FP64
 
@@ -156,7 +157,7 @@ def test_memory_holds_one_task_at_a_time(tmp_path, monkeypatch):
 
 def test_a_plan_reads_no_tensor_and_tasks_cover_everything_once(source, monkeypatch):
     monkeypatch.setattr(CheckpointReader, "tensor", lambda *_: pytest.fail("a tensor was read"))
-    plan = make_plan(CheckpointReader(source), basis="pivoted")
+    plan = make_plan(CheckpointReader(source), Request("pivoted"))
     reads = [name for task in plan.tasks for name in task.reads]
     writes = [name for task in plan.tasks for name in task.writes]
     assert sorted(reads) == sorted(plan.inputs)
@@ -184,6 +185,15 @@ def test_fusing_twice_is_deterministic(source, tmp_path):
         skipless.fuse(source, tmp_path / name)
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_a_rest_in_fp32_asks_for_pivoted(source, tmp_path):
+    plan = skipless.fuse(source, tmp_path / "fused", dtype="bfloat16", rest_dtype="float32")
+    assert plan.basis == "pivoted"
+    assert plan.reason == "only its rest_proj can be stored in float32"
+    dtypes = {name: info.dtype for name, info in plan.outputs.items() if not info.is_index}
+    assert {dtype for name, dtype in dtypes.items() if "rest_proj" in name} == {torch.float32}
+    assert {dtype for name, dtype in dtypes.items() if "rest_proj" not in name} == {torch.bfloat16}
 
 
 def test_a_fused_model_saves_and_loads_again(source, tmp_path):

@@ -147,6 +147,17 @@ def test_the_rest_is_solved_again_for_the_rounded_stream():
     assert not torch.allclose(rest, expected, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("mean", [0, 1, 5])
+def test_the_rest_is_solved_again_for_sums_of_rows(mean):
+    """Of two writers, as tokens and positions are; every pair of rows is as likely."""
+    exact, rest = [draw(9, 4) + mean, draw(7, 4, seed=1) - mean], draw(4, 3, seed=2)
+    rounded = [cast(writer * 1.001, torch.bfloat16) for writer in exact]
+    x, y = ((a[:, None] + b[None]).flatten(0, 1) for a, b in (exact, rounded))
+    expected = torch.linalg.lstsq(y, x @ rest).solution
+    torch.testing.assert_close(solve_rest(exact, rounded, rest), expected, rtol=1e-8, atol=1e-8)
+    assert not torch.allclose(rest, expected, rtol=1e-8, atol=1e-8)
+
+
 def test_shrinking_is_ridge_regression_on_the_noise():
     x = draw(60, 10) @ torch.diag(torch.logspace(0, -6, 10, dtype=torch.float64)) @ draw(10, 10, seed=3)
     rest, metric = 100 * draw(10, 4), moment([x])
@@ -242,5 +253,5 @@ def test_what_is_rounded_stays_as_it_was(transposed, factor):
 
 def test_numbers_too_large_to_square_are_refused():
     x = draw(20, 4) * 1e200
-    with pytest.raises(InputError, match="weights: expected numbers whose squares are finite in fp64"):
+    with pytest.raises(InputError, match="weights: expected numbers whose squares can be summed"):
         round_seam([x], [Rest(draw(4, 3), torch.ones(3).double(), torch.bfloat16)], torch.ones(4).double(), HALF[:1])

@@ -48,6 +48,17 @@ def test_exactly_singular(matrix):
     assert found.condition > 1e15
 
 
+@pytest.mark.usefixtures("_both_ways")
+@pytest.mark.parametrize("scale", [1e-170, 1e-60, 1e60, 1e160])
+def test_scales(scale):
+    matrix = with_values(np.logspace(0, -3, 20), 20, 20)
+    assert spectrum(scale * matrix).condition == pytest.approx(1e3, rel=1e-3)
+    matrix = scale * torch.eye(20, dtype=torch.float64)
+    matrix[3, 3] = 1e-200
+    assert spectrum(matrix).condition > 1e29
+    assert spectrum(matrix).rank == np.linalg.matrix_rank(matrix.numpy())
+
+
 @given(rows=st.integers(1, 12), columns=st.integers(1, 12), seed=st.integers(0, 99))
 def test_small_matrices(rows, columns, seed):
     matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
