@@ -7,6 +7,7 @@ memory together, and tasks are independent of each other, so that an engine may 
 import copy
 import dataclasses
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -258,8 +259,8 @@ def _merge(plan: Plan, seam: Seam, affines: Mapping[str, Affine]) -> tuple[dict[
     weights = [affine.weight for affine in remaining.values()]
     dtypes = [plan.outputs[f"{name}.weight"].dtype for name in remaining]
     name = str(max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)).removeprefix("torch.")
-    power = sum(weight.square().sum().item() for weight in weights)
-    largest = max(weight.abs().max().item() for weight in weights)
+    power = sum(torch.linalg.vector_norm(weight).item() ** 2 for weight in weights)
+    largest = max(torch.linalg.vector_norm(weight, math.inf).item() for weight in weights)
     return remaining, merged(seam, affines, [name], power, largest).problem("p", name)
 
 

@@ -168,12 +168,6 @@ class OpenStream:
         """Mean squares of q, k and v (and logits), summed over their columns."""
         return {name: (self.moment @ reader * reader).sum().item() for name, reader in self.outputs.items()}
 
-    @cached_property
-    def _bias_powers(self) -> dict[str, float]:
-        """Sums of squares of the readers' biases."""
-        biases = {letter(name): self.affines[name].bias for name in self.readers}
-        return {name: bias.square().sum().item() for name, bias in biases.items() if bias is not None}
-
     def basis(self, way: str) -> Basis:
         """The basis of a way, usable or not."""
         return candidate(self.seam, way, self.readers, self.weights)
@@ -195,36 +189,27 @@ class OpenStream:
 
         stream: as it will be stored in `dtypes` (of each writer and dual, and of "rest").
         """
-        generator = torch.Generator().manual_seed(0)
-        pairs = list(zip(self.seam.writers, self.writers, strict=True))
-        rows = {name: torch.randint(len(weight), (PROBES,), generator=generator) for name, weight in pairs}
-
-        def written(affines: Mapping[str, Affine]) -> Tensor:
-            found = [apply(rows[name].to(weight.device), affines[name]) for name, weight in pairs]
-            return torch.stack(found).sum(0)
-
-        def apply(picked: Tensor, affine: Affine) -> Tensor:
-            return affine.weight[picked] + (0 if affine.bias is None else affine.bias)
-
-        stored = {name: _cast(affine, dtypes[name]) for name, affine in (stream.writers | stream.duals).items()}
-        rest = _cast(stream.rest, dtypes["rest"])
-        x, y = written(self.affines), written(stored)
-        exact = torch.cat([_read(x, self.affines[name]) for name in self.seam.readers], 1)
-        found = torch.cat([y, _read(y, rest)], 1)[:, torch.cat([stream.kept, stream.others]).argsort()]
+        generator, before, after = torch.Generator().manual_seed(0), [], []
+        for name, writer in stream.writers.items():
+            rows = torch.randint(len(writer.weight), (PROBES,), generator=generator).to(writer.weight.device)
+            before.append(_rows(self.affines[name], rows))
+            after.append(_cast(_rows(writer, rows), dtypes[name]))
+        x, y = _sum(before), _sum(after)
+        exact = torch.cat([_read(x, self.affines[name]) for name in self.readers], 1)
+        found = torch.cat([y, _read(y, _cast(stream.rest, dtypes["rest"]))], 1)
+        found = found[:, torch.cat([stream.kept, stream.others]).argsort()]
         parts = (found - exact).split([reader.shape[1] for reader in self.readers.values()], 1)
         lost = {letter(name): part for name, part in zip(self.readers, parts, strict=True)}
-        x = written({name: dataclasses.replace(affine, bias=None) for name, affine in self.affines.items()})
-        powers = {name: (x @ reader).square().sum().item() / PROBES for name, reader in self.outputs.items()}
+        x = torch.stack([rows.weight for rows in before]).sum(0)
+        powers = {name: _mean_square(x @ reader) for name, reader in self.outputs.items()}
         if stream.duals:
-            table = self.seam.writers[0]
-            picked = rows[table].to(x.device)
-            before, after = self.affines[table].weight[picked], stored[table].weight[picked]
-            duals = torch.cat([stored[name].weight.T for name in stream.duals], 1)
-            lost["logits"] = after @ duals - before @ self.outputs["logits"]
-            powers["logits"] = (before @ self.outputs["logits"]).square().sum().item() / PROBES
-        errors = {name: _relative(part.square().sum().item() / PROBES, powers[name]) for name, part in lost.items()}
-        way_found = Way(basis.condition, None, {judged: errors})
-        return Forecast(self.seam, {judged: self._original(judged, powers)}, {way: way_found})
+            duals = [_cast(dual, dtypes[name]).weight.T for name, dual in stream.duals.items()]
+            logits = before[0].weight @ self.outputs["logits"]
+            lost["logits"] = after[0].weight @ torch.cat(duals, 1) - logits
+            powers["logits"] = _mean_square(logits)
+        errors = {name: _relative(_mean_square(part), powers[name]) for name, part in lost.items()}
+        original = {judged: self._original(judged, powers)}
+        return Forecast(self.seam, original, {way: Way(basis.condition, None, {judged: errors})})
 
     def _original(self, dtype: str, powers: Mapping[str, float]) -> dict[str, float]:
         """Relative errors of q, k, v (and logits) when the original's weights are rounded to `dtype`."""
@@ -232,11 +217,11 @@ class OpenStream:
         for name in self.seam.writers:
             if (bias := self.affines[name].bias) is not None:
                 power = power + bias.square()
-        errors = {}
-        for name, reader in self.outputs.items():
-            lost = _noise(power, reader, floor).sum().item()
-            errors[name] = unit * _relative(lost + self._bias_powers.get(name, 0.0), powers[name])
-        return errors
+        lost = {name: _noise(power, reader, floor).sum().item() for name, reader in self.outputs.items()}
+        for name in self.readers:
+            if (bias := self.affines[name].bias) is not None:
+                lost[letter(name)] += bias.square().sum().item()
+        return {name: unit * _relative(square, powers[name]) for name, square in lost.items()}
 
     def _way(self, way: str, basis: Basis, dtypes: Sequence[str], rest_dtype: str | None) -> Way:
         """What the seam closed in a basis, usable or not, loses."""
@@ -259,14 +244,12 @@ class OpenStream:
             rests = [Rest(stream.rest.weight, self.weights[stream.others], torch.promote_types(dtype, finer))]
             largest = rests[0].largest(passed_weights)
             if stream.duals:
-                rests.append(Rest(self._duals(stream), self.dual_weights, dtype))
+                duals = torch.cat([dual.weight.T for dual in stream.duals.values()], 1)
+                rests.append(Rest(duals, self.dual_weights, dtype))
             numbers = max([written, *(rest.matrix.abs().max().item() for rest in rests if rest.matrix.numel())])
             fits = numbers <= torch.finfo(dtype).max
             errors[name] = self._fused(stream, rests, metric, name) if fits else lost
         return Way(basis.condition, largest, errors)
-
-    def _duals(self, stream: Stream) -> Float[Tensor, "d u"]:
-        return torch.cat([dual.weight.T for dual in stream.duals.values()], 1)
 
     def _fused(self, stream: Stream, rests: Sequence[Rest], metric: Tensor, dtype: str) -> dict[str, float]:
         """Relative errors of q, k, v (and logits); metric: E[x^T x] of the closed seam's stream."""
@@ -363,6 +346,21 @@ def _cast(affine: Affine, dtype: torch.dtype) -> Affine:
     """A map as it is stored, in fp64."""
     bias = None if affine.bias is None else affine.bias.to(dtype).double()
     return Affine(affine.weight.to(dtype).double(), bias)
+
+
+def _rows(affine: Affine, rows: Tensor) -> Affine:
+    return dataclasses.replace(affine, weight=affine.weight[rows])
+
+
+def _sum(writers: Sequence[Affine]) -> Float[Tensor, "n d"]:
+    """A stream that each of these writes a row of, with their biases."""
+    parts = [writer.weight if writer.bias is None else writer.weight + writer.bias for writer in writers]
+    return torch.stack(parts).sum(0)
+
+
+def _mean_square(outputs: Float[Tensor, "n r"]) -> float:
+    """Of a row, the sum of its squares, on average."""
+    return outputs.square().sum(1).mean().item()
 
 
 def _read(x: Float[Tensor, "n d"], affine: Affine) -> Float[Tensor, "n r"]:
