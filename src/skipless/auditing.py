@@ -1,5 +1,6 @@
 """What can be removed, and is it safe? Condition numbers, ranks, and the expected error of each way to close each seam.
 
+Of any model: where skips and norms block a seam, of one with the same matrices and without them.
 One seam at a time is in memory, and nothing is written.
 """
 
@@ -9,23 +10,23 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from skipless.checkpoint.reader import CheckpointReader
+from skipless.counting import removable_as_is
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError
 from skipless.prediction import Forecast, Way, forecast, letter
 from skipless.request import AUTO, BASES, REMOVABLE, Request
 from skipless.seams import Seam, seams
-from skipless.source import read_architecture, read_seam
+from skipless.source import open_source, read_seam
 from skipless.spectrum import Spectrum, spectrum
 
 
 @dataclass(frozen=True)
 class SeamAudit:
-    """An open seam. asked: whether it is to be closed. blocked: why it cannot be, or None.
+    """An open seam. asked: whether it is to be closed. blocked: why it cannot be in this model, or None.
 
-    matrices: q, k, v or p -> spectrum, of those that could go. original, ways: as in Forecast. problems: way -> dtype
-    -> why closing it so is not safe. stored: way -> the dtype in which it would be. The last four are empty if it is
-    blocked.
+    matrices: q, k, v or p -> spectrum. original, ways: as in Forecast, for a model with these matrices and without
+    skips and norms; problems: way -> dtype -> why closing it so is not safe; stored: way -> the dtype in which it would
+    be. The last four are empty if even such a model's could not be closed.
     """
 
     kind: str
@@ -43,14 +44,20 @@ class SeamAudit:
 class Audit:
     """Every open seam, and the answer: basis, by which stream seams would be closed, and why; what would not be safe.
 
-    alternatives: options of fuse that would make it safe, if as it was asked for it is not.
+    problems: of this model; if_skipless: of one with its matrices and without skips and norms. alternatives: options of
+    fuse that would make it safe, if as it was asked for it is not. as_is: what can be removed exactly beside seams,
+    weights and biases by kind (counting.removable_as_is); parameters: how many there are in all.
     """
 
+    family: str
     basis: str
     reason: str
     seams: tuple[SeamAudit, ...]
     problems: tuple[str, ...]
+    if_skipless: tuple[str, ...]
     alternatives: tuple[str, ...]
+    as_is: Mapping[str, int]
+    parameters: int
 
     @property
     def safe(self) -> bool:
@@ -69,35 +76,39 @@ def audit(
     device: str = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Audit:
-    """What each open seam of a skipless checkpoint would lose by being closed, and whether `fuse` would be safe.
+    """What each open seam of a checkpoint would lose by being closed, and whether `fuse` would be safe.
 
+    The checkpoint may be of any family that is described (checkpoint/family.py), or a GGUF file: skips and norms block
+    seams, and the forecast is for the same matrices without them.
     What is asked for is what fuse would remove with the same options (request.Request); other seams are reported, too.
     Errors are relative to the root mean square of q, k, v or M's outputs (where a tied table is rewritten, of the
     logits, too), for white inputs of the writers (prediction.py). `progress` is called with the number of seams done
     and their total. Raises InputError for a checkpoint that contradicts its config and for options that make no sense.
     """
-    reader = CheckpointReader(Path(model), device)
-    source = read_architecture(reader)
+    opened = open_source(Path(model), device)
+    source, reader = opened.architecture, opened.reader
+    skipless = source.skipless()
     request = Request(basis, dtype, rest_dtype, tuple(layers_open), tuple(remove))
-    asked = request.seams(source)
-    every = seams(source)
+    asked = request.seams(skipless)
+    every = seams(skipless)
+    refusals = {(seam.kind, seam.layer): seam for seam in seams(source)}
     forecasts: dict[Seam, Forecast] = {}
     audits: dict[Seam, SeamAudit] = {}
     for done, seam in enumerate(every):
         progress(done, len(every))
+        possible = not seam.refusal
         affines = read_seam(source, seam, reader.tensor)
-        names = dict.fromkeys(name for gone in seam.identities.values() for name in gone)
-        matrices = {letter(name): spectrum(affines[name].weight) for name in names}
-        stored = {way: request.stored(reader.tensors, seam, way) for way in seam.identities if not seam.blocked}
+        matrices = seam.readers if seam.kind == "stream" else seam.writers
+        stored = {way: request.stored(reader.tensors, seam, way) for way in seam.identities if possible}
         foretold = Forecast(seam, {}, {})
-        if not seam.blocked:
+        if possible:
             foretold = forecasts[seam] = forecast(seam, affines, DTYPE_NAMES, rest_dtype=rest_dtype)
         audits[seam] = SeamAudit(
             kind=seam.kind,
             layer=seam.layer,
             asked=seam in asked,
-            blocked=seam.blocked,
-            matrices=matrices,
+            blocked=refusals[seam.kind, seam.layer].blocked or refusals[seam.kind, seam.layer].pending,
+            matrices={letter(name): spectrum(affines[name].weight) for name in matrices},
             original=foretold.original,
             ways=foretold.ways,
             problems={
@@ -109,9 +120,9 @@ def audit(
     progress(len(every), len(every))
 
     def answer(request: Request) -> tuple[str, str, dict[Seam, str]]:
-        """The basis, why, and the problems of a request."""
-        asked = request.seams(source)
-        basis, reason = request.decide(source, reader.tensors, asked, forecasts.__getitem__)
+        """The basis, why, and the problems of a request, skips and norms left out."""
+        asked = request.seams(skipless)
+        basis, reason = request.decide(skipless, reader.tensors, asked, forecasts.__getitem__)
         found = {}
         for seam in asked:
             problem = seam.refusal
@@ -123,12 +134,37 @@ def audit(
         return basis, reason, found
 
     basis, reason, found = answer(request)
+    blocked = _refusals(refusals[seam.kind, seam.layer] for seam in asked if not seam.refusal)
+    problems = (*_refusals(found), *(problem for seam, problem in found.items() if not seam.refusal))
     alternatives = []
-    for option, other in _others(request, [seam.layer for seam in found if seam.kind == "stream"]) if found else ():
+    others = _others(request, [seam.layer for seam in found if seam.kind == "stream"])
+    for option, other in others if found and not blocked else ():
         with suppress(InputError):  # a basis that this model cannot have
-            if other.seams(source) and not answer(other)[2]:
+            if other.seams(skipless) and not answer(other)[2]:
                 alternatives.append(option)
-    return Audit(basis, reason, tuple(audits.values()), tuple(found.values()), tuple(alternatives))
+    return Audit(
+        family=opened.family,
+        basis=basis,
+        reason=reason,
+        seams=tuple(audits.values()),
+        problems=(*blocked, *_refusals(found)) if blocked else problems,
+        if_skipless=problems,
+        alternatives=tuple(alternatives),
+        as_is=removable_as_is(source),
+        parameters=sum(info.weights for info in reader.tensors.values() if not info.is_index),
+    )
+
+
+def _refusals(asked: Iterable[Seam]) -> tuple[str, ...]:
+    """Why seams cannot be closed at all: of each kind, the first one's reason."""
+    found: dict[str, list[Seam]] = {}
+    for seam in asked:
+        if seam.refusal:
+            found.setdefault(seam.kind, []).append(seam)
+    return tuple(
+        f"{blocked[0].refusal}{f' (and in {len(blocked) - 1} more layers)' if len(blocked) > 1 else ''}"
+        for blocked in found.values()
+    )
 
 
 def _others(request: Request, layers: Iterable[int]) -> Iterator[tuple[str, Request]]:

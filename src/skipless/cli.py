@@ -1,5 +1,6 @@
 """The command line: parse, call, print. Results go to stdout, everything else to stderr."""
 
+import csv
 import dataclasses
 import json
 import math
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from skipless import __version__
+from skipless.counting import WEIGHT_BYTES
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError
 
@@ -85,6 +87,81 @@ def demo(as_json: bool) -> None:
     sys.exit(0 if result.report.same and result.same_tokens else 1)
 
 
+@main.command("count")
+@click.argument("models", nargs=-1, metavar="[CONFIG|FOLDER|NAME ...]")
+@click.option("--paper", is_flag=True, help="The paper's table, counted again.")
+@click.option("--list", "listed", is_flag=True, help="The names that are known.")
+@click.option(
+    "--dtype", type=click.Choice(tuple(WEIGHT_BYTES)), default="bfloat16", show_default=True, help="Of the weights."
+)
+@click.option(
+    "--cache-dtype",
+    type=click.Choice(tuple(WEIGHT_BYTES)),
+    default="bfloat16",
+    show_default=True,
+    help="Of the KV cache.",
+)
+@click.option("--context", type=click.IntRange(0), default=0, show_default=True, help="Tokens in the cache.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences decoded at once.")
+@click.option("--bandwidth", type=click.FloatRange(0, min_open=True), help="GB/s, with --flops: a roofline.")
+@click.option("--flops", type=click.FloatRange(0, min_open=True), help="Peak TFLOP/s, with --bandwidth.")
+@click.option("--csv", "as_csv", is_flag=True, help="Comma-separated values instead of a table.")
+@click.option("--markdown", "as_markdown", is_flag=True, help="A Markdown table.")
+@as_json
+def count_command(
+    models: tuple[str, ...],
+    paper: bool,
+    listed: bool,
+    dtype: str,
+    cache_dtype: str,
+    context: int,
+    batch: int,
+    bandwidth: float | None,
+    flops: float | None,
+    as_csv: bool,
+    as_markdown: bool,
+    as_json: bool,
+) -> None:
+    """Weights of models, what removing some would save, and how much faster decoding could be.
+
+    Of each: what the paper removes if the model is trained so, what rewriting a skipless version would remove exactly,
+    what could go at most, and what can go from the model as it is.
+    """
+    from skipless import counting as room
+    from skipless import tables
+
+    if sum([bool(models), paper, listed]) != 1:
+        raise InputError("count: expected models, or --paper, or --list")
+    if (bandwidth is None) != (flops is None):
+        raise InputError("count: expected --bandwidth and --flops together, or neither")
+    if listed:
+        known = room.table()
+        out.print(f"as of {known['date']}: {', '.join(known['models'])}", highlight=False)
+        return
+    conditions = room.Conditions(
+        dtype, cache_dtype, context, batch, bandwidth and bandwidth * 1e9, flops and flops * 1e12
+    )
+    if paper:
+        pairs = room.paper()
+        counts = [counted for counted, _ in pairs]
+        rows, notes = tables.paper_rows(pairs), tables.paper_notes(pairs)
+    else:
+        counts = [room.count(model, conditions) for model in models]
+        rows, notes = tables.count_rows(counts), tables.count_notes(counts, conditions)
+    if as_json:
+        found = [counted.to_json() for counted in counts]
+        print_json(found[0] if len(found) == 1 else {"models": found})
+    elif as_csv:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerows(rows)
+    elif as_markdown:
+        click.echo(tables.markdown(rows))
+    else:
+        out.print(tables.count_table(rows))
+        for note in notes:
+            out.print(note, soft_wrap=True, highlight=False, markup=False)
+
+
 def removal_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """What fuse is asked for, and audit asked about."""
     options = [
@@ -126,21 +203,29 @@ def parse_removal(layers_open: str, remove: str, **others: Any) -> dict[str, Any
 @main.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @removal_options
+@click.option("--plot", type=click.Path(path_type=Path), help="Condition numbers by layer, as a .png or .svg.")
 @as_json
-def audit(model: Path, as_json: bool, **removal: Any) -> None:
+def audit(model: Path, plot: Path | None, as_json: bool, **removal: Any) -> None:
     """What can be removed from MODEL, and at what loss? Exit code 1 if what the options ask for is not safe.
+
+    MODEL is a model folder of any family that is known, or a GGUF file. Where its skips and norms block what is asked
+    for, the losses are those of a model with the same matrices and without them.
 
     For every layer: condition numbers of Q, K, V and P, and the relative errors of q, k, v and of M's outputs to expect
     from each way to remove them, stored in each dtype, beside the original's own.
     """
-    from skipless import auditing, tables
+    from skipless import auditing, plotting, tables
 
     options = parse_removal(**removal)
+    if plot is not None:
+        plotting.check(plot)
     with progress_bar("auditing") as progress:
         bar = progress.add_task("", total=None)
         found = auditing.audit(
             model, progress=lambda done, total: progress.update(bar, completed=done, total=total), **options
         )
+    if plot is not None:
+        plotting.plot_conditions(found, plot, f"{model.resolve().stem}: condition numbers")
     if as_json:
         print_json({**dataclasses.asdict(found), "safe": found.safe})
     else:

@@ -246,7 +246,7 @@ def _close_stream(
     dtypes = _dtypes(plan, seam)
     coarsest = max(dtypes.values(), key=lambda dtype: torch.finfo(dtype).eps)
     if coarsest in HALF:
-        stream = round_stream(stream, opened.weights, opened.dual_weights, dtypes)
+        stream = round_stream(stream, opened.weights, opened.extra_weights, dtypes)
     name = str(coarsest).removeprefix("torch.")
     problem = opened.measure(plan.basis, basis, stream, dtypes, name).problem(plan.basis, name)
     widths = {name: weight.shape[1] for name, weight in opened.readers.items()}

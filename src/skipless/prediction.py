@@ -47,8 +47,8 @@ class Way:
 
     condition: estimated condition number, 1-norm, of the columns that become the identity; largest: max|R| of the rest,
     rows and columns scaled by what errors count there (both None in a P-M seam, where nothing is solved for).
-    errors: dtype -> q, k, v (and logits, if the head is tied to the seam's table) or m -> expected relative error as
-    stored in it; infinite if the way cannot be gone or the dtype cannot hold the numbers.
+    errors: dtype -> q, k, v (and logits, if the head is tied to the seam's table; m, in a parallel layer), or m ->
+    expected relative error as stored in it; infinite if the way cannot be gone or the dtype cannot hold the numbers.
     """
 
     condition: float | None
@@ -141,8 +141,9 @@ def merged(seam: Seam, affines: Mapping[str, Affine], dtypes: Sequence[str], pow
 class OpenStream:
     """A stream seam's tensors before it is closed, and what each way to close it would do to what is read from it.
 
-    affines: every module of seam.modules in fp64; ways are the names in seam.identities. weights, dual_weights: what a
-    squared error counts in each column of the readers and of the duals' transposed weights.
+    affines: every module of seam.modules in fp64; ways are the names in seam.identities. weights, extra_weights: what a
+    squared error counts in each column of the readers, and of what else reads the stream: the duals' transposed
+    weights, and the followers.
     """
 
     def __init__(self, seam: Seam, affines: Mapping[str, Affine]):
@@ -150,13 +151,16 @@ class OpenStream:
         self.readers = {name: affines[name].weight for name in seam.readers}
         self.writers = [affines[name].weight for name in seam.writers]
         duals = [affines[name].weight.T for name in seam.duals]
-        parts = noise_weights(self.writers, [*self.readers.values(), *duals])
+        self.followers = [affines[name].weight for name in seam.followers]
+        parts = noise_weights(self.writers, [*self.readers.values(), *duals, *self.followers])
         self.weights = torch.cat(parts[: len(self.readers)])
-        self.dual_weights = torch.cat([*parts[len(self.readers) :], self.weights[:0]])
+        self.extra_weights = torch.cat([*parts[len(self.readers) :], self.weights[:0]])
         # everything that reads the stream; a tied head reads it through the duals
         self.outputs = {letter(name): reader for name, reader in self.readers.items()}
         if duals:
             self.outputs["logits"] = torch.cat(duals, 1)
+        if self.followers:
+            self.outputs["m"] = torch.cat(self.followers, 1)
 
     @cached_property
     def moment(self) -> Float[Tensor, "d d"]:
@@ -236,6 +240,7 @@ class OpenStream:
         stream = close_stream(self.seam, {**self.affines, **bare}, basis)
         chosen = torch.cat(list(self.readers.values()), 1)[:, basis.columns]
         metric = chosen.T @ self.moment @ chosen
+        extra = [dual.weight.T for dual in stream.duals.values()] + [basis.solve(m) for m in self.followers]
         passed_weights, errors, largest = self.weights[stream.kept], {}, 0.0
         written = max(_reach(writer, chosen) for writer in self.writers)
         for name in dtypes:
@@ -243,9 +248,8 @@ class OpenStream:
             finer = dtype if rest_dtype is None or way != "pivoted" else getattr(torch, rest_dtype)
             rests = [Rest(stream.rest.weight, self.weights[stream.others], torch.promote_types(dtype, finer))]
             largest = rests[0].largest(passed_weights)
-            if stream.duals:
-                duals = torch.cat([dual.weight.T for dual in stream.duals.values()], 1)
-                rests.append(Rest(duals, self.dual_weights, dtype))
+            if extra:
+                rests.append(Rest(torch.cat(extra, 1), self.extra_weights, dtype))
             numbers = max([written, *(rest.matrix.abs().max().item() for rest in rests if rest.matrix.numel())])
             fits = numbers <= torch.finfo(dtype).max
             errors[name] = self._fused(stream, rests, metric, name) if fits else lost
@@ -266,10 +270,10 @@ class OpenStream:
             noise = [_noise(metric.diagonal() + power, rest.matrix, floor) for rest in rests]
             others = unit**2 * torch.cat(noise, 1).sum(0)
         passed = passed + unit**2 * power
-        own, duals = others[: len(stream.others)], others[len(stream.others) :]
+        own, extra = others[: len(stream.others)], others[len(stream.others) :]
         if rest_bias is not None:
             own = own + unit**2 * rest_bias.square()
-        squares = torch.cat([torch.cat([passed, own])[torch.cat([stream.kept, stream.others]).argsort()], duals])
+        squares = torch.cat([torch.cat([passed, own])[torch.cat([stream.kept, stream.others]).argsort()], extra])
         parts = squares.split([reader.shape[1] for reader in self.outputs.values()])
         return {
             name: _relative(part.sum().item(), self.powers[name])

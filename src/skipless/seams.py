@@ -23,8 +23,9 @@ class Seam:
     identities: name of a way to close the seam -> the modules that go. A way by which one module goes makes it the
         identity; by "pivoted", `width` columns of the readers [Q|K|V] become the identity, the other columns one
         module, `rest`, and `order` is the index tensor that puts the outputs back in their places.
+    followers: further readers, which take in the basis and keep their shape (M, where it stands beside the attention).
     saves: weights (biases and indices not counted) that closing it removes.
-    blocked: why the seam cannot be closed; None if it can.
+    blocked: why the seam cannot be closed; None if it can. pending: why fuse cannot close it yet, although it can be.
     """
 
     kind: str
@@ -38,7 +39,9 @@ class Seam:
     duals: tuple[str, ...] = ()
     rest: str = ""
     order: str = ""
+    followers: tuple[str, ...] = ()
     blocked: str | None = None
+    pending: str | None = None
 
     def way(self, basis: str) -> str:
         """How it is closed when stream seams are closed by `basis`; a P-M seam has only one way."""
@@ -51,12 +54,13 @@ class Seam:
     @property
     def refusal(self) -> str | None:
         """Why it cannot be closed, in a sentence, or None."""
-        return self.blocked and f"the {self.kind} seam of layer {self.layer} is blocked by {self.blocked}"
+        reason = self.blocked or self.pending
+        return reason and f"the {self.kind} seam of layer {self.layer} is blocked by {reason}"
 
     @property
     def modules(self) -> tuple[str, ...]:
         """Every module that closing the seam reads or rewrites."""
-        return (*self.writers, *self.readers, *self.duals)
+        return (*self.writers, *self.readers, *self.followers, *self.duals)
 
 
 def seams(architecture: Architecture) -> list[Seam]:
@@ -97,17 +101,21 @@ def closed(architecture: Architecture, closing: Iterable[Seam], basis: str) -> A
 
 
 def _stream_seam(architecture: Architecture, layer: int) -> Seam:
-    """Seam i of identities "stream": written by the embeddings (i = 0) or O of layer i - 1, read by Q, K, V."""
+    """Seam i of identities "stream": written by the embeddings (i = 0) or O of layer i - 1, read by Q, K, V.
+
+    In a parallel layer P writes it, too, and M reads it.
+    """
     attention = f"model.layers.{layer}.self_attn"
     duals: tuple[str, ...] = ()
     if layer:
-        writers: tuple[str, ...] = (f"model.layers.{layer - 1}.mlp.down_proj",)
+        writers = _outputs(architecture, layer - 1)
     else:
-        writers = ("model.embed_tokens",)
+        writers = ("model.project_in" if architecture.embedding_size else "model.embed_tokens",)
         if architecture.position_type == "learned":
             writers += ("model.position_embeddings",)
-        if architecture.tie_word_embeddings:
-            duals = (f"model.layers.{architecture.num_hidden_layers - 1}.mlp.down_proj",)
+        if architecture.tie_word_embeddings and not architecture.embedding_size:
+            duals = _outputs(architecture, architecture.num_hidden_layers - 1)
+    parallel = architecture.block_type == "parallel"
     blocked = None
     if architecture.residual != "none":
         blocked = (
@@ -117,7 +125,7 @@ def _stream_seam(architecture: Architecture, layer: int) -> Seam:
     elif architecture.norm_type != "none":
         blocked = (
             f"norm_type {architecture.norm_type!r}: model.layers.{layer}.input_layernorm stands between "
-            f"{' and '.join(writers)} and q, k, v_proj, and is not linear"
+            f"{' and '.join(writers[:2])} and q, k, v_proj, and is not linear"
         )
     d, widths = architecture.hidden_size, architecture.projections
     identities: dict[str, tuple[str, ...]] = {
@@ -143,32 +151,50 @@ def _stream_seam(architecture: Architecture, layer: int) -> Seam:
         saves=d**2,
         bias_takers=writers[:1],
         duals=duals,
+        followers=architecture.ffn_readers(layer) if parallel else (),
         blocked=blocked,
     )
 
 
+def _outputs(architecture: Architecture, layer: int) -> tuple[str, ...]:
+    """What a layer writes its output with."""
+    attention = f"model.layers.{layer}.self_attn.o_proj"
+    outputs = tuple(f"{ffn}.down_proj" for ffn in architecture.experts(layer))
+    return (*outputs, attention) if architecture.block_type == "parallel" else outputs
+
+
 def _p_seam(architecture: Architecture, layer: int) -> Seam:
-    """Written by P, read by M (and the gate): M* = P M. Worth it when P is not wider than the stream (D <= d)."""
+    """Written by P, read by M (and the gate; router and experts): M* = P M.
+
+    Where P is wider than the stream (D > d), merging would cost weights, and d of P's rows become the identity instead.
+    """
     d, heads = architecture.hidden_size, architecture.query_width
-    mlp = f"model.layers.{layer}.mlp"
     o_proj = f"model.layers.{layer}.self_attn.o_proj"
-    readers = (f"{mlp}.gate_proj", f"{mlp}.up_proj") if architecture.ffn_type == "glu" else (f"{mlp}.up_proj",)
-    blocked = None
-    if architecture.residual != "none":
+    readers = architecture.ffn_readers(layer)
+    shown = " and ".join(readers) if len(readers) < 3 else f"model.layers.{layer}.mlp's router and experts"
+    blocked = pending = None
+    if architecture.block_type == "parallel":
+        blocked = (
+            f"block_type 'parallel': {o_proj}'s output is added to the FFN's, and nothing reads it alone; from each "
+            f"stream seam d^2 weights go, of Q, K, V or of P, not of both"
+        )
+    elif architecture.residual != "none":
         blocked = (
             f"residual {architecture.residual!r}: a skip connection joins or leaves the stream between {o_proj} and "
-            f"{' and '.join(readers)}"
+            f"{shown}"
         )
     elif architecture.norm_type != "none":
         blocked = (
             f"norm_type {architecture.norm_type!r}: model.layers.{layer}.post_attention_layernorm stands between "
-            f"{o_proj} and {' and '.join(readers)}, and is not linear"
+            f"{o_proj} and {shown}, and is not linear"
         )
     elif heads > d:
-        blocked = (
-            f"{o_proj} is ({d}, {heads}): merging it would make {' and '.join(readers)} larger, as heads * head_dim "
+        pending = (
+            f"{o_proj} is ({d}, {heads}): merging it would make {shown} larger, as heads * head_dim "
             f"({heads}) exceeds hidden_size ({d}); close the others with --remove stream"
         )
+    routed = architecture.has_experts(layer)
+    width = (len(readers) - routed) * architecture.ffn_width(layer) + routed * architecture.num_local_experts
     return Seam(
         kind="p",
         layer=layer,
@@ -177,6 +203,7 @@ def _p_seam(architecture: Architecture, layer: int) -> Seam:
         readers=readers,
         identities={"p": (o_proj,)},
         bias_takers=readers,
-        saves=heads * d + len(readers) * (d - heads) * architecture.intermediate_size,
+        saves=d**2 if heads > d else heads * d + (d - heads) * width,
         blocked=blocked,
+        pending=pending,
     )

@@ -1,14 +1,79 @@
-"""A skipless checkpoint as the algebra sees it: an architecture, and modules as maps in fp64."""
+"""A checkpoint as the algebra sees it: an architecture, canonical tensors, and modules as maps in fp64."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from skipless.architecture import Architecture, Module
-from skipless.checkpoint.reader import CheckpointReader
+from skipless.checkpoint import family, gguf_file
+from skipless.checkpoint.headers import Folder
+from skipless.checkpoint.reader import CheckpointReader, TensorInfo
 from skipless.eliminate import Affine
 from skipless.errors import InputError
 from skipless.seams import Seam
+
+
+class Reader(Protocol):
+    """Tensors by their canonical names; `tensors`: what is known of them before they are read."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one. Raises InputError if it cannot be read, or holds NaN or infinity."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint of any family that has been opened, its headers agreeing with its config."""
+
+    family: str
+    architecture: Architecture
+    reader: Reader
+
+
+class Canonical:
+    """Another family's checkpoint, by our names: parts of fused tensors, in the orientation of nn.Linear."""
+
+    def __init__(self, reader: Reader, layout: family.Layout):
+        self._reader, self._layout = reader, layout
+        shapes = layout.architecture.tensors()
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: TensorInfo(shape, (first := reader.tensors[layout.places[name].tensors[0]]).dtype, first.shard)
+            for name, shape in shapes.items()
+        }
+
+    def tensor(self, name: str) -> torch.Tensor:
+        place = self._layout.places[name]
+        parts = [self._reader.tensor(stored) for stored in place.tensors]
+        whole = parts[0].T if place.transposed else torch.cat(parts) if len(parts) > 1 else parts[0]
+        rows = torch.cat([whole[start:stop] for start, stop in place.rows]) if place.rows else whole
+        return rows.reshape(self.tensors[name].shape).contiguous()
+
+
+def open_source(path: Path, device: str = "cpu") -> Source:
+    """Any checkpoint: a skipless model folder, one of a family that is described, or a GGUF file.
+
+    Raises InputError for what cannot be opened, for a model_type that no family describes, and for the first tensor
+    that contradicts the config.
+    """
+    if path.suffix == ".gguf":
+        file = gguf_file.GGUFReader(path)
+        architecture, found = family.read(file.config), family.find(file.config)
+        layout = family.Layout.of(found, architecture, file.headers)
+        file.check(layout.shapes, ignores=layout.ignores)
+        return Source(found.model_types[0], architecture, Canonical(file, layout))
+    folder = Folder(path)
+    if folder.config.get("model_type") == "skipless":
+        reader = CheckpointReader(path, device)
+        return Source("skipless", read_architecture(reader), reader)
+    found, architecture = family.find(folder.config), family.read(folder.config)
+    layout = family.Layout.of(found, architecture, folder.headers)
+    folder.check(layout.shapes, ignores=layout.ignores)
+    return Source(found.model_types[0], architecture, Canonical(CheckpointReader(path, device, layout.ignores), layout))
 
 
 def read_architecture(reader: CheckpointReader) -> Architecture:

@@ -1,18 +1,24 @@
 """Results as tables for people (rich)."""
 
-from collections.abc import Iterator, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from skipless.auditing import Audit, SeamAudit
-from skipless.bench import Speed
-from skipless.demo import Demo
+from skipless.counting import Conditions, Count, Removal
 from skipless.dtypes import DTYPE_NAMES
-from skipless.fusion import Plan
-from skipless.spectrum import Spectrum
-from skipless.verification import Report
+
+if TYPE_CHECKING:  # so that counting loads no torch
+    from skipless.auditing import Audit, SeamAudit
+    from skipless.bench import Speed
+    from skipless.demo import Demo
+    from skipless.fusion import Plan
+    from skipless.spectrum import Spectrum
+    from skipless.verification import Report
 
 MEGABYTE = 10**6
 
@@ -66,15 +72,17 @@ def audit_tables(audit: Audit) -> Iterator[Table]:
     yield table
     for kind, what in (("stream", "q, k, v"), ("p", "M's outputs")):
         if seams := [seam for seam in audit.seams if seam.kind == kind and seam.ways]:
-            yield _loss_table(seams, f"relative error of {what}: original's, and multiples")
+            stored = {dtype for seam in seams for dtype in seam.stored.values()}
+            dtypes = [name for name in DTYPE_NAMES if name in stored or name != "float64"]
+            wide = any(len(seam.ways) > 2 for seam in seams)  # more than a terminal holds side by side
+            for shown in [[dtype] for dtype in dtypes] if wide else [dtypes]:
+                yield _loss_table(seams, shown, f"relative error of {what}: original's, and multiples")
 
 
-def _loss_table(seams: Sequence[SeamAudit], title: str) -> Table:
+def _loss_table(seams: Sequence[SeamAudit], dtypes: Sequence[str], title: str) -> Table:
     """Seams of one kind by dtype: the original's error in it, and that of each way; red where that is not safe."""
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("layer", justify="right")
-    stored = {dtype for seam in seams for dtype in seam.stored.values()}
-    dtypes = [name for name in DTYPE_NAMES if name in stored or name != "float64"]
     ways = list(dict.fromkeys(way for seam in seams for way in seam.ways))
     for dtype in dtypes:
         table.add_column(dtype, justify="right")
@@ -107,6 +115,13 @@ def audit_lines(audit: Audit) -> Iterator[str]:
         yield f"safe instead: {' or '.join(audit.alternatives)}"
     if audit.safe:
         yield "[green]safe to remove[/], with the same options: skipless fuse"
+    elif audit.problems != audit.if_skipless:
+        yield from (f"nor without skips and norms: {escape(problem)}" for problem in audit.if_skipless)
+        if not audit.if_skipless:
+            yield "a model with these matrices and without skips and norms could be rewritten safely"
+    parts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in audit.as_is.items() if count)
+    total = sum(audit.as_is.values())
+    yield f"exact in this very model, beside seams: {total:,} ({total / audit.parameters:.2%}): {parts}"
 
 
 def _condition(found: Spectrum) -> str:
@@ -187,3 +202,126 @@ def demo_table(demo: Demo) -> Table:
 
 def _megabytes(size: int) -> str:
     return f"{size / MEGABYTE:,.1f} MB"
+
+
+def count_rows(counts: Sequence[Count]) -> list[tuple[str, ...]]:
+    """A table of counts: the models' names, then what is counted and each model's, in words; "" between groups."""
+    rows = [("", *(count.name for count in counts))]
+
+    def add(label: str, value: Callable[[Count], object]) -> None:
+        found = [value(count) for count in counts]
+        rows.append((label, *(f"{item:,}" if isinstance(item, int) else str(item) for item in found)))
+
+    def shape(count: Count) -> str:
+        a = count.architecture
+        attention = "MHA" if a.query_width == a.value_width else "MQA" if a.num_key_value_heads == 1 else "GQA"
+        ffn = f"{a.num_local_experts} experts" if a.ffn_type == "moe" else a.ffn_type.upper()
+        return f"{a.block_type}, {attention}, {ffn}"
+
+    add("family", lambda count: count.family)
+    add("layer", shape)
+    add("d, layers", lambda count: f"{count.architecture.hidden_size:,}, {count.architecture.num_hidden_layers}")
+    add(
+        "heads, kv heads, head_dim",
+        lambda count: (
+            f"{count.architecture.num_attention_heads}, {count.architecture.num_key_value_heads}, "
+            f"{count.architecture.head_dim}"
+        ),
+    )
+    add(
+        "e, f, vocabulary",
+        lambda count: (
+            f"{count.architecture.value_width:,}, {count.architecture.intermediate_size:,}, "
+            f"{count.architecture.vocab_size:,}"
+        ),
+    )
+    for letter in "qkvpmo":
+        rows.append((f"{letter.upper()} a layer", *(f"{count.per_layer[letter]:,}" for count in counts)))
+    add("embeddings", lambda count: f"{count.embeddings:,}{' (tied)' * count.architecture.tie_word_embeddings}")
+    add("weights", lambda count: count.weights)
+    add("parameters", lambda count: count.parameters)
+    for name, what in (("qp", "Q and P"), ("kp", "K and P"), ("vp", "V and P")):
+        rows.append((f"without {what}, trained so", *(_removal(count.nominal[name]) for count in counts)))
+    add("exactly, if skipless", lambda count: _removal(count.exact))
+    add("at most, if skipless", lambda count: f"{count.limit:,} ({count.limit / count.weights:.1%})")
+    add("exactly, as it is", lambda count: f"{(gone := sum(count.as_is.values())):,} ({gone / count.parameters:.1%})")
+    return rows
+
+
+def count_notes(counts: Sequence[Count], conditions: Conditions) -> Iterator[str]:
+    """What the numbers of count_rows mean, and what stays."""
+    machine = ""
+    if conditions.bandwidth and conditions.peak:
+        machine = f", at {conditions.bandwidth / 1e9:g} GB/s and {conditions.peak / 1e12:g} TFLOP/s (roofline)"
+    yield (
+        f"speed-up: decoding at batch {conditions.batch} with {conditions.context:,} tokens of context, by what is "
+        f"read of {conditions.dtype} weights and {conditions.cache_dtype} cache{machine}"
+    )
+    for count in counts:
+        for reason in count.exact.blocked:
+            yield f"{count.name}, if skipless: {reason}"
+        if count.architecture.query_width != count.architecture.hidden_size:
+            yield f"{count.name}: Q is not square, so 'trained so' counts Q and P without saying what replaces them"
+
+
+def paper_rows(pairs: Sequence[tuple[Count, Count]]) -> list[tuple[str, ...]]:
+    """The paper's table, arXiv:2404.12362."""
+    counts = [counted for counted, _ in pairs]
+    rows = [("", *(count.name for count in counts))]
+
+    def add(label: str, *values: str) -> None:
+        rows.append((label, *values))
+
+    def billions(weights: int) -> str:
+        return f"{weights / 1e9:.1f}B"
+
+    add("d, layers", *(f"{c.architecture.hidden_size}, {c.architecture.num_hidden_layers}" for c in counts))
+    add(
+        "heads, kv heads",
+        *(f"{c.architecture.num_attention_heads}, {c.architecture.num_key_value_heads}" for c in counts),
+    )
+    add("e", *(f"{c.architecture.value_width}" for c in counts))
+    add("f, vocab", *(f"{c.architecture.intermediate_size}, {c.architecture.vocab_size}" for c in counts))
+    for label, letters in (("Q+P a layer", "qp"), ("K+V a layer", "kv"), ("FFN a layer", "mo")):
+        add(label, *(f"{sum(c.per_layer[letter] for letter in letters):,}" for c in counts))
+    add("embeddings (in + out)", *(f"{c.embeddings:,}" for c in counts))
+    add("total", *(billions(c.weights) for c in counts))
+    left = [c.weights - c.parts["q"] - c.parts["p"] for c in counts]
+    add("total without Q+P", *(billions(weights) for weights in left))
+    add("saved", *(f"{1 - weights / c.weights:.0%}" for c, weights in zip(counts, left, strict=True)))
+    ratios = [c.weights / weights for c, weights in zip(counts, left, strict=True)]
+    add("possible batch-1 decode speed-up", *(f"{ratio:.2f}x" for ratio in ratios))
+    return rows
+
+
+def paper_notes(pairs: Sequence[tuple[Count, Count]]) -> Iterator[str]:
+    """Where a published config differs from what the paper counts."""
+    yield "the paper's speed-up is the ratio of all weights, embeddings included"
+    for counted, published in pairs:
+        if (theirs := counted.architecture.vocab_size) != (ours := published.architecture.vocab_size):
+            yield (
+                f"{counted.name}: the paper's vocabulary is {theirs:,}, the published config's {ours:,}: its "
+                f"embeddings have {published.embeddings:,} weights"
+            )
+
+
+def count_table(rows: Sequence[tuple[str, ...]]) -> Table:
+    """Rows of count_rows or paper_rows for a terminal."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for index, column in enumerate(rows[0]):
+        table.add_column(column, justify="right" if index else "left", overflow="fold")
+    for row in rows[1:]:
+        table.add_row(*row)
+    return table
+
+
+def markdown(rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows as a Markdown table."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], f"|---|{'---:|' * (len(rows[0]) - 1)}", *lines[1:]])
+
+
+def _removal(removal: Removal | None) -> str:
+    if removal is None:
+        return "-"
+    return f"{removal.removed:,} ({removal.saving:.1%}), {removal.speedup:.2f}x"

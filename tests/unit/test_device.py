@@ -18,7 +18,7 @@ def close(seam, affines, way, dtype):
     opened = OpenStream(seam, affines)
     stream = opened.close(opened.basis(way))
     forecasts = opened.forecast(DTYPES, {way: opened.basis(way)})
-    rounded = round_stream(stream, opened.weights, opened.dual_weights, {"o": dtype, "rest": dtype})
+    rounded = round_stream(stream, opened.weights, opened.extra_weights, {"o": dtype, "rest": dtype})
     widths = {name: affines[name].weight.shape[1] for name in seam.readers}
     return modules(seam, way, rounded, widths), column_order(rounded), forecasts
 

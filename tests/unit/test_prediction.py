@@ -38,7 +38,7 @@ def test_what_closing_a_seam_does(name, way, condition, rows):
     opened = OpenStream(seam, affines)
     stream = opened.close(opened.basis(way))
     if dtype in HALF:
-        rounded = round_stream(stream, opened.weights, opened.dual_weights, {"o": dtype, "rest": dtype})
+        rounded = round_stream(stream, opened.weights, opened.extra_weights, {"o": dtype, "rest": dtype})
         measured = outputs(rounded, affines)
     else:
         measured = outputs(stream, affines, o=cast(stream.writers["o"], dtype), rest=cast(stream.rest, dtype))
@@ -126,7 +126,7 @@ def test_what_closing_a_seam_does_to_a_tied_head(name, way, condition):
     stream = opened.close(opened.basis(way))
     if dtype in HALF:
         dtypes = {"o": dtype, "rest": dtype, "last": dtype}
-        stream = round_stream(stream, opened.weights, opened.dual_weights, dtypes)
+        stream = round_stream(stream, opened.weights, opened.extra_weights, dtypes)
     table, dual = cast(stream.writers["o"], dtype).weight, cast(stream.duals["last"], dtype).weight
     exact = affines["last"].weight @ affines["o"].weight.T
     measured = torch.linalg.norm(dual @ table.T - exact) / torch.linalg.norm(exact)
@@ -156,7 +156,7 @@ def test_a_rest_in_fp32(name, rows):
     opened = OpenStream(seam, affines)
     stream = opened.close(opened.basis("pivoted"))
     dtypes = {"o": dtype, "rest": torch.float32}
-    measured = outputs(round_stream(stream, opened.weights, opened.dual_weights, dtypes), affines)
+    measured = outputs(round_stream(stream, opened.weights, opened.extra_weights, dtypes), affines)
     predicted = forecast(seam, affines, [name], ["pivoted"], "float32").ways["pivoted"].errors[name]
     assert {letter(module): pytest.approx(error, rel=0.2) for module, error in measured.items()} == predicted
     in_half = forecast(seam, affines, [name], ["pivoted"]).ways["pivoted"].errors[name]
@@ -176,7 +176,7 @@ def test_numbers_too_small_for_fp16(scale_o, scale_readers):
     for way in ("q", "pivoted"):
         stream = opened.close(opened.basis(way))
         dtypes = {"o": torch.float16, "rest": torch.float16}
-        measured = outputs(round_stream(stream, opened.weights, opened.dual_weights, dtypes), affines)
+        measured = outputs(round_stream(stream, opened.weights, opened.extra_weights, dtypes), affines)
         for name, error in measured.items():
             assert found.ways[way].errors["float16"][letter(name)] == pytest.approx(error, rel=0.3)
 
@@ -203,7 +203,7 @@ def test_a_sample_measures_what_the_whole_loses(tied, biased, name, way):
     stream = opened.close(basis)
     dtypes = dict.fromkeys(("o", "rest", "last"), dtype)
     if dtype in HALF:
-        stream = round_stream(stream, opened.weights, opened.dual_weights, dtypes)
+        stream = round_stream(stream, opened.weights, opened.extra_weights, dtypes)
     measured = opened.measure(way, basis, stream, dtypes, name)
     expected = opened.forecast([name], {way: basis})
     for kind in (measured.original[name], measured.ways[way].errors[name]):

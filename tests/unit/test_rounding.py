@@ -179,7 +179,7 @@ def test_pivoted_and_rounded_q_k_v_are_as_good_as_the_originals(dtype, rest_dtyp
     opened = OpenStream(seam, affines)
     stream = opened.close(opened.basis("pivoted"))
     dtypes = {"o": dtype, "rest": rest_dtype or dtype}
-    rounded = round_stream(stream, opened.weights, opened.dual_weights, dtypes)
+    rounded = round_stream(stream, opened.weights, opened.extra_weights, dtypes)
     assert torch.equal(rounded.writers["o"].weight, cast(rounded.writers["o"].weight, dtype))
     own = relative_errors(affines, {name: Affine(cast(affine.weight, dtype)) for name, affine in affines.items()})
     found = outputs(rounded, affines)
@@ -195,7 +195,7 @@ def test_by_an_ill_conditioned_q_it_is_ten_times_better_than_a_cast(dtype):
     seam, affines = gaussian_layer(width=256, condition=1e5)
     opened = OpenStream(seam, affines)
     stream = opened.close(opened.basis("q"))
-    rounded = round_stream(stream, opened.weights, opened.dual_weights, {"o": dtype, "rest": dtype})
+    rounded = round_stream(stream, opened.weights, opened.extra_weights, {"o": dtype, "rest": dtype})
     plain = {"o": Affine(cast(stream.writers["o"].weight, dtype)), "rest": Affine(cast(stream.rest.weight, dtype))}
     found, control = outputs(rounded, affines), outputs(stream, affines, **plain)
     own = relative_errors(affines, {name: Affine(cast(affine.weight, dtype)) for name, affine in affines.items()})
@@ -209,7 +209,7 @@ def test_a_small_vocabulary(dtype, rows):
     seam, affines = gaussian_layer(width=64, rows=rows)
     opened = OpenStream(seam, affines)
     rounded = round_stream(
-        opened.close(opened.basis("pivoted")), opened.weights, opened.dual_weights, {"o": dtype, "rest": dtype}
+        opened.close(opened.basis("pivoted")), opened.weights, opened.extra_weights, {"o": dtype, "rest": dtype}
     )
     assert max(outputs(rounded, affines).values()) < 4 * torch.finfo(dtype).eps
 
@@ -225,7 +225,7 @@ def test_dead_weights_stay_dead(dead, dtype):
         affines[dead].weight[:] = 0
     opened = OpenStream(seam, affines)
     rounded = round_stream(
-        opened.close(opened.basis("pivoted")), opened.weights, opened.dual_weights, {"o": dtype, "rest": dtype}
+        opened.close(opened.basis("pivoted")), opened.weights, opened.extra_weights, {"o": dtype, "rest": dtype}
     )
     found = outputs(rounded, affines)
     assert all(error < 4 * torch.finfo(dtype).eps for error in found.values())
@@ -236,7 +236,7 @@ def test_biases_are_carried_through_rounding():
     seam, affines = gaussian_layer(width=64, biased=True)
     opened = OpenStream(seam, affines)
     stream = opened.close(opened.basis("pivoted"))
-    rounded = round_stream(stream, opened.weights, opened.dual_weights, {"o": torch.bfloat16, "rest": torch.bfloat16})
+    rounded = round_stream(stream, opened.weights, opened.extra_weights, {"o": torch.bfloat16, "rest": torch.bfloat16})
     assert max(outputs(rounded, affines).values()) < 4 * torch.finfo(torch.bfloat16).eps
     assert max(outputs(rounded, affines, o=Affine(rounded.writers["o"].weight)).values()) > 0.1
 

@@ -99,5 +99,5 @@ def test_a_seam_left_open_can_be_closed_later():
 )
 def test_a_blocked_seam_says_why(fields, kind, reason):
     seam = next(seam for seam in seams(architecture(**fields)) if seam.kind == kind and seam.layer == 1)
-    assert seam.blocked
-    assert re.search(reason, seam.blocked)
+    assert seam.refusal
+    assert re.search(reason, seam.refusal)

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from skipless.checkpoint.reader import DTYPES, INDEX, SINGLE, TensorInfo
+from skipless.checkpoint.headers import INDEX, SINGLE
+from skipless.checkpoint.reader import DTYPES, TensorInfo
 from skipless.errors import InputError
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}

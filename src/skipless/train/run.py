@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, get_wsd_schedule, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from skipless.checkpoint.reader import read_json_object
+from skipless.checkpoint.headers import read_json_object
 from skipless.errors import InputError
 from skipless.model import SkiplessConfig, SkiplessForCausalLM
 from skipless.quiet import no_library_bars

@@ -1,0 +1,10 @@
+"""Gemma 1: wide heads, tied embeddings."""
+
+from skipless.checkpoint.family import LLAMA_DEFAULTS, LLAMA_FIELDS, LLAMA_FIXED, Family
+
+FAMILY = Family(
+    model_types=("gemma",),
+    fields={**LLAMA_FIELDS, "attention_bias": "attention_bias"},
+    defaults={**LLAMA_DEFAULTS, "head_dim": 256, "tie_word_embeddings": True, "attention_bias": False},
+    fixed=LLAMA_FIXED,
+)

@@ -1,0 +1,32 @@
+"""GPT-2: linear layers stored (inputs, outputs), learned positions."""
+
+from skipless.checkpoint.family import GPT_DEFAULTS, GPT_FIELDS, Family
+
+FAMILY = Family(
+    model_types=("gpt2",),
+    fields={**GPT_FIELDS, "max_position_embeddings": ("n_positions", "max_position_embeddings")},
+    defaults=GPT_DEFAULTS,
+    fixed={
+        "residual": "both",
+        "norm_type": "layer",
+        "ffn_type": "mlp",
+        "position_type": "learned",
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    prefixes=("transformer.", ""),
+    layers="h.{i}",
+    names={
+        "model.embed_tokens": "wte",
+        "model.position_embeddings": "wpe",
+        "model.norm": "ln_f",
+        "input_layernorm": "ln_1",
+        "post_attention_layernorm": "ln_2",
+        "self_attn.qkv_proj": "attn.c_attn",
+        "self_attn.o_proj": "attn.c_proj",
+        "mlp.up_proj": "mlp.c_fc",
+        "mlp.down_proj": "mlp.c_proj",
+    },
+    transposed=True,
+    ignored=(".attn.bias", ".attn.masked_bias"),
+)

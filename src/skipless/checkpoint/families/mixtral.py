@@ -1,0 +1,20 @@
+"""Mixtral: Mistral with experts."""
+
+from skipless.checkpoint.family import LLAMA_DEFAULTS, LLAMA_FIELDS, LLAMA_FIXED, Family
+
+FAMILY = Family(
+    model_types=("mixtral",),
+    fields={
+        **LLAMA_FIELDS,
+        "num_local_experts": ("num_local_experts", "num_experts"),
+        "num_experts_per_tok": "num_experts_per_tok",
+    },
+    defaults=LLAMA_DEFAULTS,
+    fixed={**LLAMA_FIXED, "ffn_type": "moe"},
+    names={
+        "mlp.router": "block_sparse_moe.gate",
+        "mlp.experts.{e}.gate_proj": "block_sparse_moe.experts.{e}.w1",
+        "mlp.experts.{e}.up_proj": "block_sparse_moe.experts.{e}.w3",
+        "mlp.experts.{e}.down_proj": "block_sparse_moe.experts.{e}.w2",
+    },
+)

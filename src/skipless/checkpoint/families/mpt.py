@@ -1,0 +1,35 @@
+"""MPT: ALiBi, no biases, norms included. As transformers builds it: the FFN is four times as wide as the stream."""
+
+from skipless.checkpoint.family import Family
+
+FAMILY = Family(
+    model_types=("mpt",),
+    fields={
+        "vocab_size": "vocab_size",
+        "hidden_size": ("d_model", "hidden_size"),
+        "intermediate_size": lambda config: 4 * (config["d_model"] or config["hidden_size"]),
+        "num_hidden_layers": ("n_layers", "num_hidden_layers"),
+        "num_attention_heads": ("n_heads", "num_attention_heads"),
+        "tie_word_embeddings": "tie_word_embeddings",
+    },
+    defaults={"tie_word_embeddings": True},
+    fixed={
+        "residual": "both",
+        "norm_type": "layer",
+        "norm_bias": False,
+        "ffn_type": "mlp",
+        "position_type": "alibi",
+    },
+    prefixes=("transformer.", ""),
+    layers="blocks.{i}",
+    names={
+        "model.embed_tokens": "wte",
+        "model.norm": "norm_f",
+        "input_layernorm": "norm_1",
+        "post_attention_layernorm": "norm_2",
+        "self_attn.qkv_proj": "attn.Wqkv",
+        "self_attn.o_proj": "attn.out_proj",
+        "mlp.up_proj": "ffn.up_proj",
+        "mlp.down_proj": "ffn.down_proj",
+    },
+)

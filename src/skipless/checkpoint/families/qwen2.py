@@ -1,0 +1,7 @@
+"""Qwen2 and Qwen2.5: Q, K and V have biases."""
+
+from skipless.checkpoint.family import LLAMA_DEFAULTS, LLAMA_FIELDS, LLAMA_FIXED, Family
+
+FAMILY = Family(
+    model_types=("qwen2",), fields=LLAMA_FIELDS, defaults=LLAMA_DEFAULTS, fixed={**LLAMA_FIXED, "qkv_bias": True}
+)

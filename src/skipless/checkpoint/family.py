@@ -1,0 +1,273 @@
+"""Other people's models: what a family calls our dimensions and tensors, and how it lays them out.
+
+One file in families/ describes one family, as data; this room reads a config.json and names tensors by it. No torch.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Self
+
+from skipless.architecture import Architecture, Module
+from skipless.checkpoint import families
+from skipless.checkpoint.headers import Folder
+from skipless.errors import InputError
+
+Config = Mapping[str, Any]
+# A config field, several of which the first that is there counts, or what follows from several.
+Rule = str | tuple[str, ...] | Callable[[Config], Any]
+
+# What most families have in common. A model's own norms, skips and positions are in its `fixed` or `fields`.
+LLAMA_FIELDS: Mapping[str, Rule] = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "tie_word_embeddings": "tie_word_embeddings",
+}
+LLAMA_FIXED: Mapping[str, Any] = {"residual": "both", "norm_type": "rms"}
+# Absent or null, num_key_value_heads and head_dim follow from the others.
+LLAMA_DEFAULTS: Mapping[str, Any] = {"num_key_value_heads": None, "head_dim": None, "tie_word_embeddings": False}
+GPT_FIELDS: Mapping[str, Rule] = {
+    "vocab_size": "vocab_size",
+    "hidden_size": ("n_embd", "hidden_size"),
+    "intermediate_size": lambda config: config["n_inner"] or 4 * (config["n_embd"] or config["hidden_size"]),
+    "num_hidden_layers": ("n_layer", "num_hidden_layers"),
+    "num_attention_heads": ("n_head", "num_attention_heads"),
+    "tie_word_embeddings": "tie_word_embeddings",
+}
+GPT_DEFAULTS: Mapping[str, Any] = {"n_inner": None, "tie_word_embeddings": True}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How one family's config.json and checkpoints are to be read.
+
+    model_types: config.json's model_type, of one or more. inside: the field that holds the language model's config, if
+    it has one (multimodal models). fields: Architecture's field -> where its value is; defaults: the config's values
+    when they are absent, as in the family's published files; fixed: Architecture's fields that never differ.
+
+    prefixes: what stands before every tensor's name but the head's, the usual first. layers: a layer's name, with {i}.
+    names: canonical module -> this family's, those in a layer without its name; the others are called as we call them.
+    variants: names that differ in some checkpoints.
+    "self_attn.qkv_proj" and "mlp.gate_up_proj" are fused modules. qkv: how the rows of a fused one lie, "concatenated"
+    (all of Q, all of K, all of V) or "grouped" (for each key-value head: its queries, its key, its value):
+
+        concatenated   q0 q1 q2 q3 k0 k1 v0 v1        grouped   q0 q1 k0 v0 q2 q3 k1 v1
+
+    norm_heads: of a norm of queries and keys, each head has its own tensor ("names", with {h} in its name), or row of
+    one ("rows"). transposed: linear layers are stored (inputs, outputs). ignored: parts of names of tensors that are no
+    weights, or belong to another model.
+    """
+
+    model_types: tuple[str, ...]
+    inside: str = ""
+    fields: Mapping[str, Rule] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    prefixes: tuple[str, ...] = ("model.",)
+    layers: str = "layers.{i}"
+    names: Mapping[str, str] = field(default_factory=dict)
+    variants: tuple[Mapping[str, str], ...] = ()
+    qkv: str = "concatenated"
+    norm_heads: str | None = None
+    transposed: bool = False
+    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+
+    def config(self, config: Config) -> Config:
+        """The language model's part, with this family's defaults. Raises InputError if it is not an object."""
+        own = config.get(self.inside, config) if self.inside else config
+        if not isinstance(own, Mapping):
+            raise InputError(f"config.json: {self.inside}: expected an object, found {own!r}")
+        shared = {"tie_word_embeddings": config["tie_word_embeddings"]} if "tie_word_embeddings" in config else {}
+        return Lenient({**self.defaults, **shared, **own})
+
+    def architecture(self, config: Config) -> Architecture:
+        """What a config.json of this family describes.
+
+        Raises InputError naming the field that is missing, of the wrong type or out of range.
+        """
+        own = self.config(config)
+        values = dict(self.fixed)
+        for name, rule in self.fields.items():
+            value = self._value(own, name, rule)
+            if value is not None:
+                values[name] = value
+        return Architecture.from_values(values)
+
+    def _value(self, config: Config, name: str, rule: Rule) -> Any:
+        if callable(rule):
+            try:
+                return rule(config)
+            except (TypeError, ValueError, ArithmeticError, AttributeError, KeyError) as error:
+                raise InputError(
+                    f"config.json: {name}: expected to follow from this {self.model_types[0]} model's fields; {error}"
+                ) from error
+        choices = (rule,) if isinstance(rule, str) else rule
+        for choice in choices:
+            if choice in config:
+                if config[choice] is None and choice not in self.defaults:
+                    raise InputError(f"config.json: {choice}: expected a value, found null; correct it")
+                return config[choice]
+        raise InputError(
+            f"config.json: {choices[0]}: expected a value ({name} of this {self.model_types[0]} model), found none; "
+            f"add it"
+        )
+
+
+class Lenient(dict[str, Any]):
+    """A config in which a field that is absent is None to a rule that asks for it."""
+
+    def __missing__(self, name: str) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a canonical tensor lies: in these stored tensors, one after the other, or in ranges of the rows of one.
+
+    rows: ranges (start, stop) of its outputs; all of them if it is empty. transposed: stored (inputs, outputs).
+    """
+
+    tensors: tuple[str, ...]
+    rows: tuple[tuple[int, int], ...] = ()
+    transposed: bool = False
+
+
+class Layout:
+    """The tensors of one checkpoint of a family.
+
+    prefix: what its tensors' names begin with. places: canonical tensor -> where it lies. shapes: stored tensor ->
+    the shape that the config promises.
+    """
+
+    def __init__(self, family: Family, architecture: Architecture, prefix: str, variant: Mapping[str, str]):
+        self.family, self.architecture, self.prefix = family, architecture, prefix
+        self.names = {**family.names, **variant}
+        self.places: dict[str, Place] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for module in architecture.modules():
+            self._module(module)
+        for name, shape in architecture.norm_tensors().items():
+            self._norm(name, shape)
+
+    @cached_property
+    def _spans(self) -> dict[str, tuple[tuple[int, int], ...]]:
+        """Of the rows of fused modules, those of each part."""
+        size, groups = self.architecture.head_dim, self.architecture.num_key_value_heads
+        each = self.architecture.num_attention_heads // groups
+        q, e = self.architecture.query_width, self.architecture.value_width
+        if self.family.qkv == "concatenated":
+            spans = {"q_proj": [(0, q)], "k_proj": [(q, q + e)], "v_proj": [(q + e, q + 2 * e)]}
+        else:
+            starts = [group * (each + 2) * size for group in range(groups)]
+            heads = {"q_proj": (0, each), "k_proj": (each, each + 1), "v_proj": (each + 1, each + 2)}
+            spans = {
+                name: [(start + first * size, start + last * size) for start in starts]
+                for name, (first, last) in heads.items()
+            }
+        f = self.architecture.intermediate_size
+        spans |= {"gate_proj": [(0, f)], "up_proj": [(f, 2 * f)]}
+        return {name: tuple(rows) for name, rows in spans.items()}
+
+    def _stored(self, name: str) -> str:
+        """A canonical module's name in this family."""
+        parts = name.split(".")
+        if parts[:2] != ["model", "layers"]:
+            called = self.names.get(name, name.removeprefix("model."))
+            return called if name == "lm_head" else self.prefix + called
+        within = ".".join(parts[3:])
+        if parts[4:5] == ["experts"]:
+            template = ".".join([*parts[3:5], "{e}", *parts[6:]])
+            called = self.names.get(template, template).replace("{e}", parts[5])
+        else:
+            called = self.names.get(within, within)
+        return f"{self.prefix}{self.family.layers.replace('{i}', parts[2])}.{called}"
+
+    def _module(self, module: Module) -> None:
+        owner, _, last = module.name.rpartition(".")
+        fused = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}.get(last, "gate_up_proj")
+        room = owner.split(".", 3)[-1]
+        rows: tuple[tuple[int, int], ...] = ()
+        stored = module.name
+        if f"{room}.{fused}" in self.names and last in self._spans:
+            rows, stored = self._spans[last], f"{owner}.{fused}"
+        name = self._stored(stored)
+        outputs = rows[-1][1] if rows else module.outputs
+        transposed = self.family.transposed and not module.table and module.name != "lm_head"
+        for tensor, shape in module.tensors().items():
+            kind = tensor.rpartition(".")[2]
+            flip = transposed and kind == "weight"
+            self.places[tensor] = Place((f"{name}.{kind}",), rows, flip)
+            if rows:
+                outputs = max(outputs, self.shapes.get(f"{name}.{kind}", (0, 0))[-1 if flip or kind == "bias" else 0])
+                shape = (outputs, *shape[1:])
+            self.shapes[f"{name}.{kind}"] = shape[::-1] if flip else shape
+
+    def _norm(self, tensor: str, shape: tuple[int, ...]) -> None:
+        name, _, kind = tensor.rpartition(".")
+        stored, heads = f"{self._stored(name)}.{kind}", shape[0] // self.architecture.head_dim
+        tensors: tuple[str, ...] = (stored,)
+        if self.family.norm_heads and "self_attn" in name:
+            size = (self.architecture.head_dim,)
+            shape = size if self.family.norm_heads == "names" else (heads, *size)
+            if self.family.norm_heads == "names":
+                tensors = tuple(stored.replace("{h}", str(head)) for head in range(heads))
+        self.places[tensor] = Place(tensors)
+        for one in tensors:
+            self.shapes[one] = shape
+
+    @classmethod
+    def of(cls, family: Family, architecture: Architecture, names: Collection[str]) -> Self:
+        """The layout of a checkpoint with these tensors: with whichever prefix and names they have."""
+        variants = ({}, *family.variants)
+        layouts = [cls(family, architecture, prefix, names) for prefix in family.prefixes for names in variants]
+        return max(layouts, key=lambda layout: sum(name in names for name in layout.shapes))
+
+    def ignores(self, name: str) -> bool:
+        """Whether a stored tensor does not belong to the model: a buffer, the head of tied embeddings."""
+        tied = self.architecture.tie_word_embeddings and name == f"{self._stored('lm_head')}.weight"
+        return tied or any(part in name for part in self.family.ignored)
+
+
+def every() -> Iterator[Family]:
+    """All families that are described, one module in families/ each."""
+    for module in pkgutil.iter_modules(families.__path__):
+        yield importlib.import_module(f"{families.__name__}.{module.name}").FAMILY
+
+
+def find(config: Config) -> Family:
+    """The family of a config.json. Raises InputError for a model_type that none describes."""
+    model_type = config.get("model_type")
+    known: list[str] = []
+    for family in every():
+        if model_type in family.model_types:
+            return family
+        known += family.model_types
+    raise InputError(
+        f"config.json: model_type: expected one of skipless, {', '.join(sorted(known))}; found {model_type!r}; another "
+        f"is described by one file in skipless/checkpoint/families, as in docs/families.md"
+    )
+
+
+def check(folder: Folder) -> Architecture:
+    """What a model folder holds. Raises InputError if its config is none, or its tensors' headers contradict it."""
+    architecture = read(folder.config)
+    if folder.config.get("model_type") == "skipless":
+        folder.check(architecture.tensors(), architecture.index_tensors())
+    else:
+        layout = Layout.of(find(folder.config), architecture, folder.headers)
+        folder.check(layout.shapes, ignores=layout.ignores)
+    return architecture
+
+
+def read(config: Config) -> Architecture:
+    """What a config.json describes, of whatever family. Raises InputError naming the field for what it cannot be."""
+    if config.get("model_type") == "skipless":
+        return Architecture.from_config(config)
+    return find(config).architecture(config)

@@ -1,0 +1,57 @@
+"""Condition numbers as a picture (matplotlib, the [report] extra)."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from skipless.auditing import Audit
+from skipless.errors import InputError
+
+FORMATS = (".png", ".svg")
+MARKERS = {"q": "o", "k": "s", "v": "^", "p": "D"}
+HALF_AND_SINGLE = ("bfloat16", "float16", "float32")
+
+
+def limit(dtype: str) -> float:
+    """The condition number from which on an inverse stored in `dtype` may have no correct digit: 1 / u, u = eps / 2."""
+    return 2 / torch.finfo(getattr(torch, dtype)).eps
+
+
+def check(file: Path) -> None:
+    """Raise InputError if a picture could not be written into this file."""
+    if file.suffix not in FORMATS or not file.absolute().parent.is_dir():
+        names = " or ".join("*" + name for name in FORMATS)
+        raise InputError(f"--plot: expected a file named {names} in a folder that exists, found {file}")
+    if find_spec("matplotlib") is None:
+        raise InputError("--plot: needs the [report] extra; pip install 'skipless[report]'")
+
+
+def plot_conditions(audit: Audit, file: Path, title: str) -> None:
+    """Condition numbers of Q, K, V and P by layer on a log axis, and the limits of dtypes, into a file."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for letter, marker in MARKERS.items():
+        found = {seam.layer: seam.matrices[letter].condition for seam in audit.seams if letter in seam.matrices}
+        if found:
+            axes.plot(list(found), list(found.values()), marker=marker, label=letter.upper())
+    ways = {seam.layer: seam.ways["pivoted"] for seam in audit.seams if "pivoted" in seam.ways}
+    if pivoted := {layer: way.condition for layer, way in ways.items() if way.condition is not None}:
+        axes.plot(list(pivoted), list(pivoted.values()), linestyle="--", color="gray", label="pivoted (1-norm)")
+    for dtype in HALF_AND_SINGLE:
+        axes.axhline(limit(dtype), color="black", linewidth=0.8, linestyle=":")
+        axes.annotate(
+            f"1 / u, {dtype}",
+            (1, limit(dtype)),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+            fontsize="x-small",
+        )
+    axes.set(yscale="log", xlabel="layer", ylabel="condition number", title=title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(file)
