@@ -35,6 +35,7 @@ benchmarks: $(READY) $(SMOLLM2)
 	$(BIN)/python benchmarks/stored.py
 	$(BIN)/python benchmarks/smollm2.py $(SMOLLM2)
 	$(BIN)/python benchmarks/fold.py
+	$(BIN)/python benchmarks/audit.py $(SMOLLM2) docs/smollm2.svg
 
 $(SMOLLM2): $(READY)
 	$(BIN)/python -m pip install --quiet

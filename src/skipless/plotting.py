@@ -29,6 +29,7 @@ def check(file: Path) -> None:
 
 def plot_conditions(audit: Audit, file: Path, title: str) -> None:
     """Condition numbers of Q, K, V and P by layer on a log axis, and the limits of dtypes, into a file."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -54,4 +55,5 @@ def plot_conditions(audit: Audit, file: Path, title: str) -> None:
     axes.set(yscale="log", xlabel="layer", ylabel="condition number", title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(file)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):  # small, and the same each time
+        figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)

@@ -23,7 +23,6 @@ from skipless.rounding import (
     Rest,
     along_rows,
     factorize,
-    gram,
     joint_metric,
     left_by_solving,
     mean_squares,
@@ -113,7 +112,7 @@ def forecast(
         return stream.forecast(dtypes, {way: stream.basis(way) for way in ways or seam.identities}, rest_dtype)
     (writer,) = (affines[name].weight for name in seam.writers)
     readers = torch.cat([affines[name].weight for name in seam.readers], 1)
-    power = (gram(writer) * gram(readers.T)).sum().item()
+    power = len(writer) * _mean_square(_probes(len(writer), writer) @ writer @ readers)
     return merged(seam, affines, dtypes, power, _reach(writer, readers))
 
 
@@ -124,13 +123,13 @@ def merged(seam: Seam, affines: Mapping[str, Affine], dtypes: Sequence[str], pow
     """
     (writer,) = (affines[name].weight for name in seam.writers)
     readers = [affines[name].weight for name in seam.readers]
-    size = len(writer) * sum(reader.shape[1] for reader in readers)
+    width = sum(reader.shape[1] for reader in readers)
+    size = len(writer) * width
+    p = (writer**2).sum(0)
+    m = torch.stack([(reader**2).sum(1) for reader in readers]).sum(0)
     original, errors = {}, {}
     for dtype in dtypes:
         unit, floor = _precision(dtype)
-        p = (writer**2).sum(0)
-        m = torch.stack([(reader**2).sum(1) for reader in readers]).sum(0)
-        width = sum(reader.shape[1] for reader in readers)
         own = ((p + floor * len(writer)) @ m + p @ (m + floor * width)).item()
         original[dtype] = {"m": unit * _relative(own, power)}
         lost = math.inf if largest > torch.finfo(getattr(torch, dtype)).max else power + floor * size
@@ -360,6 +359,15 @@ def _sum(writers: Sequence[Affine]) -> Float[Tensor, "n d"]:
     """A stream that each of these writes a row of, with their biases."""
     parts = [writer.weight if writer.bias is None else writer.weight + writer.bias for writer in writers]
     return torch.stack(parts).sum(0)
+
+
+def _probes(size: int, like: Tensor) -> Float[Tensor, "n size"]:
+    """Unit vectors, orthogonal if there are enough of them to be: the mean of x^2 over a sample, and exactly over all.
+
+    Their squares in any quadratic form average to its trace over `size`.
+    """
+    drawn = torch.randn(size, min(size, PROBES), generator=torch.Generator().manual_seed(0), dtype=like.dtype)
+    return torch.linalg.qr(drawn.to(like.device)).Q.T
 
 
 def _mean_square(outputs: Float[Tensor, "n r"]) -> float:
