@@ -366,7 +366,9 @@ def _probes(size: int, like: Tensor) -> Float[Tensor, "n size"]:
 
     Their squares in any quadratic form average to its trace over `size`.
     """
-    drawn = torch.randn(size, min(size, PROBES), generator=torch.Generator().manual_seed(0), dtype=like.dtype)
+    drawn = torch.randn(
+        size, min(size, PROBES), generator=torch.Generator().manual_seed(0), dtype=like.dtype, device="cpu"
+    )
     return torch.linalg.qr(drawn.to(like.device)).Q.T
 
 

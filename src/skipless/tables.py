@@ -121,7 +121,7 @@ def audit_lines(audit: Audit) -> Iterator[str]:
             yield "a model with these matrices and without skips and norms could be rewritten safely"
     parts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in audit.as_is.items() if count)
     total = sum(audit.as_is.values())
-    yield f"exact in this very model, beside seams: {total:,} ({total / audit.parameters:.2%}): {parts}"
+    yield f"exactly removable besides, but not by fuse yet: {total:,} ({total / audit.parameters:.2%}): {parts}"
 
 
 def _condition(found: Spectrum) -> str:

@@ -332,3 +332,24 @@ def refused(result, message):
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith("skipless: ")
     assert message in line
+
+
+def test_a_picture_of_condition_numbers(source, tmp_path):
+    for name in ("found.png", "found.svg"):
+        assert run(source, "--plot", tmp_path / name).exit_code == 0
+        assert (tmp_path / name).stat().st_size > 1000
+    again = tmp_path / "again.svg"
+    run(source, "--plot", again)
+    assert again.read_bytes() == (tmp_path / "found.svg").read_bytes()
+    assert "bfloat16" in again.read_text()
+    for name in ("found.pdf", "nowhere/found.png"):
+        result = run(source, "--plot", tmp_path / name)
+        assert result.exit_code == 2
+        assert "--plot: expected a file named *.png or *.svg in a folder that exists" in result.stderr
+
+
+def test_what_can_go_from_a_model_as_it_is(tmp_path):
+    found = skipless.audit(save(build(position_type="learned", attention_bias=True), tmp_path / "source"))
+    assert found.as_is == {"values": 3 * 2 * 8**2, "norm_gains": 0, "k_bias": 3 * 16, "v_bias": 3 * 16}
+    rope = skipless.audit(save(build(attention_bias=True), tmp_path / "rope"))
+    assert rope.as_is["k_bias"] == 0

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 import time
@@ -35,8 +36,7 @@ def counted(config, **conditions):
 def test_the_papers_table_to_the_digit():
     result = run("--paper")
     assert result.exit_code == 0, result.output
-    rows = {line[:33].strip(): line[33:].split("  ") for line in result.stdout.splitlines()}
-    found = {name: [value.strip() for value in values if value.strip()] for name, values in rows.items()}
+    found = {name: values for name, *values in (re.split(" {2,}", line.strip()) for line in result.stdout.splitlines())}
     assert found["d, layers"] == ["4096, 32", "4096, 32"]
     assert found["heads, kv heads"] == ["32, 32", "32, 8"]
     assert found["e"] == ["4096", "1024"]
@@ -86,11 +86,11 @@ def test_parallel_layers_lose_half_exactly():
     assert counted({**NEOX, "use_parallel_residual": False}).exact.removed == 3 * 2 * 32**2
 
 
-@pytest.mark.parametrize("head_dim", [4, 8, 16])
+@pytest.mark.parametrize("head_dim", [4, 8, 12])
 def test_heads_of_another_width(head_dim):
     wide = 4 * head_dim
     found = counted({**LLAMA, "head_dim": head_dim})
-    p = {4: wide * 32 + (32 - wide) * 2 * 48, 8: 32**2, 16: 32**2}[head_dim]
+    p = {4: wide * 32 + (32 - wide) * 2 * 48, 8: 32**2, 12: 32**2}[head_dim]
     assert found.exact.removed == 3 * (32**2 + p)
     assert found.exact.basis == ("q" if head_dim == 8 else "pivoted")
 
@@ -160,7 +160,7 @@ def test_a_name_that_is_not_known():
     [
         ({"hidden_size": None}, "config.json: hidden_size"),
         ({"num_hidden_layers": 2**30}, "num_hidden_layers: expected at most 1,000,000 layers and experts"),
-        ({"num_attention_heads": 5, "num_key_value_heads": 2}, "num_key_value_heads: expected a divisor"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads: expected a divisor"),
         ({"model_type": "other"}, "model_type: expected one of skipless, .*; found 'other'"),
     ],
     ids=str,

@@ -7,8 +7,9 @@ import torch
 
 from skipless.eliminate import Affine, merge
 from skipless.prediction import OpenStream, forecast, letter
-from skipless.rounding import HALF, round_stream
+from skipless.rounding import HALF, Rest, round_seam, round_stream
 from skipless.seams import Seam
+from tests.seams import error as relative_error
 from tests.seams import gaussian_layer, outputs, relative_errors
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -48,6 +49,30 @@ def test_what_closing_a_seam_does(name, way, condition, rows):
     plain = outputs(stream, affines, o=cast(stream.writers["o"], dtype), rest=cast(stream.rest, dtype))
     if dtype in HALF and condition != 30:
         assert max(plain.values()) > 1.5 * max(predicted.values())  # a cast without feedback is not what is predicted
+
+
+@in_each_dtype
+@pytest.mark.parametrize("way", ["q", "pivoted"])
+def test_what_a_parallel_layer_loses(name, way):
+    """M reads the stream, too, and takes the basis in: M* = S^-1 M, rounded as the rest is."""
+    seam, affines = gaussian_layer(width=128, seed=2)
+    generator, dtype = torch.Generator().manual_seed(3), getattr(torch, name)
+    affines["up_proj"] = Affine(torch.randn(128, 300, generator=generator, dtype=torch.float64))
+    seam = dataclasses.replace(seam, followers=("up_proj",))
+    opened = OpenStream(seam, affines)
+    basis = opened.basis(way)
+    stream, m = opened.close(basis), basis.solve(affines["up_proj"].weight)
+    written, read = stream.writers["o"].weight, [stream.rest.weight, m]
+    if dtype in HALF:
+        weights = (opened.weights[stream.others], opened.extra_weights)
+        rests = [Rest(matrix, weight, dtype) for matrix, weight in zip(read, weights, strict=True)]
+        (written,), read = round_seam([written], rests, opened.weights[stream.kept], [dtype])
+    written, rest, m = (matrix.to(dtype).double() for matrix in (written, *read))
+    measured = outputs(stream, affines, o=Affine(written), rest=Affine(rest))
+    measured = {letter(module): error for module, error in measured.items()}
+    measured["m"] = relative_error(written @ m, affines["o"].weight @ affines["up_proj"].weight)
+    predicted = forecast(seam, affines, [name], [way]).ways[way].errors[name]
+    assert {module: pytest.approx(found, rel=0.2) for module, found in measured.items()} == predicted
 
 
 @in_each_dtype
