@@ -43,7 +43,7 @@ FOREIGN = frozenset(
 )  # fmt: skip
 
 # Layers times experts: more is no model but a typing error, or an attack.
-MOST_BLOCKS = 10**6
+MOST_BLOCKS = 10**5
 
 # Where a norm may stand, by its tensor's name (a layer's: less model.layers.{i}): on what Q, K, V read and on what M
 # reads; on what P and O write; on the stream after P's and O's outputs joined it; on the embeddings; before the head.
@@ -147,7 +147,8 @@ class Architecture:
         if (model_type := config.get("model_type")) != "skipless":
             raise InputError(
                 f"config.json: model_type: expected 'skipless', found {model_type!r}; only skipless checkpoints can be "
-                f"rewritten: norms and skip connections block the stream and P-M seams of other models"
+                f"rewritten: norms and skip connections block the stream and P-M seams of other models; skipless audit "
+                f"says what could go"
             )
         fields = {field.name: field for field in dataclasses.fields(cls) if field.name not in FOREIGN}
         for name in config:

@@ -98,7 +98,22 @@ class Family:
             value = self._value(own, name, rule)
             if value is not None:
                 values[name] = value
-        return Architecture.from_values(values)
+        try:
+            return Architecture.from_values(values)
+        except InputError as error:
+            raise InputError(self._in_its_words(str(error), own)) from error
+
+    def _in_its_words(self, message: str, config: Config) -> str:
+        """An error about one of Architecture's fields, by this family's name for it."""
+        for name, rule in self.fields.items():
+            if not callable(rule) and message.startswith(f"config.json: {name}:"):
+                called = next((choice for choice in self._choices(rule) if choice in config), name)
+                return message.replace(name, called, 1)
+        return message
+
+    @staticmethod
+    def _choices(rule: str | tuple[str, ...]) -> tuple[str, ...]:
+        return (rule,) if isinstance(rule, str) else rule
 
     def _value(self, config: Config, name: str, rule: Rule) -> Any:
         if callable(rule):
@@ -108,7 +123,7 @@ class Family:
                 raise InputError(
                     f"config.json: {name}: expected to follow from this {self.model_types[0]} model's fields; {error}"
                 ) from error
-        choices = (rule,) if isinstance(rule, str) else rule
+        choices = self._choices(rule)
         for choice in choices:
             if choice in config:
                 if config[choice] is None and choice not in self.defaults:

@@ -1,11 +1,12 @@
 """Qwen3 with experts, in all layers or some."""
 
+from skipless.architecture import MOST_BLOCKS
 from skipless.checkpoint.family import LLAMA_DEFAULTS, LLAMA_FIELDS, LLAMA_FIXED, Config, Family
 
 
 def dense_layers(config: Config) -> list[int]:
     """Layers without experts: those named, and all but every decoder_sparse_step-th."""
-    layers, step = range(config["num_hidden_layers"]), config["decoder_sparse_step"]
+    layers, step = range(min(config["num_hidden_layers"], MOST_BLOCKS)), config["decoder_sparse_step"]
     return [layer for layer in layers if layer in (config["mlp_only_layers"] or ()) or (layer + 1) % step]
 
 
