@@ -183,6 +183,8 @@ def removable_at_most(architecture: Architecture) -> int:
     d, wide = architecture.hidden_size, architecture.query_width
     heads, size = architecture.num_key_value_heads, architecture.head_dim
     total = 0 if architecture.tie_word_embeddings else d**2
+    if architecture.position_type == "learned":
+        total += d  # what is added to every position's row may be taken from every token's
     for layer in range(architecture.num_hidden_layers):
         routed = architecture.has_experts(layer)
         width = architecture.ffn_width(layer)
