@@ -353,3 +353,11 @@ def test_what_can_go_from_a_model_as_it_is(tmp_path):
     assert found.as_is == {"values": 3 * 2 * 8**2, "norm_gains": 0, "k_bias": 3 * 16, "v_bias": 3 * 16}
     rope = skipless.audit(save(build(attention_bias=True), tmp_path / "rope"))
     assert rope.as_is["k_bias"] == 0
+
+
+def test_a_picture_without_the_package_that_draws_it(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("skipless.plotting.find_spec", lambda name: None)
+    result = run(source, "--plot", tmp_path / "found.png")
+    assert result.exit_code == 2
+    assert "needs the [report] extra" in result.stderr
+    assert not (tmp_path / "found.png").exists()

@@ -495,3 +495,10 @@ def test_gguf_files_that_are_none(tmp_path):
         skipless.audit(file)
     with pytest.raises(skipless.InputError, match="expected a GGUF file, found nothing"):
         count(tmp_path / "none.gguf")
+
+
+def test_a_gguf_file_without_the_package_that_reads_it(tmp_path, monkeypatch):
+    write_gguf(tmp_path / "tiny.gguf")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(skipless.InputError, match=r"need the \[gguf\] extra; pip install 'skipless\[gguf\]'"):
+        count(tmp_path / "tiny.gguf")
