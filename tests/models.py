@@ -30,17 +30,20 @@ def build(seed: int = 0, dtype: torch.dtype = torch.float64, **fields: Any) -> S
     torch.manual_seed(seed)
     model = SkiplessForCausalLM(SkiplessConfig(**{**TINY, **fields})).double().eval()
     for name, weight in model.named_parameters():
-        if name.endswith(("bias", "alpha", "beta", "gamma")):
+        if name.endswith(("bias", "alpha", "beta", "gamma", "_gain")):
             weight.normal_()
+        elif "norm" in name:
+            weight.normal_(1, 0.3)
         elif "proj" in name:
             noise = 0.2 * torch.randn_like(weight) * weight.shape[1] ** -0.5
             weight.copy_(torch.nn.init.orthogonal_(torch.empty_like(weight), gain=1.3) + noise)
     for order in model.buffers():
-        order.copy_(torch.randperm(len(order)))
+        order.copy_(torch.rand(order.shape).argsort(-1))
     for index, layer in enumerate(model.model.layers, 1):
         size = model(input_ids=random_ids(model), output_hidden_states=True).hidden_states[index].std()
-        for weight in layer.mlp.down_proj.parameters():
-            weight /= size
+        for name, weight in layer.mlp.named_parameters():
+            if "down_proj" in name:
+                weight /= size
     return model.to(dtype)
 
 

@@ -8,6 +8,7 @@ Q, K, V, P, M, O as in arXiv:2404.12362.
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Self
 
 from skipless.errors import InputError
@@ -23,24 +24,21 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "attention_shaping": (None, "value", "full"),
     "stream_basis": (None, "q", "k", "v", "pivoted"),
     "rest_dtype": (None, "float32"),
-    "values_removed": (False,),
-    "head_removed": (False,),
 }
 
-# What a skipless checkpoint cannot be yet: the model file does not run it, and fuse does not write it.
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "block_type": ("parallel",),
-    "ffn_type": ("moe",),
-    "position_type": ("alibi",),
-}
+# What a skipless checkpoint cannot be: the model file does not run it.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {"qk_norm": ("heads",)}
 
 # Fields of other people's models alone.
 FOREIGN = frozenset(
     {
-        "embedding_size", "qkv_bias", "head_bias", "num_local_experts", "num_experts_per_tok", "dense_layers",
-        "dense_intermediate_size", "norms", "norm_bias", "qk_norm", "qk_norm_bias",
+        "embedding_size", "qkv_bias", "head_bias", "dense_layers", "dense_intermediate_size", "norm_bias",
+        "qk_norm_bias",
     }
 )  # fmt: skip
+
+# Fields that a skipless config.json may leave null: what they stand for then is this class's default.
+NULLABLE = frozenset({"norms", "num_local_experts", "num_experts_per_tok"})
 
 # Layers times experts: more is no model but a typing error, or an attack.
 MOST_BLOCKS = 10**5
@@ -52,12 +50,18 @@ NORMS = (
     "ffn_stream_norm", "model.embed_norm", "model.norm",
 )  # fmt: skip
 PRE_NORM = ("input_layernorm", "post_attention_layernorm", "model.norm")
+AFTER_ATTENTION = ("attention_output_norm", "attention_stream_norm", "post_attention_layernorm")
+SKIPLESS_NORMS = (*PRE_NORM, "model.embed_norm")
+
+# Degree of activations that are positively homogeneous: act(s x) = s^degree act(x) for s > 0.
+HOMOGENEOUS = {"relu": 1, "leaky_relu": 1, "linear": 1, "relu2": 2}
 
 # config.json fields that change neither the tensors nor the seams.
 BOOKKEEPING = frozenset(
     {
         "model_type", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path",
-        "hidden_act", "rope_parameters", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id",
+        "rope_parameters", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
+        "use_cache", "bos_token_id", "eos_token_id", "pad_token_id",
         "initializer_range", "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward",
         "is_encoder_decoder", "id2label", "label2id", "problem_type", "tie_last_hidden_states",
     }
@@ -69,17 +73,22 @@ GAINS: dict[str | None, tuple[str, ...]] = {None: (), "value": ("alpha", "beta")
 
 @dataclass(frozen=True)
 class Module:
-    """An affine map of the checkpoint, y = x W + b with W (inputs, outputs), or a table of W's rows (embeddings)."""
+    """An affine map of the checkpoint, y = x W + b with W (inputs, outputs); `table`: of whose rows one is looked up
+    (embeddings); `diagonal`: W is diag(weight) (a norm's gain).
+    """
 
     name: str
     inputs: int
     outputs: int
     bias: bool = False
     table: bool = False
+    diagonal: bool = False
 
     @property
-    def weight_shape(self) -> tuple[int, int]:
-        """As stored: a table (inputs, outputs), a linear layer (outputs, inputs)."""
+    def weight_shape(self) -> tuple[int, ...]:
+        """As stored: a table (inputs, outputs), a linear layer (outputs, inputs), a diagonal (outputs,)."""
+        if self.diagonal:
+            return (self.outputs,)
         return (self.inputs, self.outputs) if self.table else (self.outputs, self.inputs)
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
@@ -95,10 +104,10 @@ class Architecture:
     """Dimensions in elements; switches as in a skipless config.json, which documents them, and these (FOREIGN):
 
     embedding_size: width of the token table where it is not hidden_size, and two linear layers translate. qkv_bias,
-    head_bias: q, k, v_proj, lm_head have a bias (q, k, v_proj also if attention_bias is true). num_local_experts,
-    num_experts_per_tok: of ffn_type "moe"; layers in dense_layers have one GLU, dense_intermediate_size wide, instead.
-    norms: which of NORMS there are; norm_bias: whether they have a bias; qk_norm: a norm of queries and keys, with one
-    gain a dimension of a head, the same for all heads ("head_dim"), or one a dimension of each head ("heads").
+    head_bias: q, k, v_proj, lm_head have a bias (q, k, v_proj also if attention_bias is true). Layers in dense_layers
+    have one GLU, dense_intermediate_size wide, instead of experts. norm_bias: whether norms have a bias; qk_norm: a
+    norm of queries and keys, with one gain a dimension of a head, the same for all heads ("head_dim"), or one a
+    dimension of each head ("heads").
     """
 
     vocab_size: int
@@ -125,11 +134,17 @@ class Architecture:
     residual: str = "none"
     norm_type: str = "none"
     norms: tuple[str, ...] = PRE_NORM
+    norm_eps: float = 1e-6
+    norms_removed: tuple[str, ...] = ()
+    gains_removed: tuple[str, ...] = ()
     norm_bias: bool | None = None
     qk_norm: str | None = None
     qk_norm_bias: bool | None = None
     position_type: str = "rope"
     attention_shaping: str | None = None
+    residual_gains: bool = False
+    hidden_act: str = "silu"
+    norm_topk_prob: bool = True
     stream_basis: str | None = None
     rest_dtype: str | None = None
     layers_open: tuple[int, ...] = ()
@@ -154,15 +169,21 @@ class Architecture:
         for name in config:
             if name not in fields and name not in BOOKKEEPING:
                 raise InputError(f"config.json: {name}: not a field of a skipless model; remove it if it means nothing")
-        values = {name: config[name] for name in fields if name in config}
+        values = {
+            name: config[name] for name in fields if name in config and not (name in NULLABLE and config[name] is None)
+        }
         for name, unsupported in UNSUPPORTED.items():
             if values.get(name) in unsupported:
+                expected = ", ".join(str(value or "null") for value in VALUES[name] if value not in unsupported)
                 raise InputError(
-                    f"config.json: {name}: expected one of "
-                    f"{', '.join(value for value in VALUES[name] if value not in unsupported)}; found "
-                    f"{values[name]!r}, not supported"
+                    f"config.json: {name}: expected one of {expected}; found {values[name]!r}, not supported"
                 )
-        return cls.from_values(values)
+        found = cls.from_values(values)
+        if beyond := [norm for norm in found.norms if norm not in SKIPLESS_NORMS]:
+            raise InputError(
+                f"config.json: norms: expected some of {', '.join(SKIPLESS_NORMS)}; found {beyond[0]!r}, not supported"
+            )
+        return found
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Self:
@@ -215,7 +236,7 @@ class Architecture:
             if self.rest_width < 0:
                 raise InputError(
                     f"config.json: stream_basis: 'pivoted' needs at least hidden_size ({self.hidden_size}) outputs of "
-                    f"q, k and v_proj together, found {sum(self.projections.values())}"
+                    f"{', '.join(self.pivoted)}_proj together, found {sum(self.pivoted.values())}"
                 )
         elif self.stream_basis is not None and self.projections[self.stream_basis] != self.hidden_size:
             raise InputError(
@@ -232,6 +253,31 @@ class Architecture:
                 raise InputError(
                     f"config.json: layers_open: expected layers 0..{self.num_hidden_layers - 1}, found {layer}"
                 )
+        if self.block_type == "parallel" and self.residual in ("attention", "ffn"):
+            raise InputError(
+                f"config.json: residual: expected 'none' or 'both' with block_type 'parallel', where one skip passes "
+                f"both; found {self.residual!r}"
+            )
+        if self.p_removed and self.query_width < self.hidden_size and not self.p_merged:
+            raise InputError(
+                f"config.json: p_removed: expected heads * head_dim of at least hidden_size ({self.hidden_size}), "
+                f"since the heads are added to the stream or normalized as they are; found {self.query_width}"
+            )
+        if self.values_removed and (self.stream_basis == "v" or self.head_dim >= self.hidden_size):
+            raise InputError(
+                f"config.json: values_removed: expected a v_proj with more than head_dim ({self.head_dim}) inputs, "
+                f"found {self.hidden_size} and stream_basis {self.stream_basis!r}"
+            )
+        if self.head_removed and (self.tie_word_embeddings or self.vocab_size <= self.hidden_size):
+            raise InputError(
+                f"config.json: head_removed: expected an untied lm_head of more than hidden_size ({self.hidden_size}) "
+                f"outputs, found {self.vocab_size}{' tied' * self.tie_word_embeddings}"
+            )
+        norms = self.norm_names()
+        for field, names in (("norms_removed", self.norms_removed), ("gains_removed", self.gains_removed)):
+            for name in names:
+                if name not in norms:
+                    raise InputError(f"config.json: {field}: expected names of norms of this model, found {name!r}")
         known = {module.name for module in self.modules()} if self.folded_biases else set()
         for name in self.folded_biases:
             if name not in known:
@@ -253,9 +299,45 @@ class Architecture:
         return {"q": self.query_width, "k": self.value_width, "v": self.value_width}
 
     @property
+    def pivoted(self) -> dict[str, int]:
+        """Output widths of the projections of which pivoting picks columns: V's take part unless it has a block less
+        of its own.
+        """
+        return {name: width for name, width in self.projections.items() if not (name == "v" and self.values_removed)}
+
+    @property
     def rest_width(self) -> int:
-        """Columns of [Q|K|V] beyond the hidden_size ones that pivoting turns into the identity: D + 2 e - d."""
-        return sum(self.projections.values()) - self.hidden_size
+        """Columns of these beyond the hidden_size ones that pivoting turns into the identity: D + 2 e - d."""
+        return sum(self.pivoted.values()) - self.hidden_size
+
+    @cached_property
+    def p_alone(self) -> bool:
+        """Whether nothing but the FFN's input matrices reads P's output, and nothing stands between."""
+        joined = self.block_type == "parallel" or self.residual != "none"
+        return not joined and not any(self.norms_after_attention(layer) for layer in range(self.num_hidden_layers))
+
+    @cached_property
+    def p_merged(self) -> bool:
+        """Whether P goes by merging it into what reads it alone; else d of its rows become the identity.
+
+        Where P is wider than the stream (D > d), merging widens its readers, of F outputs together: it saves
+        d D - (D - d) F, the rows d^2; whichever is more.
+        """
+        narrow = self.hidden_size > min(self.ffn_read_width(layer) for layer in range(self.num_hidden_layers))
+        return self.p_alone and (self.query_width <= self.hidden_size or narrow)
+
+    @property
+    def p_rows(self) -> int:
+        """Rows of P that are stored once P is gone as far as it can go: D - d where it has more than d and is not
+        merged, else none.
+        """
+        return 0 if self.p_merged else self.query_width - self.hidden_size
+
+    def ffn_read_width(self, layer: int) -> int:
+        """F, the outputs of everything that reads the FFN's input."""
+        routed = self.has_experts(layer)
+        matrices = len(self.ffn_readers(layer)) - routed
+        return matrices * self.ffn_width(layer) + routed * self.num_local_experts
 
     def stream_closed(self, layer: int) -> bool:
         """Whether the stream seam before this layer has been closed."""
@@ -300,7 +382,8 @@ class Architecture:
         if table != d:
             modules.append(Module("model.project_out", d, table))
         if not self.tie_word_embeddings:
-            modules.append(Module("lm_head", table, self.vocab_size, self.head_bias))
+            rows = self.vocab_size - self.head_removed * d
+            modules.append(Module("lm_head", table, rows, self.head_bias))
         return [
             dataclasses.replace(module, bias=True) if module.name in self.folded_biases else module
             for module in modules
@@ -314,11 +397,14 @@ class Architecture:
         if pivoted and self.rest_width:
             modules.append(Module(f"{attention}.rest_proj", d, self.rest_width, qkv_bias))
         for name, width in self.projections.items():
-            if not (pivoted or (self.stream_closed(layer) and name == self.stream_basis)):
-                modules.append(Module(f"{attention}.{name}_proj", d, width, qkv_bias))
-        if not self.p_removed:
-            modules.append(Module(f"{attention}.o_proj", self.query_width, d, self.attention_bias))
-        ffn_inputs = self.query_width if self.p_removed else d
+            if not ((pivoted and name in self.pivoted) or (self.stream_closed(layer) and name == self.stream_basis)):
+                fewer = name == "v" and self.values_removed  # a block less of each head's, and its bias has moved on
+                inputs = d - self.head_dim * fewer
+                modules.append(Module(f"{attention}.{name}_proj", inputs, width, qkv_bias and not fewer))
+        p_rows = self.p_rows if self.p_removed else self.query_width
+        if p_rows:
+            modules.append(Module(f"{attention}.o_proj", p_rows, d, self.attention_bias))
+        ffn_inputs = self.query_width if self.p_removed and self.p_merged else d
         if self.has_experts(layer):
             modules.append(Module(f"model.layers.{layer}.mlp.router", ffn_inputs, self.num_local_experts))
         for ffn in self.experts(layer):
@@ -328,44 +414,86 @@ class Architecture:
             modules.append(Module(f"{ffn}.down_proj", f, d, self.mlp_bias))
         return modules
 
-    def norm_tensors(self) -> dict[str, tuple[int, ...]]:
-        """Gains and biases of the norms, those of queries and keys included: name -> shape."""
-        found: dict[str, tuple[int, ...]] = {}
+    def norm_names(self) -> tuple[str, ...]:
+        """Names of the norms on the stream and beside it, those that have been folded away included."""
+        if self.norm_type == "none":
+            return ()
         layers = [f"model.layers.{layer}." for layer in range(self.num_hidden_layers)]
+        return tuple(
+            name
+            for norm in self.norms
+            for name in ([norm] if norm.startswith("model.") else [layer + norm for layer in layers])
+        )
+
+    def has_norm(self, name: str) -> bool:
+        """Whether the norm of this name is there and acts."""
+        prefix, _, norm = name.rpartition(".")
+        here = name in self.norms if prefix == "model" else norm in self.norms
+        return self.norm_type != "none" and here and name not in self._norms_removed
+
+    @cached_property
+    def _norms_removed(self) -> frozenset[str]:
+        return frozenset(self.norms_removed)
+
+    def norms_after_attention(self, layer: int) -> list[str]:
+        """Norms between a serial layer's P and M."""
+        names = [f"model.layers.{layer}.{norm}" for norm in AFTER_ATTENTION]
+        return [name for name in names if self.has_norm(name)]
+
+    def norm_modules(self) -> list[Module]:
+        """Gains and biases of the norms, those of queries and keys included, as diagonal maps."""
+        d = self.hidden_size
+        biased = self.norm_type == "layer" if self.norm_bias is None else self.norm_bias
+        gone = {*self.norms_removed, *self.gains_removed}
+        modules = [Module(name, d, d, biased, diagonal=True) for name in self.norm_names() if name not in gone]
         widths = {"q": self.query_width, "k": self.value_width} if self.qk_norm else {}
-
-        def add(name: str, width: int, bias: bool) -> None:
-            found[f"{name}.weight"] = (width,)
-            if bias:
-                found[f"{name}.bias"] = (width,)
-
-        if self.norm_type != "none":
-            biased = self.norm_type == "layer" if self.norm_bias is None else self.norm_bias
-            for norm in self.norms:
-                for name in [norm] if norm.startswith("model.") else [layer + norm for layer in layers]:
-                    add(name, self.hidden_size, biased)
         for letter, width in widths.items():
-            for layer_name in layers:
-                size = self.head_dim if self.qk_norm == "head_dim" else width
-                add(f"{layer_name}self_attn.{letter}_norm", size, bool(self.qk_norm_bias))
+            size = self.head_dim if self.qk_norm == "head_dim" else width
+            for layer in range(self.num_hidden_layers):
+                name = f"model.layers.{layer}.self_attn.{letter}_norm"
+                modules.append(Module(name, size, size, bool(self.qk_norm_bias), diagonal=True))
+        return modules
+
+    def norm_tensors(self) -> dict[str, tuple[int, ...]]:
+        """The tensors of the norms: name -> shape."""
+        return {name: shape for module in self.norm_modules() for name, shape in module.tensors().items()}
+
+    def gain_tensors(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """A layer's trainable gains, of the shaped attention and of branches and skips (arXiv:2311.01906): name ->
+        shape.
+        """
+        name = f"model.layers.{layer}"
+        found: dict[str, tuple[int, ...]] = {
+            f"{name}.self_attn.{gain}": (self.num_attention_heads,) for gain in GAINS[self.attention_shaping]
+        }
+        if self.residual_gains:
+            skips = {"none": (), "attention": ("attention",), "ffn": ("ffn",), "both": ("attention", "ffn")}
+            if self.block_type == "parallel":  # where one skip passes both
+                skips["both"] = ("attention",)
+            gains = ("attention_gain", "ffn_gain", *(f"{skip}_skip_gain" for skip in skips[self.residual]))
+            found |= {f"{name}.{gain}": (1,) for gain in gains}
         return found
 
     def index_tensors(self) -> dict[str, tuple[int, ...]]:
         """The tensors that are int32 indices and not weights: name -> shape."""
-        if self.stream_basis != "pivoted":
-            return {}
-        return {
-            f"model.layers.{layer}.self_attn.column_order": (sum(self.projections.values()),)
-            for layer in range(self.num_hidden_layers)
-            if self.stream_closed(layer)
-        }
+        found: dict[str, tuple[int, ...]] = {}
+        for layer in range(self.num_hidden_layers):
+            attention = f"model.layers.{layer}.self_attn"
+            if self.stream_basis == "pivoted" and self.stream_closed(layer):
+                found[f"{attention}.column_order"] = (sum(self.pivoted.values()),)
+            if self.values_removed:
+                found[f"{attention}.value_order"] = (self.num_key_value_heads, self.hidden_size)
+            if self.p_removed and self.p_rows:
+                found[f"{attention}.row_order"] = (self.query_width,)
+        if self.head_removed:
+            found["lm_head.column_order"] = (self.vocab_size,)
+        return found
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the checkpoint, weights and indices: name -> stored shape."""
         tensors = {name: shape for module in self.modules() for name, shape in module.tensors().items()}
         for layer in range(self.num_hidden_layers):
-            for gain in GAINS[self.attention_shaping]:
-                tensors[f"model.layers.{layer}.self_attn.{gain}"] = (self.num_attention_heads,)
+            tensors |= self.gain_tensors(layer)
         return tensors | self.norm_tensors() | self.index_tensors()
 
 
@@ -375,6 +503,12 @@ def _checked(name: str, field: "dataclasses.Field[Any]", value: Any) -> Any:
     if expected is int or (expected == int | None and value is not None):
         if type(value) is not int or not 0 < value < 2**31:
             raise InputError(f"config.json: {name}: expected a positive integer below 2^31, found {value!r}")
+    elif expected is float:
+        if type(value) not in (int, float) or not 0 <= value < 1:
+            raise InputError(f"config.json: {name}: expected a number from 0 to 1, found {value!r}")
+    elif expected is str and name not in VALUES:
+        if type(value) is not str:
+            raise InputError(f"config.json: {name}: expected a name, found {value!r}")
     elif expected is bool:
         if type(value) is not bool:
             raise InputError(f"config.json: {name}: expected true or false, found {value!r}")

@@ -73,6 +73,7 @@ def audit(
     rest_dtype: str | None = None,
     layers_open: Iterable[int] = (),
     remove: Iterable[str] = REMOVABLE,
+    parallel_removes: str = "readers",
     device: str = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Audit:
@@ -88,17 +89,18 @@ def audit(
     opened = open_source(Path(model), device)
     source, reader = opened.architecture, opened.reader
     skipless = source.skipless()
-    request = Request(basis, dtype, rest_dtype, tuple(layers_open), tuple(remove))
+    request = Request(basis, dtype, rest_dtype, tuple(layers_open), tuple(remove), parallel_removes)
     asked = request.seams(skipless)
-    every = seams(skipless)
-    refusals = {(seam.kind, seam.layer): seam for seam in seams(source)}
+    values, kinds = "values" in request.remove or None, {*REMOVABLE, *request.remove}
+    every = [seam for seam in seams(skipless, parallel_removes, values) if seam.kind in kinds]
+    refusals = {(seam.kind, seam.layer): seam for seam in seams(source, parallel_removes, values)}
     forecasts: dict[Seam, Forecast] = {}
     audits: dict[Seam, SeamAudit] = {}
     for done, seam in enumerate(every):
         progress(done, len(every))
         possible = not seam.refusal
         affines = read_seam(source, seam, reader.tensor)
-        matrices = seam.readers if seam.kind == "stream" else seam.writers
+        matrices = seam.readers if seam.rest else seam.writers[:1]
         stored = {way: request.stored(reader.tensors, seam, way) for way in seam.identities if possible}
         foretold = Forecast(seam, {}, {})
         if possible:
@@ -107,7 +109,7 @@ def audit(
             kind=seam.kind,
             layer=seam.layer,
             asked=seam in asked,
-            blocked=refusals[seam.kind, seam.layer].blocked or refusals[seam.kind, seam.layer].pending,
+            blocked=refusals[seam.kind, seam.layer].blocked,
             matrices={letter(name): spectrum(affines[name].weight) for name in matrices},
             original=foretold.original,
             ways=foretold.ways,

@@ -131,12 +131,14 @@ def choose(seam: Seam, way: str, readers: Mapping[str, Float[Tensor, "d _"]], we
     others = {name: candidate(seam, name, readers, weights) for name in seam.identities if name != way}
     alternatives = [
         *(f"--basis {name} (condition number {other.condition:.1e})" for name, other in others.items() if other.usable),
-        f"leave this seam open with --layers-open {seam.layer}",
+        f"leave this seam open with --layers-open {seam.layer}"
+        if seam.kind == "stream"
+        else f"leave {seam.kind} out of --remove",
     ]
     gone = seam.identities[way]
     what = (
         f"{gone[0]}.weight: expected an invertible matrix"
-        if len(gone) == 1
+        if gone != seam.readers
         else (f"{', '.join(gone)}: expected {seam.width} linearly independent outputs")
     )
     raise InputError(
@@ -149,8 +151,27 @@ def candidate(seam: Seam, way: str, readers: Mapping[str, Float[Tensor, "d _"]],
     """The basis of `way`, usable or not; arguments as for choose."""
     joined = torch.cat([readers[name] for name in seam.readers], 1)
     gone = seam.identities[way]
-    if len(gone) > 1:
+    if gone == seam.readers:
         limit = MAX_CONDITION if seam.duals else MAX_CONDITION_PIVOTED
         return Basis.of_columns(joined, pivot(joined * weights.sqrt()), limit)
     start = sum(readers[name].shape[1] for name in seam.readers[: seam.readers.index(gone[0])])
     return Basis.of_columns(joined, torch.arange(start, start + seam.width, device=joined.device))
+
+
+def choose_rows(seam: Seam, weight: Float[Tensor, "n b"]) -> list[Basis]:
+    """The rows of a writer that become the identity, for each block of seam.width columns.
+
+    Raises InputError when those of a block are not independent, or, where other writers take in T^-1, nearly not.
+    """
+    limit = MAX_CONDITION_PIVOTED if len(seam.writers) == 1 else MAX_CONDITION
+    bases = []
+    for number, block in enumerate(weight.split(seam.width, 1)):
+        basis = Basis.of_columns(block.T, pivot(block.T), limit)
+        if not basis.usable:
+            raise InputError(
+                f"{seam.writers[0]}.weight: expected {seam.width} linearly independent inputs"
+                f"{f' of head {number}' if seam.blocks > 1 else ''} (condition number at most {limit:.1e}), found "
+                f"{basis.condition:.1e}; leave {seam.kind} out of --remove"
+            )
+        bases.append(basis)
+    return bases

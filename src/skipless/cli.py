@@ -183,7 +183,18 @@ def removal_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--layers-open", default="", metavar="I,J,...", help="Layers that keep their projections."),
         click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu or cuda."),
         click.option(
-            "--remove", default="stream,p", show_default=True, metavar="KINDS", help="Kinds of seams to close."
+            "--remove",
+            default="stream,p",
+            show_default=True,
+            metavar="KINDS",
+            help="Kinds of seams to close: of stream, p, values, head, norms.",
+        ),
+        click.option(
+            "--parallel-removes",
+            type=click.Choice(["readers", "p"]),
+            default="readers",
+            show_default=True,
+            help="What a parallel model loses: Q (or what the basis says), or P.",
         ),
     ]
     for option in reversed(options):
@@ -276,6 +287,8 @@ def fuse(
         out.print(tables.plan_table(plan))
         if plan.reason:
             out.print(f"basis {plan.basis}: {plan.reason}", soft_wrap=True)
+        if plan.note:
+            out.print(plan.note, soft_wrap=True, highlight=False, markup=False)
         if not dry_run:
             out.print(f"wrote {destination}; check it with: skipless verify {source} {destination}", soft_wrap=True)
 

@@ -142,7 +142,7 @@ def count_architecture(name: str, family_name: str, architecture: Architecture, 
         f"{letter}p": removal(gone, gone) if letter == "q" or square else None
         for letter, gone in ((letter, parts[letter] + parts["p"]) for letter in "qkv")
     }
-    every = seams(architecture.skipless())
+    every = [seam for seam in seams(architecture.skipless()) if seam.kind in ("stream", "p")]
     possible = [seam for seam in every if not seam.blocked]
     whole = removal(
         sum(seam.saves for seam in possible), sum(_read_less(seam, architecture, conditions) for seam in possible)

@@ -7,6 +7,9 @@ Row vectors, y = x W + b, W (inputs, outputs), all in fp64 (arXiv:2404.12362, Fi
                                                     duals (writers read through the transposed, tied table)
                                                     W -> W S^-T, b -> b S^-T
     a writer P becomes the identity                 readers M -> P M, m -> p M + m
+    rows T of a writer become the identity          its other rows W_r -> W_r T^-1, readers A -> T A
+                                                    other writers W -> W T^-1, b -> b T^-1
+                                                    (heads of V: each its own T; their bias goes on to the readers)
 """
 
 import dataclasses
@@ -23,9 +26,11 @@ from skipless.seams import Seam
 
 @dataclass(frozen=True)
 class Affine:
-    """A module's map in fp64. `one_hot`: its inputs are rows of the unit matrix, so every row can take a bias in."""
+    """A module's map in fp64. `one_hot`: its inputs are rows of the unit matrix, so every row can take a bias in.
+    A norm's gain is a diagonal, its weight a vector.
+    """
 
-    weight: Float[Tensor, "inputs outputs"]
+    weight: Float[Tensor, "inputs outputs"] | Float[Tensor, "outputs"]
     bias: Float[Tensor, "outputs"] | None = None
     one_hot: bool = False
 
@@ -39,14 +44,71 @@ class Affine:
 
 
 def merge(seam: Seam, affines: Mapping[str, Affine]) -> dict[str, Affine]:
-    """Close a P-M seam: M* = P M, m* = p M + m (Fig. 2a). affines: those of seam.modules; returns the readers."""
+    """Close a P-M seam, M* = P M, m* = p M + m (Fig. 2a), or a norm's gain: P is then a diagonal, its weight (d,).
+
+    affines: those of seam.modules; returns the readers. Of a redundant norm between them, P diag(gain) takes P's place.
+    """
     (writer,) = (affines[name] for name in seam.writers)
+    gain = affines[seam.through].weight if seam.through in affines else None
     merged = {}
     for name in seam.readers:
         reader = affines[name]
-        carried = None if writer.bias is None else writer.bias @ reader.weight
-        merged[name] = dataclasses.replace(reader, weight=writer.weight @ reader.weight).with_bias(carried)
+        weight = reader.weight if gain is None else gain[:, None] * reader.weight
+        carried = None if writer.bias is None else writer.bias @ weight
+        product = writer.weight[:, None] * weight if writer.weight.ndim == 1 else writer.weight @ weight
+        merged[name] = dataclasses.replace(reader, weight=product).with_bias(carried)
     return merged
+
+
+def close_rows(
+    seam: Seam, affines: Mapping[str, Affine], bases: Sequence[Basis], mix: Float[Tensor, "heads"] | None = None
+) -> tuple[dict[str, Affine], Int[Tensor, "blocks n"]]:
+    """Make rows of the first writer the identity, those of each block of its columns for itself.
+
+    bases: of each block's transposed columns (width, n), the rows T that go. mix: by what a bias of V is multiplied on
+    its way through each query head (1, or alpha + beta - gamma), if it is to move on to the readers. Returns the
+    modules that remain, and for each block the order of inputs: those passed through, then those of the weight's rows.
+    """
+    first, others = affines[seam.writers[0]], [affines[name] for name in seam.writers[1:]]
+    size, remaining, orders, kept = seam.width, {}, [], []
+    for block, basis in zip(first.weight.split(size, 1), bases, strict=True):
+        left = torch.ones(len(block), dtype=torch.bool, device=block.device)
+        left[basis.columns] = False
+        orders.append(torch.cat([basis.columns, left.nonzero()[:, 0]]))
+        kept.append(basis.solve(block[left].T).T)
+    chosen = torch.stack(
+        [block[basis.columns] for block, basis in zip(first.weight.split(size, 1), bases, strict=True)]
+    )
+    carried = {}
+    if mix is not None and first.bias is not None:  # the bias of each query head's value, on its way to the readers
+        each = first.bias.view(seam.blocks, 1, size) * mix.view(seam.blocks, -1, 1)
+        carried = {name: each.flatten() @ affines[name].weight for name in seam.readers}
+    for name in seam.readers:
+        reader = affines[name]
+        rows = reader.weight.unflatten(0, (seam.blocks, -1, size))
+        weight = torch.einsum("brs,bgsf->bgrf", chosen, rows).flatten(0, 2)
+        remaining[name] = dataclasses.replace(reader, weight=weight).with_bias(carried.get(name))
+    (basis, *_) = bases
+    own = None if first.bias is None or mix is not None else basis.solve(first.bias[:, None])[:, 0]
+    for name, writer in zip(seam.writers[1:], others, strict=True):
+        bias = None if writer.bias is None else basis.solve(writer.bias[:, None])[:, 0]
+        moved = dataclasses.replace(writer, weight=basis.solve(writer.weight.T).T, bias=bias)
+        remaining[name] = moved.with_bias(own) if name in seam.bias_takers else moved
+    if orders[0].numel() > size:
+        stays = own if not seam.bias_takers else None
+        remaining[seam.writers[0]] = Affine(torch.cat(kept, 1), stays)
+    return remaining, torch.stack(orders)
+
+
+def normalize_rows(table: Affine, norm: Affine | None, norm_type: str, eps: float) -> Affine:
+    """The token table with a norm applied to each row, in fp64. norm: its gain, and bias if it has one."""
+    rows = table.weight
+    if norm_type == "layer":
+        rows = rows - rows.mean(1, keepdim=True)
+    rows = rows * torch.rsqrt(rows.square().mean(1, keepdim=True) + eps)
+    if norm is not None:
+        rows = rows * norm.weight + (0 if norm.bias is None else norm.bias)
+    return dataclasses.replace(table, weight=rows)
 
 
 @dataclass(frozen=True)
@@ -54,13 +116,16 @@ class Stream:
     """A closed stream seam: the stream x is now the readers' `kept` columns, x R + b_R the `others` (both ascending).
 
     writers: the maps that write x. rest: R (d, r) with b_R. duals: read through the transposed first writer.
+    followers: further readers, in the new basis. bias_shares: what part of each writer's bias is in x.
     """
 
     writers: dict[str, Affine]
     rest: Affine
     duals: dict[str, Affine]
+    followers: dict[str, Affine]
     kept: Int[Tensor, "d"]
     others: Int[Tensor, "r"]
+    bias_shares: dict[str, float]
 
 
 def close_stream(seam: Seam, affines: Mapping[str, Affine], basis: Basis) -> Stream:
@@ -88,7 +153,12 @@ def close_stream(seam: Seam, affines: Mapping[str, Affine], basis: Basis) -> Str
         dual = affines[name]
         bias = None if dual.bias is None else basis.solve(dual.bias[:, None])[:, 0]
         duals[name] = dataclasses.replace(dual, weight=basis.solve(dual.weight.T).T, bias=bias)
-    return Stream(writers, rest, duals, kept, others)
+    followers = {}
+    for name in seam.followers:
+        weight = basis.solve(affines[name].weight)
+        moved = dataclasses.replace(affines[name], weight=weight)
+        followers[name] = moved.with_bias(None if chosen_bias is None else -(chosen_bias @ weight))
+    return Stream(writers, rest, duals, followers, kept, others, {name: seam.bias_share(name) for name in writers})
 
 
 def modules(seam: Seam, way: str, stream: Stream, widths: Mapping[str, int]) -> dict[str, Affine]:
@@ -101,7 +171,7 @@ def modules(seam: Seam, way: str, stream: Stream, widths: Mapping[str, int]) -> 
         biases = [None] * len(names) if stream.rest.bias is None else stream.rest.bias.split(sizes)
         parts = zip(names, stream.rest.weight.split(sizes, 1), biases, strict=True)
         rest = {name: Affine(weight, bias) for name, weight, bias in parts}
-    return {**stream.writers, **rest, **stream.duals}
+    return {**stream.writers, **rest, **stream.duals, **stream.followers}
 
 
 def column_order(stream: Stream) -> Int[Tensor, "m"]:

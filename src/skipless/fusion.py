@@ -19,13 +19,13 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from skipless.architecture import Architecture, Module
-from skipless.basis import choose
+from skipless.basis import choose, choose_rows
 from skipless.checkpoint.reader import CheckpointReader, TensorInfo
 from skipless.checkpoint.writer import CheckpointWriter, new_folder, plan_shards, write_json
-from skipless.eliminate import Affine, column_order, merge, modules
+from skipless.eliminate import Affine, close_rows, column_order, merge, modules, normalize_rows
 from skipless.errors import InputError
 from skipless.model.configuration_skipless import SkiplessConfig
-from skipless.prediction import Forecast, OpenStream, forecast, merged
+from skipless.prediction import Forecast, OpenStream, forecast, merged, passed_rows
 from skipless.request import AUTO, REMOVABLE, Request
 from skipless.rounding import HALF, round_stream
 from skipless.seams import Seam, closed
@@ -75,14 +75,12 @@ class Plan:
     inputs: Mapping[str, TensorInfo]
     outputs: Mapping[str, TensorInfo]
     config: Mapping[str, object]
+    note: str = ""
 
     @cached_property
     def modules(self) -> tuple[dict[str, Module], dict[str, Module]]:
         """The modules of source and target by name."""
-        before, after = (
-            {module.name: module for module in architecture.modules()} for architecture in (self.source, self.target)
-        )
-        return before, after
+        return _modules(self.source), _modules(self.target)
 
     @property
     def weights(self) -> tuple[int, int]:
@@ -149,7 +147,12 @@ def make_plan(reader: CheckpointReader, request: Request, reason: str = "", max_
         inputs=reader.tensors,
         outputs=plan_shards(_outputs(reader.tensors, target, closing, request.dtype), max_shard_size),
         config=_fused_config(reader.config, target, request.dtype),
+        note=request.note(source),
     )
+
+
+def _modules(architecture: Architecture) -> dict[str, Module]:
+    return {module.name: module for module in (*architecture.modules(), *architecture.norm_modules())}
 
 
 def _closing(source: Architecture, request: Request) -> list[Seam]:
@@ -188,12 +191,13 @@ def _outputs(
 
 def _tasks(source: Architecture, target: Architecture, closing: Iterable[Seam]) -> tuple[Task, ...]:
     """One task per group of seams that share modules, one per tensor that stays as it is, in the output's order."""
-    before, after = ({module.name: module for module in side.modules()} for side in (source, target))
+    before, after = _modules(source), _modules(target)
     writer_of = {name: Task((), (name,), (name,)) for name in target.tensors()}
     for group in _connected(closing):
         names = list(dict.fromkeys(name for seam in group for name in seam.modules))
         left = [name for name in (*names, *(seam.rest for seam in group)) if name in after]
-        reads = tuple(tensor for name in names for tensor in before[name].tensors())
+        reads = tuple(tensor for name in names if name in before for tensor in before[name].tensors())
+        reads += tuple(dict.fromkeys(name for seam in group for name in seam.mixed))
         writes = tuple(tensor for name in left for tensor in after[name].tensors())
         writes += tuple(seam.order for seam in group if seam.order in writer_of)
         writer_of.update(dict.fromkeys(writes, Task(tuple(group), reads, writes)))
@@ -217,17 +221,15 @@ def run_task(plan: Plan, task: Task, read: Callable[[str], torch.Tensor]) -> Don
         tensor = read(name)
         return Done(iter([(name, tensor.to(plan.outputs[name].dtype))]))
     before, after = plan.modules
-    names = dict.fromkeys(name for seam in task.seams for name in seam.modules)
+    names = dict.fromkeys(name for seam in task.seams for name in seam.modules if name in before)
     affines = {name: read_affine(before[name], after.get(name), read) for name in names}
     indices: dict[str, torch.Tensor] = {}
     problems: list[str] = []
-    for seam in task.seams:
-        if seam.kind == "p":
-            remaining, problem = _merge(plan, seam, affines)
-        else:
-            remaining, order, problem = _close_stream(plan, seam, affines)
-            if seam.order in plan.outputs:
-                indices[seam.order] = order
+    for number, seam in enumerate(task.seams):
+        later = frozenset(name for other in task.seams[number + 1 :] for name in other.modules)
+        remaining, order, problem = _close(plan, seam, affines, later, read)
+        if order is not None and seam.order in plan.outputs:
+            indices[seam.order] = order
         if problem is not None:
             problems.append(problem)
         for name in seam.modules:
@@ -236,37 +238,87 @@ def run_task(plan: Plan, task: Task, read: Callable[[str], torch.Tensor]) -> Don
     return Done(_stored(plan, affines, indices), tuple(problems))
 
 
-def _close_stream(
-    plan: Plan, seam: Seam, affines: Mapping[str, Affine]
-) -> tuple[dict[str, Affine], torch.Tensor, str | None]:
-    """Close a stream seam by the plan's basis and round it: the modules that remain, their order, and what is wrong."""
+Closed = tuple[dict[str, Affine], torch.Tensor | None, str | None]
+
+
+def _close(
+    plan: Plan,
+    seam: Seam,
+    affines: Mapping[str, Affine],
+    later: frozenset[str],
+    read: Callable[[str], torch.Tensor],
+) -> Closed:
+    """Close one seam: the modules that remain, their order, and what is wrong. later: modules yet to be rewritten."""
+    way = seam.way(plan.basis)
+    if seam.rest:
+        return _close_stream(plan, seam, affines, later)
+    if way == "rows":
+        return _close_rows(plan, seam, affines, later, read)
+    if way == "p":
+        return _merge(plan, seam, affines)
+    if way == "gain":
+        return merge(seam, affines), None, None
+    (norm,), (table,) = seam.writers, seam.readers
+    rows = normalize_rows(affines[table], affines.get(norm), plan.source.norm_type, plan.source.norm_eps)
+    return {table: rows}, None, None
+
+
+def _close_stream(plan: Plan, seam: Seam, affines: Mapping[str, Affine], later: frozenset[str]) -> Closed:
+    """Close a stream or head seam by the plan's basis and round it."""
+    way = seam.way(plan.basis)
     opened = OpenStream(seam, affines)
-    basis = choose(seam, plan.basis, opened.readers, opened.weights)
+    basis = choose(seam, way, opened.readers, opened.weights)
     stream = opened.close(basis)
-    dtypes = _dtypes(plan, seam)
+    dtypes = _dtypes(plan, seam, later)
     coarsest = max(dtypes.values(), key=lambda dtype: torch.finfo(dtype).eps)
     if coarsest in HALF:
         stream = round_stream(stream, opened.weights, opened.extra_weights, dtypes)
     name = str(coarsest).removeprefix("torch.")
-    problem = opened.measure(plan.basis, basis, stream, dtypes, name).problem(plan.basis, name)
+    problem = opened.measure(way, basis, stream, dtypes, name).problem(way, name)
     widths = {name: weight.shape[1] for name, weight in opened.readers.items()}
-    return modules(seam, plan.basis, stream, widths), column_order(stream), problem
+    return modules(seam, way, stream, widths), column_order(stream), problem
 
 
-def _merge(plan: Plan, seam: Seam, affines: Mapping[str, Affine]) -> tuple[dict[str, Affine], str | None]:
-    """Close a P-M seam: the modules that remain, and what is wrong."""
+def _close_rows(
+    plan: Plan, seam: Seam, affines: Mapping[str, Affine], later: frozenset[str], read: Callable[[str], torch.Tensor]
+) -> Closed:
+    """Make rows of P, or of each head of V, the identity."""
+    mix = None
+    if seam.kind == "values":
+        gains = {name.rpartition(".")[2]: read(name).double() for name in seam.mixed}
+        mix = sum((-gain if name == "gamma" else gain for name, gain in gains.items()), torch.zeros(()))
+        mix = mix if gains else affines[seam.writers[0]].weight.new_ones(plan.source.num_attention_heads)
+    bases = choose_rows(seam, affines[seam.writers[0]].weight)
+    remaining, order = close_rows(seam, affines, bases, mix)
+    dtypes = [plan.outputs[f"{name}.weight"].dtype for name in remaining if name not in later]
+    name = _coarsest(dtypes or [torch.float64])
+    problem = passed_rows(seam, affines, remaining, bases, [name]).problem("rows", name)
+    return remaining, (order if seam.kind == "values" else order[0]).to(torch.int32), problem
+
+
+def _coarsest(dtypes: Iterable[torch.dtype]) -> str:
+    return str(max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)).removeprefix("torch.")
+
+
+def _merge(plan: Plan, seam: Seam, affines: Mapping[str, Affine]) -> Closed:
+    """Close a P-M seam by merging P."""
     remaining = merge(seam, affines)
     weights = [affine.weight for affine in remaining.values()]
-    dtypes = [plan.outputs[f"{name}.weight"].dtype for name in remaining]
-    name = str(max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)).removeprefix("torch.")
+    name = _coarsest(plan.outputs[f"{name}.weight"].dtype for name in remaining)
     power = sum(torch.linalg.vector_norm(weight).item() ** 2 for weight in weights)
     largest = max(torch.linalg.vector_norm(weight, math.inf).item() for weight in weights)
-    return remaining, merged(seam, affines, [name], power, largest).problem("p", name)
+    return remaining, None, merged(seam, affines, [name], power, largest).problem("p", name)
 
 
-def _dtypes(plan: Plan, seam: Seam) -> dict[str, torch.dtype]:
-    """In what a stream seam's writers, its duals and, as "rest", its readers are stored (the finest of these)."""
-    dtypes = {name: plan.outputs[f"{name}.weight"].dtype for name in (*seam.writers, *seam.duals)}
+def _dtypes(plan: Plan, seam: Seam, later: frozenset[str]) -> dict[str, torch.dtype]:
+    """In what a stream seam's writers, duals, followers and, as "rest", its readers are stored (the finest of these).
+
+    What is yet to be rewritten is not rounded now.
+    """
+    dtypes = {
+        name: torch.float64 if name in later else plan.outputs[f"{name}.weight"].dtype
+        for name in (*seam.writers, *seam.duals, *seam.followers)
+    }
     rest = [
         plan.outputs[name].dtype
         for reader in (*seam.readers, seam.rest)
@@ -281,7 +333,7 @@ def _stored(
     """Modules as the checkpoint stores them, in the output's dtype, and index tensors."""
     _, after = plan.modules
     for name, affine in affines.items():
-        weight = affine.weight if after[name].table else affine.weight.T
+        weight = affine.weight if after[name].table or after[name].diagonal else affine.weight.T
         yield f"{name}.weight", weight.to(plan.outputs[f"{name}.weight"].dtype)
         if affine.bias is not None:
             yield f"{name}.bias", affine.bias.to(plan.outputs[f"{name}.bias"].dtype)
@@ -310,6 +362,7 @@ def fuse(
     rest_dtype: str | None = None,
     layers_open: Iterable[int] = (),
     remove: Iterable[str] = REMOVABLE,
+    parallel_removes: str = "readers",
     max_shard_size: int = 5 * 10**9,
     engine: str = "local",
     device: str = "cpu",
@@ -317,9 +370,9 @@ def fuse(
 ) -> Plan:
     """Write `source` without Q (or K, V) and P into the new folder `destination`, and return what was done.
 
-    basis, dtype, rest_dtype, layers_open, remove: what is asked for (request.Request). max_shard_size in bytes. device:
-    where the algebra is done, "cpu" or a CUDA device (their results differ in the last bits). `progress` is called with
-    None once the plan is made and then with each finished task. The result computes the same function (identities:
+    basis, dtype, rest_dtype, layers_open, remove, parallel_removes: what is asked for (request.Request). max_shard_size
+    in bytes. device: where the algebra is done, "cpu" or a CUDA device (their results differ in the last bits).
+    `progress` is called with None once the plan is made and then with each finished task. The result computes the same function (identities:
     arXiv:2404.12362, Fig. 1). Raises InputError for anything that stands in the way; `destination` then does not exist.
     """
     source, destination = Path(source), Path(destination)
@@ -327,7 +380,7 @@ def fuse(
         raise InputError(f"engine: expected one of {', '.join(ENGINES)}, found {engine!r}")
     if Path(os.path.realpath(destination)).is_relative_to(os.path.realpath(source)):
         raise InputError(f"{destination}: expected a folder outside the source {source}, which stays as it is")
-    request = Request(basis, dtype, rest_dtype, tuple(layers_open), tuple(remove))
+    request = Request(basis, dtype, rest_dtype, tuple(layers_open), tuple(remove), parallel_removes)
     reader = CheckpointReader(source, device)
     problems: list[str] = []
     with new_folder(destination) as folder:
@@ -362,6 +415,8 @@ def _fused_config(config: Mapping[str, object], target: Architecture, dtype: str
     Raises InputError naming the field when the model file would refuse it.
     """
     fields: dict[str, object] = {"stream_basis": target.stream_basis, "p_removed": target.p_removed}
+    fields |= {name: True for name in ("values_removed", "head_removed") if getattr(target, name)}
+    fields |= {name: list(names) for name in ("norms_removed", "gains_removed") if (names := getattr(target, name))}
     if target.rest_dtype is not None:
         fields["rest_dtype"] = target.rest_dtype
     fields |= {"layers_open": list(target.layers_open), "folded_biases": list(target.folded_biases)}

@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from skipless.basis import Basis, candidate
-from skipless.eliminate import Affine, Stream, close_stream
+from skipless.basis import Basis, candidate, choose_rows
+from skipless.eliminate import Affine, Stream, close_rows, close_stream
+from skipless.errors import InputError
 from skipless.rounding import (
     HALF,
     ROWS,
@@ -107,9 +108,15 @@ def forecast(
 
     affines: every module of seam.modules in fp64. rest_dtype: that of the rest of pivoted columns, if it is another.
     """
-    if seam.kind == "stream":
+    if seam.rest:
         stream = OpenStream(seam, affines)
         return stream.forecast(dtypes, {way: stream.basis(way) for way in ways or seam.identities}, rest_dtype)
+    if "rows" in seam.identities:
+        try:
+            bases = choose_rows(seam, affines[seam.writers[0]].weight)
+        except InputError:
+            return _impossible(seam, dtypes)
+        return passed_rows(seam, affines, close_rows(seam, affines, bases)[0], bases, dtypes)
     (writer,) = (affines[name].weight for name in seam.writers)
     readers = torch.cat([affines[name].weight for name in seam.readers], 1)
     power = len(writer) * _mean_square(_probes(len(writer), writer) @ writer @ readers)
@@ -137,6 +144,65 @@ def merged(seam: Seam, affines: Mapping[str, Affine], dtypes: Sequence[str], pow
     return Forecast(seam, original, {way: Way(None, None, errors) for way in seam.identities})
 
 
+def passed_rows(
+    seam: Seam,
+    affines: Mapping[str, Affine],
+    remaining: Mapping[str, Affine],
+    bases: Sequence[Basis],
+    dtypes: Sequence[str],
+) -> Forecast:
+    """The errors of x W A, for white x, when writers W and readers A are rounded, and when, of those that remain, only
+    the rows that are not passed through are.
+    """
+    squares, powers = {}, {}
+    names: dict[str, list[str]] = {}
+    for name in seam.readers:
+        names.setdefault(letter(name), []).append(name)
+
+    def heads(writer: Tensor) -> Tensor:
+        return writer.unflatten(1, (seam.blocks, seam.width)).transpose(0, 1)
+
+    def rows(found: Mapping[str, Affine], of: Sequence[str]) -> Tensor:
+        weight = torch.cat([found[name].weight for name in of], 1)
+        return weight.unflatten(0, (seam.blocks, -1, seam.width)).transpose(1, 2).flatten(2)
+
+    before = [heads(affines[name].weight) for name in seam.writers]
+    after = [heads(remaining[name].weight) for name in seam.writers if name in remaining]
+    for name, readers in names.items():
+        read = rows(affines, readers)
+        inner = read @ read.mT
+        powers[name] = sum(((writer.mT @ writer) * inner).sum().item() for writer in before)
+        squares[name] = (read, rows(remaining, readers))
+
+    def lost(writers: Sequence[Tensor], read: Tensor, passed: float, floor: float) -> float:
+        p = sum((writer.square().sum(1) for writer in writers), torch.zeros_like(read[..., 0]))
+        m = read.square().sum(2)
+        inputs = sum(writer.shape[1] for writer in writers)
+        return ((p + floor * inputs) * m + (p + passed) * (m + floor * read.shape[2])).sum().item()
+
+    largest = max(affine.weight.abs().max().item() for affine in remaining.values())
+    original, errors = {}, {}
+    for dtype in dtypes:
+        unit, floor = _precision(dtype)
+        fits = largest <= torch.finfo(getattr(torch, dtype)).max
+        original[dtype] = {
+            name: unit * _relative(lost(before, read, 0.0, floor), powers[name]) for name, (read, _) in squares.items()
+        }
+        errors[dtype] = {
+            name: unit * _relative(lost(after, read, 1.0, floor) if fits else math.inf, powers[name])
+            for name, (_, read) in squares.items()
+        }
+    return Forecast(seam, original, {"rows": Way(max(basis.condition for basis in bases), None, errors)})
+
+
+def _impossible(seam: Seam, dtypes: Sequence[str]) -> Forecast:
+    """A seam whose only way cannot be gone."""
+    names = dict.fromkeys(letter(name) for name in seam.readers)
+    infinite = {dtype: dict.fromkeys(names, math.inf) for dtype in dtypes}
+    nothing = {dtype: dict.fromkeys(names, 0.0) for dtype in dtypes}
+    return Forecast(seam, nothing, {way: Way(math.inf, math.inf, infinite) for way in seam.identities})
+
+
 class OpenStream:
     """A stream seam's tensors before it is closed, and what each way to close it would do to what is read from it.
 
@@ -150,16 +216,19 @@ class OpenStream:
         self.readers = {name: affines[name].weight for name in seam.readers}
         self.writers = [affines[name].weight for name in seam.writers]
         duals = [affines[name].weight.T for name in seam.duals]
-        self.followers = [affines[name].weight for name in seam.followers]
-        parts = noise_weights(self.writers, [*self.readers.values(), *duals, *self.followers])
+        followers = [affines[name].weight for name in seam.followers]
+        parts = noise_weights(self.writers, [*self.readers.values(), *duals, *followers])
         self.weights = torch.cat(parts[: len(self.readers)])
         self.extra_weights = torch.cat([*parts[len(self.readers) :], self.weights[:0]])
         # everything that reads the stream; a tied head reads it through the duals
         self.outputs = {letter(name): reader for name, reader in self.readers.items()}
         if duals:
             self.outputs["logits"] = torch.cat(duals, 1)
-        if self.followers:
-            self.outputs["m"] = torch.cat(self.followers, 1)
+        self.followers = {
+            name: [other for other in seam.followers if letter(other) == name] for name in map(letter, seam.followers)
+        }
+        for name, others in self.followers.items():
+            self.outputs[name] = torch.cat([affines[other].weight for other in others], 1)
 
     @cached_property
     def moment(self) -> Float[Tensor, "d d"]:
@@ -194,15 +263,21 @@ class OpenStream:
         """
         generator, before, after = torch.Generator().manual_seed(0), [], []
         for name, writer in stream.writers.items():
+            share = self.seam.bias_share(name)
             rows = torch.randint(len(writer.weight), (PROBES,), generator=generator).to(writer.weight.device)
-            before.append(_rows(self.affines[name], rows))
-            after.append(_cast(_rows(writer, rows), dtypes[name]))
+            before.append(_rows(self.affines[name], rows, share))
+            after.append(_rows(_cast(writer, dtypes[name]), rows, share))
         x, y = _sum(before), _sum(after)
         exact = torch.cat([_read(x, self.affines[name]) for name in self.readers], 1)
         found = torch.cat([y, _read(y, _cast(stream.rest, dtypes["rest"]))], 1)
         found = found[:, torch.cat([stream.kept, stream.others]).argsort()]
         parts = (found - exact).split([reader.shape[1] for reader in self.readers.values()], 1)
         lost = {letter(name): part for name, part in zip(self.readers, parts, strict=True)}
+        for name, others in self.followers.items():
+            cast = [_cast(stream.followers[other], dtypes[other]) for other in others]
+            lost[name] = torch.cat(
+                [_read(y, now) - _read(x, self.affines[n]) for now, n in zip(cast, others, strict=True)], 1
+            )
         x = torch.stack([rows.weight for rows in before]).sum(0)
         powers = {name: _mean_square(x @ reader) for name, reader in self.outputs.items()}
         if stream.duals:
@@ -219,7 +294,7 @@ class OpenStream:
         power, (unit, floor) = mean_squares(self.writers), _precision(dtype)
         for name in self.seam.writers:
             if (bias := self.affines[name].bias) is not None:
-                power = power + bias.square()
+                power = power + self.seam.bias_share(name) * bias.square()
         lost = {name: _noise(power, reader, floor).sum().item() for name, reader in self.outputs.items()}
         for name in self.readers:
             if (bias := self.affines[name].bias) is not None:
@@ -239,7 +314,8 @@ class OpenStream:
         stream = close_stream(self.seam, {**self.affines, **bare}, basis)
         chosen = torch.cat(list(self.readers.values()), 1)[:, basis.columns]
         metric = chosen.T @ self.moment @ chosen
-        extra = [dual.weight.T for dual in stream.duals.values()] + [basis.solve(m) for m in self.followers]
+        extra = [dual.weight.T for dual in stream.duals.values()]
+        extra += [follower.weight for follower in stream.followers.values()]
         passed_weights, errors, largest = self.weights[stream.kept], {}, 0.0
         written = max(_reach(writer, chosen) for writer in self.writers)
         for name in dtypes:
@@ -351,8 +427,10 @@ def _cast(affine: Affine, dtype: torch.dtype) -> Affine:
     return Affine(affine.weight.to(dtype).double(), bias)
 
 
-def _rows(affine: Affine, rows: Tensor) -> Affine:
-    return dataclasses.replace(affine, weight=affine.weight[rows])
+def _rows(affine: Affine, rows: Tensor, share: float) -> Affine:
+    """Some rows of a writer's, and the part of its bias that is in the stream."""
+    bias = None if affine.bias is None else share * affine.bias
+    return dataclasses.replace(affine, weight=affine.weight[rows], bias=bias)
 
 
 def _sum(writers: Sequence[Affine]) -> Float[Tensor, "n d"]:
@@ -387,5 +465,8 @@ def _relative(square: float, total: float) -> float:
 
 
 def letter(name: str) -> str:
-    """The paper's name of a projection, in lower case: q of model.layers.0.self_attn.q_proj, p of o_proj."""
-    return {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "p"}[name.rpartition(".")[2]]
+    """The paper's name of a matrix, or of what it gives, in lower case: q of model.layers.0.self_attn.q_proj, p of
+    o_proj, m of what reads the FFN's input.
+    """
+    letters = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "p", "lm_head": "logits"}
+    return letters.get(name.rpartition(".")[2], "m")

@@ -11,10 +11,11 @@ from skipless.checkpoint.reader import TensorInfo
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError
 from skipless.prediction import Forecast
-from skipless.seams import Seam, seams
+from skipless.seams import KINDS, PARALLEL_REMOVES, Seam, seams
 
 BASES = ("q", "k", "v", "pivoted")
 AUTO = "auto"
+# What is removed unless something else is asked for.
 REMOVABLE = ("stream", "p")
 # "auto" takes q, whose model is simpler and needs no gather, up to this multiple of pivoted's error.
 AS_GOOD = 1.1
@@ -27,7 +28,8 @@ class Request:
     basis: what becomes the identity: the projection "q", "k" or "v" (Fig. 1 b, c, d), "pivoted" (the best d columns of
     all three), or "auto": one of "q" and "pivoted", whichever the weights suit. dtype: that of every tensor of the
     result (None: each keeps its own); rest_dtype: that of rest_proj, "float32" or None. layers_open: layers whose
-    stream seam stays open. remove: the kinds of seams to close, "stream" and "p".
+    stream seam stays open. remove: the kinds of seams to close (seams.KINDS). parallel_removes: in a parallel model,
+    where Q and P cannot both go, what does: "readers" (Q, or what the basis says) or "p".
     """
 
     basis: str = AUTO
@@ -35,6 +37,7 @@ class Request:
     rest_dtype: str | None = None
     layers_open: tuple[int, ...] = ()
     remove: tuple[str, ...] = REMOVABLE
+    parallel_removes: str = "readers"
 
     def seams(self, source: Architecture) -> list[Seam]:
         """The open seams asked for, blocked or not. Raises InputError for options that make no sense."""
@@ -46,8 +49,12 @@ class Request:
             raise InputError(
                 f"rest_dtype: expected 'float32' with basis 'pivoted', found {self.rest_dtype!r} with {self.basis!r}"
             )
-        if unknown := sorted(set(self.remove) - set(REMOVABLE)):
-            raise InputError(f"remove: expected {' and '.join(REMOVABLE)}, or one of them; found {unknown[0]!r}")
+        if unknown := sorted(set(self.remove) - set(KINDS)):
+            raise InputError(f"remove: expected some of {', '.join(KINDS)}; found {unknown[0]!r}")
+        if self.parallel_removes not in PARALLEL_REMOVES:
+            raise InputError(
+                f"parallel_removes: expected {' or '.join(PARALLEL_REMOVES)}, found {self.parallel_removes!r}"
+            )
         if beyond := sorted(layer for layer in self.layers_open if not 0 <= layer < source.num_hidden_layers):
             raise InputError(f"layers_open: expected layers 0..{source.num_hidden_layers - 1}, found {beyond[0]}")
         if source.stream_basis is not None and self.basis not in (AUTO, source.stream_basis):
@@ -56,17 +63,35 @@ class Request:
             )
         asked = [
             seam
-            for seam in seams(source)
+            for seam in seams(source, self.parallel_removes, "values" in self.remove or None)
             if seam.kind in self.remove and not (seam.kind == "stream" and seam.layer in self.layers_open)
         ]
+        if source.block_type == "parallel" and {"stream", "p"} <= set(self.remove):  # one of the two (self.note)
+            asked = [seam for seam in asked if not self._spared(seam)]
         for seam in asked:
-            if not (seam.blocked or seam.kind == "p" or self.basis in (AUTO, *seam.identities)):
+            if not (seam.blocked or seam.kind != "stream" or self.basis in (AUTO, *seam.identities)):
                 raise InputError(
                     f"basis: expected a square projection, found {self.basis}_proj ("
                     f"{source.projections[self.basis]}, {source.hidden_size}) in layer {seam.layer}; use "
                     f"{' or '.join(f'--basis {name}' for name in seam.identities)}"
                 )
         return asked
+
+    def _spared(self, seam: Seam) -> bool:
+        """Whether a parallel model's seam stays open, because what `parallel_removes` says goes in its place."""
+        return seam.kind == "p" if self.parallel_removes == "readers" else seam.kind == "stream" and seam.layer > 0
+
+    def note(self, source: Architecture) -> str:
+        """What a parallel model cannot give up of what was asked for, and why; or nothing."""
+        if source.block_type != "parallel" or not {"stream", "p"} <= set(self.remove):
+            return ""
+        d, layers = source.hidden_size, source.num_hidden_layers
+        kept = "P" if self.parallel_removes == "readers" else "Q, K and V of the layers after the first"
+        return (
+            f"{kept} stay: in a parallel layer P's output is added to the FFN's, so that each of the {layers + 1} "
+            f"stream seams gives up hidden_size^2 = {d**2:,} weights, of what reads it or of P, not of both "
+            f"(--parallel-removes); without Q and P such a model has to be trained from scratch"
+        )
 
     def stored(self, tensors: Mapping[str, TensorInfo], seam: Seam, way: str) -> str:
         """The coarsest dtype of what is written when a seam of a checkpoint with these tensors is closed by `way`."""

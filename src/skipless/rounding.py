@@ -115,17 +115,23 @@ class Rest:
 
 
 def round_stream(
-    stream: Stream, weights: Float[Tensor, "m"], dual_weights: Float[Tensor, "u"], dtypes: Mapping[str, torch.dtype]
+    stream: Stream,
+    weights: Float[Tensor, "m"],
+    extra_weights: Float[Tensor, "u"],
+    dtypes: Mapping[str, torch.dtype],
 ) -> Stream:
     """A closed stream seam with every weight rounded to its dtype, in fp64, and biases that make up for it.
 
-    weights, dual_weights: what a squared error counts in each column of the readers and of the duals' transposed
-    weights (noise_weights). dtypes: of each writer and dual, and of "rest". Modules in fp32 or fp64 stay as they are.
+    weights, extra_weights: what a squared error counts in each column of the readers, and of the duals' transposed
+    weights and the followers (noise_weights). dtypes: of each writer, dual and follower, and of "rest". Modules in fp32
+    or fp64 stay as they are, but for what makes up for the others.
     """
     rests = [Rest(stream.rest.weight, weights[stream.others], dtypes["rest"])]
-    sizes = [dual.weight.shape[0] for dual in stream.duals.values()]
-    for (name, dual), part in zip(stream.duals.items(), dual_weights.split(sizes), strict=True):
-        rests.append(Rest(dual.weight.T, part, dtypes[name]))
+    extra = {name: dual.weight.T for name, dual in stream.duals.items()}
+    extra |= {name: follower.weight for name, follower in stream.followers.items()}
+    sizes = [matrix.shape[1] for matrix in extra.values()]
+    for (name, matrix), part in zip(extra.items(), extra_weights.split(sizes), strict=True):
+        rests.append(Rest(matrix, part, dtypes[name]))
     # where the rest has a bias, it makes up for what becomes of the writers' biases; else those are rows like any other
     as_rows = stream.rest.bias is None
     rows = [
@@ -133,20 +139,29 @@ def round_stream(
         for writer in stream.writers.values()
     ]
     rounded, rounded_rests = round_seam(rows, rests, weights[stream.kept], [dtypes[name] for name in stream.writers])
+    after_of = dict(zip(extra, rounded_rests[1:], strict=True))
     writers, bias = {}, stream.rest.bias
+    biases = {name: follower.bias for name, follower in stream.followers.items()}
     for (name, writer), after in zip(stream.writers.items(), rounded, strict=True):
         writers[name] = dataclasses.replace(writer, weight=after[: len(writer.weight)])
         if writer.bias is None:
             continue
         stored = after[-1] if as_rows else writer.bias.to(dtypes[name]).to(writer.bias.dtype)
         writers[name] = dataclasses.replace(writers[name], bias=stored)
+        share = stream.bias_shares[name]
         if bias is not None:
-            bias = bias + writer.bias @ stream.rest.weight - stored @ rounded_rests[0]
-    duals = {
-        name: dataclasses.replace(dual, weight=matrix.T)
-        for (name, dual), matrix in zip(stream.duals.items(), rounded_rests[1:], strict=True)
+            bias = bias + share * (writer.bias @ stream.rest.weight - stored @ rounded_rests[0])
+            for follower, own in biases.items():
+                if own is not None:
+                    matrix = stream.followers[follower].weight
+                    biases[follower] = own + share * (writer.bias @ matrix - stored @ after_of[follower])
+    duals = {name: dataclasses.replace(dual, weight=after_of[name].T) for name, dual in stream.duals.items()}
+    followers = {
+        name: dataclasses.replace(follower, weight=after_of[name], bias=biases[name])
+        for name, follower in stream.followers.items()
     }
-    return dataclasses.replace(stream, writers=writers, rest=Affine(rounded_rests[0], bias), duals=duals)
+    rest = Affine(rounded_rests[0], bias)
+    return dataclasses.replace(stream, writers=writers, rest=rest, duals=duals, followers=followers)
 
 
 def noise_weights(

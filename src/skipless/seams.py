@@ -9,23 +9,39 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from skipless.architecture import Architecture
+from skipless.architecture import HOMOGENEOUS, Architecture
+
+KINDS = ("norms", "stream", "values", "p", "head")
+# What gives up d^2 weights at a stream seam of a parallel model: Q, K, V that read it, or P that writes it.
+PARALLEL_REMOVES = ("readers", "p")
 
 
 @dataclass(frozen=True)
 class Seam:
     """One seam, as data. Modules are named as in the checkpoint.
 
-    kind: "stream" (between one layer's output and the next one's Q, K, V) or "p" (between P and M), with its layer.
-    writers, readers: the modules whose outputs, inputs lie in the seam's space, of `width` dimensions.
+    kind: "stream" (between one layer's output and the next one's Q, K, V), "p" (between P and M), "values" (between V
+    and P, head by head), "head" (between the last layer and the logits), or "norms" (a norm's gain, or a norm of the
+    embeddings, and what reads it); layer: of its readers (P's own, for "p" and "values").
+    writers, readers: the modules whose outputs, inputs lie in the seam's space, of `width` dimensions (in each of
+    `blocks` heads).
+    identities: name of a way to close the seam -> the modules that go, or lose a block:
+        "q", "k", "v"   this module becomes the identity
+        "pivoted"       `width` columns of the readers do, the other columns become one module, `rest`
+        "head"          the same, of lm_head, which keeps its name
+        "p"             the writer merges into the readers
+        "rows"          `width` rows of the first writer (of each block's columns) become the identity
+        "gain"          the norm's gain merges into the readers
+        "table"         the norm is applied to the table's rows once and for all
+    order: the index tensor that puts passed and stored columns (rows) in their places.
     bias_takers: the modules that take in the bias of the module that goes.
     duals: modules whose outputs the seam's tied table reads transposed (the last O, when the head is the embedding).
-    identities: name of a way to close the seam -> the modules that go. A way by which one module goes makes it the
-        identity; by "pivoted", `width` columns of the readers [Q|K|V] become the identity, the other columns one
-        module, `rest`, and `order` is the index tensor that puts the outputs back in their places.
-    followers: further readers, which take in the basis and keep their shape (M, where it stands beside the attention).
+    followers: further readers, which take in the basis and keep their shape (V, if its heads lose a block of their own;
+        M, where it stands beside the attention).
+    through: a norm between writer and readers that is redundant and goes with the seam.
+    mixed: the tensors by which the writer's output is shaped before it is read (arXiv:2311.01906).
     saves: weights (biases and indices not counted) that closing it removes.
-    blocked: why the seam cannot be closed; None if it can. pending: why fuse cannot close it yet, although it can be.
+    blocked: why the seam cannot be closed; None if it can.
     """
 
     kind: str
@@ -40,12 +56,14 @@ class Seam:
     rest: str = ""
     order: str = ""
     followers: tuple[str, ...] = ()
+    through: str = ""
+    mixed: tuple[str, ...] = ()
     blocked: str | None = None
-    pending: str | None = None
+    blocks: int = 1
 
     def way(self, basis: str) -> str:
-        """How it is closed when stream seams are closed by `basis`; a P-M seam has only one way."""
-        return basis if self.kind == "stream" else "p"
+        """How it is closed when stream seams are closed by `basis`; seams of other kinds have only one way."""
+        return basis if self.kind == "stream" else next(iter(self.identities))
 
     def removed(self, basis: str) -> tuple[str, ...]:
         """The modules that go when stream seams are closed by `basis`."""
@@ -54,40 +72,63 @@ class Seam:
     @property
     def refusal(self) -> str | None:
         """Why it cannot be closed, in a sentence, or None."""
-        reason = self.blocked or self.pending
-        return reason and f"the {self.kind} seam of layer {self.layer} is blocked by {reason}"
+        return self.blocked and f"the {self.kind} seam of layer {self.layer} is blocked by {self.blocked}"
 
     @property
     def modules(self) -> tuple[str, ...]:
         """Every module that closing the seam reads or rewrites."""
-        return (*self.writers, *self.readers, *self.followers, *self.duals)
+        through = (self.through,) if self.through else ()
+        return (*self.writers, *through, *self.readers, *self.followers, *self.duals)
+
+    def bias_share(self, writer: str) -> float:
+        """What part of this writer's bias is in the stream, of experts' on average: their weights sum to 1."""
+        takers = [name for name in self.writers if name in self.bias_takers]
+        return 1 / len(takers) if writer in takers else 1.0
 
 
-def seams(architecture: Architecture) -> list[Seam]:
-    """The seams that are still open, in the order of computation, blocked ones included with the reason."""
+def seams(architecture: Architecture, parallel_removes: str = "readers", values: bool | None = None) -> list[Seam]:
+    """The seams that are still open, in the order in which they are closed, blocked ones included with the reason.
+
+    parallel_removes: in a parallel model, "readers" (Q, K, V; then P is blocked) or "p" (then they are, from layer 1
+    on). values: whether the value seams will be closed, too, so that V's columns cannot be passed through (None: if
+    they have been).
+    """
+    values = architecture.values_removed if values is None else values
     found = []
+    if architecture.norm_type != "none":
+        found += _norm_seams(architecture)
     for layer in range(architecture.num_hidden_layers):
         if not architecture.stream_closed(layer):
-            found.append(_stream_seam(architecture, layer))
+            found.append(_stream_seam(architecture, layer, values, parallel_removes))
+        if not architecture.values_removed:
+            found.append(_value_seam(architecture, layer))
         if not architecture.p_removed:
-            found.append(_p_seam(architecture, layer))
+            found.append(_p_seam(architecture, layer, parallel_removes))
+    if not architecture.head_removed:
+        found.append(_head_seam(architecture))
     return found
 
 
 def closed(architecture: Architecture, closing: Iterable[Seam], basis: str) -> Architecture:
     """The architecture after closing these seams, stream seams by `basis` ("q", "k", "v" or "pivoted").
 
-    Every P-M seam is closed or none, as config.json has one switch for them all.
+    Every P-M seam is closed or none, as config.json has one switch for them all; so are the value seams.
     """
     closing = list(closing)
+    kinds = {seam.kind for seam in closing}
     stream = {seam.layer for seam in closing if seam.kind == "stream"}
-    p_removed = architecture.p_removed or any(seam.kind == "p" for seam in closing)
-    still_open = [seam.layer for seam in seams(architecture) if seam.kind == "stream" and seam.layer not in stream]
+    still_open = [
+        layer
+        for layer in range(architecture.num_hidden_layers)
+        if not architecture.stream_closed(layer) and layer not in stream
+    ]
+    gains = [seam.writers[0] for seam in closing if "gain" in seam.identities]
+    norms = [name for seam in closing for name in (seam.through, *seam.identities.get("table", ())) if name]
     own_biases = {module.name for module in architecture.modules() if module.bias}
     gained = set()
     if architecture.attention_bias:
         for seam in closing:
-            gained |= set(seam.bias_takers) - own_biases
+            gained |= {*seam.bias_takers, *(seam.followers if seam.kind == "stream" else ())} - own_biases
     if not architecture.tie_word_embeddings:
         gained.discard("model.embed_tokens")  # every row of an untied table takes the bias in
     order = {module.name: index for index, module in enumerate(architecture.modules())}
@@ -95,49 +136,120 @@ def closed(architecture: Architecture, closing: Iterable[Seam], basis: str) -> A
         architecture,
         stream_basis=basis if stream else architecture.stream_basis,
         layers_open=tuple(still_open) if stream or architecture.stream_basis else (),
-        p_removed=p_removed,
+        p_removed=architecture.p_removed or "p" in kinds,
+        values_removed=architecture.values_removed or "values" in kinds,
+        head_removed=architecture.head_removed or "head" in kinds,
+        gains_removed=(*architecture.gains_removed, *gains),
+        norms_removed=(*architecture.norms_removed, *norms),
         folded_biases=tuple(sorted({*architecture.folded_biases, *gained}, key=order.__getitem__)),
     )
 
 
-def _stream_seam(architecture: Architecture, layer: int) -> Seam:
+def _attention(layer: int) -> str:
+    return f"model.layers.{layer}.self_attn"
+
+
+def _outputs(architecture: Architecture, layer: int) -> tuple[str, ...]:
+    """What a layer writes its output with."""
+    outputs = tuple(f"{ffn}.down_proj" for ffn in architecture.experts(layer))
+    attends = architecture.block_type == "parallel"
+    return (*outputs, f"{_attention(layer)}.o_proj") if attends else outputs
+
+
+def _joined(names: Iterable[str], least: int = 3) -> str:
+    """Names in a sentence; of many, the first."""
+    names = list(names)
+    return " and ".join(names) if len(names) < least else f"{names[0]} and others"
+
+
+def _stream_blocked(architecture: Architecture, layer: int, readers: str) -> str | None:
+    """What stands between the output of layer - 1 and what reads it in layer (the head's: the number of layers)."""
+    parallel, before, after = (
+        architecture.block_type == "parallel",
+        f"model.layers.{layer - 1}",
+        f"model.layers.{layer}",
+    )
+    if architecture.residual != "none":
+        return (
+            f"residual {architecture.residual!r}: a skip connection carries the stream past layer {layer}'s matrices, "
+            f"so its basis cannot be chosen there alone"
+        )
+    norms = [f"{before}.ffn_output_norm", f"{before}.ffn_stream_norm"] if layer else ["model.embed_norm"]
+    if layer == architecture.num_hidden_layers:
+        norms.append("model.norm")
+    else:
+        norms.append(f"{after}.input_layernorm")
+    if parallel:
+        norms += [f"{before}.attention_output_norm", f"{after}.post_attention_layernorm"]
+    writers = _outputs(architecture, layer - 1) if layer else ("model.embed_tokens", "model.position_embeddings")
+    for norm in norms:
+        if architecture.has_norm(norm):
+            return (
+                f"norm_type {architecture.norm_type!r}: {norm} stands between {_joined(writers)} and {readers}, and is "
+                f"not linear"
+            )
+    if parallel and layer and architecture.p_removed:
+        return (
+            f"p_removed: the heads of layer {layer - 1} are added to the stream as they are, which fixes its basis; of "
+            f"each stream seam d^2 weights go, of Q, K, V or of P, not of both"
+        )
+    if architecture.attention_bias and layer and architecture.residual_gains:
+        return (
+            "residual_gains: attention_bias is true, and a layer's output, with the bias that would move into it, is "
+            "scaled before it is read"
+        )
+    if (
+        architecture.attention_bias
+        and layer
+        and architecture.has_experts(layer - 1)
+        and not architecture.norm_topk_prob
+    ):
+        return (
+            "norm_topk_prob false: attention_bias is true, and routing weights that do not sum to 1 would scale the "
+            "bias that moves into the experts"
+        )
+    return None
+
+
+def _stream_seam(architecture: Architecture, layer: int, values: bool, parallel_removes: str) -> Seam:
     """Seam i of identities "stream": written by the embeddings (i = 0) or O of layer i - 1, read by Q, K, V.
 
     In a parallel layer P writes it, too, and M reads it.
     """
-    attention = f"model.layers.{layer}.self_attn"
+    attention, last = _attention(layer), architecture.num_hidden_layers - 1
+    parallel, tied = architecture.block_type == "parallel", architecture.tie_word_embeddings
     duals: tuple[str, ...] = ()
     if layer:
         writers = _outputs(architecture, layer - 1)
+        takers = writers[:-1] if parallel else writers
     else:
         writers = ("model.project_in" if architecture.embedding_size else "model.embed_tokens",)
+        takers = writers
         if architecture.position_type == "learned":
             writers += ("model.position_embeddings",)
-        if architecture.tie_word_embeddings and not architecture.embedding_size:
-            duals = _outputs(architecture, architecture.num_hidden_layers - 1)
-    parallel = architecture.block_type == "parallel"
-    blocked = None
-    if architecture.residual != "none":
+        if tied and not architecture.embedding_size:
+            duals = _outputs(architecture, last)
+    blocked = _stream_blocked(architecture, layer, "q, k, v_proj")
+    if blocked is None and duals:
+        blocked = _tied_blocked(architecture)
+    if blocked is None and parallel and layer and parallel_removes == "p":
+        blocked = "--parallel-removes p: its d^2 weights go from P of the layer before"
+    if blocked is None and architecture.values_removed:
         blocked = (
-            f"residual {architecture.residual!r}: a skip connection carries the stream past layer {layer}'s matrices, "
-            f"so its basis cannot be chosen there alone"
+            "values_removed: v_proj passes inputs of the stream through, which fixes its basis; close both at once"
         )
-    elif architecture.norm_type != "none":
-        blocked = (
-            f"norm_type {architecture.norm_type!r}: model.layers.{layer}.input_layernorm stands between "
-            f"{' and '.join(writers[:2])} and q, k, v_proj, and is not linear"
-        )
-    d, widths = architecture.hidden_size, architecture.projections
+    d, widths = architecture.hidden_size, dict(architecture.projections)
+    taken = {name: width for name, width in widths.items() if not (name == "v" and values)}
     identities: dict[str, tuple[str, ...]] = {
-        name: (f"{attention}.{name}_proj",) for name, width in widths.items() if width == d
+        name: (f"{attention}.{name}_proj",) for name, width in taken.items() if width == d
     }
-    readers = tuple(f"{attention}.{name}_proj" for name in widths)
-    if sum(widths.values()) >= d:
+    readers = tuple(f"{attention}.{name}_proj" for name in taken)
+    if sum(taken.values()) >= d:
         identities["pivoted"] = readers
     elif blocked is None:
         blocked = (
-            f"q, k and v_proj of layer {layer} having {sum(widths.values())} outputs together, fewer than hidden_size "
-            f"({d}): no {d} of them can stand for the stream"
+            f"{', '.join(list(taken)[:-1])} and {list(taken)[-1]}_proj of layer {layer} having {sum(taken.values())} "
+            f"outputs together, fewer than hidden_size ({d}): no {d} of them can stand for the stream"
         )
     return Seam(
         kind="stream",
@@ -149,61 +261,258 @@ def _stream_seam(architecture: Architecture, layer: int) -> Seam:
         rest=f"{attention}.rest_proj",
         order=f"{attention}.column_order",
         saves=d**2,
-        bias_takers=writers[:1],
+        bias_takers=takers,
         duals=duals,
-        followers=architecture.ffn_readers(layer) if parallel else (),
+        followers=(
+            *(f"{attention}.{name}_proj" for name in widths if name not in taken),
+            *(architecture.ffn_readers(layer) if parallel else ()),
+        ),
         blocked=blocked,
     )
 
 
-def _outputs(architecture: Architecture, layer: int) -> tuple[str, ...]:
-    """What a layer writes its output with."""
-    attention = f"model.layers.{layer}.self_attn.o_proj"
-    outputs = tuple(f"{ffn}.down_proj" for ffn in architecture.experts(layer))
-    return (*outputs, attention) if architecture.block_type == "parallel" else outputs
+def _tied_blocked(architecture: Architecture) -> str | None:
+    """Why the last layer cannot make up for what the first stream seam does to a tied head, or None."""
+    last = architecture.num_hidden_layers
+    reason = _stream_blocked(architecture, last, "the head")
+    return reason and f"tie_word_embeddings: the table is the head, too, and there is {reason}"
 
 
-def _p_seam(architecture: Architecture, layer: int) -> Seam:
+def _value_seam(architecture: Architecture, layer: int) -> Seam:
+    """Between each head of V and what reads it: the rows of P, or of M with P merged (identities 3; MatShrink).
+
+    Within a layer, so that skips and norms do not matter; shaped attention is linear in v.
+    """
+    attention, size, heads = _attention(layer), architecture.head_dim, architecture.num_key_value_heads
+    readers = architecture.ffn_readers(layer) if architecture.p_removed else (f"{attention}.o_proj",)
+    blocked = None
+    if architecture.p_removed and not architecture.p_merged:
+        blocked = (
+            f"p_removed: heads of layer {layer} pass through {'o_proj' if architecture.p_rows else 'to the stream'} as "
+            f"they are; close value seams before"
+        )
+    elif architecture.stream_basis in ("v", "pivoted"):
+        blocked = (
+            f"stream_basis {architecture.stream_basis!r}: v_proj is not there any more; fuse the original with "
+            f"--remove stream,p,values, which passes through columns of Q and K alone"
+        )
+    elif size >= architecture.hidden_size:
+        blocked = f"head_dim {size}: v_proj has no more than {architecture.hidden_size} inputs, and none would be left"
+    return Seam(
+        kind="values",
+        layer=layer,
+        width=size,
+        blocks=heads,
+        writers=(f"{attention}.v_proj",),
+        readers=readers,
+        identities={"rows": (f"{attention}.v_proj",)},
+        order=f"{attention}.value_order",
+        bias_takers=readers,
+        mixed=tuple(name for name in architecture.gain_tensors(layer) if name.startswith(attention)),
+        saves=heads * size**2,
+        blocked=blocked,
+    )
+
+
+def _p_seam(architecture: Architecture, layer: int, parallel_removes: str) -> Seam:
     """Written by P, read by M (and the gate; router and experts): M* = P M.
 
-    Where P is wider than the stream (D > d), merging would cost weights, and d of P's rows become the identity instead.
+    Where P is wider than the stream (D > d) and merging would cost weights, d of its rows become the identity instead;
+    so they do in a parallel layer, where P's output is added to the FFN's and read by the layer after.
     """
     d, heads = architecture.hidden_size, architecture.query_width
-    o_proj = f"model.layers.{layer}.self_attn.o_proj"
+    o_proj = f"{_attention(layer)}.o_proj"
+    if architecture.block_type == "parallel":
+        return _parallel_p_seam(architecture, layer, parallel_removes)
     readers = architecture.ffn_readers(layer)
     shown = " and ".join(readers) if len(readers) < 3 else f"model.layers.{layer}.mlp's router and experts"
-    blocked = pending = None
-    if architecture.block_type == "parallel":
-        blocked = (
-            f"block_type 'parallel': {o_proj}'s output is added to the FFN's, and nothing reads it alone; from each "
-            f"stream seam d^2 weights go, of Q, K, V or of P, not of both"
-        )
-    elif architecture.residual != "none":
+    norms, through = architecture.norms_after_attention(layer), ""
+    blocked = None
+    if architecture.residual != "none":
         blocked = (
             f"residual {architecture.residual!r}: a skip connection joins or leaves the stream between {o_proj} and "
             f"{shown}"
         )
-    elif architecture.norm_type != "none":
-        blocked = (
-            f"norm_type {architecture.norm_type!r}: model.layers.{layer}.post_attention_layernorm stands between "
-            f"{o_proj} and {shown}, and is not linear"
-        )
-    elif heads > d:
-        pending = (
-            f"{o_proj} is ({d}, {heads}): merging it would make {shown} larger, as heads * head_dim "
-            f"({heads}) exceeds hidden_size ({d}); close the others with --remove stream"
-        )
-    routed = architecture.has_experts(layer)
-    width = (len(readers) - routed) * architecture.ffn_width(layer) + routed * architecture.num_local_experts
+    elif norms:
+        reason = _norm_matters(architecture, layer, norms)
+        if reason is None:
+            through = norms[0]
+        else:
+            blocked = (
+                f"norm_type {architecture.norm_type!r}: {norms[0]} stands between {o_proj} and {shown}, and is not "
+                f"linear; it is not redundant, as {reason}"
+            )
+    elif architecture.attention_bias and architecture.residual_gains:
+        blocked = f"residual_gains: {o_proj} has a bias, which is scaled before it is read"
+    width = architecture.ffn_read_width(layer)
+    merged = dataclasses.replace(architecture, norms_removed=architecture.norm_names()).p_merged
     return Seam(
         kind="p",
         layer=layer,
         width=d,
         writers=(o_proj,),
         readers=readers,
-        identities={"p": (o_proj,)},
-        bias_takers=readers,
-        saves=d**2 if heads > d else heads * d + (d - heads) * width,
+        identities={"p" if merged else "rows": (o_proj,)},
+        order="" if merged else f"{_attention(layer)}.row_order",
+        bias_takers=readers if merged else (),
+        through=through,
+        saves=heads * d + (d - heads) * width if merged else d**2,
         blocked=blocked,
-        pending=pending,
     )
+
+
+def _parallel_p_seam(architecture: Architecture, layer: int, parallel_removes: str) -> Seam:
+    """P of a parallel layer, made the identity at the stream seam of the layer after."""
+    d, heads, after = architecture.hidden_size, architecture.query_width, layer + 1
+    o_proj = f"{_attention(layer)}.o_proj"
+    if after == architecture.num_hidden_layers:
+        readers: tuple[str, ...] = ("lm_head",)
+    else:
+        readers = tuple(f"{_attention(after)}.{name}_proj" for name in architecture.projections)
+        readers += architecture.ffn_readers(after)
+    writers = (o_proj, *(f"{ffn}.down_proj" for ffn in architecture.experts(layer)))
+    blocked = _stream_blocked(architecture, after, _joined(readers))
+    if blocked is None and parallel_removes != "p":
+        blocked = (
+            f"block_type 'parallel': {o_proj}'s output is added to the FFN's, and nothing reads it alone. Each of the "
+            f"{architecture.num_hidden_layers + 1} stream seams gives up hidden_size^2 = {d**2:,} weights, of Q, K, V "
+            f"that read it or of P that writes it, not of both: rewriting cannot remove Q and P; choose with "
+            f"--parallel-removes readers or p"
+        )
+    elif (
+        blocked is None
+        and architecture.stream_basis is not None
+        and architecture.layers_open != tuple(range(1, architecture.num_hidden_layers))
+    ):
+        blocked = f"stream_basis {architecture.stream_basis!r}: of its stream seams Q, K, V have given up d^2 weights"
+    elif blocked is None and architecture.values_removed and after < architecture.num_hidden_layers:
+        blocked = "values_removed: v_proj passes inputs of the stream through, which fixes its basis; close P first"
+    elif blocked is None and heads < d:
+        blocked = (
+            f"heads * head_dim ({heads}) being less than hidden_size ({d}): {heads} rows cannot stand for the stream"
+        )
+    elif blocked is None and architecture.tie_word_embeddings:
+        blocked = "tie_word_embeddings: what reads the last layer's output is the table, which is written with, too"
+    elif blocked is None and architecture.head_removed:
+        blocked = "head_removed: logits are outputs of the last layer as they are, which fixes its basis"
+    return Seam(
+        kind="p",
+        layer=layer,
+        width=d,
+        writers=writers,
+        readers=readers,
+        identities={"rows": (o_proj,)},
+        order=f"{_attention(layer)}.row_order",
+        bias_takers=writers[1:] if heads == d else (),
+        saves=d**2,
+        blocked=blocked,
+    )
+
+
+def _head_seam(architecture: Architecture) -> Seam:
+    """Between the last layer's output and lm_head, of whose columns d become the identity (identities 4)."""
+    d, last = architecture.hidden_size, architecture.num_hidden_layers
+    blocked = None
+    if architecture.tie_word_embeddings:
+        blocked = "tie_word_embeddings: lm_head is the table of the embeddings"
+    elif architecture.embedding_size:
+        blocked = "embedding_size: lm_head reads project_out, which would have to merge with it"
+    elif architecture.vocab_size <= d:
+        blocked = (
+            f"vocab_size {architecture.vocab_size}: no more than hidden_size ({d}) logits, and no row would be left"
+        )
+    else:
+        blocked = _stream_blocked(architecture, last, "lm_head")
+    outputs = _outputs(architecture, last - 1)
+    return Seam(
+        kind="head",
+        layer=last,
+        width=d,
+        writers=outputs,
+        readers=("lm_head",),
+        identities={"head": ("lm_head",)},
+        rest="lm_head",
+        order="lm_head.column_order",
+        saves=d**2,
+        blocked=blocked,
+    )
+
+
+def _norm_matters(architecture: Architecture, layer: int, norms: list[str]) -> str | None:
+    """Why the norm before a serial layer's FFN changes what the model computes, or None.
+
+    RMSNorm scales each token's y by 1 / s, s^2 = mean(y^2) + eps. A bias-free FFN with an activation of degree k gives
+    that factor on, to the power of k (a GLU: k + 1), and the next RMSNorm, with eps = 0, takes it away again.
+    """
+    after = f"model.layers.{layer + 1}.input_layernorm" if layer + 1 < architecture.num_hidden_layers else "model.norm"
+    if architecture.norm_type != "rms" or norms != [f"model.layers.{layer}.post_attention_layernorm"]:
+        return "only a single RMSNorm is of degree 0"
+    if architecture.ffn_type == "moe":
+        return "a router's choice is not homogeneous"
+    if architecture.hidden_act not in HOMOGENEOUS:
+        return f"hidden_act {architecture.hidden_act!r} is not homogeneous ({', '.join(HOMOGENEOUS)} are)"
+    ffn = f"model.layers.{layer}.mlp."
+    if any(module.bias and module.name.startswith(ffn) for module in architecture.modules()):
+        return "its FFN has biases"
+    if not architecture.has_norm(after):
+        return f"the FFN's output is not normalized again ({after})"
+    if architecture.norm_eps:
+        return (
+            f"norm_eps is {architecture.norm_eps:g}: the output of {after} would change by about norm_eps / 2 times "
+            f"the difference of the inverse mean squares of its inputs (0 with norm_eps 0)"
+        )
+    return None
+
+
+def _norm_seams(architecture: Architecture) -> list[Seam]:
+    """Gains that fold into what reads them, and a norm of the embeddings that folds into their table."""
+    found = []
+    for norm in architecture.norm_names():
+        if not architecture.has_norm(norm) or norm in architecture.gains_removed:
+            continue
+        if norm == _table_norm(architecture):
+            found.append(_norm_seam(architecture, norm, "table", ("model.embed_tokens",)))
+        elif readers := _norm_readers(architecture, norm):
+            found.append(_norm_seam(architecture, norm, "gain", readers))
+    return found
+
+
+def _norm_seam(architecture: Architecture, norm: str, way: str, readers: tuple[str, ...]) -> Seam:
+    d, biased = architecture.hidden_size, architecture.norm_type == "layer"
+    blocked = None
+    if way == "gain" and biased:
+        blocked = f"norm_type 'layer': {norm} has a bias, and not all of its readers have one to take it in"
+    layer = int(norm.split(".")[2]) if norm.startswith("model.layers.") else 0
+    identities: dict[str, tuple[str, ...]] = {way: (norm,)}
+    return Seam("norms", layer, d, (norm,), readers, identities, d * (1 + biased), blocked=blocked)
+
+
+def _table_norm(architecture: Architecture) -> str | None:
+    """The norm that reads nothing but the token table: it can be applied to the table's rows."""
+    plain = architecture.position_type != "learned" and not architecture.embedding_size
+    if architecture.tie_word_embeddings or not plain:
+        return None
+    if architecture.has_norm("model.embed_norm"):
+        return "model.embed_norm"
+    first, alone = "model.layers.0.input_layernorm", architecture.residual in ("none", "ffn")
+    if architecture.block_type == "parallel" and architecture.has_norm("model.layers.0.post_attention_layernorm"):
+        alone = False
+    return first if alone and architecture.has_norm(first) else None
+
+
+def _norm_readers(architecture: Architecture, norm: str) -> tuple[str, ...]:
+    """The matrices that read a norm's output and nothing else; none for norms that something else reads, too."""
+    if norm == "model.norm":
+        return () if architecture.tie_word_embeddings or architecture.embedding_size else ("lm_head",)
+    prefix, _, name = norm.rpartition(".")
+    if name == "post_attention_layernorm":
+        clean = not (architecture.p_removed and architecture.p_merged)
+        return architecture.ffn_readers(int(prefix.split(".")[2])) if clean else ()
+    if name != "input_layernorm":
+        return ()
+    layer = int(prefix.split(".")[2])
+    if architecture.stream_closed(layer) or architecture.values_removed:
+        return ()  # some of q, k and v are the norm's output as it is
+    readers = tuple(f"{_attention(layer)}.{letter}_proj" for letter in architecture.projections)
+    beside = architecture.block_type == "parallel" and not architecture.has_norm(f"{prefix}.post_attention_layernorm")
+    return (*readers, *architecture.ffn_readers(layer)) if beside else readers

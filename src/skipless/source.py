@@ -90,8 +90,8 @@ def read_architecture(reader: CheckpointReader) -> Architecture:
 
 def read_seam(source: Architecture, seam: Seam, read: Callable[[str], torch.Tensor]) -> dict[str, Affine]:
     """Every module that a seam reads or rewrites."""
-    modules = {module.name: module for module in source.modules()}
-    return {name: read_affine(modules[name], None, read) for name in seam.modules}
+    modules = {module.name: module for module in (*source.modules(), *source.norm_modules())}
+    return {name: read_affine(modules[name], None, read) for name in seam.modules if name in modules}
 
 
 def read_affine(module: Module, closed: Module | None, read: Callable[[str], torch.Tensor]) -> Affine:
@@ -100,4 +100,4 @@ def read_affine(module: Module, closed: Module | None, read: Callable[[str], tor
     weight = read(f"{module.name}.weight").to(torch.float64, copy=True)
     bias = read(f"{module.name}.bias").to(torch.float64) if module.bias else None
     one_hot = module.table and closed is not None and not closed.bias
-    return Affine(weight if module.table else weight.T, bias, one_hot)
+    return Affine(weight if module.table or module.diagonal else weight.T, bias, one_hot)

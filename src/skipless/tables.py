@@ -70,7 +70,7 @@ def audit_tables(audit: Audit) -> Iterator[Table]:
     for layer, row in rows.items():
         table.add_row(str(layer), *(row.get(name, "") for name in columns))
     yield table
-    for kind, what in (("stream", "q, k, v"), ("p", "M's outputs")):
+    for kind, what in (("stream", "q, k, v"), ("values", "P's outputs"), ("p", "M's outputs"), ("head", "logits")):
         if seams := [seam for seam in audit.seams if seam.kind == kind and seam.ways]:
             stored = {dtype for seam in seams for dtype in seam.stored.values()}
             dtypes = [name for name in DTYPE_NAMES if name in stored or name != "float64"]
@@ -87,7 +87,7 @@ def _loss_table(seams: Sequence[SeamAudit], dtypes: Sequence[str], title: str) -
     for dtype in dtypes:
         table.add_column(dtype, justify="right")
         for way in ways:
-            table.add_column("merged" if way == "p" else way, justify="right")
+            table.add_column({"p": "merged", "head": "pivoted"}.get(way, way), justify="right")
     for seam in seams:
         cells = [str(seam.layer)]
         for dtype in dtypes:
@@ -121,7 +121,7 @@ def audit_lines(audit: Audit) -> Iterator[str]:
             yield "a model with these matrices and without skips and norms could be rewritten safely"
     parts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in audit.as_is.items() if count)
     total = sum(audit.as_is.values())
-    yield f"exactly removable besides, but not by fuse yet: {total:,} ({total / audit.parameters:.2%}): {parts}"
+    yield f"exactly removable besides: {total:,} ({total / audit.parameters:.2%}): {parts}"
 
 
 def _condition(found: Spectrum) -> str:

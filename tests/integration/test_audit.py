@@ -124,9 +124,9 @@ def test_what_blocks_a_seam_is_said(source):
 
 
 def test_a_seam_that_was_not_asked_for_may_be_blocked(tmp_path):
-    source = save(build(head_dim=16), tmp_path / "source")
+    source = save(build(mlp_bias=True, residual_gains=True, attention_bias=True), tmp_path / "source")
     assert run(source).exit_code == 1
-    result = run(source, "--remove", "stream")
+    result = run(source, "--remove", "values")
     assert result.exit_code == 0
     assert "not safe" not in result.stdout
 
@@ -314,7 +314,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(source, tmp_path):
     cases = [
         (("--basis", "k"), "basis: expected a square projection, found k_proj (16, 32) in layer 0"),
         (("--layers-open", "7"), "layers_open: expected layers 0..2, found 7"),
-        (("--remove", "values"), "remove: expected stream and p, or one of them; found 'values'"),
+        (("--remove", "bias"), "remove: expected some of norms, stream, values, p, head; found 'bias'"),
     ]
     for options, message in cases:
         refused(run(source, *options), message)

@@ -274,10 +274,10 @@ def test_a_symlink_loop_and_a_folder_that_cannot_be_read(source, tmp_path):
 
 
 def test_unknown_field_and_unknown_value(source, tmp_path):
-    edit_config(source, sliding_window=16)
-    refuse(tmp_path, message="config.json: sliding_window: not a field of a skipless model")
-    edit_config(source, sliding_window=None, block_type="parallel")
-    refuse(tmp_path, message="config.json: block_type: expected one of serial; found 'parallel'")
+    edit_config(source, layer_types=["full_attention"] * 3)
+    refuse(tmp_path, message="config.json: layer_types: not a field of a skipless model")
+    edit_config(source, layer_types=None, qk_norm="heads")
+    refuse(tmp_path, message="config.json: qk_norm: expected one of null, head_dim; found 'heads', not supported")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"a": ' * 100_000, "\xff"])
@@ -310,9 +310,31 @@ def test_another_model_type(source, tmp_path):
     refuse(tmp_path, message=["model_type: expected 'skipless', found 'llama'", "block the stream and P-M seams"])
 
 
-def test_wide_heads(tmp_path):
-    save(build(head_dim=16), tmp_path / "source")
-    refuse(tmp_path, message=["the p seam of layer 0 is blocked by", "o_proj is (32, 64)"])
+def test_q_and_p_of_a_parallel_model(tmp_path):
+    save(build(block_type="parallel"), tmp_path / "source")
+    both = ["ach of the 4 stream seams gives up hidden_size^2 = 1,024 weights", "not of both", "--parallel-removes"]
+    refuse(tmp_path, "--remove", "p", message=["the p seam of layer 0 is blocked by block_type 'parallel'", *both])
+    fused = CliRunner().invoke(cli.main, ["fuse", str(tmp_path / "source"), str(tmp_path / "fused")])
+    assert fused.exit_code == 0
+    assert all(part in fused.stdout.replace("\n", " ") for part in ("P stay", *both))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--remove", "stream,head,bias"), "remove: expected some of norms, stream, values, p, head; found 'bias'"),
+        (("--remove", "stream,values", "--basis", "v"), "basis: expected a square projection, found v_proj (16, 32)"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_go_together(source, tmp_path, options, message):
+    refuse(tmp_path, *options, message=message)
+
+
+def test_rows_that_depend_on_each_other(source, tmp_path):
+    edit_tensors(source, model__layers__1__self_attn__v_proj__weight=torch.ones(16, 32))
+    message = ["model.layers.1.self_attn.v_proj.weight: expected 8 linearly independent inputs of head 0", "found inf"]
+    refuse(tmp_path, "--remove", "values", message=message)
 
 
 def test_a_basis_that_is_not_square(source, tmp_path):

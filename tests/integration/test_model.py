@@ -26,6 +26,7 @@ POSITIONS = {
     "partial": {"position_type": "rope", "rope_parameters": HALF_ROPE},
     "partial-interleaved": {"position_type": "rope_interleaved", "rope_parameters": HALF_ROPE},
     "learned": {"position_type": "learned"},
+    "alibi": {"position_type": "alibi"},
     "no-positions": {"position_type": "none"},
 }
 BIASES = {"attention_bias": True, "mlp_bias": True}
@@ -45,6 +46,9 @@ CLOSED = {
 
 # d columns of q, k and v are the stream; layer 1 kept its projections
 PIVOTED = {"stream_basis": "pivoted", "layers_open": [1]}
+
+PARALLEL = {"block_type": "parallel"}
+MOE = {"ffn_type": "moe", "num_local_experts": 4, "num_experts_per_tok": 2}
 
 shaped = pytest.mark.parametrize("shaping", [None, "value", "full"])
 positioned = pytest.mark.parametrize("position", POSITIONS.values(), ids=POSITIONS)
@@ -385,35 +389,112 @@ def straight_line(config: SkiplessConfig, weights: dict[str, torch.Tensor], ids:
             x = torch.einsum("ti,oi->to", x, weights[f"{name}.weight"])
         return x + weights.get(f"{name}.bias", 0)
 
+    def normed(name, x, kind=config.norm_type):
+        if f"{name}.weight" not in weights:
+            return x
+        if kind == "layer":
+            x = x - x.mean(1, keepdim=True)
+        return x / ((x**2).mean(1, keepdim=True) + config.norm_eps) ** 0.5 * weights[f"{name}.weight"] + weights.get(
+            f"{name}.bias", 0
+        )
+
+    def placed(passed, name, order):
+        """Inputs `order` of what is passed: the first few as they are, the others through the matrix `name`."""
+        others = passed[:, order[-weights[f"{name}.weight"].shape[1] :]]
+        return passed[:, order[: len(order) - others.shape[1]]], others
+
+    def ffn(name, x):
+        up = linear(f"{name}.up_proj", x)
+        gated = f"{name}.gate_proj.weight" in weights
+        return linear(f"{name}.down_proj", act(linear(f"{name}.gate_proj", x)) * up if gated else act(up))
+
+    def mlp(name, x):
+        if config.ffn_type != "moe":
+            return ffn(name, x)
+        rows = []
+        for row in x:
+            chance = linear(f"{name}.router", row[None])[0].softmax(0)
+            best = sorted(range(len(chance)), key=lambda e: -chance[e])[: config.num_experts_per_tok]
+            share = chance[best] / chance[best].sum() if config.norm_topk_prob else chance[best]
+            rows.append(sum(s * ffn(f"{name}.experts.{e}", row[None])[0] for s, e in zip(share, best, strict=True)))
+        return torch.stack(rows)
+
+    def gained(name, x):
+        return x * weights.get(name, 1)
+
     x = weights["model.embed_tokens.weight"][ids] + weights.get("model.embed_tokens.bias", 0)
+    x = normed("model.embed_norm", x)
     if config.position_type == "learned":
         x = x + weights["model.position_embeddings.weight"][:length]
+    if config.position_type == "alibi":
+        closest = 2 ** math.floor(math.log2(config.num_attention_heads))
+        slopes = [2 ** (-8 * (h + 1) / closest) for h in range(closest)]
+        slopes += [2 ** (-4 * (2 * h + 1) / closest) for h in range(config.num_attention_heads - closest)]
+    if config.sliding_window is not None:
+        past &= torch.arange(length)[:, None] - torch.arange(length) < config.sliding_window
     for index in range(config.num_hidden_layers):
         layer = f"model.layers.{index}"
-        if f"{layer}.self_attn.column_order" in weights:
-            columns = [*x.T, *linear(f"{layer}.self_attn.rest_proj", x).T]
-            columns = torch.stack([columns[column] for column in weights[f"{layer}.self_attn.column_order"]], 1)
+        skip, x = x, normed(f"{layer}.input_layernorm", x)
+        attention = f"{layer}.self_attn"
+        if f"{attention}.column_order" in weights:
+            columns = [*x.T, *linear(f"{attention}.rest_proj", x).T]
+            columns = torch.stack([columns[column] for column in weights[f"{attention}.column_order"]], 1)
             split = columns.split(width, 1)
-            q, k, v = split[: -2 * key_heads], split[-2 * key_heads : -key_heads], split[-key_heads:]
+            q, split = split[: config.num_attention_heads], split[config.num_attention_heads :]
+            k, v = split[:key_heads], split[key_heads:]
         else:
-            q, k, v = (linear(f"{layer}.self_attn.{name}_proj", x).split(width, 1) for name in "qkv")
-        gain = {name: weights.get(f"{layer}.self_attn.{name}") for name in ("alpha", "beta", "gamma")}
+            q, k, v = (
+                linear(f"{attention}.{name}_proj", x).split(width, 1)
+                if name != "v" or not config.values_removed
+                else None
+                for name in "qkv"
+            )
+        if config.values_removed:
+            v = []
+            for j, order in enumerate(weights[f"{attention}.value_order"]):
+                own, others = placed(x, f"{attention}.v_proj", order)
+                v.append(own + others @ weights[f"{attention}.v_proj.weight"][j * width : (j + 1) * width].T)
+        q, k = ([normed(f"{attention}.{name}_norm", y, "rms") for y in ys] for name, ys in (("q", q), ("k", k)))
+        gain = {name: weights.get(f"{attention}.{name}") for name in ("alpha", "beta", "gamma")}
         heads = []
         for h in range(config.num_attention_heads):
             own = v[h // group]
             scores = positioned(q[h]) @ positioned(k[h // group]).T / math.sqrt(width)
+            if (cap := config.attn_logit_softcapping) is not None:
+                scores = cap * torch.tanh(scores / cap)
+            if config.position_type == "alibi":
+                scores = scores - slopes[h] * (torch.arange(length)[:, None] - torch.arange(length))
             powers = (scores - scores.amax(1, keepdim=True)).exp() * past
             out = powers / powers.sum(1, keepdim=True) @ own
             if shaping is not None:
                 out = gain["alpha"][h] * own + gain["beta"][h] * out
             if shaping == "full":
-                out = out - gain["gamma"][h] * own.cumsum(0) / torch.arange(1, length + 1)[:, None]
+                out = out - gain["gamma"][h] * (past.double() / past.sum(1, keepdim=True)) @ own
             heads.append(out)
-        x = linear(f"{layer}.self_attn.o_proj", torch.cat(heads, 1))
-        up = linear(f"{layer}.mlp.up_proj", x)
-        x = act(linear(f"{layer}.mlp.gate_proj", x)) * up if config.ffn_type == "glu" else act(up)
-        x = linear(f"{layer}.mlp.down_proj", x)
-    return x @ weights["lm_head.weight"].T
+        heads = torch.cat(heads, 1)
+        if f"{attention}.row_order" in weights:
+            own, others = placed(heads, f"{attention}.o_proj", weights[f"{attention}.row_order"])
+            y = own + linear(f"{attention}.o_proj", others)
+        else:
+            y = linear(f"{attention}.o_proj", heads)
+        y = gained(f"{layer}.attention_gain", y)
+        if config.residual in ("attention", "both"):
+            y = y + gained(f"{layer}.attention_skip_gain", skip)
+        read = y if config.block_type == "serial" else skip
+        if f"{layer}.post_attention_layernorm.weight" in weights:
+            read = normed(f"{layer}.post_attention_layernorm", read)
+        elif config.block_type == "parallel":
+            read = x
+        x = gained(f"{layer}.ffn_gain", mlp(f"{layer}.mlp", read))
+        if config.block_type == "parallel":
+            x = x + y
+        elif config.residual in ("ffn", "both"):
+            x = x + gained(f"{layer}.ffn_skip_gain", y)
+    x = normed("model.norm", x)
+    logits = x @ weights["lm_head.weight"].T
+    if "lm_head.column_order" in weights:
+        logits = torch.cat((x, logits), 1)[:, weights["lm_head.column_order"]]
+    return logits if (cap := config.final_logit_softcapping) is None else cap * torch.tanh(logits / cap)
 
 
 def both(model: torch.nn.Module, name: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -451,13 +532,39 @@ def test_a_second_implementation_agrees(shaping, position, ffn, bias):
         {"p_removed": True, "head_dim": 12},
         {**PIVOTED, **BIASES, "position_type": "learned", "attention_shaping": "full"},
         {**PIVOTED, "head_dim": 12, "num_key_value_heads": 1, "p_removed": True, "attention_shaping": "value"},
+        {"head_dim": 12, "p_removed": True, "intermediate_size": 14},
+        {"values_removed": True, "attention_shaping": "full", "position_type": "none"},
+        {**PIVOTED, "values_removed": True, "head_removed": True, **BIASES},
+        {**PARALLEL},
+        {**PARALLEL, **BIASES, "ffn_type": "mlp", "attention_shaping": "value", "position_type": "alibi"},
+        {**PARALLEL, "stream_basis": "q", "p_removed": True},
+        {**PARALLEL, **MHA, "stream_basis": "k", "p_removed": True, "residual": "both", "norm_type": "layer"},
+        {**PARALLEL, **MHA, "stream_basis": "v", "p_removed": True, "norm_type": "rms", "norms": ["input_layernorm"]},
+        {**PARALLEL, "head_dim": 12, "p_removed": True, "residual": "both", "residual_gains": True},
+        {"residual": "both", "norm_type": "rms", "stream_basis": "q", "p_removed": True},
+        {"residual": "both", "norm_type": "layer", "stream_basis": "q", "p_removed": True, "residual_gains": True},
+        {"residual": "attention", "norm_type": "rms", "tie_word_embeddings": True, "qk_norm": "head_dim"},
+        {"residual": "ffn", "residual_gains": True, "attention_shaping": "full"},
+        {"norm_type": "layer", "norms": ["model.embed_norm"], "position_type": "learned"},
+        {**MOE},
+        {**MOE, **PARALLEL, "norm_topk_prob": False, "mlp_bias": True},
+        {
+            "position_type": "alibi",
+            "attention_shaping": "full",
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "head_dim": 4,
+        },
+        {"sliding_window": 4, "attention_shaping": "full", "position_type": "alibi"},
+        {"sliding_window": 3, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 0.7},
     ],
     ids=lambda fields: "-".join(fields),
 )
 def test_a_second_implementation_agrees_on_odd_models(fields):
     model = build(**fields)
     assert agree(*both(model))
-    assert not agree(*both(model, "model.layers.1.mlp.up_proj.weight"))
+    up = "experts.2.up_proj" if model.config.ffn_type == "moe" else "up_proj"
+    assert not agree(*both(model, f"model.layers.1.mlp.{up}.weight"))
 
 
 @pytest.mark.parametrize("ffn_type", ["mlp", "glu"])
@@ -475,11 +582,11 @@ def test_the_comparison_sees_every_tensor(ffn_type):
 @pytest.mark.parametrize(
     ("name", "fields"),
     [
-        ("block_type", {"block_type": "parallel"}),
-        ("ffn_type", {"ffn_type": "moe"}),
-        ("residual", {"residual": "both"}),
-        ("norm_type", {"norm_type": "rms"}),
-        ("position_type", {"position_type": "alibi"}),
+        ("block_type", {"block_type": "other"}),
+        ("ffn_type", {"ffn_type": "other"}),
+        ("residual", {"residual": "other"}),
+        ("norm_type", {"norm_type": "other"}),
+        ("position_type", {"position_type": "other"}),
         ("attention_shaping", {"attention_shaping": "x"}),
         ("stream_basis", {"stream_basis": "o"}),
         ("stream_basis", {"stream_basis": "pivoted", "head_dim": 2}),
@@ -489,8 +596,20 @@ def test_the_comparison_sees_every_tensor(ffn_type):
         ("stream_basis", {"stream_basis": "k"}),
         ("stream_basis", {"stream_basis": "v"}),
         ("stream_basis", {"stream_basis": "q", "head_dim": 12}),
-        ("values_removed", {"values_removed": True}),
-        ("head_removed", {"head_removed": True}),
+        ("values_removed", {"values_removed": True, "stream_basis": "v", **MHA}),
+        ("values_removed", {"values_removed": True, "head_dim": 32}),
+        ("head_removed", {"head_removed": True, "tie_word_embeddings": True}),
+        ("head_removed", {"head_removed": True, "vocab_size": 32}),
+        ("p_removed", {"p_removed": True, "block_type": "parallel", "head_dim": 4}),
+        ("residual", {"residual": "ffn", "block_type": "parallel"}),
+        ("num_local_experts", {"ffn_type": "moe"}),
+        ("num_local_experts", {**MOE, "ffn_type": "glu"}),
+        ("norms", {"norms": ["model.norm"]}),
+        ("norms", {"norms": ["ffn_output_norm"], "norm_type": "rms"}),
+        ("norms_removed", {"norms_removed": ["model.norm"]}),
+        ("gains_removed", {"gains_removed": ["model.embed_norm"], "norm_type": "rms"}),
+        ("norm_eps", {"norm_eps": -1.0}),
+        ("attn_logit_softcapping", {"attn_logit_softcapping": 0.0}),
         ("num_key_value_heads", {"num_key_value_heads": 3}),
         ("rope_parameters.rope_type", {"rope_parameters": {**HALF_ROPE, "rope_type": "yarn", "factor": 2.0}}),
         ("rope_parameters.partial_rotary_factor", {"rope_parameters": {**HALF_ROPE, "partial_rotary_factor": 0.4}}),
@@ -518,14 +637,14 @@ def test_unsupported_values_are_refused_by_name(name, fields):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"sliding_window": 4},
+        {"sliding_windows": 4},
         {"rms_norm_eps": 1e-5},
         {"rope_theta": 5000.0},
         {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
-        {"num_local_experts": 8},
+        {"n_routed_experts": 8},
         {"layer_types": ["full_attention"] * 3},
         {"attention_dropout": 0.1},
-        {"final_logit_softcapping": 30.0},
+        {"router_aux_loss_coef": 0.02},
     ],
     ids="-".join,
 )

@@ -94,7 +94,7 @@ def test_a_missing_dimension_is_named(name):
         ({"vocab_size": 2**40}, "vocab_size: expected a positive integer below"),
         ({"num_hidden_layers": True}, "num_hidden_layers: expected a positive integer"),
         ({"attention_bias": 1}, "attention_bias: expected true or false, found 1"),
-        ({"sliding_window": 512}, "sliding_window: not a field of a skipless model"),
+        ({"sliding_windows": 512}, "sliding_windows: not a field of a skipless model"),
         ({"num_key_value_heads": 3}, "num_key_value_heads: expected a divisor of num_attention_heads"),
         ({"num_attention_heads": 6, "num_key_value_heads": 6}, "head_dim: expected a value, found none"),
         ({"stream_basis": "k"}, "stream_basis: 'k' needs a square k_proj"),
@@ -115,7 +115,11 @@ def test_what_is_not_understood_is_refused_by_name(changes, message):
 
 def test_the_model_file_supports_nothing_the_architecture_does_not_know():
     fields = {field.name for field in dataclasses.fields(Architecture)}
-    allowing = {"stream_basis": {"num_key_value_heads": 4}, "rest_dtype": {"stream_basis": "pivoted"}}
+    allowing = {
+        "stream_basis": {"num_key_value_heads": 4},
+        "rest_dtype": {"stream_basis": "pivoted"},
+        "ffn_type": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    }
     for name, values in SUPPORTED.items():
         assert name in fields
         for value in values:

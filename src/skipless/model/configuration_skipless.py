@@ -13,21 +13,26 @@ from transformers.generation import GenerationConfig
 
 # What modeling_skipless.py computes. Everything else is refused by name, never ignored.
 SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "block_type": ("serial",),
-    "ffn_type": ("mlp", "glu"),
-    "residual": ("none",),
-    "norm_type": ("none",),
-    "position_type": ("rope", "rope_interleaved", "learned", "none"),
+    "block_type": ("serial", "parallel"),
+    "ffn_type": ("mlp", "glu", "moe"),
+    "residual": ("none", "attention", "ffn", "both"),
+    "norm_type": ("none", "rms", "layer"),
+    "qk_norm": (None, "head_dim"),
+    "position_type": ("rope", "rope_interleaved", "learned", "alibi", "none"),
     "attention_shaping": (None, "value", "full"),
     "stream_basis": (None, "q", "k", "v", "pivoted"),
     "rest_dtype": (None, "float32"),
-    "values_removed": (False,),
-    "head_removed": (False,),
 }
+
+# Where a norm may stand: on what Q, K, V read, on what M reads, on the embeddings and before the head.
+LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
+MODEL_NORMS = ("model.norm", "model.embed_norm")
+PRE_NORM = (*LAYER_NORMS, "model.norm")
 
 SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "max_position_embeddings",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "num_local_experts", "num_experts_per_tok",
+    "sliding_window",
 )  # fmt: skip
 
 # Fields transformers writes into or passes through a config that change no arithmetic of the model's own.
@@ -48,7 +53,16 @@ class SkiplessConfig(PreTrainedConfig):
     ("q", "k" or "v"; null: none), or is "pivoted": hidden_size columns of all three did, the others are rest_proj, and
     column_order puts them in their places; `rest_dtype` "float32" keeps rest_proj in fp32 when the model is loaded in
     a smaller dtype; `layers_open` lists the layers that kept their projections; `p_removed` says that o_proj has been
-    merged into the FFN's input matrices; `folded_biases` lists the modules that gained a bias by folding.
+    merged into the FFN's input matrices, or, where it has more inputs than outputs, that hidden_size of its rows are
+    the identity and row_order tells which; `values_removed` that head_dim inputs of each of v_proj's heads pass through
+    (value_order), and its bias has moved on; `head_removed` that hidden_size of the logits are the stream itself
+    (lm_head.column_order); `folded_biases` lists the modules that gained a bias by folding, `norms_removed` and
+    `gains_removed` the norms that went whole or kept no gain.
+
+    `norms`: where norms stand (null: PRE_NORM); a parallel layer's FFN reads post_attention_layernorm of the layer's
+    input, or, without one, what its attention reads. `residual` "both" in a parallel layer: one skip passes both.
+    `residual_gains`: trainable factors of each branch, and of each skip (arXiv:2311.01906). `qk_norm` "head_dim": RMS
+    norms of each head's query and key. `norm_topk_prob`: the routing weights of the experts taken sum to 1.
 
     Raises, at construction, for a field, value or combination that the model does not implement: ValueError or
     huggingface_hub's StrictDataclassError, naming the field, what was expected and what was found.
@@ -75,6 +89,18 @@ class SkiplessConfig(PreTrainedConfig):
     ffn_type: str = "glu"
     residual: str = "none"
     norm_type: str = "none"
+    norms: list[str] | None = None
+    norm_eps: float = 1e-6
+    norms_removed: list[str] | None = None
+    gains_removed: list[str] | None = None
+    qk_norm: str | None = None
+    residual_gains: bool = False
+    num_local_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    norm_topk_prob: bool = True
+    sliding_window: int | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
     position_type: str = "rope"
     attention_shaping: str | None = None
     stream_basis: str | None = None
@@ -102,7 +128,10 @@ class SkiplessConfig(PreTrainedConfig):
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         self.layers_open = sorted(self.layers_open or [])
-        self.folded_biases = list(self.folded_biases or [])
+        for name in ("folded_biases", "norms_removed", "gains_removed"):
+            setattr(self, name, list(getattr(self, name) or []))
+        if self.norms is None and self.norm_type != "none":
+            self.norms = list(PRE_NORM)
         rope_parameters = self.rope_parameters
         super().__post_init__(**kwargs)
         if not self.position_type.startswith("rope"):
@@ -122,8 +151,9 @@ class SkiplessConfig(PreTrainedConfig):
         if self.stream_basis == "pivoted":
             if self.rest_width < 0:
                 raise ValueError(
-                    f"stream_basis: 'pivoted' needs at least hidden_size ({self.hidden_size}) outputs of q, k and "
-                    f"v_proj together, found {self.rest_width + self.hidden_size}"
+                    f"stream_basis: 'pivoted' needs at least hidden_size ({self.hidden_size}) outputs of "
+                    f"{'q and k' if self.values_removed else 'q, k and v'}_proj together, found "
+                    f"{self.rest_width + self.hidden_size}"
                 )
         elif self.stream_basis is not None:
             heads = self.num_attention_heads if self.stream_basis == "q" else self.num_key_value_heads
@@ -147,13 +177,83 @@ class SkiplessConfig(PreTrainedConfig):
                     f"layers_open: expected layers 0..{self.num_hidden_layers - 1} of a model with a stream_basis, "
                     f"found {layer} with stream_basis {self.stream_basis!r}"
                 )
+        self.validate_ffn()
         biased = ["model.embed_tokens"]
-        for name in ("gate_proj", "up_proj", "down_proj") if self.ffn_type == "glu" else ("up_proj", "down_proj"):
-            biased += [f"model.layers.{layer}.mlp.{name}" for layer in range(self.num_hidden_layers)]
+        for layer in range(self.num_hidden_layers):
+            biased += self.ffn_matrices(f"model.layers.{layer}.mlp")
         for name in self.folded_biases:
             if name not in biased:
                 raise ValueError(f"folded_biases: expected model.embed_tokens or matrices of an FFN, found {name!r}")
+        self.validate_norms()
+        self.validate_removed()
         self.validate_positions()
+
+    def ffn_matrices(self, mlp: str) -> list[str]:
+        """Names of an FFN's matrices."""
+        names = ["up_proj", "down_proj"] if self.ffn_type == "mlp" else ["gate_proj", "up_proj", "down_proj"]
+        if self.ffn_type != "moe":
+            return [f"{mlp}.{name}" for name in names]
+        experts = [f"{mlp}.experts.{expert}" for expert in range(self.num_local_experts)]
+        return [f"{mlp}.router", *(f"{expert}.{name}" for expert in experts for name in names)]
+
+    def validate_ffn(self) -> None:
+        """Refuse experts without their numbers, numbers without experts, and caps that are none."""
+        moe = (self.num_local_experts, self.num_experts_per_tok)
+        if self.ffn_type == "moe":
+            if None in moe or self.num_experts_per_tok > self.num_local_experts:
+                raise ValueError(
+                    f"num_local_experts: expected a number of experts, and in num_experts_per_tok how many of them a "
+                    f"token takes; found {moe[0]} and {moe[1]}"
+                )
+        elif moe != (None, None):
+            raise ValueError(f"num_local_experts: expected null with ffn_type {self.ffn_type!r}, found {moe[0]}")
+        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if (cap := getattr(self, name)) is not None and not 0 < cap < float("inf"):
+                raise ValueError(f"{name}: expected a positive number or null, found {cap}")
+
+    def validate_norms(self) -> None:
+        """Refuse norms that the model file does not know, and skips that a parallel layer does not have."""
+        if not 0 <= self.norm_eps < 1:
+            raise ValueError(f"norm_eps: expected a number from 0 to 1, found {self.norm_eps}")
+        known = () if self.norm_type == "none" else (*LAYER_NORMS, *MODEL_NORMS)
+        for name in self.norms or ():
+            if name not in known:
+                raise ValueError(
+                    f"norms: expected some of {', '.join(known) or 'none'} with norm_type {self.norm_type!r}, found "
+                    f"{name!r}"
+                )
+        layers = [f"model.layers.{layer}." for layer in range(self.num_hidden_layers)]
+        names = {
+            name for norm in self.norms or () for name in ([norm] if "." in norm else [layer + norm for layer in layers])
+        }
+        for field in ("norms_removed", "gains_removed"):
+            for name in getattr(self, field):
+                if name not in names:
+                    raise ValueError(f"{field}: expected names of norms of this model, found {name!r}")
+        if self.block_type == "parallel" and self.residual in ("attention", "ffn"):
+            raise ValueError(
+                f"residual: expected 'none' or 'both' with block_type 'parallel', where one skip passes both; found "
+                f"{self.residual!r}"
+            )
+
+    def validate_removed(self) -> None:
+        """Refuse what cannot be absent with these widths."""
+        query_width = self.num_attention_heads * self.head_dim
+        if self.p_removed and query_width < self.hidden_size and not self.p_merged:
+            raise ValueError(
+                f"p_removed: expected heads * head_dim of at least hidden_size ({self.hidden_size}), since the heads "
+                f"are added to the stream or normalized as they are; found {query_width}"
+            )
+        if self.values_removed and (self.stream_basis == "v" or self.head_dim >= self.hidden_size):
+            raise ValueError(
+                f"values_removed: expected a v_proj with more than head_dim ({self.head_dim}) inputs, found "
+                f"{self.hidden_size} and stream_basis {self.stream_basis!r}"
+            )
+        if self.head_removed and (self.tie_word_embeddings or self.vocab_size <= self.hidden_size):
+            raise ValueError(
+                f"head_removed: expected an untied lm_head of more than hidden_size ({self.hidden_size}) outputs, "
+                f"found {self.vocab_size}{' tied' * self.tie_word_embeddings}"
+            )
 
     def validate_positions(self) -> None:
         """Refuse rope_parameters that rotate nothing, too much, or in a way the model file does not know."""
@@ -176,10 +276,37 @@ class SkiplessConfig(PreTrainedConfig):
                 f"1..{self.head_dim} (head_dim), found {self.rotary_dim}"
             )
 
+    def has_norm(self, name: str) -> bool:
+        """Whether the norm of this name is there and acts."""
+        norm = name if name in MODEL_NORMS else name.rpartition(".")[2]
+        return norm in (self.norms or ()) and name not in self.norms_removed
+
     @property
     def rest_width(self) -> int:
-        """Columns of q, k and v_proj together beyond the hidden_size ones that pivoting turns into the identity."""
-        return (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim - self.hidden_size
+        """Columns of q, k and (unless values_removed) v_proj together beyond the hidden_size that are the identity."""
+        value_heads = (1 if self.values_removed else 2) * self.num_key_value_heads
+        return (self.num_attention_heads + value_heads) * self.head_dim - self.hidden_size
+
+    @property
+    def p_merged(self) -> bool:
+        """Whether a removed o_proj has been merged into the FFN's input matrices: where these alone read its output,
+        and it has no more inputs than outputs, or the FFN is narrower than the stream.
+        """
+        normed = any(self.has_norm(f"model.layers.{i}.post_attention_layernorm") for i in range(self.num_hidden_layers))
+        if self.block_type == "parallel" or self.residual != "none" or normed:
+            return False
+        width = self.intermediate_size * (1 if self.ffn_type == "mlp" else 2)
+        if self.ffn_type == "moe":
+            width = self.num_local_experts * (width + 1)
+        return self.num_attention_heads * self.head_dim <= self.hidden_size or width < self.hidden_size
+
+    @property
+    def p_rows(self) -> int:
+        """Inputs of o_proj: all heads' outputs, or, once removed, those beyond the hidden_size that pass through."""
+        query_width = self.num_attention_heads * self.head_dim
+        if not self.p_removed:
+            return query_width
+        return 0 if self.p_merged else query_width - self.hidden_size
 
     @property
     def rotary_dim(self) -> int:

@@ -1,12 +1,18 @@
 """A decoder-only transformer without skip connections, with or without the weights such a model can do without.
 
 Serial layer (arXiv:2404.12362, Fig. 1): attention -> P (o_proj) -> M (gate/up) -> activation -> O (down_proj) -> next.
+Parallel layer (Fig. 3): attention and FFN read the same stream, and their outputs are added. Skips and norms, where the
+config asks for them, stand as in Fig. 4, with trainable gains as in arXiv:2311.01906.
 A closed stream seam leaves out q_proj (or k_proj, v_proj): the stream itself is then the query (key, value).
 Pivoted, it leaves out all three: d of their outputs are the stream itself, rest_proj computes the others from it.
-A closed P-M seam leaves out o_proj: the concatenated heads feed gate_proj and up_proj directly.
+A closed P-M seam leaves out o_proj: the concatenated heads feed gate_proj and up_proj directly. Closed value, head and
+wide P-M seams leave out a square block of v_proj, lm_head and o_proj: an index tensor says which inputs or outputs are
+passed through.
 
 Shapes: B batch, T tokens, d hidden_size, H query heads, K key-value heads, g = H / K queries per group, h head_dim.
 """
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +20,7 @@ from transformers import initialization
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -52,6 +58,57 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: b
     return torch.cat((rotated, kept), -1)
 
 
+def alibi_slopes(heads: int) -> list[float]:
+    """Slope of each head (arXiv:2108.12409): 2^(-8 i / n), and for other heads than a power of two, of every second
+    one of twice as many.
+    """
+    whole = 2 ** (heads.bit_length() - 1)
+    slopes = [2 ** (-8 * i / whole) for i in range(1, whole + 1)]
+    return slopes + [2 ** (-4 * i / whole) for i in range(1, 2 * (heads - whole), 2)]
+
+
+def alibi_mask(
+    mask: torch.Tensor, position_ids: torch.Tensor, config: SkiplessConfig, dtype: torch.dtype
+) -> torch.Tensor:
+    """A causal mask (B, 1, T, S), boolean or to be added, plus every head's slope times the distance (B, H, T, S).
+
+    A constant along a query's keys does not matter: keys may be counted from where the cache begins.
+    """
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    slopes = torch.tensor(alibi_slopes(config.num_attention_heads), device=mask.device)
+    if config.attention_shaping == "full":  # the zero query of each group asks for the mean
+        slopes = nn.functional.pad(slopes.view(config.num_key_value_heads, -1), (0, 1)).flatten()
+    distance = torch.arange(mask.shape[-1], device=mask.device) - position_ids[:, None, :, None]
+    biased = mask + (slopes[:, None, None] * distance).to(dtype)
+    return biased.masked_fill(mask < 0, torch.finfo(dtype).min)
+
+
+class SkiplessNorm(nn.Module):
+    """RMS or layer norm over the last dimension, in fp32 at least; its gain may have been folded into what reads it."""
+
+    def __init__(self, config: SkiplessConfig, size: int, norm_type: str, name: str = ""):
+        super().__init__()
+        self.size, self.norm_type, self.eps = size, norm_type, config.norm_eps
+        gain, bias = name not in config.gains_removed, norm_type == "layer" and name not in config.gains_removed
+        self.register_parameter("weight", nn.Parameter(torch.ones(size)) if gain else None)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(size)) if bias else None)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        if self.norm_type == "layer":
+            wide = wide - wide.mean(-1, keepdim=True)
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        normed = wide.to(hidden_states.dtype)
+        normed = normed if self.weight is None else normed * self.weight
+        return normed if self.bias is None else normed + self.bias
+
+
+def norm_of(config: SkiplessConfig, name: str) -> SkiplessNorm | None:
+    """The norm of this name, or None where there is none."""
+    return SkiplessNorm(config, config.hidden_size, config.norm_type, name) if config.has_norm(name) else None
+
+
 def eager_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -60,12 +117,15 @@ def eager_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
+    softcap: float | None = None,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention spelled out; softmax in fp32 at least (fp64 stays fp64)."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     scores = query @ key.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
@@ -91,35 +151,69 @@ class SkiplessAttention(nn.Module):
         stream_basis = None if layer_idx in config.layers_open else config.stream_basis
         query_width, value_width = self.num_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         self.widths = (query_width, value_width, value_width)
-        rest_proj, column_order = None, None
-        if stream_basis == "pivoted":
-            column_order = torch.arange(sum(self.widths), dtype=torch.int32)
+        bias = config.attention_bias
+        rest_proj, column_order, value_order, row_order = None, None, None, None
+        pivoted = "" if stream_basis != "pivoted" else "qk" if config.values_removed else "qkv"
+        if pivoted:
+            column_order = torch.arange(config.hidden_size + config.rest_width, dtype=torch.int32)
             if config.rest_width:
                 dtype = torch.get_default_dtype()
                 if config.rest_dtype is not None:  # loading casts into the dtype that a parameter was made with
                     dtype = torch.promote_types(dtype, getattr(torch, config.rest_dtype))
-                rest_proj = nn.Linear(config.hidden_size, config.rest_width, config.attention_bias, dtype=dtype)
+                rest_proj = nn.Linear(config.hidden_size, config.rest_width, bias, dtype=dtype)
         self.register_module("rest_proj", rest_proj)
-        self.register_buffer("column_order", column_order)
         for name, width in zip("qkv", self.widths, strict=True):
-            gone = stream_basis in (name, "pivoted")
-            linear = None if gone else nn.Linear(config.hidden_size, width, config.attention_bias)
+            gone = name in pivoted or name == stream_basis
+            passed = self.head_dim if name == "v" and config.values_removed else 0
+            linear = None if gone else nn.Linear(config.hidden_size - passed, width, bias and not passed)
             self.register_module(f"{name}_proj", linear)
-        self.o_proj = None if config.p_removed else nn.Linear(query_width, config.hidden_size, config.attention_bias)
+        if config.values_removed:
+            value_order = torch.arange(config.hidden_size, dtype=torch.int32).repeat(self.num_key_value_heads, 1)
+        if config.p_removed and config.p_rows:
+            row_order = torch.arange(query_width, dtype=torch.int32)
+        self.o_proj = nn.Linear(config.p_rows, config.hidden_size, bias) if config.p_rows else None
+        for name, order in (("column_order", column_order), ("value_order", value_order), ("row_order", row_order)):
+            self.register_buffer(name, order)
+        for name in ("q_norm", "k_norm"):
+            norm = SkiplessNorm(config, self.head_dim, "rms") if config.qk_norm else None
+            self.register_module(name, norm)
         gains = {None: (), "value": ("alpha", "beta"), "full": ("alpha", "beta", "gamma")}[config.attention_shaping]
         for name in gains:
             self.register_parameter(name, nn.Parameter(torch.empty(self.num_heads)))
+        # what only some attention functions know
+        options = {"softcap": config.attn_logit_softcapping, "sliding_window": config.sliding_window}
+        self.options = {name: value for name, value in options.items() if value is not None}
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Query, key and value, (B, T, heads * h) each, of the stream (B, T, d)."""
         if self.column_order is None:
-            linears = (self.q_proj, self.k_proj, self.v_proj)
-            return tuple(hidden_states if linear is None else linear(hidden_states) for linear in linears)
-        columns = hidden_states
-        if self.rest_proj is not None:
-            rest = self.rest_proj(hidden_states.to(self.rest_proj.weight.dtype))
-            columns = torch.cat((hidden_states, rest.to(hidden_states.dtype)), -1)
-        return columns.index_select(-1, self.column_order).split(self.widths, -1)
+            linears = (self.q_proj, self.k_proj, None if self.value_order is not None else self.v_proj)
+            query, key, value = (hidden_states if linear is None else linear(hidden_states) for linear in linears)
+        else:
+            columns = hidden_states
+            if self.rest_proj is not None:
+                rest = self.rest_proj(hidden_states.to(self.rest_proj.weight.dtype))
+                columns = torch.cat((hidden_states, rest.to(hidden_states.dtype)), -1)
+            widths = self.widths if self.value_order is None else self.widths[:2]
+            query, key, *values = columns.index_select(-1, self.column_order).split(widths, -1)
+            value = values[0] if values else None
+        return query, key, value if self.value_order is None else self.project_values(hidden_states)
+
+    def project_values(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Values (B, T, K * h) of which each head's are h entries of the stream (B, T, d) plus a map of the others."""
+        ordered = hidden_states.index_select(-1, self.value_order.flatten()).unflatten(-1, self.value_order.shape)
+        passed, others = ordered.split((self.head_dim, self.v_proj.in_features), -1)
+        weight = self.v_proj.weight.unflatten(0, (self.num_key_value_heads, self.head_dim))
+        return (passed + torch.einsum("...kn,khn->...kh", others, weight)).flatten(-2)
+
+    def project_out(self, heads: torch.Tensor) -> torch.Tensor:
+        """P: the concatenated heads (B, T, H * h) -> (B, T, d), or as they are where P has been merged."""
+        if self.o_proj is None:
+            return heads
+        if self.row_order is None:
+            return self.o_proj(heads)
+        passed, others = heads.index_select(-1, self.row_order).split((self.config.hidden_size, self.config.p_rows), -1)
+        return passed + self.o_proj(others)
 
     def shape(self, answers: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Out = alpha v + beta softmax(.) v - gamma mean_causal(v) per head (arXiv:2311.01906, eq. 8, value path).
@@ -149,6 +243,8 @@ class SkiplessAttention(nn.Module):
         query, key, value = (states.view(hidden_shape).transpose(1, 2) for states in self.project(hidden_states))
         own_value = value
 
+        if self.q_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
         if position_embeddings is not None:
             interleaved = self.config.position_type == "rope_interleaved"
             query = rotate(query, *position_embeddings, interleaved)
@@ -170,6 +266,7 @@ class SkiplessAttention(nn.Module):
             attention_mask,
             dropout=self.attention_dropout,
             scaling=self.scaling,
+            **self.options,
             **kwargs,
         )
         if self.config.attention_shaping is not None:
@@ -177,23 +274,22 @@ class SkiplessAttention(nn.Module):
         if self.config.attention_shaping == "full" and weights is not None:
             weights = weights.unflatten(1, (self.num_key_value_heads, -1))[:, :, :-1].flatten(1, 2)
         output = output.reshape(*input_shape, -1).contiguous()
-        return (output if self.o_proj is None else self.o_proj(output)), weights
+        return self.project_out(output), weights
 
 
 class SkiplessMLP(nn.Module):
     """M, activation, O: an MLP or a gated linear unit. With o_proj merged, its input is the concatenated heads."""
 
-    def __init__(self, config: SkiplessConfig, layer_idx: int):
+    def __init__(self, config: SkiplessConfig, name: str):
         super().__init__()
-        inputs = config.num_attention_heads * config.head_dim if config.p_removed else config.hidden_size
+        inputs = ffn_inputs(config)
 
-        def linear(name: str, in_features: int, out_features: int, bias: bool) -> nn.Linear:
-            folded = f"model.layers.{layer_idx}.mlp.{name}" in config.folded_biases
-            return nn.Linear(in_features, out_features, bias or folded)
+        def linear(matrix: str, in_features: int, out_features: int, bias: bool) -> nn.Linear:
+            return nn.Linear(in_features, out_features, bias or f"{name}.{matrix}" in config.folded_biases)
 
         self.gate_proj = (
             linear("gate_proj", inputs, config.intermediate_size, config.mlp_bias or config.gate_bias)
-            if config.ffn_type == "glu"
+            if config.ffn_type != "mlp"
             else None
         )
         self.up_proj = linear("up_proj", inputs, config.intermediate_size, config.mlp_bias)
@@ -207,17 +303,80 @@ class SkiplessMLP(nn.Module):
         )
 
 
+def ffn_inputs(config: SkiplessConfig) -> int:
+    """What M reads: the stream, or, with o_proj merged, the concatenated heads."""
+    merged = config.p_removed and config.p_merged
+    return config.num_attention_heads * config.head_dim if merged else config.hidden_size
+
+
+class SkiplessExperts(nn.Module):
+    """A router and gated linear units, num_experts_per_tok of which each token takes (arXiv:2401.04088, sec. 2.1)."""
+
+    def __init__(self, config: SkiplessConfig, name: str):
+        super().__init__()
+        self.top_k, self.normalize = config.num_experts_per_tok, config.norm_topk_prob
+        biased = f"{name}.router" in config.folded_biases
+        self.router = nn.Linear(ffn_inputs(config), config.num_local_experts, biased)
+        self.experts = nn.ModuleList(
+            SkiplessMLP(config, f"{name}.experts.{expert}") for expert in range(config.num_local_experts)
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        tokens = hidden_states.flatten(0, -2)
+        logits = self.router(tokens)
+        weights = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        weights, taken = weights.topk(self.top_k, dim=-1)
+        if self.normalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        outputs = torch.zeros_like(hidden_states[..., :1]).flatten(0, -2)
+        for index, expert in enumerate(self.experts):
+            token, place = torch.where(taken == index)
+            answer = expert(tokens[token]) * weights[token, place, None].to(tokens.dtype)
+            outputs = outputs + answer.new_zeros(len(tokens), answer.shape[-1]).index_add(0, token, answer)
+        return outputs.unflatten(0, hidden_states.shape[:-1])
+
+
 class SkiplessDecoderLayer(GradientCheckpointingLayer):
-    """attention, then FFN: nothing is added to or normalized on the way."""
+    """Attention, then FFN, or both at once; between them and around them only what the config asks for."""
 
     def __init__(self, config: SkiplessConfig, layer_idx: int):
         super().__init__()
+        name = f"model.layers.{layer_idx}"
+        self.parallel = config.block_type == "parallel"
+        self.attention_skip = config.residual in ("attention", "both")
+        self.ffn_skip = config.residual in ("ffn", "both") and not self.parallel
         self.self_attn = SkiplessAttention(config, layer_idx)
-        self.mlp = SkiplessMLP(config, layer_idx)
+        mlp = SkiplessExperts if config.ffn_type == "moe" else SkiplessMLP
+        self.mlp = mlp(config, f"{name}.mlp")
+        self.input_layernorm = norm_of(config, f"{name}.input_layernorm")
+        self.post_attention_layernorm = norm_of(config, f"{name}.post_attention_layernorm")
+        gains = {"attention_gain": True, "ffn_gain": True}
+        gains |= {"attention_skip_gain": self.attention_skip, "ffn_skip_gain": self.ffn_skip}
+        for gain, exists in gains.items():
+            exists = exists and config.residual_gains
+            self.register_parameter(gain, nn.Parameter(torch.ones(1)) if exists else None)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
-        hidden_states, _ = self.self_attn(hidden_states, **kwargs)
-        return self.mlp(hidden_states)
+        read = apply(self.input_layernorm, hidden_states)
+        attention, _ = self.self_attn(read, **kwargs)
+        attention = scale(attention, self.attention_gain)
+        if self.attention_skip:
+            attention = attention + scale(hidden_states, self.attention_skip_gain)
+        if self.parallel:
+            norm = self.post_attention_layernorm
+            return attention + scale(self.mlp(read if norm is None else norm(hidden_states)), self.ffn_gain)
+        ffn = scale(self.mlp(apply(self.post_attention_layernorm, attention)), self.ffn_gain)
+        return ffn + scale(attention, self.ffn_skip_gain) if self.ffn_skip else ffn
+
+
+def apply(norm: nn.Module | None, hidden_states: torch.Tensor) -> torch.Tensor:
+    """The norm's output, or its input where there is none."""
+    return hidden_states if norm is None else norm(hidden_states)
+
+
+def scale(hidden_states: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:
+    """The input times a gain, or as it is where there is none."""
+    return hidden_states if gain is None else hidden_states * gain
 
 
 class SkiplessEmbedding(nn.Embedding):
@@ -231,6 +390,24 @@ class SkiplessEmbedding(nn.Embedding):
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         embeddings = super().forward(input_ids)
         return embeddings if self.bias is None else embeddings + self.bias
+
+
+class SkiplessHead(nn.Linear):
+    """The stream -> logits. Of a closed head seam, hidden_size logits are the stream itself, and column_order puts all
+    in their places.
+    """
+
+    def __init__(self, config: SkiplessConfig):
+        passed = config.hidden_size if config.head_removed else 0
+        super().__init__(config.hidden_size, config.vocab_size - passed, bias=False)
+        order = torch.arange(config.vocab_size, dtype=torch.int32) if config.head_removed else None
+        self.register_buffer("column_order", order)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        logits = super().forward(hidden_states)
+        if self.column_order is None:
+            return logits
+        return torch.cat((hidden_states, logits), -1).index_select(-1, self.column_order)
 
 
 class SkiplessPreTrainedModel(PreTrainedModel):
@@ -249,6 +426,15 @@ class SkiplessPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": SkiplessDecoderLayer, "attentions": SkiplessAttention}
 
+    def __init__(self, config: SkiplessConfig, *args: Any, **kwargs: Any):
+        if config.attn_logit_softcapping is not None:  # between the scores and the softmax PyTorch's kernel has no room
+            self._supports_sdpa = False
+        if config.position_type == "alibi":  # needs a mask of numbers
+            self._supports_flash_attn = self._supports_flex_attn = False
+        if config.ffn_type == "moe":  # which experts run depends on the data
+            self._can_compile_fullgraph = False
+        super().__init__(config, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Variance 1 / inputs, since no norm will rescale; shaped attention starts as its value path."""
@@ -258,8 +444,14 @@ class SkiplessPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight)
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
-        if isinstance(module, SkiplessAttention) and module.column_order is not None:
-            initialization.copy_(module.column_order, torch.arange(len(module.column_order)))
+        for name, order in module.named_buffers(recurse=False):
+            if name.endswith("_order"):
+                initialization.copy_(order, torch.arange(order.shape[-1]).expand_as(order))
+        if isinstance(module, SkiplessNorm) and module.weight is not None:
+            nn.init.ones_(module.weight)
+        if isinstance(module, SkiplessDecoderLayer):
+            for gain in module.parameters(recurse=False):
+                nn.init.ones_(gain)
         if isinstance(module, SkiplessAttention) and self.config.attention_shaping is not None:
             nn.init.ones_(module.alpha)
             if self.config.attention_shaping == "value":
@@ -270,7 +462,7 @@ class SkiplessPreTrainedModel(PreTrainedModel):
 
 
 class SkiplessModel(SkiplessPreTrainedModel):
-    """Embedding and layers: token ids -> the last layer's output (B, T, d)."""
+    """Embedding, layers and the norm before the head, if there is one: token ids -> hidden states (B, T, d)."""
 
     def __init__(self, config: SkiplessConfig):
         super().__init__(config)
@@ -281,6 +473,8 @@ class SkiplessModel(SkiplessPreTrainedModel):
             else None
         )
         self.layers = nn.ModuleList(SkiplessDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.embed_norm = norm_of(config, "model.embed_norm")
+        self.norm = norm_of(config, "model.norm")
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -305,15 +499,20 @@ class SkiplessModel(SkiplessPreTrainedModel):
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + past
-        attention_mask = create_causal_mask(
+        alibi = self.config.position_type == "alibi"
+        create_mask = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
+        attention_mask = create_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_ids=position_ids,
+            allow_is_causal_skip=not alibi,
         )
+        if alibi:
+            attention_mask = alibi_mask(attention_mask, position_ids, self.config, inputs_embeds.dtype)
 
-        hidden_states = inputs_embeds
+        hidden_states = apply(self.embed_norm, inputs_embeds)
         if self.position_embeddings is not None:
             hidden_states = hidden_states + self.position_embeddings(position_ids)
         cos_sin = None
@@ -329,6 +528,7 @@ class SkiplessModel(SkiplessPreTrainedModel):
                 use_cache=use_cache,
                 **kwargs,
             )
+        hidden_states = apply(self.norm, hidden_states)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
 
@@ -341,7 +541,7 @@ class SkiplessForCausalLM(SkiplessPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = SkiplessModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = SkiplessHead(config)
         self.post_init()
 
     @can_return_tuple
@@ -369,6 +569,8 @@ class SkiplessForCausalLM(SkiplessPreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden_states[:, kept, :])
+        if (cap := self.config.final_logit_softcapping) is not None:
+            logits = cap * (logits / cap).tanh()
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
