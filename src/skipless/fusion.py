@@ -372,8 +372,9 @@ def fuse(
 
     basis, dtype, rest_dtype, layers_open, remove, parallel_removes: what is asked for (request.Request). max_shard_size
     in bytes. device: where the algebra is done, "cpu" or a CUDA device (their results differ in the last bits).
-    `progress` is called with None once the plan is made and then with each finished task. The result computes the same function (identities:
-    arXiv:2404.12362, Fig. 1). Raises InputError for anything that stands in the way; `destination` then does not exist.
+    `progress` is called with None once the plan is made and then with each finished task. The result computes the same
+    function (identities: arXiv:2404.12362, Fig. 1). Raises InputError for anything that stands in the way;
+    `destination` then does not exist.
     """
     source, destination = Path(source), Path(destination)
     if engine not in ENGINES:

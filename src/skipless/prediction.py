@@ -116,7 +116,8 @@ def forecast(
             bases = choose_rows(seam, affines[seam.writers[0]].weight)
         except InputError:
             return _impossible(seam, dtypes)
-        return passed_rows(seam, affines, close_rows(seam, affines, bases)[0], bases, dtypes)
+        bare = {name: dataclasses.replace(affine, bias=None) for name, affine in affines.items()}  # weights count
+        return passed_rows(seam, affines, close_rows(seam, bare, bases)[0], bases, dtypes)
     (writer,) = (affines[name].weight for name in seam.writers)
     readers = torch.cat([affines[name].weight for name in seam.readers], 1)
     power = len(writer) * _mean_square(_probes(len(writer), writer) @ writer @ readers)

@@ -224,7 +224,9 @@ class SkiplessConfig(PreTrainedConfig):
                 )
         layers = [f"model.layers.{layer}." for layer in range(self.num_hidden_layers)]
         names = {
-            name for norm in self.norms or () for name in ([norm] if "." in norm else [layer + norm for layer in layers])
+            name
+            for norm in self.norms or ()
+            for name in ([norm] if "." in norm else [layer + norm for layer in layers])
         }
         for field in ("norms_removed", "gains_removed"):
             for name in getattr(self, field):
