@@ -17,6 +17,7 @@ from skipless.architecture import Architecture, Module
 from skipless.checkpoint import family, gguf_file
 from skipless.checkpoint.headers import Folder, read_json_object
 from skipless.errors import InputError
+from skipless.limit import closable, terms
 from skipless.seams import Seam, seams
 
 # Bytes of a weight in memory, as a decoder reads it.
@@ -73,7 +74,8 @@ class Count:
     parameters: all of them; parts: the same, by matrix, embeddings (tables and head), norms, biases, other. weights:
     those of linear layers and embeddings, a tied embedding once. per_layer: weights of a layer, by matrix (of the first
     with experts, if any has). nominal: trained without Q and P (qp), K and P, V and P, Fig. 1 and 3 of the paper; None
-    where e != d. exact: rewriting a skipless version of it. limit: what could go from one at most
+    where e != d. exact: rewriting a skipless version of it, stream and P-M seams; everything:
+    all kinds of seams. limit: what could go from one at most
     (removable_at_most). as_is: what can go from the model as it is, by what it is.
     """
 
@@ -87,6 +89,7 @@ class Count:
     embeddings: int
     nominal: Mapping[str, Removal | None]
     exact: Exact
+    everything: int
     limit: int
     as_is: Mapping[str, int]
 
@@ -159,6 +162,7 @@ def count_architecture(name: str, family_name: str, architecture: Architecture, 
         embeddings=parts["embeddings"],
         nominal=nominal,
         exact=Exact(**dataclasses.asdict(whole), basis=bases[0] if bases else None, blocked=_blocked(every)),
+        everything=sum(seam.saves for seam in closable(architecture.skipless())),
         limit=removable_at_most(architecture),
         as_is=removable_as_is(architecture),
     )
@@ -174,32 +178,8 @@ def _blocked(every: list[Seam]) -> tuple[str, ...]:
 
 
 def removable_at_most(architecture: Architecture) -> int:
-    """How many weights of a skipless version carry no information: the stream and P-M seams, and with them the values',
-    the queries' and keys', the gates' and the router's. A lower bound where a term is not known (q/k norms, partial
-    RoPE, activations that are homogeneous).
-
-    As parameters less the rank of the Jacobian: for D != d the P-M seam has d D + (d - D) F, F what reads P, or d^2.
-    """
-    d, wide = architecture.hidden_size, architecture.query_width
-    heads, size = architecture.num_key_value_heads, architecture.head_dim
-    total = 0 if architecture.tie_word_embeddings else d**2
-    if architecture.position_type == "learned":
-        total += d  # what is added to every position's row may be taken from every token's
-    for layer in range(architecture.num_hidden_layers):
-        routed = architecture.has_experts(layer)
-        width = architecture.ffn_width(layer)
-        readers = len(architecture.ffn_readers(layer)) - routed
-        total += d**2 + heads * size**2
-        if architecture.qk_norm is None:
-            total += heads * (size if architecture.position_type.startswith("rope") else size**2)
-        if architecture.block_type == "serial":
-            reads = readers * width + routed * architecture.num_local_experts
-            total += d * wide + (d - wide) * reads if wide <= d else d**2
-        if architecture.ffn_type != "mlp":
-            total += len(architecture.experts(layer)) * width
-        if routed:  # the same number added to all of the router's logits
-            total += min(d, wide) if architecture.block_type == "serial" else d
-    return total
+    """How many weights of a skipless version carry no information (limit.terms, without those of biases)."""
+    return sum(found for name, found in terms(architecture.skipless()).items() if name != "biases")
 
 
 def removable_as_is(architecture: Architecture) -> dict[str, int]:

@@ -15,8 +15,10 @@ from skipless.dtypes import DTYPE_NAMES
 if TYPE_CHECKING:  # so that counting loads no torch
     from skipless.auditing import Audit, SeamAudit
     from skipless.bench import Speed
+    from skipless.certificate import Certificate
     from skipless.demo import Demo
     from skipless.fusion import Plan
+    from skipless.limit import Limit
     from skipless.spectrum import Spectrum
     from skipless.verification import Report
 
@@ -244,8 +246,45 @@ def count_rows(counts: Sequence[Count]) -> list[tuple[str, ...]]:
         rows.append((f"without {what}, trained so", *(_removal(count.nominal[name]) for count in counts)))
     add("exactly, if skipless", lambda count: _removal(count.exact))
     add("at most, if skipless", lambda count: f"{count.limit:,} ({count.limit / count.weights:.1%})")
+    add("of that, by all seams", lambda count: f"{count.everything:,} ({count.everything / count.limit:.2%})")
     add("exactly, as it is", lambda count: f"{(gone := sum(count.as_is.values())):,} ({gone / count.parameters:.1%})")
     return rows
+
+
+def limit_table(found: Limit) -> Table:
+    """What carries no information, and what rewriting removes of it."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("without information")
+    table.add_column("parameters", justify="right")
+    for name, count in found.terms.items():
+        table.add_row(name, f"{count:,}")
+    total = f"{'at least ' * bool(found.at_least)}{found.removable:,}"
+    table.add_row("together", f"{total} ({found.removable / found.parameters:.2%} of {found.parameters:,})")
+    removed = sum(found.removed.values())
+    for kind, count in found.removed.items():
+        table.add_row(f"removed with --remove {kind}", f"{count:,}")
+    table.add_row("removed together", f"{removed:,} ({removed / (found.removable or 1):.2%} of that)")
+    return table
+
+
+def limit_lines(found: Limit, certificate: Certificate | None) -> Iterator[str]:
+    """What stays, and the count of a small copy."""
+    yield from found.blocked
+    if found.at_least:
+        yield f"there may be more: {found.at_least}"
+    if certificate is not None:
+        before, after = certificate.before, certificate.after
+        least = "" if certificate.exact else "at least "
+        yield (
+            f"small copy: {before.parameters:,} parameters, rank {before.rank:,}: {before.free:,} without information, "
+            f"{least}{certificate.expected:,} by the formula"
+        )
+        if after is not None:
+            yield (
+                f"fused ({', '.join(certificate.kinds)}): {after.parameters:,} parameters, rank {after.rank:,}: "
+                f"{after.free:,} without information and in no block that could be removed"
+            )
+        yield "the certificate holds" if certificate.holds else "the certificate does not hold"
 
 
 def count_notes(counts: Sequence[Count], conditions: Conditions) -> Iterator[str]:

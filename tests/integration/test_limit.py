@@ -1,58 +1,92 @@
 """What carries no information, as a number: parameters less the rank of the Jacobian of all outputs, in fp64."""
 
+import json
+
 import pytest
-import torch
-from torch.func import functional_call, jacfwd
+from click.testing import CliRunner
 
+from skipless import cli
 from skipless.architecture import Architecture
-from skipless.counting import removable_at_most
-from skipless.model import SkiplessConfig, SkiplessForCausalLM
+from skipless.certificate import certify
+from skipless.errors import InputError
+from skipless.limit import limit
 
-TINY = {
-    "vocab_size": 32,
-    "hidden_size": 6,
-    "intermediate_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
+MQA = {
+    "model_type": "skipless",
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 8,
     "num_key_value_heads": 1,
-    "head_dim": 2,
-    "max_position_embeddings": 10,
 }
-
-
-def removable(**fields):
-    torch.manual_seed(0)
-    model = SkiplessForCausalLM(SkiplessConfig(**TINY | fields, attn_implementation="eager")).double().eval()
-    parameters = {
-        name: torch.randn_like(parameter) * (1 if "embed" in name else parameter.shape[-1] ** -0.5)
-        for name, parameter in model.named_parameters()
-    }
-    tokens = torch.stack([torch.randperm(TINY["vocab_size"])[:10] for _ in range(24)])
-
-    def logits(parameters):
-        return functional_call(model, parameters, (tokens,), {"use_cache": False}).logits.flatten()
-
-    with torch.no_grad():
-        jacobian = jacfwd(logits)(parameters)
-    columns = torch.cat([jacobian[name].flatten(1) for name in parameters], 1)
-    values = torch.linalg.svdvals(columns / columns.norm(dim=0))
-    rank = int((values > 1e-10 * values[0]).sum())
-    assert rank == len(values) or values[rank - 1] > 1e3 * values[rank]  # a clear gap
-    return len(values) - rank
+PARALLEL = {"block_type": "parallel"}
+BIASES = {"attention_bias": True, "mlp_bias": True}
 
 
 @pytest.mark.parametrize(
     "fields",
     [
         {},
-        {"tie_word_embeddings": True},
-        {"position_type": "learned", "num_attention_heads": 4, "num_key_value_heads": 2},
-        {"position_type": "none", "ffn_type": "mlp", "hidden_act": "gelu"},
-        {"num_attention_heads": 2},
-        {"num_attention_heads": 4, "num_key_value_heads": 2},
+        {"tie_word_embeddings": True, **BIASES},
+        {"hidden_act": "relu"},
+        {"position_type": "alibi", "ffn_type": "mlp", "hidden_act": "gelu", "attention_shaping": "full"},
+        {"head_dim": 16},
+        {"qk_norm": "head_dim", "residual_gains": True},
+        {**PARALLEL},
+        {**PARALLEL, "tie_word_embeddings": True},
+        {**PARALLEL, "residual": "both", "norm_type": "layer"},
+        {"residual": "both", "norm_type": "rms"},
+        {"residual": "both", "norm_type": "rms", "tie_word_embeddings": True},
+        {"residual": "ffn", "norm_type": "rms", "attention_shaping": "full", "residual_gains": True},
+        {"residual": "attention"},
+        {"norm_type": "layer"},
+        {"norm_type": "rms", "norms": ["model.norm"]},
     ],
     ids=str,
 )
-def test_the_limit_is_the_jacobians(fields):
-    architecture = Architecture.from_config({"model_type": "skipless", **TINY, **fields})
-    assert removable(**fields) == removable_at_most(architecture)
+def test_the_limit_is_the_jacobians_before_and_after_fusing(fields):
+    found = certify(Architecture.from_config({**MQA, **fields}))
+    assert found.exact
+    assert found.before.free == found.expected
+    assert found.holds
+
+
+@pytest.mark.parametrize("fields", [{}, {"tie_word_embeddings": True}], ids=str)
+def test_where_the_formula_may_fall_short_it_says_so(fields):
+    found = certify(Architecture.from_config({**MQA, "position_type": "learned", **fields}))
+    assert not found.exact
+    assert found.before.free > found.expected
+    assert found.holds
+
+
+def test_experts():
+    experts = {"ffn_type": "moe", "num_local_experts": 8, "num_experts_per_tok": 2}
+    found = certify(Architecture.from_config({**MQA, **experts}))
+    assert found.exact
+    assert found.holds
+
+
+def test_a_wrong_formula_is_noticed():
+    """A model that keeps its skips has fewer free parameters than the formula for one without them says."""
+    with_skips = certify(Architecture.from_config({**MQA, "residual": "both"}))
+    assert with_skips.before.free < certify(Architecture.from_config(MQA)).expected
+
+
+@pytest.mark.parametrize("name", ["mistral-7b", "llama-3.1-8b"])
+def test_a_skipless_mistral_loses_all_but_what_no_block_holds(name):
+    result = CliRunner().invoke(cli.main, ["limit", name, "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert 0.999 <= sum(found["removed"].values()) / found["removable"] < 1
+
+
+def test_the_command_counts():
+    result = CliRunner().invoke(cli.main, ["limit", "mistral-7b", "--check"])
+    assert result.exit_code == 0, result.output
+    assert "the certificate holds" in result.stdout
+
+
+def test_a_fused_model_has_no_formula():
+    with pytest.raises(InputError, match="expected a model that has not been fused"):
+        limit(Architecture.from_config({**MQA, "stream_basis": "q"}))

@@ -1,0 +1,248 @@
+"""How much of a model carries no information: parameters less the rank of the Jacobian of all its outputs, by formula.
+
+A space that some matrices write and others read has a group of changes of basis that change nothing: GL(d), if only
+linear maps read it; O(d), if an RMSNorm does; what remains of it where a tied table both writes and reads it. To these
+come scalings within the layers. Letters as in arXiv:2404.12362; certificate.py counts the rank itself.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from skipless.architecture import HOMOGENEOUS, Architecture
+from skipless.errors import InputError
+from skipless.seams import KINDS, Seam, seams
+
+
+@dataclass(frozen=True)
+class Limit:
+    """terms: what carries no information, by kind; at_least: why there may be more, or nothing. removed: what rewriting
+    removes, by kind of seam; blocked: of the others, why not.
+    """
+
+    parameters: int
+    terms: dict[str, int]
+    at_least: str
+    removed: dict[str, int]
+    blocked: tuple[str, ...]
+
+    @property
+    def removable(self) -> int:
+        """All terms."""
+        return sum(self.terms.values())
+
+
+@dataclass(frozen=True)
+class _Space:
+    """A space of d dimensions between layers: the norms through which it is read, whether a tied table writes or reads
+    it, the inputs of its writers, whether something reads it without a norm, and whether it holds rows of the table
+    alone.
+    """
+
+    normed: tuple[str, ...]
+    bare: bool
+    written_tied: bool
+    read_tied: bool
+    writer_inputs: int
+    looked_up: bool
+
+
+def limit(architecture: Architecture) -> Limit:
+    """The formula, and what `fuse` can remove of it."""
+    if architecture.stream_basis or architecture.p_removed or architecture.values_removed or architecture.head_removed:
+        raise InputError("config.json: expected a model that has not been fused, for which there is a formula")
+    removed: dict[str, int] = {}
+    for seam in closable(architecture):
+        removed[seam.kind] = removed.get(seam.kind, 0) + seam.saves
+    first: dict[str, str] = {}
+    for seam in seams(architecture, values=True):
+        if seam.blocked:
+            first.setdefault(seam.kind, seam.blocked)
+    return Limit(
+        parameters=sum(_size(shape) for shape in architecture.tensors().values()),
+        terms={name: count for name, count in terms(architecture).items() if count},
+        at_least=_unknown(architecture),
+        removed=removed,
+        blocked=tuple(f"the {kind} seams: {reason}" for kind, reason in first.items()),
+    )
+
+
+def closable(architecture: Architecture) -> list[Seam]:
+    """The seams that one fuse closes when it is asked for all kinds that can be asked for together."""
+    kinds = list(KINDS)
+    while True:
+        every = [seam for seam in seams(architecture, values="values" in kinds or None) if seam.kind in kinds]
+        blocked = {seam.kind for seam in every if seam.blocked}
+        if not blocked:
+            return every
+        if "stream" in blocked and "values" in kinds and not _stream_blocked(architecture):
+            blocked = {"values"}  # without them, V's columns can be passed through
+        kinds = [kind for kind in kinds if kind not in blocked]
+
+
+def _stream_blocked(architecture: Architecture) -> bool:
+    return any(seam.blocked for seam in seams(architecture) if seam.kind == "stream")
+
+
+def terms(architecture: Architecture) -> dict[str, int]:
+    """What carries no information, by where it is."""
+    a = architecture
+    d, layers, heads, size = a.hidden_size, a.num_hidden_layers, a.num_key_value_heads, a.head_dim
+    tied = a.tie_word_embeddings
+    experts = sum(len(a.experts(layer)) * a.ffn_width(layer) for layer in range(layers))
+    units = (a.ffn_type != "mlp") + (a.hidden_act in HOMOGENEOUS)
+    routers = sum(a.has_experts(layer) for layer in range(layers)) * min(d, a.query_width if a.p_alone else d)
+    gains = (2 if a.norm_type == "layer" else 1) * d * sum(_foldable(a, norm) for norm in a.norm_names())
+    skips = sum(len(a.gain_tensors(layer)) for layer in range(layers)) if a.residual_gains else 0
+    shaped = layers * a.num_attention_heads * (a.attention_shaping is not None)
+    if a.residual_gains:  # a branch's gain and its last matrix; without norms a skip's, too
+        skips -= layers * a.num_attention_heads * {None: 0, "value": 2, "full": 3}[a.attention_shaping]
+        skips = skips if a.norm_type == "none" else 2 * layers
+    return {
+        "stream and P": _spaces(a),
+        "values": layers * heads * size**2,
+        "queries and keys": layers * _queries_and_keys(a),
+        "FFN units": units * experts,
+        "router": routers,
+        "norm gains": gains,
+        "trainable gains": shaped + skips,
+        "positions": d * (a.position_type == "learned" and not (tied or a.has_norm("model.embed_norm"))),
+        "biases": _biases(a),
+    }
+
+
+def _queries_and_keys(a: Architecture) -> int:
+    """Per layer: what commutes with the rotations, or anything; with norms, only their gains' pairs."""
+    size, rope = a.head_dim, a.position_type.startswith("rope")
+    rotated = size if rope else 0  # with partial RoPE more goes
+    if a.qk_norm is not None:
+        return rotated // 2 + size - rotated if a.qk_norm == "head_dim" else 0
+    return a.num_key_value_heads * (rotated + (size - rotated) ** 2)
+
+
+def _biases(a: Architecture) -> int:
+    """V's bias may move into P's, P's into M's, a constant of the stream into what writes and what reads it, and K's
+    does nothing where no rotation stands before the softmax.
+    """
+    if not a.attention_bias or a.norm_type != "none" or a.residual != "none" or a.ffn_type == "moe":
+        return 0
+    d, e, layers, parallel = a.hidden_size, a.value_width, a.num_hidden_layers, a.block_type == "parallel"
+    found = layers * e
+    if not (a.position_type.startswith("rope") or a.qk_norm):
+        found += layers * e
+    if a.mlp_bias:
+        found += layers * d + (layers - 1) * d
+    if not a.tie_word_embeddings and (a.mlp_bias or not parallel):
+        found += d  # in the table's rows
+    return found
+
+
+def _foldable(a: Architecture, norm: str) -> bool:
+    return norm != "model.embed_norm" and not (norm == "model.norm" and a.tie_word_embeddings)
+
+
+def _spaces(a: Architecture) -> int:
+    """Of all spaces between layers, the dimensions of their groups."""
+    d, total, tied = a.hidden_size, 0, []
+    for space in _find_spaces(a):
+        if space.written_tied and space.read_tied:  # the table written with is the one read with
+            total += 0 if space.normed and not _plain(a) else _rotations(a, space)
+        elif space.written_tied or space.read_tied:
+            tied.append(space)
+        else:
+            total += _changes(a, space)
+        if a.norm_type == "layer" and not space.bare:  # what it adds to all components alike is not seen
+            total += space.writer_inputs
+    if tied:  # one group for the table's both ends
+        total += 0 if any(space.read_tied and space.normed for space in tied) else min(_changes(a, s) for s in tied)
+    for layer in range(a.num_hidden_layers):
+        if a.p_alone and a.query_width < d:  # beside d^2, as P is narrower than the stream
+            total += d * a.query_width + (d - a.query_width) * a.ffn_read_width(layer) - d**2
+    return total
+
+
+def _plain(a: Architecture) -> bool:
+    return not a.has_norm("model.norm")
+
+
+def _changes(a: Architecture, space: _Space) -> int:
+    """Dimensions of GL(d), or of the rotations that the norms allow."""
+    d = a.hidden_size
+    if not space.normed:
+        return d**2
+    if space.looked_up:  # normalized rows are a table like any other; layer-normalized ones have no mean
+        return d**2 if a.norm_type == "rms" else d * (d - 1)
+    return _rotations(a, space)
+
+
+def _rotations(a: Architecture, space: _Space) -> int:
+    """O(d), or, if a layer norm reads the space, of the rotations that leave the mean alone."""
+    d = a.hidden_size - (bool(space.normed) and a.norm_type == "layer")
+    return d * (d - 1) // 2
+
+
+def _find_spaces(a: Architecture) -> Iterable[_Space]:
+    """Places between matrices, s_i before layer i (s_L: the head) and y_i after its attention, as skips join them."""
+    layers, serial = a.num_hidden_layers, a.block_type == "serial"
+    places = [("s", i) for i in range(layers + 1)] + ([("y", i) for i in range(layers)] if serial else [])
+    joined = {place: place for place in places}
+
+    def root(place: tuple[str, int]) -> tuple[str, int]:
+        while joined[place] != place:
+            place = joined[place]
+        return place
+
+    for i in range(layers):
+        if serial and a.residual in ("attention", "both"):
+            joined[root(("y", i))] = root(("s", i))
+        if serial and a.residual in ("ffn", "both"):
+            joined[root(("s", i + 1))] = root(("y", i))
+        if not serial and a.residual == "both":
+            joined[root(("s", i + 1))] = root(("s", i))
+    readers: dict[tuple[str, int], list[str | None]] = {place: [] for place in places}
+    inputs = dict.fromkeys(places, 0)
+    inputs["s", 0] = a.vocab_size + (a.max_position_embeddings if a.position_type == "learned" else 0)
+    for i in range(layers):
+        names = [f"model.layers.{i}.{name}" for name in ("input_layernorm", "post_attention_layernorm")]
+        first, second = (name if a.has_norm(name) else None for name in names)
+        readers["s", i].append(first)
+        readers["y" if serial else "s", i].append(second if serial or second else first)
+        inputs["y" if serial else "s", i if serial else i + 1] += a.query_width
+        inputs["s", i + 1] += sum(a.ffn_width(i) for _ in a.experts(i))
+    readers["s", layers].append("model.norm" if a.has_norm("model.norm") else None)
+    for top in dict.fromkeys(root(place) for place in places):
+        members = [place for place in places if root(place) == top]
+        found = [reader for place in members for reader in readers[place]]
+        yield _Space(
+            normed=tuple(name for name in found if name is not None),
+            bare=None in found,
+            written_tied=a.tie_word_embeddings and ("s", 0) in members,
+            read_tied=a.tie_word_embeddings and ("s", layers) in members,
+            writer_inputs=sum(inputs[place] for place in members),
+            looked_up=members == [("s", 0)] and None not in found and a.position_type != "learned",
+        )
+
+
+def _unknown(a: Architecture) -> str:
+    """Why the formula may fall short, or nothing."""
+    narrow = min(a.ffn_read_width(layer) for layer in range(a.num_hidden_layers)) < a.hidden_size
+    biased = (a.attention_bias or a.mlp_bias or a.gate_bias or a.qkv_bias) and (
+        a.norm_type != "none" or a.residual != "none" or a.ffn_type == "moe"
+    )
+    reasons = {
+        "the FFN is narrower than the stream": narrow or a.intermediate_size < a.hidden_size,
+        "norm_eps 0 makes norms blind to scale": a.norm_type != "none" and a.norm_eps == 0,
+        "biases meet norms, skips or experts": biased,
+        "heads are narrower than the stream that they write": not a.p_alone and a.query_width < a.hidden_size,
+        "the embeddings are normalized or projected": a.has_norm("model.embed_norm") or a.embedding_size is not None,
+        "norms of queries and keys take all heads together": a.qk_norm == "heads",
+        "layers differ": bool(a.dense_layers),
+        "positions are learned": a.position_type == "learned",
+    }
+    return "; ".join(reason for reason, holds in reasons.items() if holds)
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for extent in shape:
+        size *= extent
+    return size
