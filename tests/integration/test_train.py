@@ -220,7 +220,7 @@ def test_refuses_to_save_what_is_not_a_number(field: str, rate: float, eval_ever
         ({"hidden_size": "x"}, "model: Field 'hidden_size' expected int, got str"),
         ({"num_key_value_heads": 3}, "model: num_key_value_heads: expected a divisor"),
         ({"hidden_sizes": 3}, "model: hidden_sizes: not a field"),
-        ({"stream_basis": "q"}, "stream_basis, p_removed: expected a model with all its projections"),
+        ({"stream_basis": "pivoted"}, "stream_basis, values_removed, head_removed: expected a model with whole"),
         ({"vocab_size": 10**6}, "vocab_size: expected .* found 1000000"),
     ],
 )

@@ -161,9 +161,11 @@ class TestInitialize:
         for state in states:
             assert 1 / 3 < state.norm() / states[0].norm() < 3
 
-    @pytest.mark.parametrize("closed", [{"stream_basis": "q"}, {"p_removed": True}])
+    @pytest.mark.parametrize(
+        "closed", [{"stream_basis": "pivoted"}, {"values_removed": True}, {"head_removed": True, "vocab_size": 300}]
+    )
     def test_refuses_fused_models(self, closed: dict[str, object]):
-        with pytest.raises(InputError, match="stream_basis, p_removed: expected a model with all its projections"):
+        with pytest.raises(InputError, match="expected a model with whole matrices"):
             fresh(**closed)
 
 

@@ -10,22 +10,29 @@ from torch import nn
 
 from skipless.errors import InputError
 from skipless.model import SkiplessForCausalLM
-from skipless.model.modeling_skipless import SkiplessAttention, SkiplessMLP
+from skipless.model.modeling_skipless import SkiplessAttention, SkiplessDecoderLayer, SkiplessExperts, SkiplessMLP
 
 # Spread of the gate's weights before its bias of 1: small enough that the GLU starts linear, large enough to learn.
 GATE_SPREAD = 0.1
+# Where the FFN's output is added to something - a skip, the attention beside it - it starts as this part of it.
+FFN_SHARE = 0.1
 
 
 @torch.no_grad()
 def initialize(model: SkiplessForCausalLM) -> None:
-    """Set the starting values in place.
+    """Set the starting values in place. Projections may be absent, as in Fig. 1 to 4 of arXiv:2404.12362.
 
-    Raises InputError for a model that already lacks projections, or whose GLU has no gate bias.
+    Raises InputError for a model that was fused in a way that no model is trained in, or whose GLU has neither norms
+    nor a gate bias.
     """
     config = model.config
-    if config.stream_basis is not None or config.p_removed:
-        raise InputError("stream_basis, p_removed: expected a model with all its projections to start training from")
-    if config.ffn_type == "glu" and not (config.gate_bias or config.mlp_bias):
+    if config.stream_basis == "pivoted" or config.values_removed or config.head_removed:
+        raise InputError(
+            "stream_basis, values_removed, head_removed: expected a model with whole matrices to start training from, "
+            "found one that was fused"
+        )
+    gated = config.ffn_type != "mlp" and not (config.gate_bias or config.mlp_bias)
+    if gated and config.norm_type == "none":
         raise InputError("gate_bias: expected true to train a GLU without norms, found false: its signal would die out")
     nn.init.normal_(model.model.embed_tokens.weight)
     if model.model.position_embeddings is not None:
@@ -34,32 +41,55 @@ def initialize(model: SkiplessForCausalLM) -> None:
         nn.init.normal_(model.lm_head.weight, std=0.1 * config.hidden_size**-0.5)
     for layer in model.model.layers:
         initialize_attention(layer.self_attn)
-        initialize_ffn(layer.mlp)
+        for mlp in layer.mlp.experts if isinstance(layer.mlp, SkiplessExperts) else [layer.mlp]:
+            initialize_ffn(mlp)
+        share_output(layer)
 
 
 def initialize_attention(attention: SkiplessAttention) -> None:
-    """Orthogonal Q, V, P. Shaped: K = 0 (uniform softmax). Plain: K = Q summed over each group, so tokens see
-    themselves first.
+    """Orthogonal Q, V, P. Shaped: K = 0 (uniform softmax), or, if absent, Q = 0. Plain: K = Q summed over each group, so tokens see
+    themselves first; of an absent Q, the identity, and with an absent K, Q = 1.
     """
     for linear in (attention.q_proj, attention.v_proj, attention.o_proj):
-        nn.init.orthogonal_(linear.weight)
-    if attention.config.attention_shaping is not None:
-        nn.init.zeros_(attention.k_proj.weight)
+        if linear is not None:
+            nn.init.orthogonal_(linear.weight)
+    shaped = attention.config.attention_shaping is not None
+    if shaped:
+        nn.init.zeros_((attention.q_proj if attention.k_proj is None else attention.k_proj).weight)
+    elif attention.k_proj is None:
+        nn.init.eye_(attention.q_proj.weight)
     else:
-        grouped = attention.q_proj.weight.view(
-            attention.num_key_value_heads, -1, attention.head_dim, attention.config.hidden_size
-        )
-        attention.k_proj.weight.copy_(grouped.sum(1).flatten(0, 1))
+        weight = attention.k_proj.weight
+        query = torch.eye(weight.shape[1]).to(weight) if attention.q_proj is None else attention.q_proj.weight
+        grouped = query.view(attention.num_key_value_heads, -1, attention.head_dim, weight.shape[1])
+        weight.copy_(grouped.sum(1).flatten(0, 1))
 
 
 def initialize_ffn(mlp: SkiplessMLP) -> None:
-    """M orthogonal, O its pseudo-inverse over the activation's gain, a GLU's gate open (bias 1) and nearly constant."""
+    """M orthogonal, O its pseudo-inverse over the activation's gain. A gate with a bias starts open (1) and nearly
+    constant; one without, under a norm, as any matrix.
+    """
     nn.init.orthogonal_(mlp.up_proj.weight)
     if mlp.gate_proj is None:
         z = torch.special.ndtri(torch.linspace(0.001, 0.999, 999))
         gain = (z * mlp.act_fn(z)).mean() / z.square().mean()  # the line closest to the activation, for normal inputs
+    elif mlp.gate_proj.bias is None:
+        nn.init.normal_(mlp.gate_proj.weight, std=mlp.gate_proj.in_features**-0.5)
+        gain = torch.ones(())
     else:
         nn.init.normal_(mlp.gate_proj.weight, std=GATE_SPREAD * mlp.gate_proj.in_features**-0.5)
         nn.init.ones_(mlp.gate_proj.bias)
         gain = mlp.act_fn(torch.ones(()))
     mlp.down_proj.weight.copy_(torch.linalg.pinv(mlp.up_proj.weight) / gain)
+
+
+def share_output(layer: SkiplessDecoderLayer) -> None:
+    """Start the FFN small where its output is added to something, by its gain if it has one."""
+    if not (layer.parallel or layer.ffn_skip):
+        return
+    if layer.ffn_gain is not None:
+        layer.ffn_gain.fill_(FFN_SHARE)
+        return
+    for name, weight in layer.mlp.named_parameters():
+        if "down_proj" in name:
+            weight *= FFN_SHARE
