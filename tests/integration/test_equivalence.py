@@ -14,7 +14,7 @@ from skipless.checkpoint.reader import CheckpointReader
 from skipless.errors import InputError
 from skipless.request import Request
 from skipless.seams import KINDS, seams
-from tests.models import TINY, build, edit_tensors, load, random_ids, relative_error, save
+from tests.models import TINY, build, edit_config, edit_tensors, load, random_ids, relative_error, save
 from tests.tolerances import FP32, FP64, HALF
 
 MHA = {"num_key_value_heads": 4}
@@ -339,3 +339,17 @@ def test_the_files_are_smaller_by_what_the_seams_say(fields, tmp_path):
     assert abs(sizes[0] - sizes[1] - data) < 2000  # the rest is the shorter header
     if not fields.get("attention_bias"):
         assert data == 4 * saved
+
+
+def test_what_eps_costs_where_a_norm_is_nearly_redundant(tmp_path):
+    """Removed for eps = 0; with another in both models, they differ by about eps (1 - s^-2k) / (2 mean(z^2))."""
+    save(build(**REDUNDANT, hidden_act="relu"), tmp_path / "source")
+    skipless.fuse(tmp_path / "source", tmp_path / "fused", remove=["p"])
+    errors = []
+    for eps in (0.0, 1e-8, 1e-6):
+        for name in ("source", "fused"):
+            edit_config(tmp_path / name, norm_eps=eps)
+        errors.append(relative_error(load(tmp_path / "fused"), load(tmp_path / "source")))
+    assert errors[0] <= FP64 < errors[2]
+    assert errors[2] == pytest.approx(100 * errors[1], rel=0.1)  # of first order
+    assert errors[2] < 1e-4
