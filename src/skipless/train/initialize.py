@@ -47,8 +47,8 @@ def initialize(model: SkiplessForCausalLM) -> None:
 
 
 def initialize_attention(attention: SkiplessAttention) -> None:
-    """Orthogonal Q, V, P. Shaped: K = 0 (uniform softmax), or, if absent, Q = 0. Plain: K = Q summed over each group, so
-    tokens see themselves first; of an absent Q, the identity, and with an absent K, Q = 1.
+    """Orthogonal Q, V, P. Shaped: K = 0 (uniform softmax), or, if absent, Q = 0. Plain: K = Q summed over each group,
+    so tokens see themselves first; of an absent Q, the identity, and with an absent K, Q = 1.
     """
     for linear in (attention.q_proj, attention.v_proj, attention.o_proj):
         if linear is not None:
