@@ -273,7 +273,9 @@ class Architecture:
                 f"config.json: head_removed: expected an untied lm_head of more than hidden_size ({self.hidden_size}) "
                 f"outputs, found {self.vocab_size}{' tied' * self.tie_word_embeddings}"
             )
-        norms = self.norm_names()
+        if len(set(self.norms)) < len(self.norms):
+            raise InputError(f"config.json: norms: expected each norm once, found {', '.join(self.norms)}")
+        norms = set(self.norm_names())
         for field, names in (("norms_removed", self.norms_removed), ("gains_removed", self.gains_removed)):
             for name in names:
                 if name not in norms:
@@ -345,7 +347,7 @@ class Architecture:
 
     def skipless(self) -> Self:
         """The same architecture without skips and norms; a norm of queries and keys may stay, it blocks no seam."""
-        return dataclasses.replace(self, residual="none", norm_type="none")
+        return dataclasses.replace(self, residual="none", norm_type="none", norms_removed=(), gains_removed=())
 
     def has_experts(self, layer: int) -> bool:
         """Whether this layer's FFN consists of experts."""

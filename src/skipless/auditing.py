@@ -110,7 +110,7 @@ def audit(
             layer=seam.layer,
             asked=seam in asked,
             blocked=refusals[seam.kind, seam.layer].blocked,
-            matrices={letter(name): spectrum(affines[name].weight) for name in matrices},
+            matrices={letter(name): spectrum(affines[name].weight) for name in matrices if name in affines},
             original=foretold.original,
             ways=foretold.ways,
             problems={
@@ -142,7 +142,8 @@ def audit(
     others = _others(request, [seam.layer for seam in found if seam.kind == "stream"])
     for option, other in others if found and not blocked else ():
         with suppress(InputError):  # a basis that this model cannot have
-            if other.seams(skipless) and not answer(other)[2]:
+            wanted = other.seams(skipless)  # without values, its stream seams are not the ones that were read
+            if wanted and audits.keys() >= set(wanted) and not answer(other)[2]:
                 alternatives.append(option)
     return Audit(
         family=opened.family,

@@ -138,7 +138,7 @@ def make_plan(reader: CheckpointReader, request: Request, reason: str = "", max_
     target = closed(source, closing, request.basis)
     if request.rest_dtype is not None:
         target = dataclasses.replace(target, rest_dtype=request.rest_dtype)
-    return Plan(
+    plan = Plan(
         source=source,
         target=target,
         basis=request.basis,
@@ -149,6 +149,26 @@ def make_plan(reader: CheckpointReader, request: Request, reason: str = "", max_
         config=_fused_config(reader.config, target, request.dtype),
         note=request.note(source),
     )
+    _check_smaller(plan, closing, request)
+    return plan
+
+
+def _check_smaller(plan: Plan, closing: Iterable[Seam], request: Request) -> None:
+    """Raise InputError where indices would take more than the blocks they replace, or new biases more than is saved."""
+    for seam in closing:
+        if seam.kind == "values" and (order := plan.outputs.get(seam.order)) is not None:
+            saved = seam.saves * plan.outputs[f"{seam.writers[0]}.weight"].dtype.itemsize
+            if order.bytes > saved:
+                raise InputError(
+                    f"{seam.order}: expected to be smaller than the {saved:,} bytes of the blocks of "
+                    f"{seam.writers[0]} that it replaces, found {order.bytes:,}; leave values out of --remove"
+                )
+    before, after = plan.weights
+    if after >= before:
+        raise InputError(
+            f"remove: expected fewer than {before:,} weights without {', '.join(request.remove)}, found {after:,}: the "
+            f"biases that matrices gain are more than that saves; leave p out of --remove"
+        )
 
 
 def _modules(architecture: Architecture) -> dict[str, Module]:

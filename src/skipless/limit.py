@@ -8,7 +8,7 @@ come scalings within the layers. Letters as in arXiv:2404.12362; certificate.py 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from skipless.architecture import HOMOGENEOUS, Architecture
+from skipless.architecture import HOMOGENEOUS, PRE_NORM, Architecture
 from skipless.errors import InputError
 from skipless.seams import KINDS, Seam, seams
 
@@ -228,6 +228,7 @@ def _unknown(a: Architecture) -> str:
     biased = (a.attention_bias or a.mlp_bias or a.gate_bias or a.qkv_bias) and (
         a.norm_type != "none" or a.residual != "none" or a.ffn_type == "moe"
     )
+    usual = set(PRE_NORM) == set(a.norms)
     reasons = {
         "the FFN is narrower than the stream": narrow or a.intermediate_size < a.hidden_size,
         "norm_eps 0 makes norms blind to scale": a.norm_type != "none" and a.norm_eps == 0,
@@ -235,6 +236,7 @@ def _unknown(a: Architecture) -> str:
         "heads are narrower than the stream that they write": not a.p_alone and a.query_width < a.hidden_size,
         "the embeddings are normalized or projected": a.has_norm("model.embed_norm") or a.embedding_size is not None,
         "norms of queries and keys take all heads together": a.qk_norm == "heads",
+        "layer norms stand in some places alone": a.norm_type == "layer" and not usual,
         "layers differ": bool(a.dense_layers),
         "positions are learned": a.position_type == "learned",
     }

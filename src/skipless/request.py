@@ -68,6 +68,11 @@ class Request:
         ]
         if source.block_type == "parallel" and {"stream", "p"} <= set(self.remove):  # one of the two (self.note)
             asked = [seam for seam in asked if not self._spared(seam)]
+        if self.basis == "v" and {"stream", "values"} <= set(self.remove):
+            raise InputError(
+                "basis: expected one without v with --remove stream,values, as heads of V cannot be the stream and "
+                "lose a block, too; found 'v'"
+            )
         for seam in asked:
             if not (seam.blocked or seam.kind != "stream" or self.basis in (AUTO, *seam.identities)):
                 raise InputError(

@@ -105,7 +105,7 @@ def seams(architecture: Architecture, parallel_removes: str = "readers", values:
         if not architecture.p_removed:
             found.append(_p_seam(architecture, layer, parallel_removes))
     if not architecture.head_removed:
-        found.append(_head_seam(architecture))
+        found.append(_head_seam(architecture, parallel_removes))
     return found
 
 
@@ -409,7 +409,7 @@ def _parallel_p_seam(architecture: Architecture, layer: int, parallel_removes: s
     )
 
 
-def _head_seam(architecture: Architecture) -> Seam:
+def _head_seam(architecture: Architecture, parallel_removes: str) -> Seam:
     """Between the last layer's output and lm_head, of whose columns d become the identity (identities 4)."""
     d, last = architecture.hidden_size, architecture.num_hidden_layers
     blocked = None
@@ -421,6 +421,8 @@ def _head_seam(architecture: Architecture) -> Seam:
         blocked = (
             f"vocab_size {architecture.vocab_size}: no more than hidden_size ({d}) logits, and no row would be left"
         )
+    elif architecture.block_type == "parallel" and parallel_removes == "p" and not architecture.p_removed:
+        blocked = "--parallel-removes p: its d^2 weights go from P of the last layer"
     else:
         blocked = _stream_blocked(architecture, last, "lm_head")
     outputs = _outputs(architecture, last - 1)

@@ -142,6 +142,33 @@ def test_a_fused_model_has_nothing_left(source, tmp_path):
     assert found.safe
 
 
+@pytest.mark.parametrize(
+    ("fields", "before", "asked", "code"),
+    [
+        ({"tie_word_embeddings": True}, None, "stream,p,head", 1),
+        ({}, {"basis": "pivoted"}, "values", 1),
+        ({"norm_type": "rms"}, {"remove": ["norms"]}, "values", 0),
+    ],
+    ids=str,
+)
+def test_seams_whose_matrices_are_gone(tmp_path, fields, before, asked, code):
+    folder = save(build(**fields), tmp_path / "source")
+    if before:
+        skipless.fuse(folder, tmp_path / "fused", **before)
+        folder = tmp_path / "fused"
+    assert run(folder, "--remove", asked).exit_code == code
+
+
+def test_alternatives_without_values(tmp_path):
+    source = save(build(num_key_value_heads=4), tmp_path / "source")
+    weight = build(num_key_value_heads=4).model.layers[1].self_attn.q_proj.weight.detach().clone()
+    weight[0] = weight[1]
+    edit_tensors(source, **{Q1: weight})
+    result = run(source, "--remove", "stream,values", "--basis", "q")
+    assert result.exit_code == 1
+    assert "or --basis pivoted or --layers-open 1" in result.stdout
+
+
 def test_weights_that_are_zero(source):
     """As W_K is where training begins."""
     edit_tensors(source, **{Q1.replace("q_proj", "k_proj"): torch.zeros(16, 32)})

@@ -323,12 +323,35 @@ def test_q_and_p_of_a_parallel_model(tmp_path):
     ("options", "message"),
     [
         (("--remove", "stream,head,bias"), "remove: expected some of norms, stream, values, p, head; found 'bias'"),
-        (("--remove", "stream,values", "--basis", "v"), "basis: expected a square projection, found v_proj (16, 32)"),
+        (("--remove", "stream,values", "--basis", "v"), "basis: expected one without v with --remove stream,values"),
     ],
     ids=str,
 )
 def test_options_that_do_not_go_together(source, tmp_path, options, message):
     refuse(tmp_path, *options, message=message)
+
+
+def test_a_result_that_would_be_larger(tmp_path):
+    save(build(head_dim=4), tmp_path / "source")
+    message = "value_order: expected to be smaller than the 64 bytes"
+    refuse(tmp_path, "--remove", "values", "--dtype", "float16", message=message)
+
+
+def test_biases_that_would_be_more_than_p(tmp_path):
+    experts = {"ffn_type": "moe", "num_local_experts": 16, "num_experts_per_tok": 2}
+    save(build(**experts, attention_bias=True), tmp_path / "source")
+    refuse(tmp_path, "--remove", "p", message=["expected fewer than 236,128 weights without p, found", "leave p out"])
+
+
+def test_p_and_head_of_a_parallel_model(tmp_path):
+    save(build(block_type="parallel", head_dim=12), tmp_path / "source")
+    options = ("--remove", "p,head", "--parallel-removes", "p")
+    refuse(tmp_path, *options, message="the head seam of layer 3 is blocked by --parallel-removes p")
+
+
+def test_a_norm_named_twice(source, tmp_path):
+    edit_config(source, norm_type="rms", norms=["model.norm", "model.norm"])
+    refuse(tmp_path, message="norms: expected each norm once")
 
 
 def test_rows_that_depend_on_each_other(source, tmp_path):

@@ -230,7 +230,11 @@ def check(model, basis, folder, **options):
         weaken_queries(model)
     source, fused = save(model, folder / "source"), folder / "fused"
     options = {"remove": ("stream", "p"), **options}
-    plan = skipless.fuse(source, fused, basis=basis, **options)
+    try:
+        plan = skipless.fuse(source, fused, basis=basis, **options)
+    except InputError as error:  # a result that would be larger
+        assume("expected to be smaller" not in str(error) and "expected fewer" not in str(error))
+        raise
     assert plan.weights[1] < plan.weights[0]
     rewritten = load(fused)
     assert relative_error(rewritten, model) <= FP64

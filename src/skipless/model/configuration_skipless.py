@@ -90,7 +90,7 @@ class SkiplessConfig(PreTrainedConfig):
     residual: str = "none"
     norm_type: str = "none"
     norms: list[str] | None = None
-    norm_eps: float = 1e-6
+    norm_eps: float | int = 1e-6
     norms_removed: list[str] | None = None
     gains_removed: list[str] | None = None
     qk_norm: str | None = None
@@ -222,6 +222,8 @@ class SkiplessConfig(PreTrainedConfig):
                     f"norms: expected some of {', '.join(known) or 'none'} with norm_type {self.norm_type!r}, found "
                     f"{name!r}"
                 )
+        if len(set(self.norms or ())) < len(self.norms or ()):
+            raise ValueError(f"norms: expected each norm once, found {', '.join(self.norms)}")
         layers = [f"model.layers.{layer}." for layer in range(self.num_hidden_layers)]
         names = {
             name

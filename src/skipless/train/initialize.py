@@ -92,4 +92,4 @@ def share_output(layer: SkiplessDecoderLayer) -> None:
         return
     for name, weight in layer.mlp.named_parameters():
         if "down_proj" in name:
-            weight *= FFN_SHARE
+            weight.mul_(FFN_SHARE)
