@@ -30,9 +30,9 @@ def build(seed: int = 0, dtype: torch.dtype = torch.float64, **fields: Any) -> S
     torch.manual_seed(seed)
     model = SkiplessForCausalLM(SkiplessConfig(**{**TINY, **fields})).double().eval()
     for name, weight in model.named_parameters():
-        if name.endswith(("bias", "alpha", "beta", "gamma", "_gain")):
+        if name.endswith(("bias", "alpha", "beta", "gamma")):
             weight.normal_()
-        elif "norm" in name:
+        elif "norm" in name or name.endswith("_gain"):  # away from 0, at which a whole branch would be lost
             weight.normal_(1, 0.3)
         elif "proj" in name:
             noise = 0.2 * torch.randn_like(weight) * weight.shape[1] ** -0.5
