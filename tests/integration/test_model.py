@@ -464,7 +464,8 @@ def straight_line(config: SkiplessConfig, weights: dict[str, torch.Tensor], ids:
                 scores = cap * torch.tanh(scores / cap)
             if config.position_type == "alibi":
                 scores = scores - slopes[h] * (torch.arange(length)[:, None] - torch.arange(length))
-            powers = (scores - scores.amax(1, keepdim=True)).exp() * past
+            scores = scores.masked_fill(~past, -math.inf)
+            powers = (scores - scores.amax(1, keepdim=True)).exp()
             out = powers / powers.sum(1, keepdim=True) @ own
             if shaping is not None:
                 out = gain["alpha"][h] * own + gain["beta"][h] * out
