@@ -53,8 +53,8 @@ PRE_NORM = ("input_layernorm", "post_attention_layernorm", "model.norm")
 AFTER_ATTENTION = ("attention_output_norm", "attention_stream_norm", "post_attention_layernorm")
 SKIPLESS_NORMS = (*PRE_NORM, "model.embed_norm")
 
-# Degree of activations that are positively homogeneous: act(s x) = s^degree act(x) for s > 0.
-HOMOGENEOUS = {"relu": 1, "leaky_relu": 1, "linear": 1, "relu2": 2}
+# Activations that are positively homogeneous: act(s x) = s^k act(x) for s > 0, with k = 2 for the last and 1 else.
+HOMOGENEOUS = ("relu", "leaky_relu", "linear", "relu2")
 
 # config.json fields that change neither the tensors nor the seams.
 BOOKKEEPING = frozenset(
@@ -319,14 +319,19 @@ class Architecture:
         return not joined and not any(self.norms_after_attention(layer) for layer in range(self.num_hidden_layers))
 
     @cached_property
-    def p_merged(self) -> bool:
-        """Whether P goes by merging it into what reads it alone; else d of its rows become the identity.
+    def p_fits(self) -> bool:
+        """Whether merging P into what reads it saves more than making d of its rows the identity, by their widths.
 
         Where P is wider than the stream (D > d), merging widens its readers, of F outputs together: it saves
-        d D - (D - d) F, the rows d^2; whichever is more.
+        d D - (D - d) F, the rows d^2.
         """
         narrow = self.hidden_size > min(self.ffn_read_width(layer) for layer in range(self.num_hidden_layers))
-        return self.p_alone and (self.query_width <= self.hidden_size or narrow)
+        return self.query_width <= self.hidden_size or narrow
+
+    @property
+    def p_merged(self) -> bool:
+        """Whether P goes by merging it into what reads it alone; else d of its rows become the identity."""
+        return self.p_alone and self.p_fits
 
     @property
     def p_rows(self) -> int:

@@ -14,8 +14,8 @@ from skipless.counting import removable_as_is
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError
 from skipless.prediction import Forecast, Way, forecast, letter
-from skipless.request import AUTO, BASES, REMOVABLE, Request
-from skipless.seams import Seam, seams
+from skipless.request import AUTO, BASES, Request
+from skipless.seams import REMOVABLE, Seam
 from skipless.source import open_source, read_seam
 from skipless.spectrum import Spectrum, spectrum
 
@@ -91,9 +91,8 @@ def audit(
     skipless = source.skipless()
     request = Request(basis, dtype, rest_dtype, tuple(layers_open), tuple(remove), parallel_removes)
     asked = request.seams(skipless)
-    values, kinds = "values" in request.remove or None, {*REMOVABLE, *request.remove}
-    every = [seam for seam in seams(skipless, parallel_removes, values) if seam.kind in kinds]
-    refusals = {(seam.kind, seam.layer): seam for seam in seams(source, parallel_removes, values)}
+    every = [seam for seam in request.every(skipless) if seam.kind in {*REMOVABLE, *request.remove}]
+    refusals = {(seam.kind, seam.layer): seam for seam in request.every(source)}
     forecasts: dict[Seam, Forecast] = {}
     audits: dict[Seam, SeamAudit] = {}
     for done, seam in enumerate(every):

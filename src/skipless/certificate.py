@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.func import functional_call, jacfwd
 
-from skipless.architecture import PRE_NORM, Architecture
+from skipless.architecture import Architecture
 from skipless.errors import InputError
 from skipless.fusion import fuse
 from skipless.inference import load
@@ -116,7 +116,7 @@ def shrink(architecture: Architecture) -> dict[str, Any]:
     if a.ffn_type == "moe":
         fields |= {"num_local_experts": 3, "num_experts_per_tok": min(a.num_experts_per_tok, 2)}
     if a.norm_type != "none":
-        fields |= {"norms": list(a.norms or PRE_NORM), "norm_eps": EPS if a.norm_eps else 0.0}
+        fields |= {"norms": list(a.norms), "norm_eps": EPS if a.norm_eps else 0.0}
     return fields | {
         "vocab_size": max(4 * d, 5 * f),  # else a layer that reads single tokens' rows is a lookup table
         "hidden_size": d,

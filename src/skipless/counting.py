@@ -18,7 +18,7 @@ from skipless.checkpoint import family, gguf_file
 from skipless.checkpoint.headers import Folder, read_json_object
 from skipless.errors import InputError
 from skipless.limit import closable, terms
-from skipless.seams import Seam, seams
+from skipless.seams import REMOVABLE, Seam, reasons, seams
 
 # Bytes of a weight in memory, as a decoder reads it.
 WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0.5}
@@ -145,7 +145,7 @@ def count_architecture(name: str, family_name: str, architecture: Architecture, 
         f"{letter}p": removal(gone, gone) if letter == "q" or square else None
         for letter, gone in ((letter, parts[letter] + parts["p"]) for letter in "qkv")
     }
-    every = [seam for seam in seams(architecture.skipless()) if seam.kind in ("stream", "p")]
+    every = [seam for seam in seams(architecture.skipless()) if seam.kind in REMOVABLE]
     possible = [seam for seam in every if not seam.blocked]
     whole = removal(
         sum(seam.saves for seam in possible), sum(_read_less(seam, architecture, conditions) for seam in possible)
@@ -161,20 +161,11 @@ def count_architecture(name: str, family_name: str, architecture: Architecture, 
         per_layer=per_layer,
         embeddings=parts["embeddings"],
         nominal=nominal,
-        exact=Exact(**dataclasses.asdict(whole), basis=bases[0] if bases else None, blocked=_blocked(every)),
+        exact=Exact(**dataclasses.asdict(whole), basis=bases[0] if bases else None, blocked=reasons(every)),
         everything=sum(seam.saves for seam in closable(architecture.skipless())),
         limit=removable_at_most(architecture),
         as_is=removable_as_is(architecture),
     )
-
-
-def _blocked(every: list[Seam]) -> tuple[str, ...]:
-    """What stays when these seams are closed, and why, in words: of each kind, the first."""
-    found: dict[str, str] = {}
-    for seam in every:
-        if seam.blocked:
-            found.setdefault(seam.kind, seam.blocked)
-    return tuple(f"the {kind} seams: {reason}" for kind, reason in found.items())
 
 
 def removable_at_most(architecture: Architecture) -> int:

@@ -69,16 +69,15 @@ def close_rows(
     its way through each query head (1, or alpha + beta - gamma), if it is to move on to the readers. Returns the
     modules that remain, and for each block the order of inputs: those passed through, then those of the weight's rows.
     """
-    first, others = affines[seam.writers[0]], [affines[name] for name in seam.writers[1:]]
-    size, remaining, orders, kept = seam.width, {}, [], []
+    first = affines[seam.writers[0]]
+    size, remaining, orders, kept, passed = seam.width, {}, [], [], []
     for block, basis in zip(first.weight.split(size, 1), bases, strict=True):
         left = torch.ones(len(block), dtype=torch.bool, device=block.device)
         left[basis.columns] = False
         orders.append(torch.cat([basis.columns, left.nonzero()[:, 0]]))
         kept.append(basis.solve(block[left].T).T)
-    chosen = torch.stack(
-        [block[basis.columns] for block, basis in zip(first.weight.split(size, 1), bases, strict=True)]
-    )
+        passed.append(block[basis.columns])
+    chosen = torch.stack(passed)
     carried = {}
     if mix is not None and first.bias is not None:  # the bias of each query head's value, on its way to the readers
         each = first.bias.view(seam.blocks, 1, size) * mix.view(seam.blocks, -1, 1)
@@ -90,7 +89,8 @@ def close_rows(
         remaining[name] = dataclasses.replace(reader, weight=weight).with_bias(carried.get(name))
     (basis, *_) = bases
     own = None if first.bias is None or mix is not None else basis.solve(first.bias[:, None])[:, 0]
-    for name, writer in zip(seam.writers[1:], others, strict=True):
+    for name in seam.writers[1:]:
+        writer = affines[name]
         bias = None if writer.bias is None else basis.solve(writer.bias[:, None])[:, 0]
         moved = dataclasses.replace(writer, weight=basis.solve(writer.weight.T).T, bias=bias)
         remaining[name] = moved.with_bias(own) if name in seam.bias_takers else moved

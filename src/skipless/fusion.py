@@ -26,9 +26,9 @@ from skipless.eliminate import Affine, close_rows, column_order, merge, modules,
 from skipless.errors import InputError
 from skipless.model.configuration_skipless import SkiplessConfig
 from skipless.prediction import Forecast, OpenStream, forecast, merged, passed_rows
-from skipless.request import AUTO, REMOVABLE, Request
+from skipless.request import AUTO, Request
 from skipless.rounding import HALF, round_stream
-from skipless.seams import Seam, closed
+from skipless.seams import REMOVABLE, Seam, closed
 from skipless.source import read_affine, read_architecture, read_seam
 
 logger = logging.getLogger("skipless")
@@ -290,10 +290,9 @@ def _close_stream(plan: Plan, seam: Seam, affines: Mapping[str, Affine], later: 
     basis = choose(seam, way, opened.readers, opened.weights)
     stream = opened.close(basis)
     dtypes = _dtypes(plan, seam, later)
-    coarsest = max(dtypes.values(), key=lambda dtype: torch.finfo(dtype).eps)
-    if coarsest in HALF:
+    name = _coarsest(dtypes.values())
+    if getattr(torch, name) in HALF:
         stream = round_stream(stream, opened.weights, opened.extra_weights, dtypes)
-    name = str(coarsest).removeprefix("torch.")
     problem = opened.measure(way, basis, stream, dtypes, name).problem(way, name)
     widths = {name: weight.shape[1] for name, weight in opened.readers.items()}
     return modules(seam, way, stream, widths), column_order(stream), problem
@@ -303,12 +302,12 @@ def _close_rows(
     plan: Plan, seam: Seam, affines: Mapping[str, Affine], later: frozenset[str], read: Callable[[str], torch.Tensor]
 ) -> Closed:
     """Make rows of P, or of each head of V, the identity."""
-    mix = None
+    weight, mix = affines[seam.writers[0]].weight, None
     if seam.kind == "values":
-        gains = {name.rpartition(".")[2]: read(name).double() for name in seam.mixed}
-        mix = sum((-gain if name == "gamma" else gain for name, gain in gains.items()), torch.zeros(()))
-        mix = mix if gains else affines[seam.writers[0]].weight.new_ones(plan.source.num_attention_heads)
-    bases = choose_rows(seam, affines[seam.writers[0]].weight)
+        mix = weight.new_full((plan.source.num_attention_heads,), not seam.mixed)
+        for name in seam.mixed:
+            mix += read(name) * (-1 if name.endswith(".gamma") else 1)
+    bases = choose_rows(seam, weight)
     remaining, order = close_rows(seam, affines, bases, mix)
     dtypes = [plan.outputs[f"{name}.weight"].dtype for name in remaining if name not in later]
     name = _coarsest(dtypes or [torch.float64])

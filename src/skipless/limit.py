@@ -5,12 +5,13 @@ linear maps read it; O(d), if an RMSNorm does; what remains of it where a tied t
 come scalings within the layers. Letters as in arXiv:2404.12362; certificate.py counts the rank itself.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from skipless.architecture import HOMOGENEOUS, PRE_NORM, Architecture
 from skipless.errors import InputError
-from skipless.seams import KINDS, Seam, seams
+from skipless.seams import KINDS, Seam, reasons, seams
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,12 @@ def limit(architecture: Architecture) -> Limit:
     removed: dict[str, int] = {}
     for seam in closable(architecture):
         removed[seam.kind] = removed.get(seam.kind, 0) + seam.saves
-    first: dict[str, str] = {}
-    for seam in seams(architecture, values=True):
-        if seam.blocked:
-            first.setdefault(seam.kind, seam.blocked)
     return Limit(
-        parameters=sum(_size(shape) for shape in architecture.tensors().values()),
+        parameters=sum(math.prod(shape) for shape in architecture.tensors().values()),
         terms={name: count for name, count in terms(architecture).items() if count},
         at_least=_unknown(architecture),
         removed=removed,
-        blocked=tuple(f"the {kind} seams: {reason}" for kind, reason in first.items()),
+        blocked=reasons(seams(architecture, values=True)),
     )
 
 
@@ -92,11 +89,12 @@ def terms(architecture: Architecture) -> dict[str, int]:
     units = (a.ffn_type != "mlp") + (a.hidden_act in HOMOGENEOUS)
     routers = sum(a.has_experts(layer) for layer in range(layers)) * min(d, a.query_width if a.p_alone else d)
     gains = (2 if a.norm_type == "layer" else 1) * d * sum(_foldable(a, norm) for norm in a.norm_names())
-    skips = sum(len(a.gain_tensors(layer)) for layer in range(layers)) if a.residual_gains else 0
-    shaped = layers * a.num_attention_heads * (a.attention_shaping is not None)
-    if a.residual_gains:  # a branch's gain and its last matrix; without norms a skip's, too
-        skips -= layers * a.num_attention_heads * {None: 0, "value": 2, "full": 3}[a.attention_shaping]
-        skips = skips if a.norm_type == "none" else 2 * layers
+    shaped = a.num_attention_heads * (a.attention_shaping is not None)
+    if a.norm_type == "none" and (a.residual == "attention" or (a.residual == "both" and not tied)):
+        shaped *= 2  # alpha, too: a skip beside a token's own value, x (1 + alpha V P), is a change of basis
+    branches = [name for name in a.gain_tensors(0) if ".self_attn." not in name]
+    if a.norm_type != "none":  # which see a skip's scale
+        branches = [name for name in branches if not name.endswith("skip_gain")]
     return {
         "stream and P": _spaces(a),
         "values": layers * heads * size**2,
@@ -104,7 +102,7 @@ def terms(architecture: Architecture) -> dict[str, int]:
         "FFN units": units * experts,
         "router": routers,
         "norm gains": gains,
-        "trainable gains": shaped + skips,
+        "trainable gains": layers * (shaped + len(branches)),
         "positions": d * (a.position_type == "learned" and not (tied or a.has_norm("model.embed_norm"))),
         "biases": _biases(a),
     }
@@ -145,7 +143,7 @@ def _spaces(a: Architecture) -> int:
     d, total, tied = a.hidden_size, 0, []
     for space in _find_spaces(a):
         if space.written_tied and space.read_tied:  # the table written with is the one read with
-            total += 0 if space.normed and not _plain(a) else _rotations(a, space)
+            total += 0 if a.has_norm("model.norm") else _rotations(a, space)
         elif space.written_tied or space.read_tied:
             tied.append(space)
         else:
@@ -158,10 +156,6 @@ def _spaces(a: Architecture) -> int:
         if a.p_alone and a.query_width < d:  # beside d^2, as P is narrower than the stream
             total += d * a.query_width + (d - a.query_width) * a.ffn_read_width(layer) - d**2
     return total
-
-
-def _plain(a: Architecture) -> bool:
-    return not a.has_norm("model.norm")
 
 
 def _changes(a: Architecture, space: _Space) -> int:
@@ -241,10 +235,3 @@ def _unknown(a: Architecture) -> str:
         "positions are learned": a.position_type == "learned",
     }
     return "; ".join(reason for reason, holds in reasons.items() if holds)
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for extent in shape:
-        size *= extent
-    return size

@@ -264,11 +264,11 @@ class OpenStream:
         """
         generator, before, after = torch.Generator().manual_seed(0), [], []
         for name, writer in stream.writers.items():
-            share = self.seam.bias_share(name)
             rows = torch.randint(len(writer.weight), (PROBES,), generator=generator).to(writer.weight.device)
-            before.append(_rows(self.affines[name], rows, share))
-            after.append(_rows(_cast(writer, dtypes[name]), rows, share))
-        x, y = _sum(before), _sum(after)
+            before.append(_rows(self.affines[name], rows))
+            after.append(_cast(_rows(writer, rows), dtypes[name]))
+        shares = list(stream.bias_shares.values())
+        x, y = _sum(before, shares), _sum(after, shares)
         exact = torch.cat([_read(x, self.affines[name]) for name in self.readers], 1)
         found = torch.cat([y, _read(y, _cast(stream.rest, dtypes["rest"]))], 1)
         found = found[:, torch.cat([stream.kept, stream.others]).argsort()]
@@ -428,15 +428,16 @@ def _cast(affine: Affine, dtype: torch.dtype) -> Affine:
     return Affine(affine.weight.to(dtype).double(), bias)
 
 
-def _rows(affine: Affine, rows: Tensor, share: float) -> Affine:
-    """Some rows of a writer's, and the part of its bias that is in the stream."""
-    bias = None if affine.bias is None else share * affine.bias
-    return dataclasses.replace(affine, weight=affine.weight[rows], bias=bias)
+def _rows(affine: Affine, rows: Tensor) -> Affine:
+    return dataclasses.replace(affine, weight=affine.weight[rows])
 
 
-def _sum(writers: Sequence[Affine]) -> Float[Tensor, "n d"]:
-    """A stream that each of these writes a row of, with their biases."""
-    parts = [writer.weight if writer.bias is None else writer.weight + writer.bias for writer in writers]
+def _sum(writers: Sequence[Affine], shares: Sequence[float]) -> Float[Tensor, "n d"]:
+    """A stream that each of these writes a row of, with its share of their biases."""
+    parts = [
+        writer.weight if writer.bias is None else writer.weight + share * writer.bias
+        for writer, share in zip(writers, shares, strict=True)
+    ]
     return torch.stack(parts).sum(0)
 
 

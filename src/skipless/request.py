@@ -11,12 +11,10 @@ from skipless.checkpoint.reader import TensorInfo
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError
 from skipless.prediction import Forecast
-from skipless.seams import KINDS, PARALLEL_REMOVES, Seam, seams
+from skipless.seams import KINDS, PARALLEL_REMOVES, REMOVABLE, Seam, seams
 
 BASES = ("q", "k", "v", "pivoted")
 AUTO = "auto"
-# What is removed unless something else is asked for.
-REMOVABLE = ("stream", "p")
 # "auto" takes q, whose model is simpler and needs no gather, up to this multiple of pivoted's error.
 AS_GOOD = 1.1
 
@@ -63,7 +61,7 @@ class Request:
             )
         asked = [
             seam
-            for seam in seams(source, self.parallel_removes, "values" in self.remove or None)
+            for seam in self.every(source)
             if seam.kind in self.remove and not (seam.kind == "stream" and seam.layer in self.layers_open)
         ]
         if source.block_type == "parallel" and {"stream", "p"} <= set(self.remove):  # one of the two (self.note)
@@ -81,6 +79,10 @@ class Request:
                     f"{' or '.join(f'--basis {name}' for name in seam.identities)}"
                 )
         return asked
+
+    def every(self, source: Architecture) -> list[Seam]:
+        """All open seams, as they are when what is asked for is closed."""
+        return seams(source, self.parallel_removes, "values" in self.remove or None)
 
     def _spared(self, seam: Seam) -> bool:
         """Whether a parallel model's seam stays open, because what `parallel_removes` says goes in its place."""

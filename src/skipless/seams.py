@@ -6,12 +6,14 @@ Row vectors, y = x W + b (arXiv:2404.12362, Fig. 1 and 2). Here is only who writ
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from skipless.architecture import HOMOGENEOUS, Architecture
 
 KINDS = ("norms", "stream", "values", "p", "head")
+# What is removed unless something else is asked for.
+REMOVABLE = ("stream", "p")
 # What gives up d^2 weights at a stream seam of a parallel model: Q, K, V that read it, or P that writes it.
 PARALLEL_REMOVES = ("readers", "p")
 
@@ -109,6 +111,15 @@ def seams(architecture: Architecture, parallel_removes: str = "readers", values:
     return found
 
 
+def reasons(every: Iterable[Seam]) -> tuple[str, ...]:
+    """What stays when these seams are closed, and why, in words: of each kind, the first."""
+    found: dict[str, str] = {}
+    for seam in every:
+        if seam.blocked:
+            found.setdefault(seam.kind, seam.blocked)
+    return tuple(f"the {kind} seams: {reason}" for kind, reason in found.items())
+
+
 def closed(architecture: Architecture, closing: Iterable[Seam], basis: str) -> Architecture:
     """The architecture after closing these seams, stream seams by `basis` ("q", "k", "v" or "pivoted").
 
@@ -156,19 +167,15 @@ def _outputs(architecture: Architecture, layer: int) -> tuple[str, ...]:
     return (*outputs, f"{_attention(layer)}.o_proj") if attends else outputs
 
 
-def _joined(names: Iterable[str], least: int = 3) -> str:
+def _joined(names: Sequence[str]) -> str:
     """Names in a sentence; of many, the first."""
-    names = list(names)
-    return " and ".join(names) if len(names) < least else f"{names[0]} and others"
+    return " and ".join(names) if len(names) < 3 else f"{names[0]} and others"
 
 
 def _stream_blocked(architecture: Architecture, layer: int, readers: str) -> str | None:
     """What stands between the output of layer - 1 and what reads it in layer (the head's: the number of layers)."""
-    parallel, before, after = (
-        architecture.block_type == "parallel",
-        f"model.layers.{layer - 1}",
-        f"model.layers.{layer}",
-    )
+    before, after = f"model.layers.{layer - 1}", f"model.layers.{layer}"
+    parallel = architecture.block_type == "parallel"
     if architecture.residual != "none":
         return (
             f"residual {architecture.residual!r}: a skip connection carries the stream past layer {layer}'s matrices, "
@@ -345,7 +352,7 @@ def _p_seam(architecture: Architecture, layer: int, parallel_removes: str) -> Se
     elif architecture.attention_bias and architecture.residual_gains:
         blocked = f"residual_gains: {o_proj} has a bias, which is scaled before it is read"
     width = architecture.ffn_read_width(layer)
-    merged = dataclasses.replace(architecture, norms_removed=architecture.norm_names()).p_merged
+    merged = architecture.p_fits
     return Seam(
         kind="p",
         layer=layer,
@@ -453,8 +460,8 @@ def _norm_matters(architecture: Architecture, layer: int, norms: list[str]) -> s
         return "a router's choice is not homogeneous"
     if architecture.hidden_act not in HOMOGENEOUS:
         return f"hidden_act {architecture.hidden_act!r} is not homogeneous ({', '.join(HOMOGENEOUS)} are)"
-    ffn = f"model.layers.{layer}.mlp."
-    if any(module.bias and module.name.startswith(ffn) for module in architecture.modules()):
+    folded = any(name.startswith(f"model.layers.{layer}.mlp.") for name in architecture.folded_biases)
+    if architecture.mlp_bias or architecture.gate_bias or folded:
         return "its FFN has biases"
     if not architecture.has_norm(after):
         return f"the FFN's output is not normalized again ({after})"

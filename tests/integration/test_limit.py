@@ -40,6 +40,8 @@ BIASES = {"attention_bias": True, "mlp_bias": True}
         {"residual": "both", "norm_type": "rms", "tie_word_embeddings": True},
         {"residual": "ffn", "norm_type": "rms", "attention_shaping": "full", "residual_gains": True},
         {"residual": "attention"},
+        {"residual": "attention", "attention_shaping": "full", "residual_gains": True},
+        {"residual": "both", "attention_shaping": "value", "tie_word_embeddings": True},
         {"norm_type": "layer"},
         {"norm_type": "rms", "norms": ["model.norm"]},
     ],

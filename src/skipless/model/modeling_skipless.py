@@ -89,10 +89,10 @@ class SkiplessNorm(nn.Module):
 
     def __init__(self, config: SkiplessConfig, size: int, norm_type: str, name: str = ""):
         super().__init__()
-        self.size, self.norm_type, self.eps = size, norm_type, config.norm_eps
-        gain, bias = name not in config.gains_removed, norm_type == "layer" and name not in config.gains_removed
+        self.norm_type, self.eps = norm_type, config.norm_eps
+        gain = name not in config.gains_removed
         self.register_parameter("weight", nn.Parameter(torch.ones(size)) if gain else None)
-        self.register_parameter("bias", nn.Parameter(torch.zeros(size)) if bias else None)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(size)) if gain and norm_type == "layer" else None)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
