@@ -36,6 +36,7 @@ benchmarks: $(READY) $(SMOLLM2)
 	$(BIN)/python benchmarks/smollm2.py $(SMOLLM2)
 	$(BIN)/python benchmarks/fold.py
 	$(BIN)/python benchmarks/limits.py --check
+	$(BIN)/python benchmarks/equivalence.py
 	$(BIN)/python benchmarks/audit.py $(SMOLLM2) docs/smollm2.svg
 
 $(SMOLLM2): $(READY)

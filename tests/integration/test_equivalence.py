@@ -273,6 +273,16 @@ def test_fp32_checkpoints_stay_within_fp32(fields, tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(("fields", "basis", "options"), CASES, ids=NAMED.keys())
 def test_half_precision(fields, basis, options, dtype, tmp_path):
+    model = conditioned(fields, basis, options)
+    source = save(model, tmp_path / "source")
+    skipless.fuse(source, tmp_path / "fused", basis=basis, dtype=dtype, **{"remove": ("stream", "p"), **options})
+    own = relative_error(load(source, getattr(torch, dtype)), model)
+    assert relative_error(load(tmp_path / "fused", getattr(torch, dtype)), model) <= HALF * own
+    spoil(tmp_path / "fused", factor=2)
+    assert relative_error(load(tmp_path / "fused", getattr(torch, dtype)), model) > HALF * own
+
+
+def conditioned(fields, basis, options):
     """Weights as they come if pivoted; a well-conditioned Q, K, V or P if that is to be the identity, or [Q|K] if V's
     columns cannot be.
     """
@@ -285,12 +295,7 @@ def test_half_precision(fields, basis, options, dtype, tmp_path):
         for layer in model.model.layers:
             for name in (f"{basis}_proj", "o_proj"):
                 torch.nn.init.orthogonal_(getattr(layer.self_attn, name).weight)
-    source = save(model, tmp_path / "source")
-    skipless.fuse(source, tmp_path / "fused", basis=basis, dtype=dtype, **{"remove": ("stream", "p"), **options})
-    own = relative_error(load(source, getattr(torch, dtype)), model)
-    assert relative_error(load(tmp_path / "fused", getattr(torch, dtype)), model) <= HALF * own
-    spoil(tmp_path / "fused", factor=2)
-    assert relative_error(load(tmp_path / "fused", getattr(torch, dtype)), model) > HALF * own
+    return model
 
 
 @pytest.mark.parametrize("layers_open", [[0], [1], [0, 1, 2]], ids=str)
