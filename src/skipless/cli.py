@@ -265,19 +265,19 @@ def fuse(
     **removal: Any,
 ) -> None:
     """Write the skipless checkpoint SRC without the weights it does not need into the new folder DST."""
-    from skipless import fusion, tables
+    from skipless import fusion, planning, tables
     from skipless.checkpoint.reader import CheckpointReader
     from skipless.request import Request
 
     options, size = parse_removal(**removal), parse_size(max_shard_size)
     if dry_run:
         reader = CheckpointReader(source, options.pop("device"))
-        plan = fusion.prepare(reader, Request(**options), size)
+        plan = planning.prepare(reader, Request(**options), size)
     else:
         with progress_bar("fusing") as progress:
             bar = progress.add_task("", total=None)
 
-            def advance(plan: fusion.Plan, task: fusion.Task | None) -> None:
+            def advance(plan: planning.Plan, task: planning.Task | None) -> None:
                 progress.update(bar, total=len(plan.tasks), advance=0 if task is None else 1)
 
             plan = fusion.fuse(source, destination, max_shard_size=size, progress=advance, **options)

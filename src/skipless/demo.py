@@ -9,8 +9,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from skipless.bench import Speed, decode
-from skipless.fusion import Plan, fuse
+from skipless.fusion import fuse
 from skipless.inference import greedy_config, load, load_tokenizer
+from skipless.planning import Plan
 from skipless.verification import Report, verify
 
 BUNDLED = Path(__file__).parent / "bundled" / "stdlib"

@@ -17,8 +17,8 @@ if TYPE_CHECKING:  # so that counting loads no torch
     from skipless.bench import Speed
     from skipless.certificate import Certificate
     from skipless.demo import Demo
-    from skipless.fusion import Plan
     from skipless.limit import Limit
+    from skipless.planning import Plan
     from skipless.spectrum import Spectrum
     from skipless.verification import Report
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 import skipless
 from skipless.checkpoint.reader import CheckpointReader
-from skipless.fusion import make_plan
+from skipless.planning import make_plan
 from skipless.request import Request
 from tests.models import build, edit_config, load, random_ids, save
 from tests.tolerances import FP64

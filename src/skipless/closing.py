@@ -1,0 +1,148 @@
+"""Carry out one task of a plan: read its tensors, close its seams, and hand out what is to be written."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from skipless.basis import choose, choose_rows
+from skipless.eliminate import Affine, close_rows, column_order, merge, modules, normalize_rows
+from skipless.planning import Plan, Task
+from skipless.prediction import OpenStream, merged, passed_rows
+from skipless.rounding import HALF, round_stream
+from skipless.seams import Seam
+from skipless.source import read_affine
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a task gives: the tensors to write, and where storing them is expected to lose too much."""
+
+    tensors: Iterator[tuple[str, torch.Tensor]]
+    problems: tuple[str, ...] = ()
+
+
+def run_task(plan: Plan, task: Task, read: Callable[[str], torch.Tensor]) -> Done:
+    """Carry out one task: read its tensors, close its seams in fp64, and hand out what is to be written."""
+    if not task.seams:
+        (name,) = task.writes
+        tensor = read(name)
+        return Done(iter([(name, tensor.to(plan.outputs[name].dtype))]))
+    before, after = plan.modules
+    names = dict.fromkeys(name for seam in task.seams for name in seam.modules if name in before)
+    affines = {name: read_affine(before[name], after.get(name), read) for name in names}
+    indices: dict[str, torch.Tensor] = {}
+    problems: list[str] = []
+    for number, seam in enumerate(task.seams):
+        later = frozenset(name for other in task.seams[number + 1 :] for name in other.modules)
+        remaining, order, problem = _close(plan, seam, affines, later, read)
+        if order is not None and seam.order in plan.outputs:
+            indices[seam.order] = order
+        if problem is not None:
+            problems.append(problem)
+        for name in seam.modules:
+            affines.pop(name, None)
+        affines |= remaining
+    return Done(_stored(plan, affines, indices), tuple(problems))
+
+
+Closed = tuple[dict[str, Affine], torch.Tensor | None, str | None]
+
+
+def _close(
+    plan: Plan,
+    seam: Seam,
+    affines: Mapping[str, Affine],
+    later: frozenset[str],
+    read: Callable[[str], torch.Tensor],
+) -> Closed:
+    """Close one seam: the modules that remain, their order, and what is wrong. later: modules yet to be rewritten."""
+    way = seam.way(plan.basis)
+    if seam.rest:
+        return _close_stream(plan, seam, affines, later)
+    if way == "rows":
+        return _close_rows(plan, seam, affines, later, read)
+    if way == "p":
+        return _merge(plan, seam, affines)
+    if way == "gain":
+        return merge(seam, affines), None, None
+    (norm,), (table,) = seam.writers, seam.readers
+    rows = normalize_rows(affines[table], affines.get(norm), plan.source.norm_type, plan.source.norm_eps)
+    return {table: rows}, None, None
+
+
+def _close_stream(plan: Plan, seam: Seam, affines: Mapping[str, Affine], later: frozenset[str]) -> Closed:
+    """Close a stream or head seam by the plan's basis and round it."""
+    way = seam.way(plan.basis)
+    opened = OpenStream(seam, affines)
+    basis = choose(seam, way, opened.readers, opened.weights)
+    stream = opened.close(basis)
+    dtypes = _dtypes(plan, seam, later)
+    name = _coarsest(dtypes.values())
+    if getattr(torch, name) in HALF:
+        stream = round_stream(stream, opened.weights, opened.extra_weights, dtypes)
+    problem = opened.measure(way, basis, stream, dtypes, name).problem(way, name)
+    widths = {name: weight.shape[1] for name, weight in opened.readers.items()}
+    return modules(seam, way, stream, widths), column_order(stream), problem
+
+
+def _close_rows(
+    plan: Plan, seam: Seam, affines: Mapping[str, Affine], later: frozenset[str], read: Callable[[str], torch.Tensor]
+) -> Closed:
+    """Make rows of P, or of each head of V, the identity."""
+    weight, mix = affines[seam.writers[0]].weight, None
+    if seam.kind == "values":
+        mix = weight.new_full((plan.source.num_attention_heads,), not seam.mixed)
+        for name in seam.mixed:
+            mix += read(name) * (-1 if name.endswith(".gamma") else 1)
+    bases = choose_rows(seam, weight)
+    remaining, order = close_rows(seam, affines, bases, mix)
+    dtypes = [plan.outputs[f"{name}.weight"].dtype for name in remaining if name not in later]
+    name = _coarsest(dtypes or [torch.float64])
+    problem = passed_rows(seam, affines, remaining, bases, [name]).problem("rows", name)
+    return remaining, (order if seam.kind == "values" else order[0]).to(torch.int32), problem
+
+
+def _coarsest(dtypes: Iterable[torch.dtype]) -> str:
+    return str(max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)).removeprefix("torch.")
+
+
+def _merge(plan: Plan, seam: Seam, affines: Mapping[str, Affine]) -> Closed:
+    """Close a P-M seam by merging P."""
+    remaining = merge(seam, affines)
+    weights = [affine.weight for affine in remaining.values()]
+    name = _coarsest(plan.outputs[f"{name}.weight"].dtype for name in remaining)
+    power = sum(torch.linalg.vector_norm(weight).item() ** 2 for weight in weights)
+    largest = max(torch.linalg.vector_norm(weight, math.inf).item() for weight in weights)
+    return remaining, None, merged(seam, affines, [name], power, largest).problem("p", name)
+
+
+def _dtypes(plan: Plan, seam: Seam, later: frozenset[str]) -> dict[str, torch.dtype]:
+    """In what a stream seam's writers, duals, followers and, as "rest", its readers are stored (the finest of these).
+
+    What is yet to be rewritten is not rounded now.
+    """
+    dtypes = {
+        name: torch.float64 if name in later else plan.outputs[f"{name}.weight"].dtype
+        for name in (*seam.writers, *seam.duals, *seam.followers)
+    }
+    rest = [
+        plan.outputs[name].dtype
+        for reader in (*seam.readers, seam.rest)
+        if (name := f"{reader}.weight") in plan.outputs
+    ]
+    return {**dtypes, "rest": min(rest, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)}
+
+
+def _stored(
+    plan: Plan, affines: Mapping[str, Affine], indices: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Modules as the checkpoint stores them, in the output's dtype, and index tensors."""
+    _, after = plan.modules
+    for name, affine in affines.items():
+        weight = affine.weight if after[name].table or after[name].diagonal else affine.weight.T
+        yield f"{name}.weight", weight.to(plan.outputs[f"{name}.weight"].dtype)
+        if affine.bias is not None:
+            yield f"{name}.bias", affine.bias.to(plan.outputs[f"{name}.bias"].dtype)
+    yield from indices.items()
