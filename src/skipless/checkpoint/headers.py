@@ -19,11 +19,12 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 @dataclass(frozen=True)
 class Header:
-    """What a header says of a tensor; dtype: as safetensors calls it."""
+    """What a header says of a tensor; dtype: as safetensors calls it; start: of its bytes in the file."""
 
     shape: tuple[int, ...]
     dtype: str
     shard: str
+    start: int = 0
 
 
 def ignores_nothing(name: str) -> bool:
@@ -81,12 +82,10 @@ class Folder:
     def _read_headers(self) -> dict[str, Header]:
         headers: dict[str, Header] = {}
         for shard in self.shards:
-            with open_shard(self.folder / shard, "np") as file:
-                for name in sorted(file.keys()):
-                    view = file.get_slice(name)
-                    if name in headers:
-                        raise InputError(f"{name}: expected once, found in {headers[name].shard} and {shard}")
-                    headers[name] = Header(tuple(view.get_shape()), view.get_dtype(), shard)
+            for name, header in sorted(read_header(self.folder / shard).items()):
+                if name in headers:
+                    raise InputError(f"{name}: expected once, found in {headers[name].shard} and {shard}")
+                headers[name] = header
         for name, shard in (self._weight_map or {}).items():
             if name not in headers or headers[name].shard != shard:
                 raise InputError(f"{name}: expected in {shard}, as {INDEX} says; not found there")
@@ -144,15 +143,27 @@ def check_headers(
             )
 
 
-def open_shard(file: Path, framework: str, device: str = "cpu") -> Any:
-    """A safetensors file opened. Raises InputError if it is none, or not whole."""
+def read_header(file: Path) -> dict[str, Header]:
+    """The tensors of a safetensors file. Raises InputError if it is none, or not whole.
+
+    safetensors checks the header; where each tensor starts, which it does not say, is then read from it.
+    """
     try:
-        return safe_open(file, framework=framework, device=device)
-    except (SafetensorError, OSError) as error:
+        with safe_open(file, framework="np") as checked:
+            names = set(checked.keys())
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            fields = json.loads(stream.read(length))
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"{file}: expected a whole safetensors file, found {error}; it may be truncated or damaged: copy or "
             f"download it again"
         ) from error
+    return {
+        name: Header(tuple(fields[name]["shape"]), fields[name]["dtype"], file.name, 8 + length + start)
+        for name in names
+        for start in fields[name]["data_offsets"][:1]
+    }
 
 
 def _unreadable(error: OSError) -> None:

@@ -7,9 +7,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from safetensors import SafetensorError
 
-from skipless.checkpoint.headers import Folder, Header, ignores_nothing, open_shard
+from skipless.checkpoint.headers import Folder, Header, ignores_nothing
 from skipless.dtypes import INDEX_NAMES, SAFETENSORS_NAMES
 from skipless.errors import InputError
 
@@ -57,20 +56,29 @@ class CheckpointReader(Folder):
         )
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read one tensor. Raises InputError if it holds NaN or infinity."""
-        shard = self.tensors[name].shard
-        with open_shard(self.folder / shard, "pt", str(self.device)) as file:
-            try:
-                tensor = file.get_tensor(name)
-            except (SafetensorError, OSError) as error:
-                raise InputError(f"{name}: could not be read from {self.folder / shard}: {error}") from error
+        """Read one tensor. Raises InputError if it cannot be read, or holds NaN or infinity."""
+        info, file = self.tensors[name], self.folder / self.tensors[name].shard
+        tensor = torch.empty(info.shape, dtype=info.dtype)
+        buffer = tensor.reshape(-1).view(torch.uint8).numpy().data
+        try:
+            with file.open("rb", buffering=0) as stream:
+                stream.seek(self.headers[name].start)
+                while buffer and (count := stream.readinto(buffer)):
+                    buffer = buffer[count:]
+        except OSError as error:
+            raise InputError(f"{name}: could not be read from {file}: {error.strerror or error}") from error
+        if buffer:
+            raise InputError(
+                f"{name}: expected {info.bytes:,} bytes in {file}, found {len(buffer):,} fewer: the file was cut short "
+                f"while it was read; copy or download it again"
+            )
         if not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise InputError(
                 f"{name}: expected finite numbers, found {bad} of {tensor.numel()} NaN or infinite; the checkpoint is "
                 f"damaged or its training diverged"
             )
-        return tensor
+        return tensor.to(self.device)
 
 
 def _info(name: str, header: Header) -> TensorInfo:
