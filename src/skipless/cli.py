@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import re
+import shlex
 import signal
 import sys
 import traceback
@@ -255,24 +256,26 @@ def audit(model: Path, plot: Path | None, as_json: bool, **removal: Any) -> None
     "--max-shard-size", default="5GB", show_default=True, help="Largest file of weights: a number and MB or GB."
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan - what is read, written and saved - and stop.")
+@click.option("--resume", is_flag=True, help="Go on where the same command was stopped.")
 @as_json
 def fuse(
     source: Path,
     destination: Path,
     max_shard_size: str,
     dry_run: bool,
+    resume: bool,
     as_json: bool,
     **removal: Any,
 ) -> None:
     """Write the skipless checkpoint SRC without the weights it does not need into the new folder DST."""
     from skipless import fusion, planning, tables
-    from skipless.checkpoint.reader import CheckpointReader
+    from skipless.checkpoint.staging import unfinished
     from skipless.request import Request
 
     options, size = parse_removal(**removal), parse_size(max_shard_size)
     if dry_run:
-        reader = CheckpointReader(source, options.pop("device"))
-        plan = planning.prepare(reader, Request(**options), size)
+        device = options.pop("device")
+        plan, _ = fusion.plan_fuse(source, destination, Request(**options), size, device=device, resume=resume)
     else:
         with progress_bar("fusing") as progress:
             bar = progress.add_task("", total=None)
@@ -280,7 +283,13 @@ def fuse(
             def advance(plan: planning.Plan, task: planning.Task | None) -> None:
                 progress.update(bar, total=len(plan.tasks), advance=0 if task is None else 1)
 
-            plan = fusion.fuse(source, destination, max_shard_size=size, progress=advance, **options)
+            try:
+                plan = fusion.fuse(source, destination, max_shard_size=size, resume=resume, progress=advance, **options)
+            except (KeyboardInterrupt, SystemExit):
+                if unfinished(destination).exists():
+                    again = [word for word in sys.argv[1:] if word != "--resume"]
+                    err.print(f"interrupted; go on with: skipless {shlex.join(again)} --resume", soft_wrap=True)
+                raise
     if as_json:
         print_json(plan.summary())
     else:

@@ -1,5 +1,29 @@
 """What a user can be told: input that cannot be used (exit code 2)."""
 
+# Characters of a message: room for a path (4,096 at most) and what is to be said of it.
+LONGEST = 6000
+
 
 class InputError(ValueError):
-    """Bad input or usage. The message is one line: tensor or field, expected, found, what to do."""
+    """Bad input or usage. The message is one line: tensor or field, expected, found, what to do.
+
+    Whatever it quotes: characters that do not print are escaped, and of more than LONGEST the middle is left out.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(_shortened("".join(map(_printed, _shortened(message)))))
+
+
+def _printed(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= LONGEST:
+        return text
+    half = LONGEST // 2 - 3
+    return f"{text[:half]} ... {text[-half:]}"
+
+
+class StorageError(InputError):
+    """Reading or writing has failed, not what was read: another attempt may succeed."""

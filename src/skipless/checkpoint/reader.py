@@ -1,20 +1,26 @@
 """Read a model folder lazily: headers first (headers.py), tensors one at a time on request."""
 
+import io
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
 from skipless.checkpoint.headers import Folder, Header, ignores_nothing
 from skipless.dtypes import INDEX_NAMES, SAFETENSORS_NAMES
-from skipless.errors import InputError
+from skipless.errors import InputError, StorageError
 
 DTYPES: dict[str, torch.dtype] = {
     code: getattr(torch, name) for code, name in (SAFETENSORS_NAMES | INDEX_NAMES).items()
 }
+# Bytes read at a time only to have them in the system's cache.
+WARM = 2**23
 
 
 @dataclass(frozen=True)
@@ -50,27 +56,36 @@ class CheckpointReader(Folder):
 
     def __init__(self, folder: Path, device: str = "cpu", ignores: Callable[[str], bool] = ignores_nothing):
         self.device = _device(device)
+        before = {file.name: _stamp(file) for file in folder.glob("*") if file.is_file()}
         super().__init__(folder)
+        self._stamps = {name: before[name] for name in ("config.json", *self.shards)}
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
             {name: _info(name, header) for name, header in self.headers.items() if not ignores(name)}
         )
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this checkpoint from another, or from itself after a change: sizes and times of its files."""
+        return {name: list(stamp) for name, stamp in self._stamps.items()}
+
+    def check_unchanged(self) -> None:
+        """Raise InputError if a file is no longer the one whose header was read."""
+        for name in self._stamps:
+            self._check_stamp(name, (self.folder / name).stat())
+
     def tensor(self, name: str) -> torch.Tensor:
-        """Read one tensor. Raises InputError if it cannot be read, or holds NaN or infinity."""
-        info, file = self.tensors[name], self.folder / self.tensors[name].shard
+        """Read one tensor. Raises StorageError if it cannot be read, InputError if it holds NaN or infinity, or if its
+        file has changed since it was opened.
+        """
+        info = self.tensors[name]
         tensor = torch.empty(info.shape, dtype=info.dtype)
-        buffer = tensor.reshape(-1).view(torch.uint8).numpy().data
-        try:
-            with file.open("rb", buffering=0) as stream:
-                stream.seek(self.headers[name].start)
-                while buffer and (count := stream.readinto(buffer)):
-                    buffer = buffer[count:]
-        except OSError as error:
-            raise InputError(f"{name}: could not be read from {file}: {error.strerror or error}") from error
-        if buffer:
+        rest = tensor.reshape(-1).view(torch.uint8).numpy().data
+        with self._opened(name) as file:
+            while rest and (count := file.readinto(rest)):
+                rest = rest[count:]
+        if rest:
             raise InputError(
-                f"{name}: expected {info.bytes:,} bytes in {file}, found {len(buffer):,} fewer: the file was cut short "
-                f"while it was read; copy or download it again"
+                f"{name}: expected {info.bytes:,} bytes in {self.folder / info.shard}, found {len(rest):,} fewer: the "
+                f"file was cut short while it was read; copy or download it again"
             )
         if not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
@@ -79,6 +94,43 @@ class CheckpointReader(Folder):
                 f"damaged or its training diverged"
             )
         return tensor.to(self.device)
+
+    def warm(self, names: Iterable[str]) -> None:
+        """Read tensors into the system's cache, so that `tensor` need not wait for the disk."""
+        block = memoryview(bytearray(WARM))
+        for name in names:
+            left = self.tensors[name].bytes
+            with suppress(InputError), self._opened(name) as file:  # `tensor` will say what is wrong
+                while left > 0 and (count := file.readinto(block[: min(left, WARM)])):
+                    left -= count
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[io.FileIO]:
+        """The file of a tensor, at its first byte."""
+        path = self.folder / self.tensors[name].shard
+        try:
+            with path.open("rb", buffering=0) as file:
+                self._check_stamp(path.name, os.fstat(file.fileno()))
+                file.seek(self.headers[name].start)
+                yield file
+        except OSError as error:
+            raise StorageError(f"{name}: could not be read from {path}: {error.strerror or error}") from error
+
+    def _check_stamp(self, name: str, now: os.stat_result) -> None:
+        if _stamped(now) != self._stamps[name]:
+            raise InputError(
+                f"{self.folder / name}: expected the file as it was when its header was read, found it changed "
+                f"meanwhile; let nothing write to it, and begin anew"
+            )
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    return _stamped(file.stat())
+
+
+def _stamped(found: os.stat_result) -> tuple[int, int]:
+    """Size, and nanoseconds of the last change."""
+    return found.st_size, found.st_mtime_ns
 
 
 def _info(name: str, header: Header) -> TensorInfo:

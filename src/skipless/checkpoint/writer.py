@@ -1,25 +1,25 @@
-"""Write a model folder as a stream of tensors: DST appears whole or not at all.
+"""Write the shards of a model folder as a stream of tensors.
 
 The shapes are known before the first tensor is, so each shard's header is written first and tensors go to their place
 in the file as they come: memory holds one tensor, whatever the shard's size.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
-from safetensors import safe_open
 
-from skipless.checkpoint.headers import INDEX, SINGLE
+from skipless.checkpoint.headers import INDEX, SINGLE, read_header
 from skipless.checkpoint.reader import DTYPES, TensorInfo
-from skipless.errors import InputError
+from skipless.errors import InputError, StorageError
 
+# Bytes read at a time to hash them.
+BLOCK = 2**23
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -40,116 +40,112 @@ def plan_shards(
     return {name: dataclasses.replace(info, shard=names[int(info.shard)]) for name, info in planned.items()}
 
 
-@contextmanager
-def new_folder(destination: Path) -> Iterator[Path]:
-    """A temporary sibling of `destination`, which gets that name, on disk, when the block ends, or is removed.
-
-    Raises InputError when `destination` exists, its parent does not, or the disk is full.
-    """
-    if destination.exists() or destination.is_symlink():
-        raise InputError(f"{destination}: expected a new folder, found one that exists; choose another or remove it")
-    if not destination.parent.is_dir():
-        raise InputError(f"{destination.parent}: expected an existing folder to write into, found none; create it")
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
-    except OSError as error:
-        raise InputError(
-            f"{destination.parent}: expected a folder that can be written, found: {error.strerror}"
-        ) from error
-    try:
-        folder.chmod(0o777 & ~_umask())
-        yield folder
-        for path in (*folder.rglob("*"), folder):
-            _sync(path)
-        folder.rename(destination)
-        with suppress(OSError):  # a parent that may be written but not read
-            _sync(destination.parent)
-    except OSError as error:
-        ours = error.filename is None or Path(error.filename).is_relative_to(folder)
-        where = f"{destination}: could not be written" if ours else f"{error.filename}: could not be read"
-        raise InputError(f"{where}: {error.strerror or error}; nothing was left behind") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 class CheckpointWriter:
-    """The safetensors shards and index of one folder, filled tensor by tensor in any order."""
+    """The safetensors shards and index of one folder, filled tensor by tensor in any order.
+
+    Shards that are there already, as an earlier process has left them, keep what they hold.
+    """
 
     def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo]):
         self.folder, self.tensors = folder, tensors
-        self.missing = set(tensors)
+        self._headers: dict[str, bytes] = {}
         self._offsets: dict[str, int] = {}
         for shard in self.shards:
-            self._write_header(shard)
+            self._begin(shard)
 
     @property
     def shards(self) -> list[str]:
         """The shards' file names, in order."""
         return list(dict.fromkeys(info.shard for info in self.tensors.values()))
 
-    def _write_header(self, shard: str) -> None:
+    def _begin(self, shard: str) -> None:
         """Eight bytes of length, a JSON header padded to a multiple of 8, then the data (not yet written)."""
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        position = 0
-        for name, info in self.tensors.items():
-            if info.shard == shard:
-                end = position + info.bytes
-                header[name] = {
-                    "dtype": CODES[info.dtype],
-                    "shape": list(info.shape),
-                    "data_offsets": [position, end],
-                }
-                self._offsets[name] = position
-                position = end
-        encoded = json.dumps(header, separators=(",", ":")).encode()
+        fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        position, names = 0, [name for name, info in self.tensors.items() if info.shard == shard]
+        for name in names:
+            info, self._offsets[name] = self.tensors[name], position
+            position += info.bytes
+            offsets = [self._offsets[name], position]
+            fields[name] = {"dtype": CODES[info.dtype], "shape": list(info.shape), "data_offsets": offsets}
+        encoded = json.dumps(fields, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
-        with (self.folder / shard).open("xb") as file:
-            file.write(len(encoded).to_bytes(8, "little") + encoded)
-            file.truncate(8 + len(encoded) + position)
-        for name, info in self.tensors.items():
-            if info.shard == shard:
-                self._offsets[name] += 8 + len(encoded)
+        header = len(encoded).to_bytes(8, "little") + encoded
+        with (self.folder / shard).open("ab") as file:  # made if it is not there
+            file.truncate(len(header) + position)
+        with (self.folder / shard).open("r+b") as file:
+            file.write(header)
+        self._headers[shard] = header
+        for name in names:
+            self._offsets[name] += len(header)
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Put a tensor in its place. Raises InputError if casting it to a smaller dtype has overflowed."""
+    def write(self, name: str, tensor: torch.Tensor) -> str:
+        """Put a tensor in its place, on disk, and return the SHA-256 of its bytes.
+
+        Raises InputError if casting it to a smaller dtype has overflowed.
+        """
         info = self.tensors[name]
-        assert name in self.missing, name
         assert (tuple(tensor.shape), tensor.dtype) == (info.shape, info.dtype), name
         if not torch.isfinite(tensor).all():
             raise InputError(
                 f"{name}: expected numbers that {info.dtype} can hold, found an overflow; use --dtype float32"
             )
+        data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         with (self.folder / info.shard).open("r+b") as file:
             file.seek(self._offsets[name])
-            file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        self.missing.discard(name)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        return hashlib.sha256(data).hexdigest()
 
-    def finish(self) -> None:
-        """Check that safetensors reads every header, and write the index last."""
-        assert not self.missing, self.missing
-        for shard in self.shards:
-            with safe_open(self.folder / shard, framework="pt") as file:
-                assert set(file.keys()) == {name for name, info in self.tensors.items() if info.shard == shard}
-        if len(self.shards) > 1:
+    def digest(self, name: str) -> str:
+        """The SHA-256 of the bytes that are in a tensor's place."""
+        with (self.folder / self.tensors[name].shard).open("rb") as file:
+            file.seek(self._offsets[name])
+            found = hashlib.sha256()
+            _feed(file, self.tensors[name].bytes, found)
+        return found.hexdigest()
+
+    def finish(self, digests: Mapping[str, str]) -> dict[str, str]:
+        """Read everything again, from disk; if it is what was written, write the index, last.
+
+        digests: of every tensor, as `write` returned them. Returns the SHA-256 of each shard. Raises StorageError
+        naming the first tensor whose bytes are others.
+        """
+        found = {shard: self._check(shard, digests) for shard in self.shards}
+        if len(found) > 1:
             total = sum(info.bytes for info in self.tensors.values())
             weight_map = {name: info.shard for name, info in self.tensors.items()}
             write_json(self.folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        return found
+
+    def _check(self, shard: str, digests: Mapping[str, str]) -> str:
+        whole = hashlib.sha256()
+        names = [name for name, info in self.tensors.items() if info.shard == shard]
+        read_header(self.folder / shard)
+        with (self.folder / shard).open("rb") as file:
+            if hasattr(os, "posix_fadvise"):  # so that it is the disk that is read, and not the cache
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            header = file.read(len(self._headers[shard]))
+            whole.update(header)
+            if header != self._headers[shard]:
+                raise StorageError(f"{shard}: expected the header that was written, found another; check the disk")
+            for name in names:
+                one = hashlib.sha256()
+                _feed(file, self.tensors[name].bytes, one, whole)
+                if one.hexdigest() != digests[name]:
+                    raise StorageError(
+                        f"{name}: expected in {shard} what was written, found other bytes; check the disk"
+                    )
+        return whole.hexdigest()
+
+
+def _feed(file: BinaryIO, size: int, *digests: "hashlib._Hash") -> None:
+    while size and (block := file.read(min(size, BLOCK))):
+        size -= len(block)
+        for digest in digests:
+            digest.update(block)
 
 
 def write_json(file: Path, value: Mapping[str, object]) -> None:
     """An object as indented JSON."""
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,0 +1,91 @@
+"""What is known of an unfinished fuse: for which job it was begun, and what of it is on disk.
+
+The job (of what source, with which options, by which versions) is written once, and never changes. The journal gets a
+line when a task's tensors are on disk, so that a process that is killed loses the tasks it was at and no other.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from skipless.errors import InputError
+
+JOB, JOURNAL = "job.json", "journal.jsonl"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished task: the SHA-256 of each of its tensors' bytes, and where storing them loses too much."""
+
+    digests: Mapping[str, str]
+    problems: tuple[str, ...]
+
+
+class Manifest:
+    """The job and the journal in `folder`. done: number of a task -> what it gave."""
+
+    def __init__(self, folder: Path, job: Mapping[str, Any]):
+        self.folder, self.job = folder, job
+        self.done: dict[int, Record] = {}
+
+    @classmethod
+    def begin(cls, folder: Path, job: Mapping[str, Any]) -> "Manifest":
+        """Write down a new job, whole or not at all."""
+        job = {"format": FORMAT, **job}
+        new = folder / f"{JOB}.new"
+        with new.open("w", encoding="utf-8") as file:
+            json.dump(job, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        new.rename(folder / JOB)
+        return cls(folder, job)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Manifest | None":
+        """What is in `folder`; None if nothing had been begun. A last line that is not whole is cut off."""
+        file = folder / JOB
+        if not file.exists():
+            return None
+        try:
+            manifest = cls(folder, json.loads(file.read_text(encoding="utf-8")))
+            if (file := folder / JOURNAL).exists():
+                lines = file.read_bytes().splitlines(keepends=True)
+                whole = [line for line in lines if line.endswith(b"\n")]
+                if len(whole) < len(lines):
+                    os.truncate(file, sum(map(len, whole)))
+                for line in map(json.loads, whole):
+                    manifest.done[line["task"]] = Record(line["tensors"], tuple(line["problems"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{file}: expected what a fuse writes there, found {error}; remove {folder}") from error
+        return manifest
+
+    def check(self, job: Mapping[str, Any]) -> None:
+        """Raise InputError, naming the first difference, if this is not the same job."""
+        for name, then, now in _differences(self.job, json.loads(json.dumps({"format": FORMAT, **job}))):
+            raise InputError(
+                f"{name}: expected {json.dumps(then)}, as when this fuse was begun, found {json.dumps(now)}; give it "
+                f"again as it was, or remove {self.folder} to begin anew"
+            )
+
+    def record(self, task: int, record: Record) -> None:
+        """Write down that a task's tensors are on disk."""
+        line = json.dumps({"task": task, "tensors": record.digests, "problems": record.problems})
+        with (self.folder / JOURNAL).open("ab") as file:
+            file.write(line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.done[task] = record
+
+
+def _differences(then: object, now: object, name: str = "job") -> Iterator[tuple[str, object, object]]:
+    """Fields whose values are not the same, by their path."""
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        for key in dict.fromkeys((*then, *now)):
+            path = str(key) if name == "job" else f"{name}.{key}"
+            yield from _differences(then.get(key), now.get(key), path)
+    elif then != now:
+        yield name, then, now

@@ -1,0 +1,143 @@
+"""A folder in the making: DST appears whole or not at all, one process at a time works on it, and none starts over.
+
+DST's parent / .DST.unfinished / lock            held while a process works on it
+                               / job.json        for what job it was begun (manifest.py)
+                               / journal.jsonl   what is on disk already
+                               / model           what will be DST
+"""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from skipless.checkpoint.manifest import Manifest
+from skipless.errors import InputError, StorageError
+
+KEPT = "what is done is kept: go on with --resume"
+
+
+def unfinished(destination: Path) -> Path:
+    """Where DST is in the making."""
+    return destination.parent / f".{destination.name}.unfinished"
+
+
+def check_destination(destination: Path) -> None:
+    """Raise InputError where no new folder can be made."""
+    if destination.exists() or destination.is_symlink():
+        raise InputError(f"{destination}: expected a new folder, found one that exists; choose another or remove it")
+    parent = destination.parent
+    if not parent.is_dir():
+        raise InputError(f"{parent}: expected an existing folder to write into, found none; create it")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"{parent}: expected a folder that can be written, found one that cannot; choose another")
+
+
+def previous(destination: Path) -> Manifest | None:
+    """What an earlier process has left of DST, if it had begun."""
+    return Manifest.load(unfinished(destination))
+
+
+class Staging:
+    """The folder `model` that will be DST, and the manifest beside it."""
+
+    def __init__(self, folder: Path, manifest: Manifest):
+        self.folder, self.manifest = folder, manifest
+
+
+@contextmanager
+def staged(destination: Path, job: Mapping[str, Any], resume: bool) -> Iterator[Staging]:
+    """Where to write DST; it gets its name, on disk, when the block ends.
+
+    When the block fails because of its input (InputError), nothing is left behind. When something else comes between -
+    the disk is full, the process is stopped - what is done stays, and with `resume` and the same job the next call
+    finds it. Raises InputError when DST exists or cannot be made, when another process is at it, when an unfinished one
+    is there and `resume` is false, or was for another job; and StorageError when the disk fails.
+    """
+    check_destination(destination)
+    folder = unfinished(destination)
+    _refuse_links(folder)
+    with _locked(folder, destination):
+        manifest = Manifest.load(folder)
+        if manifest is not None:
+            if not resume:
+                raise InputError(
+                    f"{destination}: expected nothing begun, found an unfinished fuse in {folder}; go on with "
+                    f"--resume, or remove it"
+                )
+            manifest.check(job)
+        try:
+            (folder / "model").mkdir(exist_ok=True)
+            staging = Staging(folder / "model", manifest or Manifest.begin(folder, job))
+            yield staging
+            _sync_all(staging.folder)
+            staging.folder.rename(destination)
+            with suppress(OSError):  # a parent that may be written but not read
+                _sync(destination.parent)
+            shutil.rmtree(folder, ignore_errors=True)
+        except BaseException as error:
+            fault = isinstance(error, InputError) and not isinstance(error, StorageError)
+            begun = None if fault else previous(destination)
+            kept = begun is not None and bool(begun.done)
+            if not kept:
+                shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise _storage_error(destination, folder, error, kept) from error
+            if isinstance(error, StorageError) and kept:
+                raise StorageError(f"{error}; {KEPT}") from error
+            raise
+
+
+def _refuse_links(folder: Path) -> None:
+    """What is written must not end up elsewhere."""
+    for path in (folder, *folder.rglob("*")):
+        if path.is_symlink():
+            raise InputError(
+                f"{path}: expected no symbolic link there, found one to {path.readlink()}; remove {folder}"
+            )
+
+
+@contextmanager
+def _locked(folder: Path, destination: Path) -> Iterator[None]:
+    """The folder, made if it is not there, with no other process at it."""
+    lock = FileLock(folder / "lock", timeout=0)
+    try:
+        folder.mkdir(exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise InputError(
+            f"{destination}: expected no other process at it, found one that is writing {folder}; wait for it, or "
+            f"choose another folder"
+        ) from None
+    except OSError as error:
+        raise InputError(
+            f"{destination.parent}: expected a folder that can be written, found: {error.strerror}"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _storage_error(destination: Path, folder: Path, error: OSError, kept: bool) -> StorageError:
+    ours = error.filename is None or Path(error.filename).is_relative_to(folder)
+    where = f"{destination}: could not be written" if ours else f"{error.filename}: could not be read"
+    state = KEPT if kept else "nothing was left behind"
+    return StorageError(f"{where}: {error.strerror or error}; {state}")
+
+
+def _sync_all(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

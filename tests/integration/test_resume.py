@@ -1,0 +1,317 @@
+"""Stopped at any point, a fuse goes on where it was, and the result is that of an uninterrupted run, bit for bit."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from click.testing import CliRunner
+from filelock import FileLock
+
+from skipless import InputError, cli, closing, engines, fuse
+from skipless.checkpoint import writer as writing
+from skipless.checkpoint.reader import CheckpointReader
+from skipless.checkpoint.staging import unfinished
+from skipless.checkpoint.writer import CheckpointWriter
+from skipless.errors import StorageError
+from tests.models import build, edit_config, edit_tensors, save
+
+OPTIONS = {"dtype": "bfloat16", "max_shard_size": 20_000}
+
+
+@pytest.fixture
+def source(tmp_path):
+    return save(build(dtype=torch.float32), tmp_path / "source")
+
+
+@pytest.fixture
+def whole(source, tmp_path):
+    fuse(source, tmp_path / "whole", **OPTIONS)
+    return contents(tmp_path / "whole")
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def stop_at_write(monkeypatch, number, error):
+    """The `number`-th tensor is not written."""
+    write, written = CheckpointWriter.write, []
+
+    def stopped(writer, name, tensor):
+        written.append(name)
+        if len(written) == number:
+            raise error
+        return write(writer, name, tensor)
+
+    monkeypatch.setattr(CheckpointWriter, "write", stopped)
+
+
+def count_tasks(monkeypatch):
+    ran = []
+    run = engines.run_task
+    monkeypatch.setattr(engines, "run_task", lambda plan, task, read: ran.append(task) or run(plan, task, read))
+    return ran
+
+
+@pytest.mark.parametrize("number", [5, 8, 14])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")], ids=repr)
+def test_a_stopped_fuse_goes_on(source, tmp_path, monkeypatch, whole, number, error):
+    with monkeypatch.context() as patch:
+        stop_at_write(patch, number, error)
+        with pytest.raises((KeyboardInterrupt, StorageError)):
+            fuse(source, tmp_path / "fused", **OPTIONS)
+    assert not (tmp_path / "fused").exists()
+    lines = (unfinished(tmp_path / "fused") / "journal.jsonl").read_text().splitlines()
+    assert lines
+    ran = count_tasks(monkeypatch)
+    plan = fuse(source, tmp_path / "fused", resume=True, **OPTIONS)
+    assert len(ran) == len(plan.tasks) - len(lines)
+    assert contents(tmp_path / "fused") == whole
+    assert not unfinished(tmp_path / "fused").exists()
+
+
+def test_a_full_disk_says_what_to_do(source, tmp_path, monkeypatch):
+    stop_at_write(monkeypatch, 8, OSError(errno.ENOSPC, "No space left on device"))
+    result = CliRunner().invoke(cli.main, ["fuse", str(source), str(tmp_path / "fused")])
+    assert result.exit_code == 2
+    assert "fused: could not be written: No space left on device; what is done is kept: go on with --resume" in (
+        result.stderr.replace("\n", " ")
+    )
+
+
+def test_nothing_done_leaves_nothing_behind(source, tmp_path, monkeypatch):
+    stop_at_write(monkeypatch, 1, OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(StorageError, match="nothing was left behind"):
+        fuse(source, tmp_path / "fused")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_read_error_is_resumable(source, tmp_path, monkeypatch, whole):
+    read = CheckpointReader.tensor
+
+    def broken(reader, name):
+        if name.startswith("model.layers.2"):
+            raise StorageError(f"{name}: could not be read from x: Input/output error")
+        return read(reader, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointReader, "tensor", broken)
+        with pytest.raises(StorageError, match="Input/output error; what is done is kept: go on with --resume"):
+            fuse(source, tmp_path / "fused", basis="q", **OPTIONS)
+    fuse(source, tmp_path / "fused", basis="q", resume=True, **OPTIONS)
+    assert contents(tmp_path / "fused") == whole
+
+
+def test_the_disk_reports_an_error(source, monkeypatch):
+    reader = CheckpointReader(source)
+
+    def broken(descriptor):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fstat", broken)
+    try:
+        reader.tensor("lm_head.weight")
+    except StorageError as error:
+        message = str(error)
+    finally:
+        monkeypatch.undo()
+    assert message.startswith("lm_head.weight: could not be read from ")
+    assert message.endswith("model.safetensors: Input/output error")
+
+
+def test_ctrl_c_says_how_to_resume(source, tmp_path, monkeypatch):
+    stop_at_write(monkeypatch, 8, KeyboardInterrupt())
+    monkeypatch.setattr(sys, "argv", ["skipless", "fuse", "a b", "c"])
+    result = CliRunner().invoke(cli.main, ["fuse", str(source), str(tmp_path / "fused")])
+    assert result.exit_code == 130
+    assert result.stderr.strip() == "interrupted; go on with: skipless fuse 'a b' c --resume"
+
+
+@pytest.mark.parametrize("hit", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda hit: hit.name)
+def test_a_killed_process_goes_on(source, tmp_path, whole, hit):
+    command = [sys.executable, "-c", "from skipless.cli import main; main()", "fuse", str(source)]
+    command += [str(tmp_path / "fused"), "--dtype", "bfloat16", "--max-shard-size", "0.02MB"]
+    journal = unfinished(tmp_path / "fused") / "journal.jsonl"
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not (journal.exists() and journal.read_bytes()):
+        time.sleep(0.001)
+    process.send_signal(hit)
+    assert process.wait() == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[hit]
+    assert not (tmp_path / "fused").exists()
+    fuse(source, tmp_path / "fused", resume=True, **OPTIONS)
+    assert contents(tmp_path / "fused") == whole
+
+
+@pytest.fixture
+def stopped(source, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at_write(patch, 8, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            fuse(source, tmp_path / "fused", **OPTIONS)
+    return unfinished(tmp_path / "fused")
+
+
+def test_without_resume_nothing_is_lost(source, tmp_path, stopped):
+    with pytest.raises(InputError, match=r"found an unfinished fuse in .*; go on with --resume, or remove it"):
+        fuse(source, tmp_path / "fused", **OPTIONS)
+    assert (stopped / "journal.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "float16"}, "options.dtype: expected .bfloat16., as when this fuse was begun, found .float16."),
+        ({"basis": "pivoted"}, "options.basis: expected .auto., as when this fuse was begun, found .pivoted."),
+        (
+            {"max_shard_size": 30_000},
+            "options.max_shard_size: expected 20000, as when this fuse was begun, found 30000",
+        ),
+    ],
+    ids=str,
+)
+def test_other_options_are_refused(source, tmp_path, stopped, change, message):
+    with pytest.raises(InputError, match=message):
+        fuse(source, tmp_path / "fused", resume=True, **{**OPTIONS, **change})
+    assert (stopped / "journal.jsonl").exists()
+
+
+def test_another_source_and_other_versions_are_refused(source, tmp_path, stopped, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("skipless.fusion.__version__", "0.0.0")
+        with pytest.raises(InputError, match=r"versions\.skipless: expected "):
+            fuse(source, tmp_path / "fused", resume=True, **OPTIONS)
+    edit_tensors(source, lm_head__weight=torch.ones(61, 32))
+    with pytest.raises(InputError, match=r"files\.model\.safetensors: expected "):
+        fuse(source, tmp_path / "fused", resume=True, **OPTIONS)
+    assert (stopped / "journal.jsonl").exists()
+
+
+def test_what_was_damaged_meanwhile_is_done_again(source, tmp_path, stopped, whole):
+    shard = sorted((stopped / "model").glob("*.safetensors"))[0]
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    fuse(source, tmp_path / "fused", resume=True, **OPTIONS)
+    assert contents(tmp_path / "fused") == whole
+
+
+@pytest.mark.parametrize("harm", ["a line half written", "no shard", "nothing begun"])
+def test_states_in_which_a_kill_can_leave_it(source, tmp_path, stopped, whole, harm):
+    journal = stopped / "journal.jsonl"
+    if harm == "a line half written":
+        journal.write_bytes(journal.read_bytes()[:-9])
+    elif harm == "no shard":
+        for shard in (stopped / "model").iterdir():
+            shard.unlink()
+    else:
+        for path in (stopped / "job.json", journal):
+            path.unlink()
+        shutil.rmtree(stopped / "model")
+    fuse(source, tmp_path / "fused", resume=True, **OPTIONS)
+    assert contents(tmp_path / "fused") == whole
+
+
+@pytest.mark.parametrize("place", ["", "model/config.json", "model/model-00001-of-00010.safetensors"])
+def test_a_link_out_of_the_folder_is_not_followed(source, tmp_path, stopped, place):
+    other = tmp_path / "other"
+    if place:
+        other.write_text("untouched")
+        (stopped / place).unlink(missing_ok=True)
+    else:
+        stopped.rename(other)
+    (stopped / place).symlink_to(other)
+    with pytest.raises(InputError, match=r"expected no symbolic link there, found one to .*other; remove "):
+        fuse(source, tmp_path / "fused", resume=True, **OPTIONS)
+    assert not place or other.read_text() == "untouched"
+
+
+@pytest.mark.parametrize("name", ["job.json", "journal.jsonl"])
+def test_a_manifest_that_is_none(source, tmp_path, stopped, name):
+    (stopped / name).write_text('{"task": [}\n')
+    with pytest.raises(InputError, match=f"{name}: expected what a fuse writes there, found .*; remove "):
+        fuse(source, tmp_path / "fused", resume=True, **OPTIONS)
+
+
+def test_resume_with_nothing_there_begins(source, tmp_path, whole):
+    fuse(source, tmp_path / "fused", resume=True, **OPTIONS)
+    assert contents(tmp_path / "fused") == whole
+
+
+def test_what_was_written_is_read_again_before_it_gets_its_name(source, tmp_path, monkeypatch):
+    finish = CheckpointWriter.finish
+
+    def damaged(writer, digests):
+        with (writer.folder / writer.shards[0]).open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"\xff")
+        return finish(writer, digests)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "finish", damaged)
+        with pytest.raises(StorageError, match=r"expected in model-00001.* what was written, found other bytes"):
+            fuse(source, tmp_path / "fused", **OPTIONS)
+    assert not (tmp_path / "fused").exists()
+    fuse(source, tmp_path / "fused", resume=True, **OPTIONS)
+
+
+def test_two_fuses_to_one_place(source, tmp_path):
+    folder = unfinished(tmp_path / "fused")
+    folder.mkdir()
+    with FileLock(folder / "lock"):
+        with pytest.raises(InputError, match="fused: expected no other process at it, found one that is writing"):
+            fuse(source, tmp_path / "fused", **OPTIONS)
+        assert folder.exists()
+
+
+@pytest.mark.parametrize("change", ["touched", "cut", "config"])
+def test_a_source_that_changes_meanwhile(source, tmp_path, monkeypatch, change):
+    run = closing.run_task
+    file = source / ("config.json" if change == "config" else "model.safetensors")
+
+    def changing(plan, task, read):
+        if "model.layers.2.mlp.down_proj.weight" in task.reads:
+            if change == "cut":
+                os.truncate(file, file.stat().st_size - 1)
+            elif change == "touched":
+                os.utime(file)
+            else:
+                edit_config(source, eos_token_id=5)
+        return run(plan, task, read)
+
+    monkeypatch.setattr(engines, "run_task", changing)
+    with pytest.raises(InputError, match=rf"{file.name}: expected the file as it was .* found it changed meanwhile"):
+        fuse(source, tmp_path / "fused", **OPTIONS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_the_cli_resumes(source, tmp_path, stopped, whole):
+    arguments = ["fuse", str(source), str(tmp_path / "fused"), "--dtype", "bfloat16", "--max-shard-size", "0.02MB"]
+    result = CliRunner().invoke(cli.main, [*arguments, "--resume"])
+    assert result.exit_code == 0, result.output
+    assert contents(tmp_path / "fused") == whole
+
+
+def test_a_device_that_is_full(source, tmp_path, monkeypatch):
+    """The first write beyond what fits fails, as a full disk's does, whichever it is."""
+    limit = 150_000
+    monkeypatch.setattr(writing.os, "fsync", lambda _: limit or 0)
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(StorageError, match="File too large"):
+            fuse(source, tmp_path / "fused", dtype="float64")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+    assert not (tmp_path / "fused").exists()
+    assert json.loads((source / "config.json").read_text())["model_type"] == "skipless"
