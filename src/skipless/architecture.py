@@ -6,11 +6,13 @@ Q, K, V, P, M, O as in arXiv:2404.12362.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
 
+from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError
 
 # Every value that means something.
@@ -40,7 +42,8 @@ FOREIGN = frozenset(
 # Fields that a skipless config.json may leave null: what they stand for then is this class's default.
 NULLABLE = frozenset({"norms", "num_local_experts", "num_experts_per_tok"})
 
-# Layers times experts: more is no model but a typing error, or an attack.
+# Layers, and layers times experts: more is no model but a typing error, or an attack.
+MOST_LAYERS = 2000
 MOST_BLOCKS = 10**5
 
 # Where a norm may stand, by its tensor's name (a layer's: less model.layers.{i}): on what Q, K, V read and on what M
@@ -169,6 +172,9 @@ class Architecture:
         for name in config:
             if name not in fields and name not in BOOKKEEPING:
                 raise InputError(f"config.json: {name}: not a field of a skipless model; remove it if it means nothing")
+        for name in ("dtype", "torch_dtype"):
+            if (dtype := config.get(name)) not in (None, *DTYPE_NAMES):
+                raise InputError(f"config.json: {name}: expected one of {', '.join(DTYPE_NAMES)}; found {dtype!r}")
         values = {
             name: config[name] for name in fields if name in config and not (name in NULLABLE and config[name] is None)
         }
@@ -226,6 +232,10 @@ class Architecture:
             raise InputError(
                 f"config.json: num_hidden_layers: expected at most {MOST_BLOCKS:,} layers and experts, found "
                 f"{self.num_hidden_layers} layers of {self.num_local_experts} experts"
+            )
+        if self.num_hidden_layers > MOST_LAYERS:
+            raise InputError(
+                f"config.json: num_hidden_layers: expected at most {MOST_LAYERS:,}, found {self.num_hidden_layers:,}"
             )
         if self.ffn_type == "moe" and not 0 < self.num_experts_per_tok <= self.num_local_experts:
             raise InputError(
@@ -348,7 +358,11 @@ class Architecture:
 
     def stream_closed(self, layer: int) -> bool:
         """Whether the stream seam before this layer has been closed."""
-        return self.stream_basis is not None and layer not in self.layers_open
+        return self.stream_basis is not None and layer not in self._layers_open
+
+    @cached_property
+    def _layers_open(self) -> frozenset[int]:
+        return frozenset(self.layers_open)
 
     def skipless(self) -> Self:
         """The same architecture without skips and norms; a norm of queries and keys may stay, it blocks no seam."""
@@ -356,7 +370,11 @@ class Architecture:
 
     def has_experts(self, layer: int) -> bool:
         """Whether this layer's FFN consists of experts."""
-        return self.ffn_type == "moe" and layer not in self.dense_layers
+        return self.ffn_type == "moe" and layer not in self._dense_layers
+
+    @cached_property
+    def _dense_layers(self) -> frozenset[int]:
+        return frozenset(self.dense_layers)
 
     def experts(self, layer: int) -> tuple[str, ...]:
         """Names of this layer's FFNs: one, or its experts."""
@@ -391,10 +409,8 @@ class Architecture:
         if not self.tie_word_embeddings:
             rows = self.vocab_size - self.head_removed * d
             modules.append(Module("lm_head", table, rows, self.head_bias))
-        return [
-            dataclasses.replace(module, bias=True) if module.name in self.folded_biases else module
-            for module in modules
-        ]
+        folded = set(self.folded_biases)
+        return [dataclasses.replace(module, bias=True) if module.name in folded else module for module in modules]
 
     def _layer(self, layer: int) -> list[Module]:
         modules, d, f = [], self.hidden_size, self.ffn_width(layer)
@@ -514,7 +530,7 @@ def _checked(name: str, field: "dataclasses.Field[Any]", value: Any) -> Any:
         if type(value) not in (int, float) or not 0 <= value < 1:
             raise InputError(f"config.json: {name}: expected a number from 0 to 1, found {value!r}")
     elif expected is str and name not in VALUES:
-        if type(value) is not str:
+        if type(value) is not str or not re.fullmatch(r"\w{1,64}", value, re.ASCII):
             raise InputError(f"config.json: {name}: expected a name, found {value!r}")
     elif expected is bool:
         if type(value) is not bool:

@@ -7,6 +7,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import skipless.model  # noqa: F401  (registers the AutoClasses)
+from skipless.checkpoint.headers import Folder
 from skipless.errors import InputError
 from skipless.quiet import no_library_bars
 
@@ -16,8 +17,7 @@ def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
     Raises InputError when the folder does not load, or its tensors are not exactly the model's.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder}: expected a model folder, found {'a file' if folder.exists() else 'nothing'}")
+    Folder(folder)
     try:
         with no_library_bars():
             model, info = AutoModelForCausalLM.from_pretrained(

@@ -203,8 +203,10 @@ def _find_spaces(a: Architecture) -> Iterable[_Space]:
         inputs["y" if serial else "s", i if serial else i + 1] += a.query_width
         inputs["s", i + 1] += sum(a.ffn_width(i) for _ in a.experts(i))
     readers["s", layers].append("model.norm" if a.has_norm("model.norm") else None)
-    for top in dict.fromkeys(root(place) for place in places):
-        members = [place for place in places if root(place) == top]
+    spaces: dict[tuple[str, int], list[tuple[str, int]]] = {}
+    for place in places:
+        spaces.setdefault(root(place), []).append(place)
+    for members in spaces.values():
         found = [reader for place in members for reader in readers[place]]
         yield _Space(
             normed=tuple(name for name in found if name is not None),

@@ -223,7 +223,7 @@ def test_the_config_contradicts_the_tensors(source, tmp_path, changes, tensor):
             {"head_dim": 8, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.4}},
             "partial_rotary_factor",
         ),
-        ({"num_hidden_layers": 50_000}, "num_hidden_layers: expected at most 23, the number of tensors"),
+        ({"num_hidden_layers": 1000}, "num_hidden_layers: expected at most 23, the number of tensors"),
         ({"model_type": ["skipless"]}, "model_type: expected 'skipless'"),
     ],
     ids=str,
@@ -234,7 +234,7 @@ def test_a_config_that_the_model_would_refuse(source, tmp_path, changes, message
 
 
 def test_unknown_engine(source, tmp_path):
-    with pytest.raises(InputError, match="engine: expected one of local, found 'other'"):
+    with pytest.raises(InputError, match="engine: expected one of local, ray, found 'other'"):
         fuse(source, tmp_path / "fused", engine="other")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 

@@ -493,7 +493,7 @@ def test_gguf_files_that_are_none(tmp_path):
     file.write_bytes(file.read_bytes()[:-40_000])
     with pytest.raises(skipless.InputError, match="expected a whole GGUF file"):
         skipless.audit(file)
-    with pytest.raises(skipless.InputError, match="expected a GGUF file, found nothing"):
+    with pytest.raises(skipless.InputError, match="expected a GGUF file, found no such file"):
         count(tmp_path / "none.gguf")
 
 

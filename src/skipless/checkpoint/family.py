@@ -239,7 +239,11 @@ class Layout:
 
     @classmethod
     def of(cls, family: Family, architecture: Architecture, names: Collection[str]) -> Self:
-        """The layout of a checkpoint with these tensors: with whichever prefix and names they have."""
+        """The layout of a checkpoint with these tensors: with whichever prefix and names they have.
+
+        Raises InputError if these are fewer than layers.
+        """
+        _check_layers(architecture, names)
         variants = ({}, *family.variants)
         layouts = [cls(family, architecture, prefix, names) for prefix in family.prefixes for names in variants]
         return max(layouts, key=lambda layout: sum(name in names for name in layout.shapes))
@@ -270,9 +274,18 @@ def find(config: Config) -> Family:
     )
 
 
+def _check_layers(architecture: Architecture, names: Collection[str]) -> None:
+    """Raise InputError, before anything is built of their number, for more layers than tensors."""
+    if (layers := architecture.num_hidden_layers) > len(names):
+        raise InputError(
+            f"config.json: num_hidden_layers: expected at most {len(names)}, the number of tensors, found {layers}"
+        )
+
+
 def check(folder: Folder) -> Architecture:
     """What a model folder holds. Raises InputError if its config is none, or its tensors' headers contradict it."""
     architecture = read(folder.config)
+    _check_layers(architecture, folder.headers)
     if folder.config.get("model_type") == "skipless":
         folder.check(architecture.tensors(), architecture.index_tensors())
     else:

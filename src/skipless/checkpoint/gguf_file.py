@@ -1,14 +1,25 @@
 """A GGUF file (llama.cpp) as a checkpoint: its metadata as a config, its tensors dequantized one at a time."""
 
+import mmap
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from skipless.checkpoint.headers import Header, check_headers, ignores_nothing
+from skipless.checkpoint.headers import MOST_TENSORS, MOST_VALUES, Header, check_file, check_headers, ignores_nothing
 from skipless.errors import InputError
 
 # Metadata that lists or describes tokens is no part of the architecture, and large.
 TOKENIZER = "tokenizer."
+
+# Values from which on metadata is a list of tokens or merges, and values in all that is shorter: the package takes up
+# to 2 kB of memory for each that it reads.
+LONG = 1000
+MOST_KEPT = 10**5
+# Bytes of the metadata's types, as the format numbers them; strings and arrays begin with their length.
+SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+STRING, ARRAY = 8, 9
+MOST_DIMENSIONS = 4
 
 
 class GGUFReader:
@@ -19,14 +30,14 @@ class GGUFReader:
     """
 
     def __init__(self, file: Path):
+        check_file(file, "a GGUF file")
         try:
-            import gguf
+            self._file = _open(file)
+            metadata: dict[str, Any] = {
+                name: field.contents() for name, field in self._file.fields.items() if not name.startswith(TOKENIZER)
+            }
         except ImportError:
             raise InputError(f"{file}: GGUF files need the [gguf] extra; pip install 'skipless[gguf]'") from None
-        if not file.is_file():
-            raise InputError(f"{file}: expected a GGUF file, found {'a folder' if file.exists() else 'nothing'}")
-        try:
-            self._file = gguf.GGUFReader(file)
         except Exception as error:  # the package raises whatever its parsing comes upon
             raise InputError(
                 f"{file}: expected a whole GGUF file, found {error!r}; copy or download it again"
@@ -35,9 +46,6 @@ class GGUFReader:
         self._tensors = {tensor.name: tensor for tensor in self._file.tensors}
         shapes = {name: tuple(int(size) for size in tensor.shape[::-1]) for name, tensor in self._tensors.items()}
         self.headers = {name: Header(shape, "F32", file.name) for name, shape in shapes.items()}
-        metadata: dict[str, Any] = {
-            name: field.contents() for name, field in self._file.fields.items() if not name.startswith(TOKENIZER)
-        }
         self.config: Mapping[str, Any] = {
             **metadata,
             "model_type": f"gguf-{metadata.get('general.architecture')}",
@@ -75,3 +83,79 @@ class GGUFReader:
         if not np.isfinite(values).all():
             raise InputError(f"{name}: expected finite numbers, found NaN or infinite ones; the file is damaged")
         return torch.from_numpy(np.array(values, dtype=np.float32))
+
+
+def _open(file: Path) -> Any:
+    """The package's reader, once the file's lengths have been checked. Raises whatever it comes upon."""
+    import gguf
+
+    long = _long_lists(file)
+
+    class Reader(gguf.GGUFReader):
+        """Passes over long lists, which nothing here needs."""
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if size := long.get(int(orig_offs)):
+                return size, [], [], [gguf.GGUFValueType.ARRAY]
+            return super()._get_field_parts(orig_offs, raw_type)
+
+    return Reader(file)
+
+
+def _long_lists(file: Path) -> dict[int, int]:
+    """Where metadata of more than LONG values lies, which the package would take long to read: place -> bytes.
+
+    Raises ValueError or struct.error for lengths and places beyond the file, which the package would believe.
+    """
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        order = "<" if struct.unpack_from("<I", data, 4)[0] & 0xFFFF else ">"
+        values, found = 0, {}
+
+        def number(code: str, at: int) -> int:
+            read: int = struct.unpack_from(order + code, data, at)[0]
+            return read
+
+        def after(kind: int, at: int) -> int:
+            """Where the value that begins at `at` ends."""
+            nonlocal values
+            values += 1
+            if kind in SCALARS:
+                at += SCALARS[kind]
+            elif kind == STRING:
+                at += 8 + number("Q", at)
+            elif kind == ARRAY:
+                inner, count = number("I", at), number("Q", at + 4)
+                at += 12
+                if inner in SCALARS:
+                    values += count
+                    at += count * SCALARS[inner]
+                else:
+                    for _ in range(count):
+                        at = after(inner, at)
+            else:
+                raise ValueError(f"metadata of the unknown type {kind}")
+            if values > MOST_VALUES or at > len(data):
+                raise ValueError(f"metadata beyond the end of the file, or more than {MOST_VALUES:,} values")
+            return at
+
+        tensors, pairs, at, kept = number("Q", 8), number("Q", 16), 24, 0
+        for _ in range(pairs):
+            start = after(STRING, at) + 4
+            before, at = values, after(number("I", start - 4), start)
+            if values - before > LONG:
+                found[start] = at - start
+            else:
+                kept += values - before
+            if kept > MOST_KEPT:
+                raise ValueError(f"more than {MOST_KEPT:,} values in short lists")
+        if tensors > MOST_TENSORS:
+            raise ValueError(f"{tensors:,} tensors")
+        for _ in range(tensors):
+            at = after(STRING, at)
+            dimensions = number("I", at)
+            if dimensions > MOST_DIMENSIONS:
+                raise ValueError(f"a tensor of {dimensions:,} dimensions")
+            at += 4 + 8 * dimensions + 12
+            if number("Q", at - 8) > len(data):
+                raise ValueError("a tensor beyond the end of the file")
+        return found

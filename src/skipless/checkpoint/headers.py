@@ -2,9 +2,11 @@
 
 import json
 import os
+import stat
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -15,6 +17,29 @@ from skipless.errors import InputError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+# Bytes of what is read whole. Published configs have 0.1 MB at most, indices 20 MB; safetensors reads headers of up to
+# 100 MB, in which there would be more tensors than MOST_VALUES allows.
+MOST_CONFIG = 16 * 10**6
+MOST_INDEX = MOST_HEADER = 48 * 10**6
+# Values in such a file: each takes up to 250 bytes of memory, however few of the file. A header has nine a tensor.
+# Whatever a folder holds, reading what describes it takes less than MOST_MEMORY bytes (benchmarks/fuzz.py).
+MOST_VALUES = 2 * 10**6
+MOST_MEMORY = 10**9
+# Objects, lists or folders within each other, and digits of a number.
+MOST_NESTED = 64
+MOST_DIGITS = 40
+# Tensors, and other files, in a model folder.
+MOST_TENSORS = 5 * 10**5
+MOST_FILES = 10**5
+
+FILE_TYPES = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 @dataclass(frozen=True)
@@ -49,27 +74,15 @@ class Folder:
         self.headers: Mapping[str, Header] = self._read_headers()
 
     def _find_shards(self) -> list[str]:
-        if (self.folder / INDEX).exists():
-            if (self.folder / SINGLE).exists():
+        index = self.folder / INDEX
+        if os.path.lexists(index):
+            if os.path.lexists(self.folder / SINGLE):
                 raise InputError(
                     f"{self.folder}: expected one of {SINGLE} and {INDEX}, found both; remove the stale one"
                 )
-            weight_map = read_json_object(self.folder / INDEX).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise InputError(
-                    f"{self.folder / INDEX}: weight_map: expected tensor names and their files, found none"
-                )
-            self._weight_map = weight_map
-            shards = sorted({str(shard) for shard in weight_map.values()})
-            for shard in shards:
-                if Path(shard).name != shard or not shard.endswith(".safetensors"):
-                    raise InputError(
-                        f"{self.folder / INDEX}: weight_map: expected safetensors files in this folder, found {shard!r}"
-                    )
-                if not (self.folder / shard).is_file():
-                    raise InputError(f"{self.folder / shard}: expected a shard that {INDEX} names, found no such file")
-            return shards
-        if (self.folder / SINGLE).is_file():
+            self._weight_map = _weight_map(index)
+            return sorted(set(self._weight_map.values()))
+        if os.path.lexists(self.folder / SINGLE):
             return [SINGLE]
         pickles = sorted(file.name for pattern in PICKLES for file in self.folder.glob(pattern))
         if pickles:
@@ -82,10 +95,13 @@ class Folder:
     def _read_headers(self) -> dict[str, Header]:
         headers: dict[str, Header] = {}
         for shard in self.shards:
-            for name, header in sorted(read_header(self.folder / shard).items()):
+            expected = "a safetensors file" if self._weight_map is None else f"a shard that {INDEX} names"
+            for name, header in sorted(read_header(self.folder / shard, expected).items()):
                 if name in headers:
                     raise InputError(f"{name}: expected once, found in {headers[name].shard} and {shard}")
                 headers[name] = header
+            if len(headers) > MOST_TENSORS:
+                raise InputError(f"{self.folder}: expected at most {MOST_TENSORS:,} tensors, found {len(headers):,}")
         for name, shard in (self._weight_map or {}).items():
             if name not in headers or headers[name].shard != shard:
                 raise InputError(f"{name}: expected in {shard}, as {INDEX} says; not found there")
@@ -106,13 +122,32 @@ class Folder:
     def other_files(self) -> list[Path]:
         """Everything beside config.json and weights in any format, relative to the folder, in a fixed order.
 
-        Raises InputError for a folder that cannot be read.
+        Raises InputError for a folder that cannot be read, and for what cannot be copied: anything but files, and a
+        symlink out of the folder, but to the blobs of HuggingFace's cache.
         """
-        found = []
-        for parent, _, names in os.walk(self.folder, onerror=_unreadable):
-            found += [(Path(parent) / name).relative_to(self.folder) for name in names]
+        root = self.folder.resolve()
+        inside = (root, root.parent.parent / "blobs") if root.parent.name == "snapshots" else (root,)
         weights = ("config.json", "*.safetensors", "*.index.json", *PICKLES)
-        return sorted(file for file in found if not any(file.match(pattern) for pattern in weights))
+        found: list[Path] = []
+        folders = [self.folder]
+        while folders:
+            parent = folders.pop()
+            if len(parent.parts) - len(self.folder.parts) > MOST_NESTED:
+                raise InputError(f"{parent}: expected at most {MOST_NESTED} folders within each other; remove it")
+            for file in _files(parent):
+                if file.is_dir() and not file.is_symlink():
+                    folders.append(file)
+                elif not any(file.match(pattern) for pattern in weights):
+                    check_file(file, "a file to copy")
+                    if not any(file.resolve().is_relative_to(place) for place in inside):
+                        raise InputError(
+                            f"{file}: expected a file in this folder, found a symlink to {file.resolve()}; put a copy "
+                            f"in its place or remove it"
+                        )
+                    found.append(file.relative_to(self.folder))
+            if len(found) + len(folders) > MOST_FILES:
+                raise InputError(f"{self.folder}: expected at most {MOST_FILES:,} other files; remove them")
+        return sorted(found)
 
 
 def check_headers(
@@ -143,18 +178,23 @@ def check_headers(
             )
 
 
-def read_header(file: Path) -> dict[str, Header]:
+def read_header(file: Path, expected: str = "a safetensors file") -> dict[str, Header]:
     """The tensors of a safetensors file. Raises InputError if it is none, or not whole.
 
     safetensors checks the header; where each tensor starts, which it does not say, is then read from it.
     """
     try:
-        with safe_open(file, framework="np") as checked:
-            names = set(checked.keys())
+        size = check_file(file, expected)
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            fields = json.loads(stream.read(length))
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+            if MOST_HEADER < length <= size:
+                raise InputError(f"{file}: expected a header of at most {MOST_HEADER:,} bytes, found {length:,}")
+            text = stream.read(length) if length <= size else b""
+        _check_values(text, file)
+        with safe_open(file, framework="np") as checked:
+            names = set(checked.keys())
+        fields = _parse(text)
+    except (SafetensorError, OSError, _JSONError) as error:
         raise InputError(
             f"{file}: expected a whole safetensors file, found {error}; it may be truncated or damaged: copy or "
             f"download it again"
@@ -166,18 +206,104 @@ def read_header(file: Path) -> dict[str, Header]:
     }
 
 
-def _unreadable(error: OSError) -> None:
-    raise InputError(f"{error.filename}: expected a folder that can be read, found: {error.strerror}") from error
-
-
-def read_json_object(file: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises InputError naming the file."""
+def read_json_object(file: Path, most: int = MOST_CONFIG) -> dict[str, Any]:
+    """A JSON file of at most `most` bytes that holds an object. Raises InputError naming the file."""
+    size = check_file(file, "a JSON file")
+    if size > most:
+        raise InputError(f"{file}: expected a JSON file of at most {most:,} bytes, found {size:,}; correct it")
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{file}: expected a JSON file, found no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file}: expected JSON, found {error}") from error
+        with file.open("rb") as stream:
+            text = stream.read(size)
+        _check_values(text, file)
+        value = _parse(text)
+    except (OSError, _JSONError) as error:
+        raise InputError(f"{file}: expected JSON, found {error}; correct it") from error
     if not isinstance(value, dict):
         raise InputError(f"{file}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def check_file(file: Path, expected: str) -> int:
+    """The size in bytes of a file that can be opened without waiting for anything.
+
+    Raises InputError for anything but a regular file or a symlink to one. expected: what it should be, in words.
+    """
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        nothing = f"a symlink to {file.readlink()}, which does not exist" if file.is_symlink() else "no such file"
+        raise InputError(f"{file}: expected {expected}, found {nothing}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: expected {expected}, found: {getattr(error, 'strerror', error)}") from error
+    if not stat.S_ISREG(found.st_mode):
+        kind = FILE_TYPES.get(stat.S_IFMT(found.st_mode), "something else")
+        raise InputError(f"{file}: expected {expected}, found {kind}; put a file in its place or remove it")
+    return found.st_size
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensors and their shards, files beside the index. Raises InputError."""
+    found = read_json_object(index, MOST_INDEX).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise InputError(f"{index}: weight_map: expected tensor names and their files, found none")
+    for shard in found.values():
+        if not (
+            isinstance(shard, str)
+            and shard.endswith(".safetensors")
+            and shard.isprintable()
+            and shard == PurePosixPath(shard).name == PureWindowsPath(shard).name
+        ):
+            raise InputError(f"{index}: weight_map: expected safetensors files in this folder, found {shard!r}")
+    return found
+
+
+def _files(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"{folder}: expected a folder that can be read, found: {error.strerror}") from error
+
+
+class _JSONError(ValueError):
+    """Text that is no JSON, or JSON that no model comes with."""
+
+
+def _check_values(text: bytes, file: Path) -> None:
+    """Raise InputError, before it is parsed, for JSON that holds very many values, as one may within a few bytes."""
+    if (values := sum(map(text.count, (b",", b"[", b"{")))) > MOST_VALUES:
+        raise InputError(f"{file}: expected at most {MOST_VALUES:,} JSON values, found up to {values:,}; correct it")
+
+
+def _parse(text: bytes) -> Any:
+    """JSON whose objects have each key once, with short integers, and not deep. Raises _JSONError."""
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=_once, parse_int=_integer)
+    except RecursionError:
+        raise _JSONError("lists or objects too deep within each other") from None
+    except ValueError as error:
+        raise _JSONError(str(error)) from error
+    level = [value]
+    for _ in range(MOST_NESTED):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (list, dict))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return value
+    raise _JSONError(f"more than {MOST_NESTED} lists or objects within each other")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise _JSONError(f"{counts.most_common(1)[0][0]!r} more than once in an object")
+    return found
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise _JSONError(f"an integer of {len(digits):,} digits")
+    return int(digits)

@@ -1,13 +1,14 @@
 """Qwen3 with experts, in all layers or some."""
 
-from skipless.architecture import MOST_BLOCKS
+from skipless.architecture import MOST_LAYERS
 from skipless.checkpoint.family import LLAMA_DEFAULTS, LLAMA_FIELDS, LLAMA_FIXED, Config, Family
 
 
 def dense_layers(config: Config) -> list[int]:
     """Layers without experts: those named, and all but every decoder_sparse_step-th."""
-    layers, step = range(min(config["num_hidden_layers"], MOST_BLOCKS)), config["decoder_sparse_step"]
-    return [layer for layer in layers if layer in (config["mlp_only_layers"] or ()) or (layer + 1) % step]
+    layers, step = range(min(config["num_hidden_layers"], MOST_LAYERS)), config["decoder_sparse_step"]
+    named = set(config["mlp_only_layers"] or ())
+    return [layer for layer in layers if layer in named or (layer + 1) % step]
 
 
 FAMILY = Family(
