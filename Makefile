@@ -35,6 +35,9 @@ benchmarks: $(READY) $(SMOLLM2)
 	$(BIN)/python benchmarks/stored.py
 	$(BIN)/python benchmarks/smollm2.py $(SMOLLM2)
 	$(BIN)/python benchmarks/fold.py
+	$(BIN)/python benchmarks/kill.py
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/fuzz.py
 	$(BIN)/python benchmarks/limits.py --check
 	$(BIN)/python benchmarks/equivalence.py
 	$(BIN)/python benchmarks/audit.py $(SMOLLM2) docs/smollm2.svg

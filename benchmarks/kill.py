@@ -3,8 +3,9 @@
     python benchmarks/kill.py             # 25 kills
 
 A small checkpoint of many shards is fused once without interruption. Then, again and again: begun anew, killed after a
-random part of the time from the first file to the last, and gone on with. Every file is compared, and every task that a process carried out is counted:
-of those that were finished when it was killed, how many had to be done again? The last line is one JSON object.
+random part of the time from the first file to the last, and gone on with. Every file is compared, and every task that a
+process carried out is counted: of those that were finished when it was killed, how many had to be done again? The last
+line is one JSON object.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 
 from skipless import engines, fuse
-from skipless.checkpoint.staging import unfinished
+from skipless.checkpoint.staging import LocalPlace
 from skipless.model import SkiplessConfig, SkiplessForCausalLM
 
 SHARD = 500_000
@@ -71,7 +72,7 @@ def main() -> None:
             return subprocess.Popen([sys.executable, __file__, "--child", *paths])
 
         def wait_for_files(process: subprocess.Popen[bytes]) -> None:
-            while process.poll() is None and not unfinished(folder / "fused").exists():
+            while process.poll() is None and not LocalPlace(folder / "fused").unfinished.exists():
                 time.sleep(0.001)
 
         process = start(folder / "log")
@@ -96,7 +97,7 @@ def main() -> None:
             time.sleep(moment)
             process.send_signal(signal.SIGKILL)
             process.wait()
-            journal = unfinished(folder / "fused") / "journal.jsonl"
+            journal = LocalPlace(folder / "fused").unfinished / "journal.jsonl"
             whole_lines = journal.read_text().count("\n") if journal.exists() else 0
             finished = set(log.read_text().split())
             if not (folder / "fused").exists():

@@ -59,9 +59,9 @@ class Layer:
         return self.errors(self.writer.to(dtype).double() @ self.readers.to(dtype).double())
 
     def outputs(self, stream: Stream) -> torch.Tensor:
-        x = stream.writers["o"].weight
+        x, rest = stream.writers["o"].weight.double(), stream.rest.weight.double()
         outputs = torch.empty_like(self.exact)
-        outputs[:, stream.kept], outputs[:, stream.others] = x, x @ stream.rest.weight
+        outputs[:, stream.kept], outputs[:, stream.others] = x, x @ rest
         return outputs
 
     def basis(self, way: str) -> Basis:

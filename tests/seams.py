@@ -31,7 +31,7 @@ def gaussian_layer(width, rows=None, seed=0, condition=None, biased=False):
 
 
 def apply(x, affine):
-    return x @ affine.weight + (0 if affine.bias is None else affine.bias)
+    return x @ affine.weight.double() + (0 if affine.bias is None else affine.bias)
 
 
 def relative_errors(affines, other, x=None):

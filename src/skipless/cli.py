@@ -8,14 +8,16 @@ import re
 import shlex
 import signal
 import sys
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from skipless import __version__
 from skipless.counting import WEIGHT_BYTES
@@ -249,57 +251,82 @@ def audit(model: Path, plot: Path | None, as_json: bool, **removal: Any) -> None
 
 
 @main.command()
-@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
-@click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
+@click.argument("source", metavar="SRC")
+@click.argument("destination", metavar="DST")
 @removal_options
 @click.option(
     "--max-shard-size", default="5GB", show_default=True, help="Largest file of weights: a number and MB or GB."
 )
-@click.option("--dry-run", is_flag=True, help="Print the plan - what is read, written and saved - and stop.")
+@click.option("--max-memory", metavar="SIZE", help="Stay below, or say that it cannot be done [default: what is free].")
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Who computes: this process, or the machines of a Ray cluster.",
+)
+@click.option("--address", help="Of the Ray cluster, or auto [default: one on this machine].")
+@click.option("--dry-run", is_flag=True, help="Print the plan - tasks, files, memory, FLOPs, time - and stop.")
 @click.option("--resume", is_flag=True, help="Go on where the same command was stopped.")
 @as_json
 def fuse(
-    source: Path,
-    destination: Path,
+    source: str,
+    destination: str,
     max_shard_size: str,
+    max_memory: str | None,
+    engine: str,
+    address: str | None,
     dry_run: bool,
     resume: bool,
     as_json: bool,
     **removal: Any,
 ) -> None:
     """Write the skipless checkpoint SRC without the weights it does not need into the new folder DST."""
-    from skipless import fusion, planning, tables
-    from skipless.checkpoint.staging import unfinished
+    from skipless import fusion, tables
     from skipless.request import Request
 
-    options, size = parse_removal(**removal), parse_size(max_shard_size)
+    options, size = parse_removal(**removal), parse_size("--max-shard-size", max_shard_size)
+    memory = None if max_memory is None else parse_size("--max-memory", max_memory)
+    estimated = None
     if dry_run:
         device = options.pop("device")
-        plan, _ = fusion.plan_fuse(source, destination, Request(**options), size, device=device, resume=resume)
+        planned = fusion.plan_fuse(
+            source, destination, Request(**options), size, memory, engine, address, device, resume
+        )
+        plan, estimated = planned.plan, planned.estimate()
     else:
-        with progress_bar("fusing") as progress:
-            bar = progress.add_task("", total=None)
-
-            def advance(plan: planning.Plan, task: planning.Task | None) -> None:
-                progress.update(bar, total=len(plan.tasks), advance=0 if task is None else 1)
-
+        with work_bar("fusing") as advance:
             try:
-                plan = fusion.fuse(source, destination, max_shard_size=size, resume=resume, progress=advance, **options)
+                plan = fusion.fuse(
+                    source,
+                    destination,
+                    max_shard_size=size,
+                    max_memory=memory,
+                    engine=engine,
+                    address=address,
+                    resume=resume,
+                    progress=advance,
+                    **options,
+                )
             except (KeyboardInterrupt, SystemExit):
-                if unfinished(destination).exists():
+                if fusion.destination_place(destination).unfinished.exists():
                     again = [word for word in sys.argv[1:] if word != "--resume"]
                     err.print(f"interrupted; go on with: skipless {shlex.join(again)} --resume", soft_wrap=True)
                 raise
     if as_json:
-        print_json(plan.summary())
-    else:
-        out.print(tables.plan_table(plan))
-        if plan.reason:
-            out.print(f"basis {plan.basis}: {plan.reason}", soft_wrap=True)
-        if plan.note:
-            out.print(plan.note, soft_wrap=True, highlight=False, markup=False)
-        if not dry_run:
-            out.print(f"wrote {destination}; check it with: skipless verify {source} {destination}", soft_wrap=True)
+        print_json(plan.summary() | ({} if estimated is None else {"work": estimated.to_json()}))
+        return
+    out.print(tables.plan_table(plan))
+    if estimated is not None:
+        out.print(tables.work_table(estimated))
+        for line in tables.work_lines(estimated):
+            out.print(line, soft_wrap=True, highlight=False)
+    if plan.reason:
+        out.print(f"basis {plan.basis}: {plan.reason}", soft_wrap=True)
+    if plan.note:
+        out.print(plan.note, soft_wrap=True, highlight=False, markup=False)
+    if not dry_run:
+        out.print(f"wrote {destination}; check it with: skipless verify {source} {destination}", soft_wrap=True)
 
 
 @main.command("limit")
@@ -425,6 +452,33 @@ def progress_bar(verb: str) -> Progress:
     return Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
 
 
+@contextmanager
+def work_bar(verb: str) -> Iterator[Callable[[Any, Any], None]]:
+    """A bar on stderr for fuse's `progress`, by FLOPs and bytes, with GFLOP/s and the time left."""
+    columns = (TextColumn(verb), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rate]}"))
+    bar = Progress(*columns, TimeRemainingColumn(), console=err, transient=True, disable=not err.is_terminal)
+    number = bar.add_task("", total=None, rate="")
+    begun, flops = time.monotonic(), 0.0
+
+    def advance(plan: Any, task: Any) -> None:
+        nonlocal begun, flops
+        from skipless.cost import cost
+
+        def work(task: Any) -> float:
+            return cost(plan, task).total + plan.moved(task)
+
+        if task is None:
+            begun = time.monotonic()
+            bar.update(number, total=sum(map(work, plan.tasks)))
+            return
+        flops += cost(plan, task).total
+        rate = flops / (time.monotonic() - begun) / 1e9
+        bar.update(number, advance=work(task), rate=f"{rate:,.0f} GFLOP/s")
+
+    with bar:
+        yield advance
+
+
 def print_json(value: Any) -> None:
     """One JSON object on stdout; what JSON has no number for (infinity, NaN) becomes null."""
 
@@ -446,10 +500,10 @@ def parse_layers(text: str) -> tuple[int, ...]:
         raise InputError(f"--layers-open: expected layer numbers with commas between them, found {text!r}") from None
 
 
-def parse_size(text: str) -> int:
+def parse_size(option: str, text: str) -> int:
     """A size such as 5GB or 200MB in bytes."""
     found = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,3})?) ?(MB|GB)", text.strip().upper())
     size = int(float(found[1]) * {"MB": 10**6, "GB": 10**9}[found[2]]) if found else 0
     if size < 1:
-        raise InputError(f"--max-shard-size: expected a number and MB or GB, such as 5GB; found {text!r}")
+        raise InputError(f"{option}: expected a number and MB or GB, such as 5GB; found {text!r}")
     return size

@@ -1,4 +1,8 @@
-"""Carry out one task of a plan: read its tensors, close its seams, and hand out what is to be written."""
+"""Carry out one task of a plan: read its tensors, close its seams, and hand out what is to be written.
+
+Tensors are held as they were read, and what is made of them as it will be stored or as precisely as that needs; each is
+forgotten after its last use.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,7 +14,8 @@ from skipless.basis import choose, choose_rows
 from skipless.eliminate import Affine, close_rows, column_order, merge, modules, normalize_rows
 from skipless.planning import Plan, Task
 from skipless.prediction import OpenStream, merged, passed_rows
-from skipless.rounding import HALF, round_stream
+from skipless.products import HALF, squares
+from skipless.rounding import round_stream
 from skipless.seams import Seam
 from skipless.source import read_affine
 
@@ -24,7 +29,7 @@ class Done:
 
 
 def run_task(plan: Plan, task: Task, read: Callable[[str], torch.Tensor]) -> Done:
-    """Carry out one task: read its tensors, close its seams in fp64, and hand out what is to be written."""
+    """Carry out one task: read its tensors, close its seams, and hand out what is to be written."""
     if not task.seams:
         (name,) = task.writes
         tensor = read(name)
@@ -53,18 +58,21 @@ Closed = tuple[dict[str, Affine], torch.Tensor | None, str | None]
 def _close(
     plan: Plan,
     seam: Seam,
-    affines: Mapping[str, Affine],
+    affines: dict[str, Affine],
     later: frozenset[str],
     read: Callable[[str], torch.Tensor],
 ) -> Closed:
-    """Close one seam: the modules that remain, their order, and what is wrong. later: modules yet to be rewritten."""
+    """Close one seam: the modules that remain, their order, and what is wrong.
+
+    affines: modules that go or change may be taken out after their last use. later: modules yet to be rewritten.
+    """
     way = seam.way(plan.basis)
     if seam.rest:
         return _close_stream(plan, seam, affines, later)
     if way == "rows":
         return _close_rows(plan, seam, affines, later, read)
     if way == "p":
-        return _merge(plan, seam, affines)
+        return _merge(plan, seam, affines, later)
     if way == "gain":
         return merge(seam, affines), None, None
     (norm,), (table,) = seam.writers, seam.readers
@@ -72,14 +80,18 @@ def _close(
     return {table: rows}, None, None
 
 
-def _close_stream(plan: Plan, seam: Seam, affines: Mapping[str, Affine], later: frozenset[str]) -> Closed:
+def _close_stream(plan: Plan, seam: Seam, affines: dict[str, Affine], later: frozenset[str]) -> Closed:
     """Close a stream or head seam by the plan's basis and round it."""
     way = seam.way(plan.basis)
-    opened = OpenStream(seam, affines)
-    basis = choose(seam, way, opened.readers, opened.weights)
-    stream = opened.close(basis)
     dtypes = _dtypes(plan, seam, later)
     name = _coarsest(dtypes.values())
+    opened = OpenStream(seam, affines)
+    quick = all(dtype in HALF for dtype in dtypes.values())
+    basis = choose(seam, way, opened.readers, opened.weights, torch.float32 if quick else torch.float64)
+    stream = opened.close(basis, dtypes)
+    opened.release()
+    for writer in seam.writers:
+        del affines[writer]
     if getattr(torch, name) in HALF:
         stream = round_stream(stream, opened.weights, opened.extra_weights, dtypes)
     problem = opened.measure(way, basis, stream, dtypes, name).problem(way, name)
@@ -91,7 +103,7 @@ def _close_rows(
     plan: Plan, seam: Seam, affines: Mapping[str, Affine], later: frozenset[str], read: Callable[[str], torch.Tensor]
 ) -> Closed:
     """Make rows of P, or of each head of V, the identity."""
-    weight, mix = affines[seam.writers[0]].weight, None
+    weight, mix = affines[seam.writers[0]].weight.double(), None
     if seam.kind == "values":
         mix = weight.new_full((plan.source.num_attention_heads,), not seam.mixed)
         for name in seam.mixed:
@@ -108,12 +120,13 @@ def _coarsest(dtypes: Iterable[torch.dtype]) -> str:
     return str(max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)).removeprefix("torch.")
 
 
-def _merge(plan: Plan, seam: Seam, affines: Mapping[str, Affine]) -> Closed:
+def _merge(plan: Plan, seam: Seam, affines: Mapping[str, Affine], later: frozenset[str]) -> Closed:
     """Close a P-M seam by merging P."""
-    remaining = merge(seam, affines)
+    dtypes = {name: torch.float64 if name in later else plan.outputs[f"{name}.weight"].dtype for name in seam.readers}
+    remaining = merge(seam, affines, dtypes)
     weights = [affine.weight for affine in remaining.values()]
     name = _coarsest(plan.outputs[f"{name}.weight"].dtype for name in remaining)
-    power = sum(torch.linalg.vector_norm(weight).item() ** 2 for weight in weights)
+    power = sum(squares(weight, 0).sum().item() for weight in weights)
     largest = max(torch.linalg.vector_norm(weight, math.inf).item() for weight in weights)
     return remaining, None, merged(seam, affines, [name], power, largest).problem("p", name)
 
@@ -136,13 +149,17 @@ def _dtypes(plan: Plan, seam: Seam, later: frozenset[str]) -> dict[str, torch.dt
 
 
 def _stored(
-    plan: Plan, affines: Mapping[str, Affine], indices: Mapping[str, torch.Tensor]
+    plan: Plan, affines: dict[str, Affine], indices: Mapping[str, torch.Tensor]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Modules as the checkpoint stores them, in the output's dtype, and index tensors."""
+    """Modules as the checkpoint stores them, in the output's dtype, and index tensors; each is forgotten."""
     _, after = plan.modules
-    for name, affine in affines.items():
-        weight = affine.weight if after[name].table or after[name].diagonal else affine.weight.T
-        yield f"{name}.weight", weight.to(plan.outputs[f"{name}.weight"].dtype)
-        if affine.bias is not None:
-            yield f"{name}.bias", affine.bias.to(plan.outputs[f"{name}.bias"].dtype)
+    for name in list(affines):
+        weight, bias = affines[name].weight, affines[name].bias
+        del affines[name]
+        weight = weight if after[name].table or after[name].diagonal else weight.T
+        weight = weight.to(plan.outputs[f"{name}.weight"].dtype)
+        yield f"{name}.weight", weight
+        del weight
+        if bias is not None:
+            yield f"{name}.bias", bias.to(plan.outputs[f"{name}.bias"].dtype)
     yield from indices.items()

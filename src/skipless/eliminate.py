@@ -1,6 +1,7 @@
 """Close one seam on tensors: a block of one matrix becomes the identity, its neighbours take over what it did.
 
-Row vectors, y = x W + b, W (inputs, outputs), all in fp64 (arXiv:2404.12362, Fig. 1 and 2; biases: S has bias b_S).
+Row vectors, y = x W + b, W (inputs, outputs) (arXiv:2404.12362, Fig. 1 and 2; biases: S has bias b_S). Every solve is
+in fp64; a product is in what the dtype that it is to be stored in needs (products.precision).
 
     columns S of the readers become the identity    writers W -> W S, b -> b S, one of them + b_S
                                                     the other columns A_r -> R = S^-1 A_r, b_r -> b_r - b_S R
@@ -20,14 +21,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from skipless.basis import Basis
+from skipless.basis import Basis, join
+from skipless.products import product
 from skipless.seams import Seam
 
 
 @dataclass(frozen=True)
 class Affine:
-    """A module's map in fp64. `one_hot`: its inputs are rows of the unit matrix, so every row can take a bias in.
-    A norm's gain is a diagonal, its weight a vector.
+    """A module's map, its weight in any dtype, its bias in fp64. A norm's gain is a diagonal, its weight a vector.
+
+    `one_hot`: its inputs are rows of the unit matrix, so every row can take a bias in.
     """
 
     weight: Float[Tensor, "inputs outputs"] | Float[Tensor, "outputs"]
@@ -39,25 +42,36 @@ class Affine:
         if bias is None:
             return self
         if self.one_hot:
-            return dataclasses.replace(self, weight=self.weight + bias)
+            return dataclasses.replace(self, weight=self.weight + bias.to(self.weight.dtype))
         return dataclasses.replace(self, bias=bias if self.bias is None else self.bias + bias)
 
 
-def merge(seam: Seam, affines: Mapping[str, Affine]) -> dict[str, Affine]:
+def merge(
+    seam: Seam, affines: Mapping[str, Affine], dtypes: Mapping[str, torch.dtype] | None = None
+) -> dict[str, Affine]:
     """Close a P-M seam, M* = P M, m* = p M + m (Fig. 2a), or a norm's gain: P is then a diagonal, its weight (d,).
 
     affines: those of seam.modules; returns the readers. Of a redundant norm between them, P diag(gain) takes P's place.
+    dtypes: in what each reader's weight is returned (fp64).
     """
     (writer,) = (affines[name] for name in seam.writers)
-    gain = affines[seam.through].weight if seam.through in affines else None
+    gain = affines[seam.through].weight.double() if seam.through in affines else None
     merged = {}
     for name in seam.readers:
-        reader = affines[name]
+        reader, dtype = affines[name], torch.float64 if dtypes is None else dtypes[name]
         weight = reader.weight if gain is None else gain[:, None] * reader.weight
-        carried = None if writer.bias is None else writer.bias @ weight
-        product = writer.weight[:, None] * weight if writer.weight.ndim == 1 else writer.weight @ weight
-        merged[name] = dataclasses.replace(reader, weight=product).with_bias(carried)
+        carried = None if writer.bias is None else read(writer.bias, weight)
+        if writer.weight.ndim == 1:
+            moved = (writer.weight.double()[:, None] * weight).to(dtype)
+        else:
+            moved = product(weight.T, writer.weight.T, dtype).T
+        merged[name] = dataclasses.replace(reader, weight=moved).with_bias(carried)
     return merged
+
+
+def read(x: Float[Tensor, "inputs"], weight: Float[Tensor, "inputs outputs"]) -> Float[Tensor, "outputs"]:
+    """One vector x W, in fp64."""
+    return product(weight.T, x[:, None], torch.float64)[:, 0]
 
 
 def close_rows(
@@ -70,6 +84,7 @@ def close_rows(
     modules that remain, and for each block the order of inputs: those passed through, then those of the weight's rows.
     """
     first = affines[seam.writers[0]]
+    first = dataclasses.replace(first, weight=first.weight.double())
     size, remaining, orders, kept, passed = seam.width, {}, [], [], []
     for block, basis in zip(first.weight.split(size, 1), bases, strict=True):
         left = torch.ones(len(block), dtype=torch.bool, device=block.device)
@@ -81,10 +96,10 @@ def close_rows(
     carried = {}
     if mix is not None and first.bias is not None:  # the bias of each query head's value, on its way to the readers
         each = first.bias.view(seam.blocks, 1, size) * mix.view(seam.blocks, -1, 1)
-        carried = {name: each.flatten() @ affines[name].weight for name in seam.readers}
+        carried = {name: read(each.flatten(), affines[name].weight) for name in seam.readers}
     for name in seam.readers:
         reader = affines[name]
-        rows = reader.weight.unflatten(0, (seam.blocks, -1, size))
+        rows = reader.weight.double().unflatten(0, (seam.blocks, -1, size))
         weight = torch.einsum("brs,bgsf->bgrf", chosen, rows).flatten(0, 2)
         remaining[name] = dataclasses.replace(reader, weight=weight).with_bias(carried.get(name))
     (basis, *_) = bases
@@ -102,7 +117,7 @@ def close_rows(
 
 def normalize_rows(table: Affine, norm: Affine | None, norm_type: str, eps: float) -> Affine:
     """The token table with a norm applied to each row, in fp64. norm: its gain, and bias if it has one."""
-    rows = table.weight
+    rows = table.weight.double()
     if norm_type == "layer":
         rows = rows - rows.mean(1, keepdim=True)
     rows = rows * torch.rsqrt(rows.square().mean(1, keepdim=True) + eps)
@@ -128,25 +143,35 @@ class Stream:
     bias_shares: dict[str, float]
 
 
-def close_stream(seam: Seam, affines: Mapping[str, Affine], basis: Basis) -> Stream:
-    """O* = O S, R = S^-1 A_r (Fig. 2b), with biases and tied tables. affines: every module of seam.modules."""
-    joined = _join([affines[name] for name in seam.readers])
-    kept = basis.columns
-    is_other = torch.ones(joined.weight.shape[1], dtype=torch.bool, device=kept.device)
-    is_other[kept] = False
-    others = is_other.nonzero()[:, 0]
-    chosen = joined.weight[:, kept]
-    chosen_bias = None if joined.bias is None else joined.bias[kept]
-    rest = Affine(basis.solve(joined.weight[:, others]), None if joined.bias is None else joined.bias[others])
-    if chosen_bias is not None:
-        rest = rest.with_bias(-(chosen_bias @ rest.weight))
+def close_rest(seam: Seam, affines: Mapping[str, Affine], basis: Basis) -> Affine:
+    """R = S^-1 A_r, b_R = b_r - b_S R: what reads the stream once the seam is closed, in fp64."""
+    readers = [affines[name] for name in seam.readers]
+    joined, bias, others = join([reader.weight for reader in readers]), _bias(readers), _others(readers, basis)
+    rest = Affine(basis.solve(joined.T[others].T), None if bias is None else bias[others])
+    return rest if bias is None else rest.with_bias(-read(bias[basis.columns], rest.weight))
+
+
+def close_stream(
+    seam: Seam,
+    affines: Mapping[str, Affine],
+    basis: Basis,
+    rest: Affine | None = None,
+    within: torch.dtype = torch.float64,
+) -> Stream:
+    """O* = O S, R = S^-1 A_r (Fig. 2b), with biases and tied tables. affines: every module of seam.modules.
+
+    rest: R, if it has been solved for; within: the precision of O S.
+    """
+    rest = close_rest(seam, affines, basis) if rest is None else rest
+    readers = [affines[name] for name in seam.readers]
+    kept, bias = basis.columns, _bias(readers)
+    chosen = join([reader.weight for reader in readers]).T[kept].T
+    chosen_bias = None if bias is None else bias[kept]
     writers = {}
     for name in seam.writers:
         writer = affines[name]
-        # (S^T W^T)^T: stored transposed, a linear layer's weight is then contiguous
-        weight = writer.weight @ chosen if writer.one_hot else (chosen.T @ writer.weight.T).T
-        bias = None if writer.bias is None else writer.bias @ chosen
-        moved = dataclasses.replace(writer, weight=weight, bias=bias)
+        bias = None if writer.bias is None else read(writer.bias, chosen)
+        moved = dataclasses.replace(writer, weight=product(writer.weight, chosen, within, within), bias=bias)
         writers[name] = moved.with_bias(chosen_bias) if name in seam.bias_takers else moved
     duals = {}
     for name in seam.duals:
@@ -157,8 +182,9 @@ def close_stream(seam: Seam, affines: Mapping[str, Affine], basis: Basis) -> Str
     for name in seam.followers:
         weight = basis.solve(affines[name].weight)
         moved = dataclasses.replace(affines[name], weight=weight)
-        followers[name] = moved.with_bias(None if chosen_bias is None else -(chosen_bias @ weight))
-    return Stream(writers, rest, duals, followers, kept, others, {name: seam.bias_share(name) for name in writers})
+        followers[name] = moved.with_bias(None if chosen_bias is None else -read(chosen_bias, weight))
+    shares = {name: seam.bias_share(name) for name in writers}
+    return Stream(writers, rest, duals, followers, kept, _others(readers, basis), shares)
 
 
 def modules(seam: Seam, way: str, stream: Stream, widths: Mapping[str, int]) -> dict[str, Affine]:
@@ -179,11 +205,19 @@ def column_order(stream: Stream) -> Int[Tensor, "m"]:
     return torch.cat([stream.kept, stream.others]).argsort().to(torch.int32)
 
 
-def _join(readers: Sequence[Affine]) -> Affine:
-    """[Q|K|V] as one map; it has a bias if one of them has."""
-    biases = None
-    if any(reader.bias is not None for reader in readers):
-        zeros = [reader.weight.new_zeros(reader.weight.shape[1]) for reader in readers]
-        pairs = zip(readers, zeros, strict=True)
-        biases = torch.cat([zero if reader.bias is None else reader.bias for reader, zero in pairs])
-    return Affine(torch.cat([reader.weight for reader in readers], 1), biases)
+def _bias(readers: Sequence[Affine]) -> Float[Tensor, "m"] | None:
+    """The bias of [Q|K|V]: it has one if one of them has."""
+    if all(reader.bias is None for reader in readers):
+        return None
+    widths = [reader.weight.shape[1] for reader in readers]
+    zeros = [torch.zeros(width, dtype=torch.float64, device=readers[0].weight.device) for width in widths]
+    return torch.cat([z if reader.bias is None else reader.bias for z, reader in zip(zeros, readers, strict=True)])
+
+
+def _others(readers: Sequence[Affine], basis: Basis) -> Int[Tensor, "r"]:
+    """The columns of [Q|K|V] that do not become the identity, ascending."""
+    is_other = torch.ones(
+        sum(reader.weight.shape[1] for reader in readers), dtype=torch.bool, device=basis.columns.device
+    )
+    is_other[basis.columns] = False
+    return is_other.nonzero()[:, 0]

@@ -7,20 +7,22 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
-import scipy
 import torch
 
-from skipless import __version__
-from skipless.checkpoint.manifest import Record
+from skipless.checkpoint.manifest import Manifest, Record
 from skipless.checkpoint.reader import CheckpointReader
-from skipless.checkpoint.staging import Staging, check_destination, previous, staged
+from skipless.checkpoint.remote import RemotePlace, is_remote, open_reader
+from skipless.checkpoint.staging import LocalPlace, Place, Staging, staged
 from skipless.checkpoint.writer import CheckpointWriter, write_json
-from skipless.engines import ENGINES
+from skipless.engines import Engine, choose_engine, environment
 from skipless.errors import InputError
+from skipless.estimate import Estimate, check_memory, estimate
+from skipless.machine import available_memory, measure, resident_memory
 from skipless.planning import Plan, Task, prepare
 from skipless.request import AUTO, Request
 from skipless.seams import REMOVABLE
@@ -43,7 +45,9 @@ def fuse(
     remove: Iterable[str] = REMOVABLE,
     parallel_removes: str = "readers",
     max_shard_size: int = 5 * 10**9,
+    max_memory: int | None = None,
     engine: str = "local",
+    address: str | None = None,
     device: str = "cpu",
     resume: bool = False,
     progress: Callable[[Plan, Task | None], None] = lambda plan, task: None,
@@ -51,20 +55,22 @@ def fuse(
     """Write `source` without Q (or K, V) and P into the new folder `destination`, and return what was done.
 
     basis, dtype, rest_dtype, layers_open, remove, parallel_removes: what is asked for (request.Request). max_shard_size
-    in bytes. device: where the algebra is done, "cpu" or a CUDA device (their results differ in the last bits).
+    in bytes; max_memory of the process, in bytes (None: what is free). engine: "local", or "ray" with the cluster at
+    `address` (None: one on this machine). device: where the algebra is done, "cpu" or a CUDA device (their results
+    differ in the last bits).
     resume: go on where an earlier call with the same arguments was stopped; the result is the same, bit for bit.
     `progress` is called with None once the plan is made and then with each task that is done. The result computes the
     same function (identities: arXiv:2404.12362, Fig. 1). Raises InputError for anything that stands in the way;
     `destination` then does not exist. What is on disk when the disk fails or the process is stopped is kept.
     """
-    source, destination = Path(source), Path(destination)
     request = Request(basis, dtype, rest_dtype, tuple(layers_open), tuple(remove), parallel_removes)
-    plan, reader = plan_fuse(source, destination, request, max_shard_size, engine, device, resume)
+    job = plan_fuse(source, destination, request, max_shard_size, max_memory, engine, address, device, resume)
+    plan, reader = job.plan, job.reader
     problems: list[str] = []
-    with staged(destination, _job(plan, reader, request, max_shard_size), resume) as staging:
+    with staged(job.place, job.manifest(), resume) as staging:
         progress(plan, None)
         _copy_others(reader, staging.folder)
-        problems = _execute(plan, reader, staging, engine, progress)
+        problems = _execute(job, staging, progress)
         for model_file in MODEL_FILES:
             shutil.copyfile(model_file, staging.folder / model_file.name)
         write_json(staging.folder / "config.json", plan.config)
@@ -78,65 +84,91 @@ def fuse(
     return plan
 
 
+@dataclass(frozen=True)
+class Job:
+    """A fuse that nothing stands in the way of: what was asked for, who does it, from where, to where, and how."""
+
+    request: Request
+    max_shard_size: int
+    engine: Engine
+    place: Place
+    reader: CheckpointReader
+    plan: Plan
+
+    def estimate(self) -> Estimate:
+        """What it will cost, by rates that are measured now."""
+        largest = max(self.plan.inputs.values(), key=lambda info: info.bytes)
+        rates = measure(self.reader.folder / largest.shard, self.reader.device)
+        return estimate(self.plan, rates, resident_memory())
+
+    def manifest(self) -> dict[str, Any]:
+        """What must be the same for two runs to write the same bytes."""
+        plan = self.plan
+        return {
+            "source": self.reader.place,
+            "files": self.reader.fingerprint(),
+            "options": {**dataclasses.asdict(self.request), "max_shard_size": self.max_shard_size},
+            "device": str(self.reader.device),
+            "basis": plan.basis,
+            "reason": plan.reason,
+            "environment": environment(),
+            "outputs": hashlib.sha256(repr((plan.tasks, dict(plan.outputs), plan.config)).encode()).hexdigest(),
+        }
+
+
 def plan_fuse(
-    source: Path,
-    destination: Path,
+    source: str | Path,
+    destination: str | Path,
     request: Request,
     max_shard_size: int,
+    max_memory: int | None = None,
     engine: str = "local",
+    address: str | None = None,
     device: str = "cpu",
     resume: bool = False,
-) -> tuple[Plan, CheckpointReader]:
+) -> Job:
     """All that a fuse will do, and everything refused that can be before the first write; arguments as for fuse."""
-    if engine not in ENGINES:
-        raise InputError(f"engine: expected one of {', '.join(ENGINES)}, found {engine!r}")
-    if Path(os.path.realpath(destination)).is_relative_to(os.path.realpath(source)):
-        raise InputError(f"{destination}: expected a folder outside the source {source}, which stays as it is")
-    check_destination(destination)
-    reader = CheckpointReader(source, device)
-    begun = previous(destination) if resume else None
+    chosen = choose_engine(engine, address)
+    place = destination_place(destination)
+    written = place.unfinished if is_remote(destination) else destination
+    if Path(os.path.realpath(written)).is_relative_to(os.path.realpath(source)):
+        raise InputError(f"{place}: expected a folder outside the source {source}, which stays as it is")
+    place.check()
+    reader = open_reader(source, device)
+    begun = Manifest.load(place.unfinished) if resume else None
     if begun is not None and request.basis == AUTO:  # decided before, from the same weights (staged sees to that)
-        request = dataclasses.replace(request, basis=begun.job["basis"])
-        plan = dataclasses.replace(prepare(reader, request, max_shard_size), reason=begun.job["reason"])
+        decided = dataclasses.replace(request, basis=begun.job["basis"])
+        plan = dataclasses.replace(prepare(reader, decided, max_shard_size), reason=begun.job["reason"])
     else:
         plan = prepare(reader, request, max_shard_size)
-    needed = plan.bytes[1] + sum((source / file).stat().st_size for file in reader.other_files())
-    free = shutil.disk_usage(destination.parent).free
+    needed = plan.bytes[1] + sum((reader.folder / file).stat().st_size for file in reader.other_files())
+    free = shutil.disk_usage(place.disk).free
     if begun is None and needed > free:
-        raise InputError(f"{destination}: expected {needed:,} bytes of free disk space, found {free:,}")
-    return plan, reader
+        raise InputError(f"{place}: expected {needed:,} bytes of free disk space, found {free:,}")
+    if reader.device.type == "cpu" and engine == "local":
+        held = resident_memory()
+        check_memory(plan, held, held + available_memory() if max_memory is None else max_memory)
+    return Job(request, max_shard_size, chosen, place, reader, plan)
 
 
-def _job(plan: Plan, reader: CheckpointReader, request: Request, max_shard_size: int) -> dict[str, Any]:
-    """What must be the same for two runs to write the same bytes."""
-    return {
-        "source": str(reader.folder.resolve()),
-        "files": reader.fingerprint(),
-        "options": {**dataclasses.asdict(request), "max_shard_size": max_shard_size},
-        "device": str(reader.device),
-        "basis": plan.basis,
-        "reason": plan.reason,
-        "versions": {"skipless": __version__, "torch": torch.__version__, "numpy": numpy.__version__}
-        | {"scipy": scipy.__version__, "cpu": torch.backends.cpu.get_cpu_capability()},
-        "threads": torch.get_num_threads(),
-        "outputs": hashlib.sha256(repr((plan.tasks, dict(plan.outputs), plan.config)).encode()).hexdigest(),
-    }
+def destination_place(destination: str | Path) -> Place:
+    """Where DST is to be: at a path or a URL."""
+    return RemotePlace(str(destination)) if is_remote(destination) else LocalPlace(Path(destination))
 
 
 def _copy_others(reader: CheckpointReader, folder: Path) -> None:
-    for file in reader.other_files():
+    ours = {file.name for file in MODEL_FILES}
+    files = [file for file in reader.other_files() if str(file) not in ours]
+    if code := [str(file) for file in files if file.suffix == ".py"]:
+        logger.warning("copied %s: code of the source's, which trust_remote_code=True may run", ", ".join(code))
+    for file in files:
         (folder / file.parent).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(reader.folder / file, folder / file)
 
 
-def _execute(
-    plan: Plan,
-    reader: CheckpointReader,
-    staging: Staging,
-    engine: str,
-    progress: Callable[[Plan, Task | None], None],
-) -> list[str]:
+def _execute(job: Job, staging: Staging, progress: Callable[[Plan, Task | None], None]) -> list[str]:
     """Carry out the tasks that are not done, writing behind them, and check what was written; what is wrong with it."""
+    plan = job.plan
     manifest = staging.manifest
     writer = CheckpointWriter(staging.folder, plan.outputs)
     for number, record in list(manifest.done.items()):
@@ -145,9 +177,9 @@ def _execute(
         else:
             del manifest.done[number]
     todo = [number for number in range(len(plan.tasks)) if number not in manifest.done]
-    with ThreadPoolExecutor(1, "writing") as behind:
+    with ThreadPoolExecutor(1, "writing") as behind, closing(job.engine(plan, job.reader, todo)) as results:
         writing: Future[object] = behind.submit(int)
-        for number, done in ENGINES[engine](plan, reader, todo):
+        for number, done in results:
             digests: dict[str, str] = {}
             for name, tensor in done.tensors:
                 writing.result()  # one tensor is written while the next is computed

@@ -76,6 +76,14 @@ class Plan:
         before, after = (sum(info.bytes for info in tensors.values()) for tensors in (self.inputs, self.outputs))
         return before, after
 
+    def moved(self, task: Task) -> int:
+        """Bytes that a task reads and writes."""
+        read, written = (
+            sum(tensors[name].bytes for name in names)
+            for tensors, names in ((self.inputs, task.reads), (self.outputs, task.writes))
+        )
+        return read + written
+
     def summary(self) -> dict[str, object]:
         """The totals, for --json."""
         before, after = self.weights
@@ -205,12 +213,13 @@ def _tasks(source: Architecture, target: Architecture, closing: Iterable[Seam]) 
 
 def _connected(closing: Iterable[Seam]) -> list[list[Seam]]:
     """Group seams that share a module, in order: they must be closed one after the other on the same tensors."""
-    groups: list[list[Seam]] = []
-    for seam in closing:
-        touching = [group for group in groups if any(set(seam.modules) & set(other.modules) for other in group)]
-        groups = [group for group in groups if group not in touching]
-        groups.append([*(other for group in touching for other in group), seam])
-    return groups
+    groups: dict[int, list[Seam]] = {}
+    group_of: dict[str, int] = {}
+    for number, seam in enumerate(closing):
+        touching = sorted({group_of[name] for name in seam.modules if name in group_of})
+        groups[number] = [*(other for key in touching for other in groups.pop(key)), seam]
+        group_of.update(dict.fromkeys((name for other in groups[number] for name in other.modules), number))
+    return list(groups.values())
 
 
 def _fused_config(config: Mapping[str, object], target: Architecture, dtype: str | None) -> dict[str, object]:
@@ -230,6 +239,6 @@ def _fused_config(config: Mapping[str, object], target: Architecture, dtype: str
     fused = {**kept, "architectures": ["SkiplessForCausalLM"], "auto_map": AUTO_MAP, **fields}
     try:
         SkiplessConfig.from_dict(copy.deepcopy(fused))
-    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, StrictDataclassError) as error:
         raise InputError(f"config.json: {' '.join(str(error.__cause__ or error).split())}") from error
     return fused

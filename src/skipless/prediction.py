@@ -15,12 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from skipless.basis import Basis, candidate, choose_rows
-from skipless.eliminate import Affine, Stream, close_rows, close_stream
+from skipless.basis import Basis, candidate, choose_rows, join
+from skipless.eliminate import Affine, Stream, close_rest, close_rows, close_stream
 from skipless.errors import InputError
+from skipless.products import HALF, multiply, product, slices, squares
 from skipless.rounding import (
-    HALF,
-    ROWS,
     Rest,
     along_rows,
     factorize,
@@ -39,6 +38,8 @@ from skipless.tolerances import tolerance
 
 # Sampled errors: those of q, k or v, a sum over at least as many, are then right to a few per cent.
 PROBES = 512
+# While the scaled |R| stays below this, O* = O S may be off by fp32's 1e-7 where it is stored in half precision.
+LARGEST_REST = 1e3
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,10 @@ def forecast(
         bare = {name: dataclasses.replace(affine, bias=None) for name, affine in affines.items()}  # weights count
         return passed_rows(seam, affines, close_rows(seam, bare, bases)[0], bases, dtypes)
     (writer,) = (affines[name].weight for name in seam.writers)
-    readers = torch.cat([affines[name].weight for name in seam.readers], 1)
-    power = len(writer) * _mean_square(_probes(len(writer), writer) @ writer @ readers)
-    return merged(seam, affines, dtypes, power, _reach(writer, readers))
+    readers = [affines[name].weight for name in seam.readers]
+    sample = product(_probes(len(writer), writer), writer, torch.float64)
+    power = len(writer) * sum(_mean_square(product(sample, reader, torch.float64)) for reader in readers)
+    return merged(seam, affines, dtypes, power, max(_reach(writer, reader) for reader in readers))
 
 
 def merged(seam: Seam, affines: Mapping[str, Affine], dtypes: Sequence[str], power: float, largest: float) -> Forecast:
@@ -133,8 +135,8 @@ def merged(seam: Seam, affines: Mapping[str, Affine], dtypes: Sequence[str], pow
     readers = [affines[name].weight for name in seam.readers]
     width = sum(reader.shape[1] for reader in readers)
     size = len(writer) * width
-    p = (writer**2).sum(0)
-    m = torch.stack([(reader**2).sum(1) for reader in readers]).sum(0)
+    p = squares(writer, 0)
+    m = torch.stack([squares(reader, 1) for reader in readers]).sum(0)
     original, errors = {}, {}
     for dtype in dtypes:
         unit, floor = _precision(dtype)
@@ -161,10 +163,10 @@ def passed_rows(
         names.setdefault(letter(name), []).append(name)
 
     def heads(writer: Tensor) -> Tensor:
-        return writer.unflatten(1, (seam.blocks, seam.width)).transpose(0, 1)
+        return writer.double().unflatten(1, (seam.blocks, seam.width)).transpose(0, 1)
 
     def rows(found: Mapping[str, Affine], of: Sequence[str]) -> Tensor:
-        weight = torch.cat([found[name].weight for name in of], 1)
+        weight = torch.cat([found[name].weight for name in of], 1).double()
         return weight.unflatten(0, (seam.blocks, -1, seam.width)).transpose(1, 2).flatten(2)
 
     before = [heads(affines[name].weight) for name in seam.writers]
@@ -181,7 +183,7 @@ def passed_rows(
         inputs = sum(writer.shape[1] for writer in writers)
         return ((p + floor * inputs) * m + (p + passed) * (m + floor * read.shape[2])).sum().item()
 
-    largest = max(affine.weight.abs().max().item() for affine in remaining.values())
+    largest = max(torch.linalg.vector_norm(affine.weight, math.inf).item() for affine in remaining.values())
     original, errors = {}, {}
     for dtype in dtypes:
         unit, floor = _precision(dtype)
@@ -216,20 +218,26 @@ class OpenStream:
         self.seam, self.affines = seam, affines
         self.readers = {name: affines[name].weight for name in seam.readers}
         self.writers = [affines[name].weight for name in seam.writers]
+        self.power = mean_squares(self.writers)
+        generator = torch.Generator().manual_seed(0)
+        drawn = (torch.randint(len(writer), (PROBES,), generator=generator, device="cpu") for writer in self.writers)
+        self.rows = {name: rows.to(self.power.device) for name, rows in zip(seam.writers, drawn, strict=True)}
+        self.sample = {name: _rows(affines[name], rows) for name, rows in self.rows.items()}
+        self.within = torch.float64
         duals = [affines[name].weight.T for name in seam.duals]
         followers = [affines[name].weight for name in seam.followers]
-        parts = noise_weights(self.writers, [*self.readers.values(), *duals, *followers])
+        parts = noise_weights(self.power, [*self.readers.values(), *duals, *followers])
         self.weights = torch.cat(parts[: len(self.readers)])
         self.extra_weights = torch.cat([*parts[len(self.readers) :], self.weights[:0]])
         # everything that reads the stream; a tied head reads it through the duals
         self.outputs = {letter(name): reader for name, reader in self.readers.items()}
         if duals:
-            self.outputs["logits"] = torch.cat(duals, 1)
+            self.outputs["logits"] = duals[0] if len(duals) == 1 else torch.cat(duals, 1)
         self.followers = {
             name: [other for other in seam.followers if letter(other) == name] for name in map(letter, seam.followers)
         }
         for name, others in self.followers.items():
-            self.outputs[name] = torch.cat([affines[other].weight for other in others], 1)
+            self.outputs[name] = join([affines[other].weight for other in others])
 
     @cached_property
     def moment(self) -> Float[Tensor, "d d"]:
@@ -239,15 +247,36 @@ class OpenStream:
     @cached_property
     def powers(self) -> dict[str, float]:
         """Mean squares of q, k and v (and logits), summed over their columns."""
-        return {name: (self.moment @ reader * reader).sum().item() for name, reader in self.outputs.items()}
+        return {
+            name: sum(
+                (multiply(self.moment, part) * part).sum().item()
+                for columns in slices(reader.shape[1])
+                for part in [reader[:, columns].double()]
+            )
+            for name, reader in self.outputs.items()
+        }
 
     def basis(self, way: str) -> Basis:
         """The basis of a way, usable or not."""
         return candidate(self.seam, way, self.readers, self.weights)
 
-    def close(self, basis: Basis) -> Stream:
-        """The seam closed exactly."""
-        return close_stream(self.seam, self.affines, basis)
+    def close(self, basis: Basis, dtypes: Mapping[str, torch.dtype] | None = None) -> Stream:
+        """The seam closed: exactly, or, with the dtypes in which the writers will be stored, as precisely as they can
+        tell. That of a writer in half precision is fp32, if R does not enlarge what that is off by.
+        """
+        rest = close_rest(self.seam, self.affines, basis)
+        if dtypes is not None and all(dtypes[name] in HALF for name in self.seam.writers):
+            kept = torch.ones(len(self.weights), dtype=torch.bool, device=self.weights.device)
+            kept[basis.columns] = False
+            found = Rest(rest.weight, self.weights[kept.nonzero()[:, 0]], torch.float64)
+            self.within = torch.float32 if found.largest(self.weights[basis.columns]) <= LARGEST_REST else torch.float64
+        return close_stream(self.seam, self.affines, basis, rest, self.within)
+
+    def release(self) -> None:
+        """Forget the writers: a sample of their rows is all that `measure` needs."""
+        self.writers = []
+        bare = {name: dataclasses.replace(self.affines[name], weight=self.sample[name].weight) for name in self.rows}
+        self.affines = {**self.affines, **bare}
 
     def forecast(self, dtypes: Sequence[str], bases: Mapping[str, Basis], rest_dtype: str | None = None) -> Forecast:
         """What closing it in each of these bases will cost in each dtype."""
@@ -262,41 +291,51 @@ class OpenStream:
 
         stream: as it will be stored in `dtypes` (of each writer and dual, and of "rest").
         """
-        generator, before, after = torch.Generator().manual_seed(0), [], []
-        for name, writer in stream.writers.items():
-            rows = torch.randint(len(writer.weight), (PROBES,), generator=generator).to(writer.weight.device)
-            before.append(_rows(self.affines[name], rows))
-            after.append(_cast(_rows(writer, rows), dtypes[name]))
+        before = list(self.sample.values())
+        after = [_cast(_rows(writer, self.rows[name]), dtypes[name]) for name, writer in stream.writers.items()]
         shares = list(stream.bias_shares.values())
-        x, y = _sum(before, shares), _sum(after, shares)
-        exact = torch.cat([_read(x, self.affines[name]) for name in self.readers], 1)
-        found = torch.cat([y, _read(y, _cast(stream.rest, dtypes["rest"]))], 1)
-        found = found[:, torch.cat([stream.kept, stream.others]).argsort()]
-        parts = (found - exact).split([reader.shape[1] for reader in self.readers.values()], 1)
-        lost = {letter(name): part for name, part in zip(self.readers, parts, strict=True)}
+        x, offset = (part.sum(0) for part in map(torch.stack, zip(*map(_parts, before, shares), strict=True)))
+        y = _sum(after, shares)
+        read = (*map(letter, self.readers), *self.followers)
+        exact = {name: self._times(x, self.outputs[name]) for name in read}
+        powers = {name: _mean_square(part) for name, part in exact.items()}
+        rest = _cast(stream.rest, dtypes["rest"])
+        found = torch.cat([y, self._read(y, rest)], 1)[:, torch.cat([stream.kept, stream.others]).argsort()]
+        lost = {}
+        sizes = [reader.shape[1] for reader in self.readers.values()]
+        for name, part in zip(self.readers, found.split(sizes, 1), strict=True):
+            lost[letter(name)] = part - exact[letter(name)] - self._read(offset[None], self.affines[name])
         for name, others in self.followers.items():
-            cast = [_cast(stream.followers[other], dtypes[other]) for other in others]
-            lost[name] = torch.cat(
-                [_read(y, now) - _read(x, self.affines[n]) for now, n in zip(cast, others, strict=True)], 1
-            )
-        x = torch.stack([rows.weight for rows in before]).sum(0)
-        powers = {name: _mean_square(x @ reader) for name, reader in self.outputs.items()}
+            now = [self._read(y, _cast(stream.followers[other], dtypes[other])) for other in others]
+            extra = [self._read(offset[None], self.affines[other]) for other in others]
+            lost[name] = torch.cat(now, 1) - exact[name] - torch.cat(extra, 1)
         if stream.duals:
             duals = [_cast(dual, dtypes[name]).weight.T for name, dual in stream.duals.items()]
-            logits = before[0].weight @ self.outputs["logits"]
-            lost["logits"] = after[0].weight @ torch.cat(duals, 1) - logits
+            logits = self._times(before[0].weight.double(), self.outputs["logits"])
+            lost["logits"] = torch.cat([self._times(after[0].weight, dual) for dual in duals], 1) - logits
             powers["logits"] = _mean_square(logits)
         errors = {name: _relative(_mean_square(part), powers[name]) for name, part in lost.items()}
         original = {judged: self._original(judged, powers)}
         return Forecast(self.seam, original, {way: Way(basis.condition, None, {judged: errors})})
 
+    def _times(self, x: Float[Tensor, "n d"], matrix: Float[Tensor, "d r"]) -> Float[Tensor, "n r"]:
+        """X A as precisely as the seam was closed."""
+        return product(x, matrix, torch.float64, self.within)
+
+    def _read(self, x: Float[Tensor, "n d"], affine: Affine) -> Float[Tensor, "n r"]:
+        return self._times(x, affine.weight) + (0 if affine.bias is None else affine.bias)
+
     def _original(self, dtype: str, powers: Mapping[str, float]) -> dict[str, float]:
         """Relative errors of q, k, v (and logits) when the original's weights are rounded to `dtype`."""
-        power, (unit, floor) = mean_squares(self.writers), _precision(dtype)
+        power, (unit, floor) = self.power, _precision(dtype)
         for name in self.seam.writers:
             if (bias := self.affines[name].bias) is not None:
                 power = power + self.seam.bias_share(name) * bias.square()
-        lost = {name: _noise(power, reader, floor).sum().item() for name, reader in self.outputs.items()}
+        x = power + floor * (power > 0)
+        lost = {
+            name: ((x + power) @ squares(reader, 1) + floor * power @ (reader != 0).sum(1).double()).item()
+            for name, reader in self.outputs.items()
+        }
         for name in self.readers:
             if (bias := self.affines[name].bias) is not None:
                 lost[letter(name)] += bias.square().sum().item()
@@ -313,8 +352,8 @@ class OpenStream:
             for name in self.seam.writers
         }
         stream = close_stream(self.seam, {**self.affines, **bare}, basis)
-        chosen = torch.cat(list(self.readers.values()), 1)[:, basis.columns]
-        metric = chosen.T @ self.moment @ chosen
+        chosen = join(list(self.readers.values())).T[basis.columns].double().T
+        metric = multiply(chosen.T, multiply(self.moment, chosen))
         extra = [dual.weight.T for dual in stream.duals.values()]
         extra += [follower.weight for follower in stream.followers.values()]
         passed_weights, errors, largest = self.weights[stream.kept], {}, 0.0
@@ -416,29 +455,32 @@ def _noise(power: Float[Tensor, "d"], matrix: Float[Tensor, "d r"], floor: float
 
 def _reach(left: Float[Tensor, "n d"], right: Float[Tensor, "d m"]) -> float:
     """Max |A B|; a bound of it where that is below the largest number of every dtype."""
-    bound = torch.linalg.vector_norm(left, dim=1).max() * torch.linalg.vector_norm(right, dim=0).max()
+    bound = (squares(left, 1).max() * squares(right, 0).max()).sqrt()
     if bound <= torch.finfo(torch.float16).max:
         return bound.item()
-    return max((block @ right).abs().max().item() for block in left.split(ROWS))
+    return max(product(left[rows], right, torch.float64).abs().max().item() for rows in slices(len(left)))
 
 
 def _cast(affine: Affine, dtype: torch.dtype) -> Affine:
-    """A map as it is stored, in fp64."""
+    """A map as it is stored."""
     bias = None if affine.bias is None else affine.bias.to(dtype).double()
-    return Affine(affine.weight.to(dtype).double(), bias)
+    return Affine(affine.weight.to(dtype), bias)
 
 
 def _rows(affine: Affine, rows: Tensor) -> Affine:
     return dataclasses.replace(affine, weight=affine.weight[rows])
 
 
+def _parts(writer: Affine, share: float) -> tuple[Float[Tensor, "n d"], Float[Tensor, "d"]]:
+    """What a writer writes of its inputs, and of its bias, of which the stream has a share."""
+    weight = writer.weight.double()
+    return weight, weight.new_zeros(weight.shape[1]) if writer.bias is None else share * writer.bias
+
+
 def _sum(writers: Sequence[Affine], shares: Sequence[float]) -> Float[Tensor, "n d"]:
     """A stream that each of these writes a row of, with its share of their biases."""
-    parts = [
-        writer.weight if writer.bias is None else writer.weight + share * writer.bias
-        for writer, share in zip(writers, shares, strict=True)
-    ]
-    return torch.stack(parts).sum(0)
+    parts = [_parts(writer, share) for writer, share in zip(writers, shares, strict=True)]
+    return torch.stack([weight + offset for weight, offset in parts]).sum(0)
 
 
 def _probes(size: int, like: Tensor) -> Float[Tensor, "n size"]:
@@ -447,7 +489,7 @@ def _probes(size: int, like: Tensor) -> Float[Tensor, "n size"]:
     Their squares in any quadratic form average to its trace over `size`.
     """
     drawn = torch.randn(
-        size, min(size, PROBES), generator=torch.Generator().manual_seed(0), dtype=like.dtype, device="cpu"
+        size, min(size, PROBES), generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu"
     )
     return torch.linalg.qr(drawn.to(like.device)).Q.T
 
@@ -455,10 +497,6 @@ def _probes(size: int, like: Tensor) -> Float[Tensor, "n size"]:
 def _mean_square(outputs: Float[Tensor, "n r"]) -> float:
     """Of a row, the sum of its squares, on average."""
     return outputs.square().sum(1).mean().item()
-
-
-def _read(x: Float[Tensor, "n d"], affine: Affine) -> Float[Tensor, "n r"]:
-    return x @ affine.weight + (0 if affine.bias is None else affine.bias)
 
 
 def _relative(square: float, total: float) -> float:

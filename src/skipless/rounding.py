@@ -27,16 +27,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from skipless.eliminate import Affine, Stream
+from skipless.eliminate import Affine, Stream, read
 from skipless.errors import InputError
+from skipless.products import HALF, ROWS, cholesky, gram, inverse, multiply, slices, solve_triangular, squares
 
-# Dtypes in which the rounding of a closed seam is worth shaping; fp32 and fp64 are rounded plainly.
-HALF = (torch.bfloat16, torch.float16)
-
-# Rows of X rounded together: bounds the working memory to 32 bytes x d x ROWS beside X and the result.
-ROWS = 4096
-# Columns of X^T X computed at a time, from the diagonal on.
-GRAM = 512
+# Rows of X are rounded ROWS together, which bounds the working memory to 16 bytes x d x ROWS beside X and the result.
+# Within them, errors are passed on at once from so many columns, by bf16 products from so many on.
+LEAF, COARSE = 8, 256
 # Columns of R under one metric N: bounds N (a tied table's readers are as many as the FFN is wide).
 COLUMNS = 4096
 # Side of the tiles that R is rounded in, along anti-diagonals: 2 (d + r) steps, each on up to r entries.
@@ -44,6 +41,12 @@ TILE = 32
 # While the scaled |R| stays below this, directions of X that fp32 cannot see (1e-7 of its power) do not matter in k or
 # v either: G may be summed in fp32, at twice the speed, and R need not be shrunk. (Pivoted bases keep |R| <= 1.05.)
 SMALL_REST = 2
+# A larger R is shrunk by what lies between G and bf16's noise: of larger ones than this, fp32's 1e-7 of G is too much.
+MODERATE_REST = 100
+# While M's mean diagonal is less than so many times the least of W_b, fp32's 1e-7 of it is nothing beside W_b.
+EVEN_METRIC = 1e4
+# X change is in half precision where what that adds is less than this part of X's own rounding error, squared.
+NEGLIGIBLE = 0.01
 # A metric is damped by so many eps of its mean diagonal, below which its dtype cannot tell directions apart; and by
 # more, step by step, if it still has no Cholesky factor.
 DAMPING = 50
@@ -79,10 +82,10 @@ class Metric:
 
     def solve(self, right: Float[Tensor, "n r"]) -> Float[Tensor, "n r"]:
         """H^-1 right."""
-        half = torch.linalg.solve_triangular(self.upper, right[self.order], upper=True, unitriangular=True)
+        half = solve_triangular(self.upper, right[self.order], upper=True, unit=True)
         half /= self.pivots[:, None]
         solution = torch.empty_like(right)
-        solution[self.order] = torch.linalg.solve_triangular(self.upper.T, half, upper=False, unitriangular=True)
+        solution[self.order] = solve_triangular(self.upper.T, half, upper=False, unit=True)
         return solution
 
     def feedback(self, noise: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
@@ -102,6 +105,10 @@ class Rest:
     weights: Float[Tensor, "r"]
     dtype: torch.dtype
 
+    def to(self, dtype: torch.dtype) -> "Rest":
+        """The same in another precision."""
+        return Rest(self.matrix.to(dtype), self.weights.to(dtype), self.dtype)
+
     def blocks(self) -> list["Rest"]:
         """Its columns, COLUMNS at a time."""
         parts = zip(self.matrix.split(COLUMNS, 1), self.weights.split(COLUMNS), strict=True)
@@ -120,11 +127,11 @@ def round_stream(
     extra_weights: Float[Tensor, "u"],
     dtypes: Mapping[str, torch.dtype],
 ) -> Stream:
-    """A closed stream seam with every weight rounded to its dtype, in fp64, and biases that make up for it.
+    """A closed stream seam with every weight rounded to its dtype, and biases that make up for it.
 
     weights, extra_weights: what a squared error counts in each column of the readers, and of the duals' transposed
     weights and the followers (noise_weights). dtypes: of each writer, dual and follower, and of "rest". Modules in fp32
-    or fp64 stay as they are, but for what makes up for the others.
+    or fp64 keep the precision that they have, and change only to make up for the others.
     """
     rests = [Rest(stream.rest.weight, weights[stream.others], dtypes["rest"])]
     extra = {name: dual.weight.T for name, dual in stream.duals.items()}
@@ -135,7 +142,9 @@ def round_stream(
     # where the rest has a bias, it makes up for what becomes of the writers' biases; else those are rows like any other
     as_rows = stream.rest.bias is None
     rows = [
-        torch.cat([writer.weight, writer.bias[None]]) if as_rows and writer.bias is not None else writer.weight
+        torch.cat([writer.weight, writer.bias[None].to(writer.weight.dtype)])
+        if as_rows and writer.bias is not None
+        else writer.weight
         for writer in stream.writers.values()
     ]
     rounded, rounded_rests = round_seam(rows, rests, weights[stream.kept], [dtypes[name] for name in stream.writers])
@@ -146,15 +155,15 @@ def round_stream(
         writers[name] = dataclasses.replace(writer, weight=after[: len(writer.weight)])
         if writer.bias is None:
             continue
-        stored = after[-1] if as_rows else writer.bias.to(dtypes[name]).to(writer.bias.dtype)
+        stored = (after[-1] if as_rows else writer.bias.to(dtypes[name])).to(writer.bias.dtype)
         writers[name] = dataclasses.replace(writers[name], bias=stored)
         share = stream.bias_shares[name]
         if bias is not None:
-            bias = bias + share * (writer.bias @ stream.rest.weight - stored @ rounded_rests[0])
+            bias = bias + share * (read(writer.bias, stream.rest.weight) - read(stored, rounded_rests[0]))
             for follower, own in biases.items():
                 if own is not None:
                     matrix = stream.followers[follower].weight
-                    biases[follower] = own + share * (writer.bias @ matrix - stored @ after_of[follower])
+                    biases[follower] = own + share * (read(writer.bias, matrix) - read(stored, after_of[follower]))
     duals = {name: dataclasses.replace(dual, weight=after_of[name].T) for name, dual in stream.duals.items()}
     followers = {
         name: dataclasses.replace(follower, weight=after_of[name], bias=biases[name])
@@ -164,16 +173,14 @@ def round_stream(
     return dataclasses.replace(stream, writers=writers, rest=rest, duals=duals, followers=followers)
 
 
-def noise_weights(
-    writers: Sequence[Float[Tensor, "_ d"]], readers: Sequence[Float[Tensor, "d _"]]
-) -> list[Float[Tensor, "_"]]:
+def noise_weights(power: Float[Tensor, "d"], readers: Sequence[Float[Tensor, "d _"]]) -> list[Float[Tensor, "_"]]:
     """What a squared error counts in each column of each reader: the inverse of what storing the original costs there.
 
     Rounding O and A to relative precision u makes the columns of x A wrong by 2 u^2 sum_i |x_i|^2 A_ij^2, here as the
     mean over the reader's columns. Weighted so, q, k and v lose alike, compared with the original in the same dtype.
+    power: mean squares of x's columns.
     """
-    power = mean_squares(writers)
-    noise = torch.stack([(power @ reader**2).mean() for reader in readers])
+    noise = torch.stack([power @ squares(reader, 1) / reader.shape[1] for reader in readers])
     noise = noise.clamp(min=1e-12 * noise.max()).clamp(min=torch.finfo(noise.dtype).tiny)
     return [value.expand(reader.shape[1]) for value, reader in zip(noise.max() / noise, readers, strict=True)]
 
@@ -184,28 +191,48 @@ def round_seam(
     passed_weights: Float[Tensor, "d"],
     dtypes: Sequence[torch.dtype],
 ) -> tuple[list[Float[Tensor, "_ d"]], list[Float[Tensor, "d _"]]]:
-    """The writers (the stream is a sum of one row of each) and the rests as they are best stored, in fp64.
+    """The writers (the stream is a sum of one row of each) and the rests as they are best stored.
 
     A rest in fp32 or fp64 is not rounded but re-solved, after everything else: R' = argmin || X' R' - X R ||.
     """
-    small = all(rest.largest(passed_weights) <= SMALL_REST for rest in rests)
-    precise = torch.float32 if small and all(dtype in HALF for dtype in dtypes) else torch.float64
-    metric = moment(writers, precise)
-    stored = [
-        round_rest(shrink(rest, metric, passed_weights), metric, passed_weights) if rest.dtype in HALF else rest.matrix
-        for rest in rests
-    ]
-    after, before = torch.cat(stored, 1), torch.cat([rest.matrix for rest in rests], 1)
+    half = all(dtype in HALF for dtype in dtypes)
+    stored = [rest.matrix for rest in rests]
+    if any(rest.dtype in HALF for rest in rests):
+        metric = moment(writers, _metric_dtype(rests, passed_weights, half))
+        for k, rest in enumerate(rests):
+            if rest.dtype in HALF:
+                stored[k] = round_rest(shrink(rest, metric, passed_weights), metric, passed_weights)
+        del metric
     rest_weights = repaired_weights(rests, left_by_solving(writers))
-    joint = joint_metric(after, passed_weights, rest_weights)
-    under = factorize(joint, metric.diagonal()).to(precise)
-    # X' = X + X (R - R') W_r R'^T M^-1; with a small R, the difference is small enough for fp32
-    change = (before - after).to(precise) @ under.solve((after * rest_weights).to(precise)).T
+    even = (_mean_diagonal(rests, passed_weights) <= EVEN_METRIC * passed_weights.min()).item()
+    precise = torch.float32 if half and even else torch.float64
+    after, before = torch.cat([part.to(precise) for part in stored], 1), [rest.matrix for rest in rests]
+    joint = joint_metric(after, passed_weights.to(precise), rest_weights.to(precise))
+    under = factorize(joint, joint.diagonal())
+    del joint
+    # X' = X + X (R - R') W_r R'^T M^-1
+    moved = under.solve(after * rest_weights.to(precise)).T
+    lost = torch.cat([(part - now).to(precise) for part, now in zip(before, stored, strict=True)], 1)
+    change = multiply(lost, moved)
+    del after, lost, moved
     rounded = [round_rows(writer, change, under, dtype) for writer, dtype in zip(writers, dtypes, strict=True)]
     for k, rest in enumerate(rests):
         if rest.dtype not in HALF:
             stored[k] = solve_rest(writers, rounded, rest.matrix)
     return rounded, stored
+
+
+def _metric_dtype(rests: Sequence[Rest], passed_weights: Tensor, half: bool) -> torch.dtype:
+    """In what G is summed: fp32 where its 1e-7 is nothing beside what R will be off by, or what R is shrunk by."""
+    coarse = all(rest.dtype == torch.bfloat16 for rest in rests if rest.dtype in HALF)
+    largest = max(rest.largest(passed_weights) for rest in rests)
+    return torch.float32 if half and largest <= (MODERATE_REST if coarse else SMALL_REST) else torch.float64
+
+
+def _mean_diagonal(rests: Sequence[Rest], passed_weights: Tensor) -> Tensor:
+    """Of M."""
+    parts = [squares(rest.matrix, 0) @ rest.weights for rest in rests if rest.matrix.numel()]
+    return passed_weights.mean() + sum(parts, passed_weights.new_zeros(())) / len(passed_weights)
 
 
 def left_by_solving(writers: Sequence[Float[Tensor, "_ d"]]) -> float:
@@ -226,8 +253,10 @@ def shrink(rest: Rest, metric: Float[Tensor, "d d"], passed_weights: Float[Tenso
     """
     if rest.largest(passed_weights) <= SMALL_REST:
         return rest
-    noise = 2 * rounding_error(rest.dtype) ** 2 * metric.diagonal()
-    lost = torch.cholesky_solve(noise[:, None] * rest.matrix, _root(metric + noise.diag()))
+    noise = 2 * rounding_error(rest.dtype) ** 2 * metric.diagonal().double()
+    ridge = metric.to(torch.float64, copy=True)
+    ridge.diagonal().add_(noise)
+    lost = solve_root(_root(ridge), noise[:, None] * rest.matrix)
     return dataclasses.replace(rest, matrix=rest.matrix - lost)
 
 
@@ -235,7 +264,8 @@ def round_rest(rest: Rest, metric: Float[Tensor, "d d"], passed_weights: Float[T
     """Step 1, in blocks of COLUMNS: R under G (metric) and N, what re-solving X cannot repair."""
     if not rest.matrix.shape[1]:
         return rest.matrix
-    rows = factorize(metric, (rest.matrix**2).mean(1))
+    rest, passed_weights = rest.to(metric.dtype), passed_weights.to(metric.dtype)
+    rows = factorize(metric, squares(rest.matrix, 1))
     return torch.cat(
         [
             round_both_ways(block.matrix, rows, along_rows(block, passed_weights), block.dtype)
@@ -252,44 +282,36 @@ def along_rows(rest: Rest, passed_weights: Float[Tensor, "d"]) -> Metric:
 
 def moment(writers: Sequence[Float[Tensor, "_ d"]], dtype: torch.dtype = torch.float64) -> Float[Tensor, "d d"]:
     """G = E[x^T x] of a stream x that is the sum of one row of each writer, every row as likely as any other."""
-    total, means = writers[0].new_zeros((), dtype=dtype), None
+    total, means = None, None
     for writer in writers:
-        mean = writer.mean(0).to(dtype)
-        total = total + gram(writer.to(dtype)) / len(writer)
-        if means is not None:
-            total += torch.outer(means, mean) + torch.outer(mean, means)
-        means = mean if means is None else means + mean
+        part = gram(writer, dtype).div_(len(writer))
+        total = part if total is None else total.add_(part)
+        if len(writers) > 1:
+            mean = writer.mean(0, dtype=dtype)
+            if means is not None:
+                total += torch.outer(means, mean) + torch.outer(mean, means)
+            means = mean if means is None else means + mean
+    assert total is not None
     return total
-
-
-def gram(matrix: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
-    """X^T X, its lower half mirrored and not computed."""
-    d = matrix.shape[1]
-    gram = torch.empty(d, d, dtype=matrix.dtype, device=matrix.device)
-    for start in range(0, d, GRAM):
-        block = slice(start, start + GRAM)
-        gram[block, start:] = matrix[:, block].T @ matrix[:, start:]
-        gram[start + GRAM :, block] = gram[block, start + GRAM :].T
-    return gram
 
 
 def mean_squares(writers: Sequence[Float[Tensor, "_ d"]]) -> Float[Tensor, "d"]:
     """What the writers' columns add to the stream's mean square."""
-    return torch.stack([torch.linalg.vector_norm(writer, dim=0) ** 2 / len(writer) for writer in writers]).sum(0)
+    return torch.stack([squares(writer, 0) / len(writer) for writer in writers]).sum(0)
 
 
 def joint_metric(rest: Tensor, passed_weights: Tensor, rest_weights: Tensor) -> Float[Tensor, "d d"]:
     """M = W_b + R W_r R^T: what an error in the stream costs in the passed and the rest columns together."""
-    metric = gram((rest * rest_weights.sqrt()).T)
+    metric = gram((rest * rest_weights.sqrt()).T.contiguous())
     metric.diagonal().add_(passed_weights)
     return metric
 
 
 def repaired_metric(rest: Tensor, passed_weights: Tensor, rest_weights: Tensor) -> Float[Tensor, "r r"]:
     """N = (W_r^-1 + R^T W_b^-1 R)^-1."""
-    inverse = gram(rest / passed_weights.sqrt()[:, None])
-    inverse.diagonal().add_(1 / rest_weights)
-    return torch.cholesky_inverse(_root(inverse))
+    metric = gram((rest / passed_weights.sqrt()[:, None]).contiguous())
+    metric.diagonal().add_(1 / rest_weights)
+    return inverse(_root(metric))
 
 
 def solve_rest(exact: Sequence[Tensor], rounded: Sequence[Tensor], rest: Tensor) -> Float[Tensor, "d r"]:
@@ -299,27 +321,36 @@ def solve_rest(exact: Sequence[Tensor], rounded: Sequence[Tensor], rest: Tensor)
     """
     owed, afters, lost = torch.zeros_like(rest), [], []
     for before, after in zip(exact, rounded, strict=True):
-        owed += after.T @ ((before - after) @ rest) / len(after)
-        afters.append(after.mean(0))
-        lost.append((before - after).mean(0) @ rest)
+        for rows in slices(len(after)):
+            now = after[rows].to(rest.dtype)
+            gone = multiply(before[rows].to(rest.dtype) - now, rest)
+            owed += multiply(now.T, gone) / len(after)
+        afters.append(after.mean(0, dtype=rest.dtype))
+        lost.append((before.mean(0, dtype=rest.dtype) - afters[-1]) @ rest)
     for k, after in enumerate(afters):
         for other, value in enumerate(lost):
             if other != k:
                 owed += torch.outer(after, value)
-    return rest + torch.cholesky_solve(owed, _root(moment(rounded)))
+    return rest + solve_root(_root(moment(rounded)), owed)
+
+
+def solve_root(root: Float[Tensor, "n n"], right: Float[Tensor, "n r"]) -> Float[Tensor, "n r"]:
+    """(L L^T)^-1 right."""
+    return solve_triangular(root.T, solve_triangular(root, right, upper=False), upper=True)
 
 
 def _root(metric: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    """Cholesky's L, H = L L^T, in fp64, of a metric as little damped as it takes."""
+    """Cholesky's L, H = L L^T, of a metric as little damped as it takes; in fp64 if fp32 has none."""
     eps, tiny = torch.finfo(metric.dtype).eps, torch.finfo(metric.dtype).tiny
-    damping = (metric.diagonal().mean() * DAMPING * eps + tiny).double()
-    for _ in range(DAMPING_STEPS):
-        damped = metric.to(torch.float64, copy=True)
+    damping = metric.diagonal().mean() * DAMPING * eps + tiny
+    for dtype in [metric.dtype, *[torch.float64] * DAMPING_STEPS]:
+        damped = metric.to(dtype, copy=True)
         damped.diagonal().add_(damping)
-        root, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            return root
-        damping *= DAMPING_STEP
+        root = cholesky(damped)
+        if root is not None:
+            return root.to(metric.dtype)
+        if dtype == torch.float64:
+            damping = damping.double() * DAMPING_STEP
     raise InputError("weights: expected numbers whose squares can be summed, found larger ones; scale the model down")
 
 
@@ -331,52 +362,71 @@ def factorize(metric: Float[Tensor, "n n"], power: Float[Tensor, "n"]) -> Metric
     """
     order = (metric.diagonal() * power).argsort(descending=True, stable=True)
     backwards = order.flip(0)
-    root = _root(metric[backwards[:, None], backwards]).flip(0, 1)  # H = root root^T, upper triangular
-    return Metric(order, root / root.diagonal(), root.diagonal() ** 2)
+    root = _root(metric[backwards][:, backwards]).flip(0, 1)  # H = root root^T, upper triangular
+    diagonal = root.diagonal().clone()
+    return Metric(order, root.div_(diagonal), diagonal**2)
 
 
 def round_rows(
     matrix: Float[Tensor, "n d"], change: Float[Tensor, "d d"], metric: Metric, dtype: torch.dtype
 ) -> Float[Tensor, "n d"]:
-    """X + X change, rounded to `dtype` with feedback under `metric` if that is a half precision; in fp64.
+    """X + X change, rounded to `dtype` with feedback under `metric` if that is a half precision, else as precise as X.
 
-    The rows are independent of each other.
+    The rows are independent of each other. Where X itself is no more precise than fp32, small terms may be in bf16.
     """
-    result = torch.empty_like(matrix)
-    upper, moved = metric.upper.float(), change[:, metric.order].T.contiguous()
+    half, quick = dtype in HALF, matrix.dtype == torch.float32
+    result = torch.empty_like(matrix, dtype=dtype if half else matrix.dtype)
+    within = torch.bfloat16 if half and quick and _is_small(change, squares(matrix, 0), dtype) else matrix.dtype
+    moved, upper = change[:, metric.order].T.to(within).contiguous(), metric.upper.float()
+    coarse = upper.bfloat16() if quick else upper
     buffers = torch.empty(2, len(upper), min(ROWS, len(matrix)), dtype=torch.float32, device=matrix.device)
-    for start in range(0, len(matrix), ROWS):
-        rows = matrix[start : start + ROWS].T.to(change.dtype).contiguous()
-        block = rows[metric.order].addmm_(moved, rows)
-        if dtype in HALF:
-            error, owed = buffers[:, :, : rows.shape[1]]
-            _round_block(block, upper, dtype, error, owed.zero_())
-        result[start : start + ROWS, metric.order] = block.T.to(result.dtype)
+    for rows in slices(len(matrix)):
+        exact = matrix[rows].T
+        block = exact[metric.order]
+        block += multiply(moved, exact.to(within).contiguous())
+        if half:
+            error, owed = buffers[:, :, : block.shape[1]]
+            _round_block(block, upper, coarse, dtype, error, owed.zero_())
+        result.T[metric.order, rows] = block.to(result.dtype)
     return result
+
+
+def _is_small(change: Float[Tensor, "d d"], power: Float[Tensor, "d"], dtype: torch.dtype) -> bool:
+    """Whether X change can be computed in bf16, each of its factors and itself off by bf16's relative error."""
+    added = 3 * rounding_error(torch.bfloat16) ** 2 * (power.to(change.dtype) @ change.square()).sum()
+    return bool(added <= NEGLIGIBLE * rounding_error(dtype) ** 2 * power.sum())
 
 
 def _round_block(
     block: Float[Tensor, "d n"],
     upper: Float[Tensor, "d d"],
+    coarse: Float[Tensor, "d d"],
     dtype: torch.dtype,
     error: Float[Tensor, "d n"],
     owed: Float[Tensor, "d n"],
 ) -> None:
     """Round in place, first row to last, by halves; owed: what each row has to make up for; error: what it leaves.
 
-    Both are fp32: small beside what they correct.
+    Both are fp32: small beside what they correct; coarse: upper in the precision in which many errors are passed
+    on at once. Even bf16's 2^-9 of what is owed is small beside what rounding a row adds.
     """
     size = len(block)
-    if size == 1:
-        exact = block[0]
-        rounded = (exact - owed[0]).to(dtype).to(exact.dtype)
-        error[0] = rounded - exact
-        block[0] = rounded
+    if size <= LEAF:
+        for k in range(size):
+            exact = block[k]
+            if k:
+                owed[k : k + 1].addmm_(upper[:k, k : k + 1].T, error[:k])
+            rounded = (exact - owed[k]).to(dtype).to(exact.dtype)
+            torch.sub(rounded, exact, out=error[k])
+            exact.copy_(rounded)
         return
     first, last = slice(0, size // 2), slice(size // 2, size)
-    _round_block(block[first], upper[first, first], dtype, error[first], owed[first])
-    owed[last].addmm_(upper[first, last].T, error[first])
-    _round_block(block[last], upper[last, last], dtype, error[last], owed[last])
+    _round_block(block[first], upper[first, first], coarse[first, first], dtype, error[first], owed[first])
+    if size >= COARSE:
+        owed[last] += multiply(coarse[first, last].T, error[first].to(coarse.dtype))
+    else:
+        owed[last].addmm_(upper[first, last].T, error[first])
+    _round_block(block[last], upper[last, last], coarse[last, last], dtype, error[last], owed[last])
 
 
 def round_both_ways(
@@ -418,8 +468,8 @@ def round_both_ways(
             column = diagonal - row
             error[across - 1 - column, row * TILE : (row + 1) * TILE] = errors[tile]
             mixed[row, :, column * TILE : (column + 1) * TILE] += gained[tile]
-    result = torch.empty_like(matrix)
-    result[rows.order[:, None], columns.order] = values.transpose(1, 2).reshape(down * TILE, -1)[:d, :r]
+    result = torch.empty_like(matrix, dtype=dtype)
+    result[rows.order[:, None], columns.order] = values.transpose(1, 2).reshape(down * TILE, -1)[:d, :r].to(dtype)
     return result
 
 
@@ -443,9 +493,9 @@ def _round_tiles(
         values, target = (tiles.diagonal(offset, 1, 2) for tiles in (exact, rounded))
         debt = owed.diagonal(offset, 1, 2) + (mixed[:, i] * across[:, j]).sum(-1)
         target.copy_((values - debt).to(dtype))
-        wrong = (target - values).float()
-        error.diagonal(offset, 1, 2).copy_(wrong)
-        mixed[:, :, j] += lg[:, i].mT * wrong[:, None]
+        wrong = error.diagonal(offset, 1, 2)
+        wrong.copy_(target - values)
+        mixed[:, :, j].addcmul_(lg[:, i].mT, wrong[:, None])
     return rounded.flip(2), error.flip(2), mixed.flip(2)
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint as the algebra sees it: an architecture, canonical tensors, and modules as maps in fp64."""
+"""A checkpoint as the algebra sees it: an architecture, canonical tensors, and modules as maps."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -96,8 +96,7 @@ def read_seam(source: Architecture, seam: Seam, read: Callable[[str], torch.Tens
 
 def read_affine(module: Module, closed: Module | None, read: Callable[[str], torch.Tensor]) -> Affine:
     """A module's map. `closed`: what it will be; a table without a bias of its own then takes biases into its rows."""
-    # Always a copy: read from the file, its address and so the last bits of a product would depend on the sharding.
-    weight = read(f"{module.name}.weight").to(torch.float64, copy=True)
+    weight = read(f"{module.name}.weight")
     bias = read(f"{module.name}.bias").to(torch.float64) if module.bias else None
     one_hot = module.table and closed is not None and not closed.bias
     return Affine(weight if module.table or module.diagonal else weight.T, bias, one_hot)

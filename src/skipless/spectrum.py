@@ -26,9 +26,10 @@ class Spectrum:
 
 
 def spectrum(matrix: Float[Tensor, "n m"]) -> Spectrum:
-    """Condition number in the 2-norm, and rank as numpy.linalg.matrix_rank counts it, of a matrix in fp64."""
+    """Condition number in the 2-norm, and rank as numpy.linalg.matrix_rank counts it in fp64, of a matrix."""
     rows, columns = matrix.shape
     size = min(rows, columns)
+    matrix = matrix.double()
     largest = matrix.abs().max()
     scaled = (matrix / largest if largest > 0 else matrix).cpu().numpy()  # squares neither over- nor underflow
     square = scaled if rows >= columns else scaled.T

@@ -16,9 +16,11 @@ if TYPE_CHECKING:  # so that counting loads no torch
     from skipless.auditing import Audit, SeamAudit
     from skipless.bench import Speed
     from skipless.certificate import Certificate
+    from skipless.cost import Cost
     from skipless.demo import Demo
+    from skipless.estimate import Estimate
     from skipless.limit import Limit
-    from skipless.planning import Plan
+    from skipless.planning import Plan, Task
     from skipless.spectrum import Spectrum
     from skipless.verification import Report
 
@@ -32,7 +34,7 @@ def plan_table(plan: Plan) -> Table:
         table.add_column(column, justify="left" if column == "task" else "right")
     kinds: dict[str, list[tuple[int, int, int]]] = {}
     for task in plan.tasks:
-        kind = " + ".join(dict.fromkeys(f"close {seam.kind} seam" for seam in task.seams)) or "copy"
+        kind = _kind(task)
         reads = sum(plan.inputs[name].bytes for name in task.reads)
         writes = sum(plan.outputs[name].bytes for name in task.writes)
         kinds.setdefault(kind, []).append((reads, writes, sum(seam.saves for seam in task.seams)))
@@ -53,6 +55,59 @@ def plan_table(plan: Plan) -> Table:
     shards = len({info.shard for info in plan.outputs.values()})
     table.add_row("files of weights", f"{shards:,}", "", "", "")
     return table
+
+
+def _kind(task: Task) -> str:
+    return " + ".join(dict.fromkeys(f"close {seam.kind} seam" for seam in task.seams)) or "copy"
+
+
+def work_table(estimate: Estimate) -> Table:
+    """FLOPs, memory and seconds of each kind of task."""
+    names = list(estimate.rates.flops)
+    table = Table(title="work", box=box.SIMPLE_HEAD)
+    table.add_column("task")
+    for column in (*(f"{name}" for name in names), "memory, each", "seconds"):
+        table.add_column(column, justify="right")
+    kinds: dict[str, list[Cost]] = {}
+    for task, found in zip(estimate.plan.tasks, estimate.costs, strict=True):
+        kinds.setdefault(_kind(task), []).append(found)
+    for kind, costs in kinds.items():
+        flops = [sum(found.flops.get(name, 0) for found in costs) for name in names]
+        largest = max(found.memory for found in costs)
+        seconds = sum(map(estimate.seconds_of, costs))
+        table.add_row(kind, *map(_flops, flops), _megabytes(largest), f"{seconds:,.1f}")
+    table.add_section()
+    flops = [estimate.flops.get(name, 0) for name in names]
+    table.add_row("FLOPs", *map(_flops, flops), "", f"{estimate.arithmetic:,.1f}")
+    table.add_row("measured a second", *(_flops(estimate.rates.flops[name]) for name in names), "", "")
+    return table
+
+
+def work_lines(estimate: Estimate) -> Iterator[str]:
+    """Time and memory in words, and the files."""
+    read, written = estimate.plan.bytes
+    yield (
+        f"expected: {_duration(estimate.seconds)}: {_duration(estimate.arithmetic)} of arithmetic, beside which the "
+        f"disk reads {_megabytes(read)} and writes {_megabytes(written)} ({_duration(estimate.disk)} at "
+        f"{estimate.rates.disk / 1e9:.1f} GB/s), and {_duration(estimate.check)} to read it again"
+    )
+    yield f"memory: at most {_megabytes(estimate.memory)}"
+    sizes: dict[str, int] = {}
+    for info in estimate.plan.outputs.values():
+        sizes[info.shard] = sizes.get(info.shard, 0) + info.bytes
+    yield f"files: {', '.join(f'{name} {_megabytes(size)}' for name, size in sizes.items())}"
+
+
+def _flops(count: float) -> str:
+    return f"{count:.1e}" if count else "-"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
 def audit_tables(audit: Audit) -> Iterator[Table]:

@@ -75,6 +75,13 @@ def test_every_other_file_is_copied_byte_for_byte(source, tmp_path):
     assert all((source / name).read_bytes() == (tmp_path / "fused" / name).read_bytes() for name in copied)
 
 
+def test_code_beside_the_source_is_copied_and_said_so(source, tmp_path, caplog):
+    (source / "tokenization_own.py").write_text("raise SystemExit(1)")
+    skipless.fuse(source, tmp_path / "fused")
+    assert "copied tokenization_own.py: code of the source's, which trust_remote_code=True may run" in caplog.text
+    assert (tmp_path / "fused" / "tokenization_own.py").read_text() == "raise SystemExit(1)"
+
+
 def test_config_keeps_what_fusing_does_not_change(source, tmp_path):
     edit_config(source, eos_token_id=7, dtype="float64", torch_dtype="float64")
     before = json.loads((source / "config.json").read_text())

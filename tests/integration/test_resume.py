@@ -17,7 +17,7 @@ from filelock import FileLock
 from skipless import InputError, cli, closing, engines, fuse
 from skipless.checkpoint import writer as writing
 from skipless.checkpoint.reader import CheckpointReader
-from skipless.checkpoint.staging import unfinished
+from skipless.checkpoint.staging import LocalPlace
 from skipless.checkpoint.writer import CheckpointWriter
 from skipless.errors import StorageError
 from tests.models import build, edit_config, edit_tensors, save
@@ -68,13 +68,13 @@ def test_a_stopped_fuse_goes_on(source, tmp_path, monkeypatch, whole, number, er
         with pytest.raises((KeyboardInterrupt, StorageError)):
             fuse(source, tmp_path / "fused", **OPTIONS)
     assert not (tmp_path / "fused").exists()
-    lines = (unfinished(tmp_path / "fused") / "journal.jsonl").read_text().splitlines()
+    lines = (LocalPlace(tmp_path / "fused").unfinished / "journal.jsonl").read_text().splitlines()
     assert lines
     ran = count_tasks(monkeypatch)
     plan = fuse(source, tmp_path / "fused", resume=True, **OPTIONS)
     assert len(ran) == len(plan.tasks) - len(lines)
     assert contents(tmp_path / "fused") == whole
-    assert not unfinished(tmp_path / "fused").exists()
+    assert not LocalPlace(tmp_path / "fused").unfinished.exists()
 
 
 def test_a_full_disk_says_what_to_do(source, tmp_path, monkeypatch):
@@ -138,7 +138,7 @@ def test_ctrl_c_says_how_to_resume(source, tmp_path, monkeypatch):
 def test_a_killed_process_goes_on(source, tmp_path, whole, hit):
     command = [sys.executable, "-c", "from skipless.cli import main; main()", "fuse", str(source)]
     command += [str(tmp_path / "fused"), "--dtype", "bfloat16", "--max-shard-size", "0.02MB"]
-    journal = unfinished(tmp_path / "fused") / "journal.jsonl"
+    journal = LocalPlace(tmp_path / "fused").unfinished / "journal.jsonl"
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     while process.poll() is None and not (journal.exists() and journal.read_bytes()):
         time.sleep(0.001)
@@ -155,7 +155,7 @@ def stopped(source, tmp_path, monkeypatch):
         stop_at_write(patch, 8, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             fuse(source, tmp_path / "fused", **OPTIONS)
-    return unfinished(tmp_path / "fused")
+    return LocalPlace(tmp_path / "fused").unfinished
 
 
 def test_without_resume_nothing_is_lost(source, tmp_path, stopped):
@@ -184,8 +184,8 @@ def test_other_options_are_refused(source, tmp_path, stopped, change, message):
 
 def test_another_source_and_other_versions_are_refused(source, tmp_path, stopped, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("skipless.fusion.__version__", "0.0.0")
-        with pytest.raises(InputError, match=r"versions\.skipless: expected "):
+        patch.setattr("skipless.engines.__version__", "0.0.0")
+        with pytest.raises(InputError, match=r"environment\.skipless: expected "):
             fuse(source, tmp_path / "fused", resume=True, **OPTIONS)
     edit_tensors(source, lm_head__weight=torch.ones(61, 32))
     with pytest.raises(InputError, match=r"files\.model\.safetensors: expected "):
@@ -262,7 +262,7 @@ def test_what_was_written_is_read_again_before_it_gets_its_name(source, tmp_path
 
 
 def test_two_fuses_to_one_place(source, tmp_path):
-    folder = unfinished(tmp_path / "fused")
+    folder = LocalPlace(tmp_path / "fused").unfinished
     folder.mkdir()
     with FileLock(folder / "lock"):
         with pytest.raises(InputError, match="fused: expected no other process at it, found one that is writing"):

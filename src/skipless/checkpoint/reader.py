@@ -19,8 +19,8 @@ from skipless.errors import InputError, StorageError
 DTYPES: dict[str, torch.dtype] = {
     code: getattr(torch, name) for code, name in (SAFETENSORS_NAMES | INDEX_NAMES).items()
 }
-# Bytes read at a time only to have them in the system's cache.
-WARM = 2**23
+# Numbers looked at, and bytes read only to have them in the system's cache, at a time.
+BLOCK = 2**22
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,15 @@ class CheckpointReader(Folder):
         self.device = _device(device)
         before = {file.name: _stamp(file) for file in folder.glob("*") if file.is_file()}
         super().__init__(folder)
-        self._stamps = {name: before[name] for name in ("config.json", *self.shards)}
+        self._stamps = {name: before.get(name) or _stamp(folder / name) for name in ("config.json", *self.shards)}
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
             {name: _info(name, header) for name, header in self.headers.items() if not ignores(name)}
         )
+
+    @property
+    def place(self) -> str:
+        """What to call it, and open it by, anywhere."""
+        return str(self.folder.resolve())
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells this checkpoint from another, or from itself after a change: sizes and times of its files."""
@@ -78,17 +83,13 @@ class CheckpointReader(Folder):
         """
         info = self.tensors[name]
         tensor = torch.empty(info.shape, dtype=info.dtype)
-        rest = tensor.reshape(-1).view(torch.uint8).numpy().data
-        with self._opened(name) as file:
-            while rest and (count := file.readinto(rest)):
-                rest = rest[count:]
-        if rest:
+        count = self._read(name, tensor.reshape(-1).view(torch.uint8).numpy().data)
+        if count < info.bytes:
             raise InputError(
-                f"{name}: expected {info.bytes:,} bytes in {self.folder / info.shard}, found {len(rest):,} fewer: the "
-                f"file was cut short while it was read; copy or download it again"
+                f"{name}: expected {info.bytes:,} bytes in {self.folder / info.shard}, found {count:,}: the file was "
+                f"cut short while it was read; copy or download it again"
             )
-        if not torch.isfinite(tensor).all():
-            bad = int((~torch.isfinite(tensor)).sum())
+        if bad := not_finite(tensor):
             raise InputError(
                 f"{name}: expected finite numbers, found {bad} of {tensor.numel()} NaN or infinite; the checkpoint is "
                 f"damaged or its training diverged"
@@ -97,12 +98,20 @@ class CheckpointReader(Folder):
 
     def warm(self, names: Iterable[str]) -> None:
         """Read tensors into the system's cache, so that `tensor` need not wait for the disk."""
-        block = memoryview(bytearray(WARM))
+        block = memoryview(bytearray(BLOCK))
         for name in names:
             left = self.tensors[name].bytes
             with suppress(InputError), self._opened(name) as file:  # `tensor` will say what is wrong
-                while left > 0 and (count := file.readinto(block[: min(left, WARM)])):
+                while left > 0 and (count := file.readinto(block[: min(left, BLOCK)])):
                     left -= count
+
+    def _read(self, name: str, into: memoryview) -> int:
+        """Fill a buffer with a tensor's bytes; how many there were."""
+        done = 0
+        with self._opened(name) as file:
+            while done < len(into) and (count := file.readinto(into[done:])):
+                done += count
+        return done
 
     @contextmanager
     def _opened(self, name: str) -> Iterator[io.FileIO]:
@@ -118,10 +127,21 @@ class CheckpointReader(Folder):
 
     def _check_stamp(self, name: str, now: os.stat_result) -> None:
         if _stamped(now) != self._stamps[name]:
-            raise InputError(
-                f"{self.folder / name}: expected the file as it was when its header was read, found it changed "
-                f"meanwhile; let nothing write to it, and begin anew"
-            )
+            raise changed(f"{self.folder / name}")
+
+
+def changed(file: str) -> InputError:
+    """What to say of a file that is no longer the one whose header was read."""
+    return InputError(
+        f"{file}: expected the file as it was when its header was read, found it changed meanwhile; let nothing write "
+        f"to it, and begin anew"
+    )
+
+
+def not_finite(tensor: torch.Tensor) -> int:
+    """How many of its numbers are NaN or infinite; looked at in blocks, as that makes copies."""
+    blocks = tensor.reshape(-1).split(BLOCK)
+    return sum(block.numel() - int(torch.isfinite(block).sum()) for block in blocks if not torch.isfinite(block).all())
 
 
 def _stamp(file: Path) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
@@ -21,25 +21,56 @@ from skipless.errors import InputError, StorageError
 KEPT = "what is done is kept: go on with --resume"
 
 
-def unfinished(destination: Path) -> Path:
-    """Where DST is in the making."""
-    return destination.parent / f".{destination.name}.unfinished"
+class Place(Protocol):
+    """Where a folder is to be."""
+
+    @property
+    def unfinished(self) -> Path:
+        """Where it is in the making, on a disk."""
+
+    @property
+    def disk(self) -> Path:
+        """A folder on that disk that is there."""
+
+    def check(self) -> None:
+        """Raise InputError where no new folder can be made."""
+
+    def publish(self, folder: Path) -> None:
+        """Give what is in `folder` its name."""
 
 
-def check_destination(destination: Path) -> None:
-    """Raise InputError where no new folder can be made."""
-    if destination.exists() or destination.is_symlink():
-        raise InputError(f"{destination}: expected a new folder, found one that exists; choose another or remove it")
-    parent = destination.parent
-    if not parent.is_dir():
-        raise InputError(f"{parent}: expected an existing folder to write into, found none; create it")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"{parent}: expected a folder that can be written, found one that cannot; choose another")
+class LocalPlace:
+    """A path at which there is nothing yet."""
 
+    def __init__(self, path: Path):
+        self.path = path
 
-def previous(destination: Path) -> Manifest | None:
-    """What an earlier process has left of DST, if it had begun."""
-    return Manifest.load(unfinished(destination))
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def unfinished(self) -> Path:
+        return self.path.parent / f".{self.path.name}.unfinished"
+
+    @property
+    def disk(self) -> Path:
+        return self.path.parent
+
+    def check(self) -> None:
+        parent = self.path.parent
+        if self.path.exists() or self.path.is_symlink():
+            raise InputError(f"{self}: expected a new folder, found one that exists; choose another or remove it")
+        if not parent.is_dir():
+            raise InputError(f"{parent}: expected an existing folder to write into, found none; create it")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise InputError(f"{parent}: expected a folder that can be written, found one that cannot; choose another")
+
+    def publish(self, folder: Path) -> None:
+        for path in (*folder.rglob("*"), folder):
+            _sync(path)
+        folder.rename(self.path)
+        with suppress(OSError):  # a parent that may be written but not read
+            _sync(self.path.parent)
 
 
 class Staging:
@@ -50,43 +81,40 @@ class Staging:
 
 
 @contextmanager
-def staged(destination: Path, job: Mapping[str, Any], resume: bool) -> Iterator[Staging]:
-    """Where to write DST; it gets its name, on disk, when the block ends.
+def staged(place: Place, job: Mapping[str, Any], resume: bool) -> Iterator[Staging]:
+    """Where to write what will be at `place`; it gets its name, on disk, when the block ends.
 
     When the block fails because of its input (InputError), nothing is left behind. When something else comes between -
     the disk is full, the process is stopped - what is done stays, and with `resume` and the same job the next call
-    finds it. Raises InputError when DST exists or cannot be made, when another process is at it, when an unfinished one
-    is there and `resume` is false, or was for another job; and StorageError when the disk fails.
+    finds it. Raises InputError when the place is taken or cannot be made, when another process is at it, when an
+    unfinished one is there and `resume` is false, or was for another job; and StorageError when the disk fails.
     """
-    check_destination(destination)
-    folder = unfinished(destination)
+    place.check()
+    folder = place.unfinished
     _refuse_links(folder)
-    with _locked(folder, destination):
+    with _locked(place):
         manifest = Manifest.load(folder)
         if manifest is not None:
             if not resume:
                 raise InputError(
-                    f"{destination}: expected nothing begun, found an unfinished fuse in {folder}; go on with "
-                    f"--resume, or remove it"
+                    f"{place}: expected nothing begun, found an unfinished fuse in {folder}; go on with --resume, or "
+                    f"remove it"
                 )
             manifest.check(job)
         try:
             (folder / "model").mkdir(exist_ok=True)
             staging = Staging(folder / "model", manifest or Manifest.begin(folder, job))
             yield staging
-            _sync_all(staging.folder)
-            staging.folder.rename(destination)
-            with suppress(OSError):  # a parent that may be written but not read
-                _sync(destination.parent)
+            place.publish(staging.folder)
             shutil.rmtree(folder, ignore_errors=True)
         except BaseException as error:
             fault = isinstance(error, InputError) and not isinstance(error, StorageError)
-            begun = None if fault else previous(destination)
+            begun = None if fault else Manifest.load(folder)
             kept = begun is not None and bool(begun.done)
             if not kept:
                 shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, OSError):
-                raise _storage_error(destination, folder, error, kept) from error
+                raise _storage_error(place, error, kept) from error
             if isinstance(error, StorageError) and kept:
                 raise StorageError(f"{error}; {KEPT}") from error
             raise
@@ -102,37 +130,31 @@ def _refuse_links(folder: Path) -> None:
 
 
 @contextmanager
-def _locked(folder: Path, destination: Path) -> Iterator[None]:
-    """The folder, made if it is not there, with no other process at it."""
+def _locked(place: Place) -> Iterator[None]:
+    """The folder in the making, made if it is not there, with no other process at it."""
+    folder = place.unfinished
     lock = FileLock(folder / "lock", timeout=0)
     try:
         folder.mkdir(exist_ok=True)
         lock.acquire()
     except Timeout:
         raise InputError(
-            f"{destination}: expected no other process at it, found one that is writing {folder}; wait for it, or "
-            f"choose another folder"
+            f"{place}: expected no other process at it, found one that is writing {folder}; wait for it, or choose "
+            f"another folder"
         ) from None
     except OSError as error:
-        raise InputError(
-            f"{destination.parent}: expected a folder that can be written, found: {error.strerror}"
-        ) from error
+        raise InputError(f"{place.disk}: expected a folder that can be written, found: {error.strerror}") from error
     try:
         yield
     finally:
         lock.release()
 
 
-def _storage_error(destination: Path, folder: Path, error: OSError, kept: bool) -> StorageError:
-    ours = error.filename is None or Path(error.filename).is_relative_to(folder)
-    where = f"{destination}: could not be written" if ours else f"{error.filename}: could not be read"
+def _storage_error(place: Place, error: OSError, kept: bool) -> StorageError:
+    ours = error.filename is None or Path(error.filename).is_relative_to(place.unfinished)
+    where = f"{place}: could not be written" if ours else f"{error.filename}: could not be read"
     state = KEPT if kept else "nothing was left behind"
     return StorageError(f"{where}: {error.strerror or error}; {state}")
-
-
-def _sync_all(folder: Path) -> None:
-    for path in (*folder.rglob("*"), folder):
-        _sync(path)
 
 
 def _sync(path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import BinaryIO
 import torch
 
 from skipless.checkpoint.headers import INDEX, SINGLE, read_header
-from skipless.checkpoint.reader import DTYPES, TensorInfo
+from skipless.checkpoint.reader import DTYPES, TensorInfo, not_finite
 from skipless.errors import InputError, StorageError
 
 # Bytes read at a time to hash them.
@@ -85,7 +85,7 @@ class CheckpointWriter:
         """
         info = self.tensors[name]
         assert (tuple(tensor.shape), tensor.dtype) == (info.shape, info.dtype), name
-        if not torch.isfinite(tensor).all():
+        if not_finite(tensor):
             raise InputError(
                 f"{name}: expected numbers that {info.dtype} can hold, found an overflow; use --dtype float32"
             )

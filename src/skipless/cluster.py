@@ -1,0 +1,291 @@
+"""Carry out a plan's tasks on the machines of a Ray cluster: each reads the source itself, and hands its tensors back.
+
+One process, the driver, writes them, as it does its own (fusion.py): no two machines write one file, and what is on
+disk is known in one place. It needs Ray (the extra "ray").
+"""
+
+import logging
+import os
+import platform
+import signal
+import socket
+import threading
+import warnings
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray._private import services
+from ray._private import worker as ray_worker
+from ray.exceptions import RayError, RayTaskError
+
+from skipless.checkpoint.reader import CheckpointReader, TensorInfo
+from skipless.checkpoint.remote import open_reader
+from skipless.closing import Done, run_task
+from skipless.cost import cost
+from skipless.engines import Results, environment
+from skipless.errors import InputError, StorageError
+from skipless.planning import Plan
+
+# How often a task is run again when its worker is lost.
+RETRIES = 3
+# Seconds until an address does not answer, and after which we look whether there still is a machine for a task.
+PATIENCE = 10.0
+# Bytes that a worker holds before it does anything: Python, torch, scipy and Ray (0.44 GB).
+WORKER = 2**29
+# How much of Ray's object store the tensors of tasks in flight may take; what does not fit there goes to a disk.
+SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker must know. place, device, files: the source, where to read it to, and its fingerprint."""
+
+    plan: Plan
+    place: str
+    device: str
+    files: Mapping[str, Any]
+
+
+def run(plan: Plan, reader: CheckpointReader, todo: Sequence[int], address: str | None = None) -> Results:
+    """Carry out the tasks of these numbers, as many at a time as there is memory for, the largest first.
+
+    address: the cluster's (host:port), "auto" (the one this machine is part of), or None: Ray as it is connected
+    already, else RAY_ADDRESS, else a cluster of this machine alone for as long as it takes. Raises what the workers
+    raise; InputError where there is no cluster, no machine in it that a task fits on, or one with other software or
+    another source; StorageError where workers are lost again and again.
+    """
+    if not todo:
+        return
+    tasks = [Submission(plan, number, reader.device.type) for number in todo]
+    waiting = deque(sorted(tasks, key=lambda task: task.cost.total, reverse=True))
+    running: list[Submission] = []
+    with _connected(address):
+        for task in tasks:
+            if lack := task.lack():
+                raise InputError(lack)
+        room = SHARE * ray.cluster_resources().get("object_store_memory", 0)
+        job = ray.put(Job(plan, reader.place, reader.device.type, reader.fingerprint()))
+        try:
+            while waiting or running:
+                while waiting and (not running or sum(task.gives for task in (*running, waiting[0])) <= room):
+                    running.append(waiting.popleft())
+                    running[-1].submit(job)
+                task = _first(running)
+                problems = task.next()
+                yield task.number, Done(task.tensors(), problems)
+                running.remove(task)
+        finally:
+            for task in running:
+                task.cancel()
+
+
+class Submission:
+    """A task of the plan as a task of Ray. cost: what it costs; gives: bytes of its tensors."""
+
+    def __init__(self, plan: Plan, number: int, device: str):
+        self.number = number
+        self.cost = cost(plan, plan.tasks[number])
+        self._outputs = {name: plan.outputs[name] for name in plan.tasks[number].writes}
+        self.gives = sum(info.bytes for info in self._outputs.values())
+        self._environment = environment()
+        self._cpus, self._gpus = torch.get_num_threads(), int(device == "cuda")
+        self._memory = WORKER + self.cost.memory
+
+    @property
+    def name(self) -> str:
+        """What to call it: the first tensor that it gives."""
+        return next(iter(self._outputs))
+
+    def submit(self, job: "ray.ObjectRef[Job]") -> None:
+        """Let Ray run it where there is room, and again, up to RETRIES times, if its worker is lost."""
+        # OpenBLAS reads its number of threads when it is loaded; the last bits of a product depend on it.
+        threads = {
+            "OMP_NUM_THREADS": str(self._environment["threads"]),
+            "OPENBLAS_NUM_THREADS": str(self._environment["blas_threads"]),
+        }
+        remote = ray.remote(carry_out).options(
+            name=self.name,
+            num_cpus=self._cpus,
+            num_gpus=self._gpus,
+            memory=self._memory,
+            max_retries=RETRIES,
+            runtime_env={"env_vars": threads},
+        )
+        # In a list, it is not unpacked before carry_out has found that its software is the same.
+        self.results: ray.ObjectRefGenerator = remote.remote(self._environment, [job], self.number)
+
+    def lack(self) -> str:
+        """Why no machine of the cluster can run it; or nothing."""
+        machines = [machine["Resources"] for machine in ray.nodes() if machine["Alive"]]
+        for machine in machines:
+            if all(machine.get(kind, 0) >= need for kind, need in self._needs.items()):
+                return ""
+        most = {kind: max((machine.get(kind, 0) for machine in machines), default=0) for kind in self._needs}
+        return (
+            f"{self.name}: expected a machine in the Ray cluster with {_listed(self._needs)} for its task, found "
+            f"{len(machines)} with at most {_listed(most)}; add one, or set OMP_NUM_THREADS lower"
+        )
+
+    @property
+    def _needs(self) -> Mapping[str, float]:
+        return {"CPU": self._cpus, "memory": self._memory} | ({"GPU": self._gpus} if self._gpus else {})
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What it gives, as it comes."""
+        for _ in self._outputs:
+            name, data = self.next()
+            yield name, _tensor(data, self._outputs[name])
+            del data
+
+    def next(self) -> Any:
+        """The next that the worker hands out, once it is there."""
+        _first([self])
+        try:
+            return ray.get(next(self.results))
+        except RayTaskError as error:
+            raise _cause(error) from error
+        except RayError as error:
+            found = " ".join(str(error).split())
+            raise StorageError(
+                f"{self.name}: expected Ray to finish its task, at the latest on attempt {RETRIES + 1}, found: {found}"
+            ) from error
+
+    def cancel(self) -> None:
+        """Stop it, between two steps."""
+        with suppress(RayError):
+            ray.cancel(self.results)
+
+
+def _first(running: Sequence[Submission]) -> Submission:
+    """The first one whose next result is there. Raises StorageError when no machine is left that could give it."""
+    while True:
+        ready, _ = ray.wait([task.results for task in running], timeout=PATIENCE, fetch_local=False)
+        if ready:
+            return next(task for task in running if task.results is ready[0])
+        for task in running:
+            if lack := task.lack():
+                raise StorageError(lack)
+
+
+def _cause(error: RayTaskError) -> Exception:
+    """What went wrong in a worker, as it would have been raised here."""
+    if isinstance(error.cause, RuntimeError) and "failed to import on the worker" in str(error.cause):
+        found = str(error.cause).strip().splitlines()[-1]
+        return InputError(
+            f"engine: expected skipless {environment()['skipless']} to be installed on all machines of the Ray "
+            f"cluster, found on one: {found}"
+        )
+    return error.cause
+
+
+def _listed(resources: Mapping[str, float]) -> str:
+    return ", ".join(
+        f"{value / 1e9:.1f} GB of memory" if kind == "memory" else f"{value:g} {kind}s"
+        for kind, value in resources.items()
+    )
+
+
+def _tensor(data: np.ndarray, info: TensorInfo) -> torch.Tensor:
+    """A tensor of these bytes, in Ray's shared memory: it cannot be changed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(data).view(info.dtype).reshape(info.shape)
+
+
+# What a worker does.
+
+
+def carry_out(expected: Mapping[str, object], job: Sequence["ray.ObjectRef[Job]"], number: int) -> Iterator[Any]:
+    """Run one task and hand out its problems, then each tensor's name and bytes.
+
+    expected: the driver's environment. Raises InputError if this one, or the source as it is seen here, is another.
+    """
+    torch.set_num_threads(int(str(expected["threads"])))
+    for name, found in environment().items():
+        if found != expected[name]:
+            raise InputError(
+                f"{name}: expected {expected[name]!r}, as where fuse was called, found {found!r} on {platform.node()}; "
+                f"the result would not be the same, bit for bit"
+            )
+    plan, reader = _opened(job[0])
+    done = run_task(plan, plan.tasks[number], reader.tensor)
+    yield done.problems
+    for name, tensor in done.tensors:
+        yield name, tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        del tensor
+
+
+@lru_cache(1)
+def _opened(reference: "ray.ObjectRef[Job]") -> tuple[Plan, CheckpointReader]:
+    """The plan, and the source as this worker sees it."""
+    job = ray.get(reference)
+    try:
+        reader = open_reader(job.place, job.device)
+    except InputError as error:
+        raise InputError(f"{error} (on {platform.node()}; all machines must see the same folder)") from error
+    for name, found in reader.fingerprint().items():
+        if found != job.files.get(name):
+            raise InputError(
+                f"{job.place}: {name}: expected size and time {job.files.get(name)}, as where fuse was called, found "
+                f"{found} on {platform.node()}; share one folder, or copy it with the times of its files"
+            )
+    return job.plan, reader
+
+
+# Ray itself.
+
+
+@contextmanager
+def _connected(address: str | None) -> Iterator[None]:
+    """With Ray: as it is connected already, if no address is given, or for as long as the block lasts."""
+    if address is None and ray.is_initialized():
+        yield
+        return
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    printing, ray_worker._worker_logs_enabled = ray_worker._worker_logs_enabled, False  # on stdout, what it has lost
+    try:
+        _connect(address)
+        yield
+    finally:
+        ray.shutdown()
+        ray_worker._worker_logs_enabled = printing
+
+
+def _connect(address: str) -> None:
+    """Join the cluster at an address, or ("local") begin one on this machine. Raises InputError if that fails."""
+    if address != "local":
+        _check_answers(address)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    dashboard = {"include_dashboard": False} if address == "local" else {}
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **dashboard)
+    except (RayError, OSError, ValueError, RuntimeError) as error:
+        found = " ".join(str(error).split())
+        raise InputError(
+            f"address: expected a Ray cluster to join at {address!r}, found: {found}; it must be of the same version, "
+            f"and if it asks for a token, RAY_AUTH_MODE=token must be set here, too"
+        ) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # Ray has put its own
+
+
+def _check_answers(address: str) -> None:
+    """Raise InputError if there is no cluster at an address; Ray would try for minutes."""
+    if "://" in address:
+        raise InputError(f"address: expected host:port or auto, found {address!r}; call fuse on one of its machines")
+    try:
+        host, _, port = services.canonicalize_bootstrap_address_or_die(address).rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"address: expected that of a Ray cluster, found nothing that answers at {address!r} ({error}); begin one "
+            f"with: ray start --head"
+        ) from error

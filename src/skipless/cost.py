@@ -1,0 +1,236 @@
+"""What a task costs, from shapes and dtypes alone: FLOPs, step by step as closing.py takes them, and memory.
+
+n, d, m, r: the rows of a stream's writers, its width, the columns of its readers, and those that are left of them.
+Of the terms, those of third order are counted. What depends on the numbers themselves is taken as it usually is: R is
+moderate (rounding.MODERATE_REST), no Cholesky factorization has to be repeated, and pivoting needs no swaps.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from skipless.planning import Plan, Task
+from skipless.prediction import PROBES
+from skipless.products import HALF, ROWS, precision
+from skipless.seams import Seam
+
+# Beside what is counted: Python's own, vectors, and the buffers of BLAS.
+OVERHEAD = 96 * 2**20
+F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
+Step = tuple[str, torch.dtype, float]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs by precision, and the bytes that a task holds at most, beside what the process held before."""
+
+    flops: Mapping[str, float]
+    memory: int
+
+    @property
+    def total(self) -> float:
+        """FLOPs in any precision."""
+        return sum(self.flops.values())
+
+
+def cost(plan: Plan, task: Task) -> Cost:
+    """FLOPs and memory of a task."""
+    flops: dict[str, float] = {}
+    for dtype, count in steps(plan, task).values():
+        flops[dtype] = flops.get(dtype, 0.0) + count
+    return Cost(flops, _memory(plan, task))
+
+
+def steps(plan: Plan, task: Task) -> dict[str, tuple[str, float]]:
+    """The task's steps in their order: name -> precision, FLOPs."""
+    found: dict[str, tuple[str, float]] = {}
+    for number, seam in enumerate(task.seams):
+        later = frozenset(name for other in task.seams[number + 1 :] for name in other.modules)
+        for name, dtype, count in _seam_steps(plan, seam, later):
+            key = f"{seam.kind} seam: {name}" if len(task.seams) == 1 else f"{seam.kind} seam {number}: {name}"
+            kind, before = found.get(key, (str(dtype).removeprefix("torch."), 0.0))
+            found[key] = (kind, before + count)
+    return found
+
+
+def _seam_steps(plan: Plan, seam: Seam, later: frozenset[str]) -> Iterator[Step]:
+    way = seam.way(plan.basis)
+    if seam.rest:
+        return _stream_steps(_Shapes.of(plan, seam, later))
+    if way == "rows":
+        return _rows_steps(plan, seam)
+    if way == "p":
+        return _merge_steps(plan, seam, later)
+    return iter(())  # gains and norms: every number once
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """Of a stream seam: rows of each writer, d, m; extra: further columns that read it (followers, duals).
+
+    half: whether all that is written is in half precision; rounded: whether some is; fixed: whether the rest is not.
+    """
+
+    rows: tuple[int, ...]
+    d: int
+    m: int
+    extra: int
+    pivoted: bool
+    half: bool
+    rounded: bool
+    fixed: bool
+
+    @classmethod
+    def of(cls, plan: Plan, seam: Seam, later: frozenset[str]) -> "_Shapes":
+
+        def width(name: str) -> int:
+            return _size(plan, name) // seam.width
+
+        dtypes = [
+            F64 if name in later or f"{name}.weight" not in plan.outputs else plan.outputs[f"{name}.weight"].dtype
+            for name in (*seam.writers, *seam.duals, *seam.followers)
+        ]
+        rest = [
+            info.dtype
+            for name in (*seam.readers, seam.rest)
+            if (info := plan.outputs.get(f"{name}.weight")) is not None
+        ]
+        return cls(
+            rows=tuple(width(name) for name in seam.writers),
+            d=seam.width,
+            m=sum(width(name) for name in seam.readers),
+            extra=sum(width(name) for name in (*seam.followers, *seam.duals)),
+            pivoted=seam.removed(plan.basis) == seam.readers,
+            half=all(dtype in HALF for dtype in [*dtypes, *rest]),
+            rounded=any(dtype in HALF for dtype in [*dtypes, *rest]),
+            fixed=bool(rest) and not any(dtype in HALF for dtype in rest),
+        )
+
+    @property
+    def r(self) -> int:
+        return self.m - self.d
+
+    @property
+    def n(self) -> int:
+        return sum(self.rows)
+
+    @property
+    def within(self) -> torch.dtype:
+        """Of O S, and, unless the rest is large, of all that rounding does."""
+        return F32 if self.half else F64
+
+
+def _stream_steps(s: _Shapes) -> Iterator[Step]:
+    """eliminate.close_stream, rounding.round_seam, prediction.OpenStream.measure."""
+    d, r, n, within = s.d, s.r + s.extra, s.n, s.within
+    if s.pivoted:
+        yield "choose columns", within, d**2 * (s.m - d / 3) + d**2 * s.r
+    yield "factorize S", F64, 2 / 3 * d**3
+    yield "R = S^-1 A", F64, 2.0 * d**2 * r
+    yield "X = O S", within, 2.0 * n * d**2
+    if s.rounded:
+        yield "G = X^T X", within, float(n * d**2)
+        if not s.pivoted:
+            yield "shrink R", F64, d**3 / 3 + 2.0 * d**2 * r
+        widths = [width for width in (s.r, s.extra) if width]
+        yield "factorize G", within, len(widths) * d**3 / 3
+        for width in widths:
+            blocks = [min(ROWS, width - start) for start in range(0, width, ROWS)]
+            yield "N", within, float(sum(b * b * d for b in blocks))
+            yield "factorize N", within, 4 / 3 * sum(b**3 for b in blocks)
+            yield "round R", F32, float(sum(b * d**2 + b * b * d for b in blocks))
+        yield "M = 1 + R R^T", within, float(r * d**2)
+        yield "factorize M", within, d**3 / 3
+        yield "R^T M^-1", within, 2.0 * d**2 * r
+        yield "change of X", within, 2.0 * d**2 * r
+        yield "X + X change", BF16 if s.half and s.pivoted else within, 2.0 * n * d**2
+        yield "round X", BF16 if s.half else F32, float(n * d**2)
+        if s.fixed:
+            yield "solve for R again", F64, 4.0 * n * d * s.r + n * d**2 + d**3 / 3 + 2.0 * d**2 * s.r
+    yield "measure", within, 2.0 * PROBES * d * (s.m + s.r + 2 * s.extra)
+
+
+def _merge_steps(plan: Plan, seam: Seam, later: frozenset[str]) -> Iterator[Step]:
+    (writer,) = seam.writers
+    for name in seam.readers:
+        kept = F64 if name in later else plan.outputs[f"{name}.weight"].dtype
+        within = precision(_dtype(plan, name), _dtype(plan, writer), kept)
+        yield f"P {name.rpartition('.')[2]}", within, 2.0 * _size(plan, writer) * _size(plan, name) / seam.width
+
+
+def _rows_steps(plan: Plan, seam: Seam) -> Iterator[Step]:
+    """eliminate.close_rows, block by block of the writer's columns, in fp64."""
+    width, blocks = seam.width, seam.blocks
+    rows = _size(plan, seam.writers[0]) / (width * blocks)
+    yield "choose rows", F64, blocks * (width**2 * (rows - width / 3) + width**2 * (rows - width))
+    yield "factorize T", F64, blocks * 2 / 3 * width**3
+    yield "W T^-1", F64, blocks * 2.0 * width**2 * (rows - width)
+    yield "other writers", F64, sum(2.0 * width * _size(plan, name) for name in seam.writers[1:])
+    yield "T A", F64, sum(2.0 * width * _size(plan, name) for name in seam.readers)
+
+
+def _size(plan: Plan, name: str) -> int:
+    """Weights of a module before the task."""
+    return plan.inputs[f"{name}.weight"].weights
+
+
+def _dtype(plan: Plan, name: str) -> torch.dtype:
+    return plan.inputs[f"{name}.weight"].dtype
+
+
+def _memory(plan: Plan, task: Task) -> int:
+    """Bytes at most: of what is read, and of the largest of the seams."""
+    read = sum(plan.inputs[name].bytes for name in task.reads)
+    if not task.seams:
+        return OVERHEAD + 2 * read
+    largest = 0.0
+    for number, seam in enumerate(task.seams):
+        later = frozenset(name for other in task.seams[number + 1 :] for name in other.modules)
+        if seam.rest:
+            largest = max(largest, _stream_memory(plan, seam, _Shapes.of(plan, seam, later)))
+        elif seam.way(plan.basis) == "p":
+            largest = max(largest, _merge_memory(plan, seam, later))
+        else:  # in fp64: what it reads, and what it makes of it
+            largest = max(largest, sum(24.0 * _size(plan, name) for name in seam.modules if name in plan.modules[0]))
+    written = sum(plan.outputs[name].bytes for name in task.writes) if len(task.seams) > 1 else 0
+    return OVERHEAD + read + int(largest) + 4 * written
+
+
+def _merge_memory(plan: Plan, seam: Seam, later: frozenset[str]) -> float:
+    """What comes out, and one block of it before it is rounded."""
+    (writer,) = seam.writers
+    d, total, most = seam.width, 0.0, 0.0
+    for name in seam.readers:
+        kept = F64 if name in later else plan.outputs[f"{name}.weight"].dtype
+        within = precision(_dtype(plan, name), _dtype(plan, writer), kept)
+        inner, rows = _size(plan, writer) / d, _size(plan, name) / d
+        total += rows * inner * kept.itemsize
+        block = min(ROWS, rows) * (d + inner) * within.itemsize + _size(plan, writer) * within.itemsize
+        most = max(most, block)
+    return total + most
+
+
+def _stream_memory(plan: Plan, seam: Seam, s: _Shapes) -> float:
+    """The largest of the stages of closing.py; what was read is counted beside, and the writers go after O S."""
+    d, m, r, n, x = s.d, s.m, s.r + s.extra, s.n, s.within.itemsize
+    gone = sum(plan.inputs[f"{name}.weight"].bytes for name in seam.writers)
+    joined = d * m * max(_dtype(plan, name).itemsize for name in seam.readers)
+    choose = joined + (2 * x * m * d + x * d * d if s.pivoted else 0)
+    factors = 8 * d * d
+    close = joined + factors + 16 * d * r
+    chunk = min(ROWS, max(s.rows)) * d * x
+    write = joined + factors + 8 * d * r + n * d * x + 2 * x * d * d + 2 * chunk
+    held = factors + 8 * d * r + n * d * x - gone
+    stages = [choose, joined + 2 * factors, close, write]
+    if s.rounded:
+        root = (4 * x if s.pivoted else max(4 * x, x + 24)) * d * d
+        stages.append(held + x * d * d + root + (0 if s.pivoted else 16 * d * r))
+        widest = min(ROWS, max(s.r, s.extra))
+        stages.append(held + 2 * x * d * d + 4 * d * d + 24 * d * widest + 20 * widest**2 + 2 * d * r)
+        stages.append(held + 2 * d * r + 3 * x * d * r + 4 * x * d * d)
+        block = (x + 2 * x + 8 + 8) * d * min(ROWS, max(s.rows))
+        size = 2 if s.half else 8
+        stages.append(held + 2 * d * r + n * d * size + 2 * x * d * d + 8 * d * d + block)
+    stages.append(held + 8 * PROBES * (2 * d + 4 * m + 3 * s.extra) + x * d * max(d, m - d))
+    return max(stages)

@@ -1,0 +1,96 @@
+"""What a plan will cost: FLOPs, bytes, memory and time, from shapes and this machine's measured rates."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from skipless.cost import Cost, cost
+from skipless.errors import InputError
+from skipless.machine import Rates
+from skipless.planning import Plan
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The cost of every task, and what they come to.
+
+    costs: by task; rates: this machine's; memory: bytes that the process will hold at most, all it held before
+    included. Seconds: of the arithmetic; of the disk, which reads and writes meanwhile; of reading what was written
+    again, at the end.
+    """
+
+    plan: Plan
+    costs: tuple[Cost, ...]
+    rates: Rates
+    memory: int
+
+    @property
+    def flops(self) -> Mapping[str, float]:
+        """FLOPs by precision."""
+        total: Counter[str] = Counter()
+        for found in self.costs:
+            total.update(found.flops)
+        return total
+
+    def seconds_of(self, found: Cost) -> float:
+        """The arithmetic of a task."""
+        return sum(flops / self.rates.flops[name] for name, flops in found.flops.items())
+
+    @property
+    def arithmetic(self) -> float:
+        """Seconds of all arithmetic."""
+        return sum(map(self.seconds_of, self.costs))
+
+    @property
+    def disk(self) -> float:
+        """Seconds of reading and writing every tensor once."""
+        return sum(self.plan.bytes) / self.rates.disk
+
+    @property
+    def check(self) -> float:
+        """Seconds of reading what was written."""
+        return self.plan.bytes[1] / self.rates.disk
+
+    @property
+    def seconds(self) -> float:
+        """All in all."""
+        return max(self.arithmetic, self.disk) + self.check
+
+    def to_json(self) -> dict[str, object]:
+        """Everything, task by task, for --json."""
+        sizes: Counter[str] = Counter()
+        for info in self.plan.outputs.values():
+            sizes[info.shard] += info.bytes
+        tasks = [
+            {
+                "seams": [f"{seam.kind} {seam.layer}" for seam in task.seams],
+                "reads": {name: self.plan.inputs[name].bytes for name in task.reads},
+                "writes": {name: self.plan.outputs[name].bytes for name in task.writes},
+                "flops": dict(found.flops),
+                "memory": found.memory,
+            }
+            for task, found in zip(self.plan.tasks, self.costs, strict=True)
+        ]
+        seconds = {"arithmetic": self.arithmetic, "disk": self.disk, "check": self.check, "all": self.seconds}
+        rates = {**self.rates.flops, "disk": self.rates.disk}
+        return {"flops": dict(self.flops), "memory": self.memory, "seconds": seconds, "rates": rates} | {
+            "shards": dict(sizes),
+            "tasks": tasks,
+        }
+
+
+def estimate(plan: Plan, rates: Rates, held: int) -> Estimate:
+    """What a plan costs where the process already holds `held` bytes."""
+    costs = tuple(cost(plan, task) for task in plan.tasks)
+    return Estimate(plan, costs, rates, held + max(found.memory for found in costs))
+
+
+def check_memory(plan: Plan, held: int, limit: int) -> None:
+    """Raise InputError if a task needs more than `limit` bytes, with the `held` ones that the process has already."""
+    for task in plan.tasks:
+        needed = held + cost(plan, task).memory
+        if needed > limit:
+            raise InputError(
+                f"{task.writes[0]}: expected at most {limit / 1e9:.1f} GB of memory, found that computing it takes "
+                f"{needed / 1e9:.1f} GB; use --max-memory, or a machine that has more"
+            )

@@ -1,0 +1,244 @@
+"""Ray's workers write the same bytes as this process does, even if one is killed; what they find wrong is said here."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+
+from skipless import InputError, engines, fuse
+from skipless.checkpoint.reader import CheckpointReader
+from skipless.checkpoint.staging import LocalPlace
+from skipless.checkpoint.writer import CheckpointWriter
+from skipless.errors import StorageError
+from tests.models import build, edit_tensors, save
+
+ray = pytest.importorskip("ray", reason="needs Ray: pip install 'skipless[ray]'")
+
+from skipless import cluster  # noqa: E402
+
+OPTIONS = {"dtype": "bfloat16", "max_shard_size": 20_000}
+
+
+@pytest.fixture
+def source(tmp_path):
+    return save(build(dtype=torch.float32), tmp_path / "source")
+
+
+@pytest.fixture
+def whole(source, tmp_path):
+    fuse(source, tmp_path / "whole", **OPTIONS)
+    return contents(tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def two_workers():
+    """A cluster of this machine with room for two tasks."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
+    yield
+    ray.shutdown()
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def wrap(monkeypatch, before):
+    """Let workers call `before(number, outputs)` before each thing they hand out; outputs: how many there were."""
+    carry_out = cluster.carry_out
+
+    def wrapped(expected, job, number):
+        for outputs, output in enumerate(carry_out(expected, job, number)):
+            before(number, outputs)
+            yield output
+
+    monkeypatch.setattr(cluster, "carry_out", wrapped)
+
+
+def stop_at_write(monkeypatch, number, once):
+    """Ctrl-C at the `number`-th tensor that is to be written, once a file is there."""
+    write, written = CheckpointWriter.write, []
+
+    def stopped(writer, name, tensor):
+        written.append(name)
+        if len(written) == number:
+            while not once.exists():
+                time.sleep(0.01)
+            raise KeyboardInterrupt
+        return write(writer, name, tensor)
+
+    monkeypatch.setattr(CheckpointWriter, "write", stopped)
+
+
+def test_two_workers_write_the_same_bytes(source, tmp_path, two_workers, whole, monkeypatch):
+    seen = tmp_path / "seen"
+    seen.mkdir()
+
+    def meet(number, outputs):  # the first task of each worker waits for the other's
+        (seen / str(os.getpid())).touch()
+        while len(list(seen.iterdir())) < 2:
+            time.sleep(0.01)
+
+    wrap(monkeypatch, meet)
+    done = []
+    plan = fuse(source, tmp_path / "fused", engine="ray", progress=lambda plan, task: done.append(task), **OPTIONS)
+    assert contents(tmp_path / "fused") == whole
+    assert len(list(seen.iterdir())) == 2
+    assert not (seen / str(os.getpid())).exists()
+    assert sorted(done[1:], key=plan.tasks.index) == list(plan.tasks)
+    assert ray.is_initialized()
+
+
+@pytest.mark.parametrize("outputs", [0, 2])
+def test_a_killed_workers_task_runs_again(source, tmp_path, two_workers, whole, monkeypatch, outputs):
+    """SIGKILL, when the task has given nothing yet, and when it has given its first tensor."""
+    seen, at = tmp_path / "seen", outputs
+    seen.mkdir()
+
+    def kill_once(number, outputs):
+        if number == 1 and outputs == at:
+            (seen / str(os.getpid())).touch()
+            if len(list(seen.iterdir())) == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    wrap(monkeypatch, kill_once)
+    fuse(source, tmp_path / "fused", engine="ray", **OPTIONS)
+    assert len(list(seen.iterdir())) == 2  # two processes came to this point of the task: the first was killed
+    assert contents(tmp_path / "fused") == whole
+
+
+def test_a_task_that_kills_every_worker(source, tmp_path, two_workers, whole, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster, "RETRIES", 0)
+        wrap(patch, lambda number, outputs: number == 0 and os.kill(os.getpid(), signal.SIGKILL))
+        message = "expected Ray to finish its task, at the latest on attempt 1, found: .*; what is done is kept"
+        with pytest.raises(StorageError, match=message):
+            fuse(source, tmp_path / "fused", engine="ray", **OPTIONS)
+    assert not (tmp_path / "fused").exists()
+    fuse(source, tmp_path / "fused", engine="ray", resume=True, **OPTIONS)
+    assert contents(tmp_path / "fused") == whole
+
+
+def test_a_stopped_driver_stops_its_workers_and_goes_on(source, tmp_path, two_workers, whole, monkeypatch):
+    asleep = tmp_path / "asleep"
+
+    def sleep(number, outputs):
+        if number == 4:
+            asleep.touch()
+            while True:
+                time.sleep(0.1)
+
+    with monkeypatch.context() as patch:
+        stop_at_write(patch, 8, asleep)
+        wrap(patch, sleep)
+        with pytest.raises(KeyboardInterrupt):
+            fuse(source, tmp_path / "fused", engine="ray", **OPTIONS)
+    journal = LocalPlace(tmp_path / "fused").unfinished / "journal.jsonl"
+    lines = journal.read_text().splitlines()
+    assert lines
+    ran = []
+    run = cluster.Submission.submit
+    monkeypatch.setattr(cluster.Submission, "submit", lambda task, job: ran.append(task) or run(task, job))
+    plan = fuse(source, tmp_path / "fused", engine="ray", resume=True, **OPTIONS)
+    assert len(ran) == len(plan.tasks) - len(lines)
+    assert contents(tmp_path / "fused") == whole
+    deadline = time.monotonic() + 30
+    while ray.available_resources().get("CPU") != 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model__layers__1__self_attn__q_proj__weight": torch.zeros(32, 32)},
+            "layers.1.*q_proj.weight: expected an invertible matrix",
+        ),
+        ({"model__layers__1__mlp__up_proj__weight": torch.full((48, 32), torch.nan)}, "found 1536 of 1536 NaN"),
+    ],
+    ids=["singular", "NaN"],
+)
+def test_what_a_worker_finds_wrong(source, tmp_path, two_workers, changes, message):
+    edit_tensors(source, **changes)
+    found = []
+    for engine in engines.ENGINES:
+        with pytest.raises(InputError, match=message) as error:
+            fuse(source, tmp_path / "fused", engine=engine, basis="q", **OPTIONS)
+        found.append((type(error.value), str(error.value)))
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    assert found[0] == found[1]
+
+
+def test_what_a_worker_cannot_read(source, tmp_path, two_workers, monkeypatch):
+    def broken(number, outputs):
+        raise StorageError("x: could not be read from y: Input/output error")
+
+    wrap(monkeypatch, broken)
+    with pytest.raises(StorageError, match=r"^x: could not be read from y: Input/output error$"):
+        fuse(source, tmp_path / "fused", engine="ray", **OPTIONS)
+
+
+def test_workers_that_are_not_the_same(source, tmp_path, two_workers, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(engines, "__version__", "0.0.0")
+        with pytest.raises(InputError, match=r"skipless: expected '0\.0\.0', as where fuse was called, found '"):
+            fuse(source, tmp_path / "fused", engine="ray", **OPTIONS)
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointReader, "fingerprint", lambda reader: {"config.json": [1, 2]})
+        with pytest.raises(
+            InputError, match=r"source: config.json: expected size and time \[1, 2\], as where .* found"
+        ):
+            fuse(source, tmp_path / "fused", engine="ray", **OPTIONS)
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointReader, "place", "/nowhere")
+        with pytest.raises(InputError, match=r"^/nowhere.* \(on .*; all machines must see the same folder\)$"):
+            fuse(source, tmp_path / "fused", engine="ray", **OPTIONS)
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster, "WORKER", 10**15)
+        message = (
+            r"expected a machine in the Ray cluster with 1 CPUs, 1000000.* GB of memory .* found 1 with at most 2 CPU"
+        )
+        with pytest.raises(InputError, match=message):
+            fuse(source, tmp_path / "fused", engine="ray", **OPTIONS)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_cluster_that_is_not_there(source, tmp_path, monkeypatch):
+    def message(address, engine="ray"):
+        with pytest.raises(InputError) as error:
+            fuse(source, tmp_path / "fused", engine=engine, address=address, **OPTIONS)
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+        return str(error.value)
+
+    assert message("127.0.0.1:1").startswith("address: expected that of a Ray cluster, found nothing that answers at")
+    assert message("here").startswith("address: expected that of a Ray cluster, found nothing that answers at 'here'")
+    assert message("ray://127.0.0.1:1").startswith("address: expected host:port or auto, found 'ray://127.0.0.1:1'")
+    assert message("auto", "local") == "address: expected none with engine local, found 'auto'; use --engine ray"
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert message(None) == "engine: expected Ray for 'ray', found none installed; pip install 'skipless[ray]'"
+
+
+def test_a_cluster_of_its_own(source, tmp_path, whole):
+    """From the command line, with no cluster: one is begun, and ended, even by Ctrl-C."""
+    arguments = ["fuse", str(source), str(tmp_path / "fused"), "--dtype", "bfloat16", "--max-shard-size", "0.02MB"]
+    command = [sys.executable, "-c", "from skipless.cli import main; main()", *arguments, "--engine", "ray"]
+    journal = LocalPlace(tmp_path / "fused").unfinished / "journal.jsonl"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not (journal.exists() and journal.read_bytes()):
+            time.sleep(0.001)
+        begun = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate()
+    assert process.returncode == 130
+    assert output == ""
+    assert "--resume" in errors
+    assert begun
+    assert not psutil.wait_procs(begun, timeout=30)[1]
+    fuse(source, tmp_path / "fused", resume=True, **OPTIONS)
+    assert contents(tmp_path / "fused") == whole
