@@ -416,7 +416,7 @@ def _round_block(
             exact = block[k]
             if k:
                 owed[k : k + 1].addmm_(upper[:k, k : k + 1].T, error[:k])
-            rounded = (exact - owed[k]).to(dtype).to(exact.dtype)
+            rounded = (exact - owed[k]).to(dtype)
             torch.sub(rounded, exact, out=error[k])
             exact.copy_(rounded)
         return
