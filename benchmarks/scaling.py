@@ -152,7 +152,13 @@ def this_machine(folder: Path, network: float) -> Machine:
     with file.open("wb") as stream:
         stream.write(data)
         os.fsync(stream.fileno())
-    rates = measure(file, torch.device("cpu"))
+
+    def read(most: int) -> int:
+        with file.open("rb", buffering=0) as stream:
+            os.posix_fadvise(stream.fileno(), 0, most, os.POSIX_FADV_DONTNEED)
+            return len(stream.read(most))
+
+    rates = measure(read, torch.device("cpu"))
     start = time.perf_counter()
     hashlib.sha256(data).digest()
     hashing = READ / (time.perf_counter() - start)

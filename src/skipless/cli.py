@@ -311,7 +311,8 @@ def fuse(
             except (KeyboardInterrupt, SystemExit):
                 if fusion.destination_place(destination).unfinished.exists():
                     again = [word for word in sys.argv[1:] if word != "--resume"]
-                    err.print(f"interrupted; go on with: skipless {shlex.join(again)} --resume", soft_wrap=True)
+                    line = f"interrupted; go on with: skipless {shlex.join(again)} --resume"
+                    err.print(line, soft_wrap=True, markup=False)
                 raise
     if as_json:
         print_json(plan.summary() | ({} if estimated is None else {"work": estimated.to_json()}))
@@ -322,11 +323,13 @@ def fuse(
         for line in tables.work_lines(estimated):
             out.print(line, soft_wrap=True, highlight=False)
     if plan.reason:
-        out.print(f"basis {plan.basis}: {plan.reason}", soft_wrap=True)
+        out.print(f"basis {plan.basis}: {plan.reason}", soft_wrap=True, markup=False)
     if plan.note:
         out.print(plan.note, soft_wrap=True, highlight=False, markup=False)
     if not dry_run:
-        out.print(f"wrote {destination}; check it with: skipless verify {source} {destination}", soft_wrap=True)
+        out.print(
+            f"wrote {destination}; check it with: skipless verify {source} {destination}", soft_wrap=True, markup=False
+        )
 
 
 @main.command("limit")
@@ -458,22 +461,23 @@ def work_bar(verb: str) -> Iterator[Callable[[Any, Any], None]]:
     columns = (TextColumn(verb), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rate]}"))
     bar = Progress(*columns, TimeRemainingColumn(), console=err, transient=True, disable=not err.is_terminal)
     number = bar.add_task("", total=None, rate="")
-    begun, flops = time.monotonic(), 0.0
+    last = time.monotonic()
 
     def advance(plan: Any, task: Any) -> None:
-        nonlocal begun, flops
+        nonlocal last
         from skipless.cost import cost
 
         def work(task: Any) -> float:
             return cost(plan, task).total + plan.moved(task)
 
+        now = time.monotonic()
         if task is None:
-            begun = time.monotonic()
             bar.update(number, total=sum(map(work, plan.tasks)))
-            return
-        flops += cost(plan, task).total
-        rate = flops / (time.monotonic() - begun) / 1e9
-        bar.update(number, advance=work(task), rate=f"{rate:,.0f} GFLOP/s")
+        else:
+            bar.update(number, advance=work(task))
+            if flops := cost(plan, task).total:
+                bar.update(number, rate=f"{flops / (now - last) / 1e9:,.0f} GFLOP/s")
+        last = now
 
     with bar:
         yield advance

@@ -22,34 +22,52 @@ from skipless.source import read_affine
 
 @dataclass(frozen=True)
 class Done:
-    """What a task gives: the tensors to write, and where storing them is expected to lose too much."""
+    """What a task gives: the tensors to write, and, once they have been taken, where storing them is expected to lose
+    too much.
+    """
 
     tensors: Iterator[tuple[str, torch.Tensor]]
-    problems: tuple[str, ...] = ()
+    problems: list[str]
 
 
 def run_task(plan: Plan, task: Task, read: Callable[[str], torch.Tensor]) -> Done:
-    """Carry out one task: read its tensors, close its seams, and hand out what is to be written."""
-    if not task.seams:
-        (name,) = task.writes
-        tensor = read(name)
-        return Done(iter([(name, tensor.to(plan.outputs[name].dtype))]))
-    before, after = plan.modules
-    names = dict.fromkeys(name for seam in task.seams for name in seam.modules if name in before)
-    affines = {name: read_affine(before[name], after.get(name), read) for name in names}
-    indices: dict[str, torch.Tensor] = {}
+    """Carry out one task, as its tensors are taken: read what a seam needs, close it, hand out what no other needs."""
     problems: list[str] = []
-    for number, seam in enumerate(task.seams):
-        later = frozenset(name for other in task.seams[number + 1 :] for name in other.modules)
-        remaining, order, problem = _close(plan, seam, affines, later, read)
-        if order is not None and seam.order in plan.outputs:
-            indices[seam.order] = order
+    return Done(_close_all(plan, task, read, problems) if task.seams else _copy(plan, task, read), problems)
+
+
+def _copy(plan: Plan, task: Task, read: Callable[[str], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    (name,) = task.writes
+    yield name, read(name).to(plan.outputs[name].dtype)
+
+
+def _close_all(
+    plan: Plan, task: Task, read: Callable[[str], torch.Tensor], problems: list[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    before, after = plan.modules
+    affines: dict[str, Affine] = {}
+    seen: set[str] = set()
+    for seam, later in with_later(task):
+        for name in seam.modules:
+            if name in before and name not in seen:  # once: what an earlier seam has removed is no more
+                affines[name] = read_affine(before[name], after.get(name), read)
+        seen.update(seam.modules)
+        own = {name: affines.pop(name) for name in seam.modules if name in affines}
+        remaining, order, problem = _close(plan, seam, own, later, read)
+        del own
         if problem is not None:
             problems.append(problem)
-        for name in seam.modules:
-            affines.pop(name, None)
-        affines |= remaining
-    return Done(_stored(plan, affines, indices), tuple(problems))
+        affines |= {name: remaining.pop(name) for name in list(remaining) if name in later}
+        yield from _stored(plan, remaining)
+        if order is not None and seam.order in plan.outputs:
+            yield seam.order, order
+
+
+def with_later(task: Task) -> Iterator[tuple[Seam, frozenset[str]]]:
+    """The seams of a task in turn, each with those of its modules that a later one will rewrite."""
+    last = {name: number for number, seam in enumerate(task.seams) for name in seam.modules}
+    for number, seam in enumerate(task.seams):
+        yield seam, frozenset(name for name in seam.modules if last[name] > number)
 
 
 Closed = tuple[dict[str, Affine], torch.Tensor | None, str | None]
@@ -148,10 +166,8 @@ def _dtypes(plan: Plan, seam: Seam, later: frozenset[str]) -> dict[str, torch.dt
     return {**dtypes, "rest": min(rest, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)}
 
 
-def _stored(
-    plan: Plan, affines: dict[str, Affine], indices: Mapping[str, torch.Tensor]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Modules as the checkpoint stores them, in the output's dtype, and index tensors; each is forgotten."""
+def _stored(plan: Plan, affines: dict[str, Affine]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Modules as the checkpoint stores them, in the output's dtype; each is forgotten."""
     _, after = plan.modules
     for name in list(affines):
         weight, bias = affines[name].weight, affines[name].bias
@@ -162,4 +178,3 @@ def _stored(
         del weight
         if bias is not None:
             yield f"{name}.bias", bias.to(plan.outputs[f"{name}.bias"].dtype)
-    yield from indices.items()

@@ -44,7 +44,7 @@ SHARE = 0.5
 
 
 @dataclass(frozen=True)
-class Job:
+class Input:
     """What a worker must know. place, device, files: the source, where to read it to, and its fingerprint."""
 
     plan: Plan
@@ -69,17 +69,17 @@ def run(plan: Plan, reader: CheckpointReader, todo: Sequence[int], address: str 
     with _connected(address):
         for task in tasks:
             if lack := task.lack():
-                raise InputError(lack)
+                raise StorageError(lack)
         room = SHARE * ray.cluster_resources().get("object_store_memory", 0)
-        job = ray.put(Job(plan, reader.place, reader.device.type, reader.fingerprint()))
+        job = ray.put(Input(plan, reader.place, reader.device.type, reader.fingerprint()))
         try:
             while waiting or running:
                 while waiting and (not running or sum(task.gives for task in (*running, waiting[0])) <= room):
                     running.append(waiting.popleft())
                     running[-1].submit(job)
                 task = _first(running)
-                problems = task.next()
-                yield task.number, Done(task.tensors(), problems)
+                problems: list[str] = []
+                yield task.number, Done(task.tensors(problems), problems)
                 running.remove(task)
         finally:
             for task in running:
@@ -103,7 +103,7 @@ class Submission:
         """What to call it: the first tensor that it gives."""
         return next(iter(self._outputs))
 
-    def submit(self, job: "ray.ObjectRef[Job]") -> None:
+    def submit(self, job: "ray.ObjectRef[Input]") -> None:
         """Let Ray run it where there is room, and again, up to RETRIES times, if its worker is lost."""
         # OpenBLAS reads its number of threads when it is loaded; the last bits of a product depend on it.
         threads = {
@@ -137,12 +137,13 @@ class Submission:
     def _needs(self) -> Mapping[str, float]:
         return {"CPU": self._cpus, "memory": self._memory} | ({"GPU": self._gpus} if self._gpus else {})
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What it gives, as it comes."""
+    def tensors(self, problems: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """What it gives, as it comes; at the end, what is wrong with it."""
         for _ in self._outputs:
             name, data = self.next()
             yield name, _tensor(data, self._outputs[name])
             del data
+        problems += self.next()
 
     def next(self) -> Any:
         """The next that the worker hands out, once it is there."""
@@ -178,7 +179,7 @@ def _cause(error: RayTaskError) -> Exception:
     """What went wrong in a worker, as it would have been raised here."""
     if isinstance(error.cause, RuntimeError) and "failed to import on the worker" in str(error.cause):
         found = str(error.cause).strip().splitlines()[-1]
-        return InputError(
+        return StorageError(
             f"engine: expected skipless {environment()['skipless']} to be installed on all machines of the Ray "
             f"cluster, found on one: {found}"
         )
@@ -202,37 +203,38 @@ def _tensor(data: np.ndarray, info: TensorInfo) -> torch.Tensor:
 # What a worker does.
 
 
-def carry_out(expected: Mapping[str, object], job: Sequence["ray.ObjectRef[Job]"], number: int) -> Iterator[Any]:
-    """Run one task and hand out its problems, then each tensor's name and bytes.
+def carry_out(expected: Mapping[str, object], job: Sequence["ray.ObjectRef[Input]"], number: int) -> Iterator[Any]:
+    """Run one task and hand out each tensor's name and bytes, then its problems.
 
-    expected: the driver's environment. Raises InputError if this one, or the source as it is seen here, is another.
+    expected: the driver's environment. Raises StorageError if this one, or the source as it is seen here, is
+    another: elsewhere the task may succeed.
     """
     torch.set_num_threads(int(str(expected["threads"])))
     for name, found in environment().items():
         if found != expected[name]:
-            raise InputError(
+            raise StorageError(
                 f"{name}: expected {expected[name]!r}, as where fuse was called, found {found!r} on {platform.node()}; "
                 f"the result would not be the same, bit for bit"
             )
     plan, reader = _opened(job[0])
     done = run_task(plan, plan.tasks[number], reader.tensor)
-    yield done.problems
     for name, tensor in done.tensors:
         yield name, tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         del tensor
+    yield done.problems
 
 
 @lru_cache(1)
-def _opened(reference: "ray.ObjectRef[Job]") -> tuple[Plan, CheckpointReader]:
+def _opened(reference: "ray.ObjectRef[Input]") -> tuple[Plan, CheckpointReader]:
     """The plan, and the source as this worker sees it."""
     job = ray.get(reference)
     try:
         reader = open_reader(job.place, job.device)
     except InputError as error:
-        raise InputError(f"{error} (on {platform.node()}; all machines must see the same folder)") from error
+        raise StorageError(f"{error} (on {platform.node()}; all machines must see the same folder)") from error
     for name, found in reader.fingerprint().items():
         if found != job.files.get(name):
-            raise InputError(
+            raise StorageError(
                 f"{job.place}: {name}: expected size and time {job.files.get(name)}, as where fuse was called, found "
                 f"{found} on {platform.node()}; share one folder, or copy it with the times of its files"
             )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from skipless.closing import with_later
 from skipless.planning import Plan, Task
 from skipless.prediction import PROBES
 from skipless.products import HALF, ROWS, precision
@@ -45,8 +46,7 @@ def cost(plan: Plan, task: Task) -> Cost:
 def steps(plan: Plan, task: Task) -> dict[str, tuple[str, float]]:
     """The task's steps in their order: name -> precision, FLOPs."""
     found: dict[str, tuple[str, float]] = {}
-    for number, seam in enumerate(task.seams):
-        later = frozenset(name for other in task.seams[number + 1 :] for name in other.modules)
+    for number, (seam, later) in enumerate(with_later(task)):
         for name, dtype, count in _seam_steps(plan, seam, later):
             key = f"{seam.kind} seam: {name}" if len(task.seams) == 1 else f"{seam.kind} seam {number}: {name}"
             kind, before = found.get(key, (str(dtype).removeprefix("torch."), 0.0))
@@ -180,21 +180,26 @@ def _dtype(plan: Plan, name: str) -> torch.dtype:
 
 
 def _memory(plan: Plan, task: Task) -> int:
-    """Bytes at most: of what is read, and of the largest of the seams."""
-    read = sum(plan.inputs[name].bytes for name in task.reads)
+    """Bytes at most: of the largest of the seams, with what is read for it and what earlier ones have left."""
     if not task.seams:
-        return OVERHEAD + 2 * read
-    largest = 0.0
-    for number, seam in enumerate(task.seams):
-        later = frozenset(name for other in task.seams[number + 1 :] for name in other.modules)
+        return OVERHEAD + 2 * sum(plan.inputs[name].bytes for name in task.reads)
+    largest, left = 0.0, dict[str, float]()
+    for seam, later in with_later(task):
+        own = [name for name in seam.modules if name in plan.modules[0]]
+        read = sum(plan.inputs[f"{name}.weight"].bytes for name in own if name not in left)
+        held = read + sum(left.values()) + sum(plan.inputs[name].bytes for name in seam.mixed)
         if seam.rest:
-            largest = max(largest, _stream_memory(plan, seam, _Shapes.of(plan, seam, later)))
+            needed = _stream_memory(plan, seam, _Shapes.of(plan, seam, later))
         elif seam.way(plan.basis) == "p":
-            largest = max(largest, _merge_memory(plan, seam, later))
+            needed = _merge_memory(plan, seam, later)
         else:  # in fp64: what it reads, and what it makes of it
-            largest = max(largest, sum(24.0 * _size(plan, name) for name in seam.modules if name in plan.modules[0]))
-    written = sum(plan.outputs[name].bytes for name in task.writes) if len(task.seams) > 1 else 0
-    return OVERHEAD + read + int(largest) + 4 * written
+            needed = sum(24.0 * _size(plan, name) for name in own)
+        if len(task.seams) > 1:  # what it gives, as it is handed out
+            needed += sum(8.0 * _size(plan, name) for name in own if name not in later)
+        largest = max(largest, held + needed)
+        left = {name: size for name, size in left.items() if name not in own}
+        left |= {name: 8.0 * _size(plan, name) for name in later if name in own}
+    return OVERHEAD + int(largest)
 
 
 def _merge_memory(plan: Plan, seam: Seam, later: frozenset[str]) -> float:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
+from threading import Event
 
 import numpy
 import scipy
@@ -24,11 +25,15 @@ Engine = Callable[[Plan, CheckpointReader, Sequence[int]], Results]
 
 def run_local(plan: Plan, reader: CheckpointReader, todo: Sequence[int]) -> Results:
     """One task after the other in this process, while what the next one reads is fetched from the disk."""
-    with ThreadPoolExecutor(1, "reading") as ahead:
+    ahead, stopped = ThreadPoolExecutor(1, "reading"), Event()
+    try:
         for number, following in zip(todo, [*todo[1:], None], strict=False):
             if following is not None:
-                ahead.submit(reader.warm, plan.tasks[following].reads)
+                ahead.submit(reader.warm, plan.tasks[following].reads, stopped.is_set)
             yield number, run_task(plan, plan.tasks[number], reader.tensor)
+    finally:
+        stopped.set()
+        ahead.shutdown(cancel_futures=True)
 
 
 def run_ray(plan: Plan, reader: CheckpointReader, todo: Sequence[int], address: str | None = None) -> Results:

@@ -80,15 +80,15 @@ class Estimate:
 
 
 def estimate(plan: Plan, rates: Rates, held: int) -> Estimate:
-    """What a plan costs where the process already holds `held` bytes."""
+    """What a plan costs where the process already holds `held` bytes. One tensor waits to be written meanwhile."""
     costs = tuple(cost(plan, task) for task in plan.tasks)
-    return Estimate(plan, costs, rates, held + max(found.memory for found in costs))
+    return Estimate(plan, costs, rates, held + max(found.memory for found in costs) + plan.largest_output)
 
 
 def check_memory(plan: Plan, held: int, limit: int) -> None:
     """Raise InputError if a task needs more than `limit` bytes, with the `held` ones that the process has already."""
     for task in plan.tasks:
-        needed = held + cost(plan, task).memory
+        needed = held + cost(plan, task).memory + plan.largest_output
         if needed > limit:
             raise InputError(
                 f"{task.writes[0]}: expected at most {limit / 1e9:.1f} GB of memory, found that computing it takes "

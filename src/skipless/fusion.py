@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -97,8 +98,7 @@ class Job:
 
     def estimate(self) -> Estimate:
         """What it will cost, by rates that are measured now."""
-        largest = max(self.plan.inputs.values(), key=lambda info: info.bytes)
-        rates = measure(self.reader.folder / largest.shard, self.reader.device)
+        rates = measure(self.reader.sample, self.reader.device)
         return estimate(self.plan, rates, resident_memory())
 
     def manifest(self) -> dict[str, Any]:
@@ -145,7 +145,10 @@ def plan_fuse(
     free = shutil.disk_usage(place.disk).free
     if begun is None and needed > free:
         raise InputError(f"{place}: expected {needed:,} bytes of free disk space, found {free:,}")
-    if reader.device.type == "cpu" and engine == "local":
+    here = reader.device.type == "cpu" and engine == "local"
+    if max_memory is not None and not here:
+        raise InputError("max_memory: expected none with another engine or device than local and cpu; leave it out")
+    if here:
         held = resident_memory()
         check_memory(plan, held, held + available_memory() if max_memory is None else max_memory)
     return Job(request, max_shard_size, chosen, place, reader, plan)
@@ -177,21 +180,47 @@ def _execute(job: Job, staging: Staging, progress: Callable[[Plan, Task | None],
         else:
             del manifest.done[number]
     todo = [number for number in range(len(plan.tasks)) if number not in manifest.done]
-    with ThreadPoolExecutor(1, "writing") as behind, closing(job.engine(plan, job.reader, todo)) as results:
-        writing: Future[object] = behind.submit(int)
+    with ThreadPoolExecutor(1, "writing") as thread, closing(job.engine(plan, job.reader, todo)) as results:
+        behind = Behind(thread, plan.largest_output)
         for number, done in results:
             digests: dict[str, str] = {}
             for name, tensor in done.tensors:
-                writing.result()  # one tensor is written while the next is computed
-                writing = behind.submit(_write, writer, name, tensor, digests)
+                behind.add(tensor.nbytes, _write, writer, name, tensor, digests)
                 del tensor
-            writing.result()
-            writing = behind.submit(manifest.record, number, Record(digests, done.problems))
+            behind.add(0, _record, manifest, number, plan.tasks[number], digests, done.problems)
             progress(plan, plan.tasks[number])
-        writing.result()
+        behind.finish()
     writer.finish({name: digest for record in manifest.done.values() for name, digest in record.digests.items()})
     return [problem for _, record in sorted(manifest.done.items()) for problem in record.problems]
 
 
+class Behind:
+    """Work done in order by another thread, beside what comes next; what waits for it holds at most `room` bytes, or is
+    one tensor.
+    """
+
+    def __init__(self, thread: ThreadPoolExecutor, room: int):
+        self._thread, self._room = thread, room
+        self._waiting: deque[tuple[int, Future[None]]] = deque()
+
+    def add(self, size: int, work: Callable[..., None], *arguments: object) -> None:
+        """Have something done that holds `size` bytes. Raises what earlier work has raised."""
+        while self._waiting and (
+            self._waiting[0][1].done() or size + sum(held for held, _ in self._waiting) > self._room
+        ):
+            self._waiting.popleft()[1].result()
+        self._waiting.append((size, self._thread.submit(work, *arguments)))
+
+    def finish(self) -> None:
+        """Wait for all of it."""
+        while self._waiting:
+            self._waiting.popleft()[1].result()
+
+
 def _write(writer: CheckpointWriter, name: str, tensor: torch.Tensor, digests: dict[str, str]) -> None:
     digests[name] = writer.write(name, tensor)
+
+
+def _record(manifest: Manifest, number: int, task: Task, digests: dict[str, str], problems: list[str]) -> None:
+    if digests.keys() == set(task.writes):  # else a write has failed, which is about to be noticed
+        manifest.record(number, Record(digests, tuple(problems)))

@@ -1,6 +1,5 @@
 """What this machine does a second, and how much memory it has. Measured, in about a second."""
 
-import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -28,15 +27,17 @@ class Rates:
     disk: float
 
 
-def measure(file: Path, device: torch.device, size: int = SIZE) -> Rates:
-    """Time products of matrices of `size` rows and columns on `device`, and reading the first READ bytes of `file`,
-    past the system's cache if it lets us.
+def measure(read: Callable[[int], int], device: torch.device, size: int = SIZE) -> Rates:
+    """Time products of matrices of `size` rows and columns on `device`, and `read`, which reads at most so many bytes
+    from the disk and says how many.
     """
     flops = {}
     for name in PRECISIONS:
         left = torch.randn(size, size, device=device).to(getattr(torch, name))
         flops[name] = 2 * size**3 / _seconds(lambda left=left: multiply(left, left).ravel()[0].item())  # type: ignore[misc]
-    return Rates(flops, _read_rate(file))
+    start = time.perf_counter()
+    count = read(READ)
+    return Rates(flops, max(count, 1) / (time.perf_counter() - start))
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -49,23 +50,14 @@ def _seconds(work: Callable[[], object]) -> float:
     return median(times)
 
 
-def _read_rate(file: Path) -> float:
-    with file.open("rb", buffering=0) as stream:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(stream.fileno(), 0, READ, os.POSIX_FADV_DONTNEED)
-        block, count = bytearray(2**23), 0
-        start = time.perf_counter()
-        while count < READ and (got := stream.readinto(block)):
-            count += got
-        return max(count, 1) / (time.perf_counter() - start)
-
-
 def available_memory() -> int:
-    """Bytes that can be used without swapping: what the system says, or the limit of our control group (v2)."""
-    found = [psutil.virtual_memory().available]
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    with suppress(OSError, ValueError):  # there is none, or it says "max"
-        found.append(int(limit.read_text()) - int(used.read_text()))
+    """Bytes that can be used without swapping: what the system says, or what our control group (v2) has left."""
+    found, group = [psutil.virtual_memory().available], Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError, KeyError):  # there is none, or its limit is "max"
+        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        cache = int(used["active_file"]) + int(used["inactive_file"])  # given back when it is needed
+        limit, current = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        found.append(limit - current + cache)
     return max(0, min(found))
 
 

@@ -76,6 +76,11 @@ class Plan:
         before, after = (sum(info.bytes for info in tensors.values()) for tensors in (self.inputs, self.outputs))
         return before, after
 
+    @property
+    def largest_output(self) -> int:
+        """Bytes of the largest tensor that is written."""
+        return max(info.bytes for info in self.outputs.values())
+
     def moved(self, task: Task) -> int:
         """Bytes that a task reads and writes."""
         read, written = (

@@ -118,7 +118,8 @@ class Rest:
         """Max |R|, each row and column scaled by what errors count there."""
         if not self.matrix.shape[1]:
             return 0.0
-        return (self.matrix.abs() * self.weights.sqrt() / passed_weights.sqrt()[:, None]).max().item()
+        rows = (self.matrix * self.weights.sqrt()).abs_().amax(1)
+        return (rows / passed_weights.sqrt()).max().item()
 
 
 def round_stream(

@@ -136,30 +136,41 @@ def test_files_have_the_usual_mode_and_metadata(source, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fused", "source"]
 
 
-def test_memory_holds_one_task_at_a_time(tmp_path, monkeypatch):
-    save(build(num_hidden_layers=12, vocab_size=20), tmp_path / "source")
-    alive, peak = 0, 0
+@pytest.fixture
+def held(monkeypatch):
+    """Bytes of the tensors that were read and are still there: now, and at most."""
+    sizes = {"now": 0, "most": 0}
     read = CheckpointReader.tensor
 
     def counted(reader, name):
-        nonlocal alive, peak
         tensor = read(reader, name)
         size = tensor.nbytes
-        alive += size
-        peak = max(peak, alive)
+        sizes["now"] += size
+        sizes["most"] = max(sizes.values())
 
         def gone():
-            nonlocal alive
-            alive -= size
+            sizes["now"] -= size
 
         weakref.finalize(tensor.untyped_storage(), gone)
         return tensor
 
     monkeypatch.setattr(CheckpointReader, "tensor", counted)
+    return sizes
+
+
+def test_memory_holds_one_task_at_a_time(tmp_path, held):
+    save(build(num_hidden_layers=12, vocab_size=20), tmp_path / "source")
     plan = skipless.fuse(tmp_path / "source", tmp_path / "fused")
     largest = max(sum(plan.inputs[name].bytes for name in task.reads) for task in plan.tasks)
-    assert 0 < peak <= largest
+    assert 0 < held["most"] <= largest
     assert largest < plan.bytes[0] / 10
+
+
+def test_seams_that_hang_together_are_closed_one_by_one(tmp_path, held):
+    save(build(num_hidden_layers=12, vocab_size=20, block_type="parallel"), tmp_path / "source")
+    plan = skipless.fuse(tmp_path / "source", tmp_path / "fused", remove=("stream", "values"))
+    assert max(len(task.seams) for task in plan.tasks) == 24
+    assert 0 < held["most"] < plan.bytes[0] / 4
 
 
 def test_a_plan_reads_no_tensor_and_tasks_cover_everything_once(source, monkeypatch):

@@ -54,7 +54,7 @@ def test_an_estimate_adds_up(source, tmp_path):
     plan = fusion.plan_fuse(source, tmp_path / "fused", Request("q"), 10**9).plan
     found = estimate(plan, RATES, held=1000)
     costs = [cost(plan, task) for task in plan.tasks]
-    assert found.memory == 1000 + max(each.memory for each in costs)
+    assert found.memory == 1000 + max(each.memory for each in costs) + plan.largest_output
     total = {name: sum(each.flops.get(name, 0) for each in costs) for name in RATES.flops}
     assert dict(found.flops) == {name: flops for name, flops in total.items() if flops}
     assert found.arithmetic == pytest.approx(sum(flops / RATES.flops[name] for name, flops in total.items()))
@@ -73,8 +73,13 @@ def test_too_little_memory_is_refused(source, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+def test_max_memory_is_for_what_computes_here(source, tmp_path):
+    with pytest.raises(InputError, match="max_memory: expected none with another engine or device"):
+        fuse(source, tmp_path / "fused", basis="q", max_memory=10**9, engine="ray")
+
+
 def test_rates_are_measured(source):
-    found = machine.measure(source / "model.safetensors", torch.device("cpu"), size=64)
+    found = machine.measure(CheckpointReader(source).sample, torch.device("cpu"), size=64)
     assert found.flops.keys() == {"float64", "float32", "bfloat16"}
     assert all(rate > 0 for rate in (*found.flops.values(), found.disk))
     assert machine.available_memory() > 10**7 < machine.resident_memory()

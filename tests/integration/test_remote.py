@@ -65,6 +65,38 @@ def test_a_source_that_changes_and_a_folder_that_exists(memory, tmp_path):
         fuse(tmp_path / "source", SOURCE)
 
 
+def test_a_range_that_comes_back_short_can_be_tried_again(memory, monkeypatch):
+    reader = RemoteReader(SOURCE)
+    cat = type(memory).cat_file
+    monkeypatch.setattr(type(memory), "cat_file", lambda self, path, start, end: cat(self, path, start, end)[:-1])
+    with pytest.raises(StorageError, match="the connection was cut, or the server reads no ranges"):
+        reader.tensor("lm_head.weight")
+
+
+def test_whatever_a_store_raises_is_one_line(memory, tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise RuntimeError("no credentials\nfound")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(memory), "find", refused)
+        with pytest.raises(StorageError, match="memory://models/source: could not be read: no credentials found"):
+            fuse(SOURCE, tmp_path / "fused")
+
+
+def test_pickles_and_large_configs_are_not_fetched(memory, monkeypatch):
+    memory.pipe_file("/models/source/pytorch_model.bin", b"pickle")
+    assert (RemoteReader(SOURCE).folder / "pytorch_model.bin").stat().st_size == 0
+    monkeypatch.setattr("skipless.checkpoint.remote.BOUNDS", {"config.json": 10})
+    with pytest.raises(InputError, match=r"memory://models/source/config\.json: expected at most 10 bytes, found"):
+        RemoteReader(SOURCE)
+
+
+def test_errors_name_the_url(memory):
+    memory.pipe_file("/models/source/config.json", b"{")
+    with pytest.raises(InputError, match=r"memory://models/source/config\.json: expected JSON"):
+        RemoteReader(SOURCE)
+
+
 def test_nothing_there_and_no_such_protocol(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"config.json: expected a JSON file, found no such file"):

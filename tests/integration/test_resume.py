@@ -16,6 +16,7 @@ from filelock import FileLock
 
 from skipless import InputError, cli, closing, engines, fuse
 from skipless.checkpoint import writer as writing
+from skipless.checkpoint.manifest import Manifest
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.checkpoint.staging import LocalPlace
 from skipless.checkpoint.writer import CheckpointWriter
@@ -218,7 +219,7 @@ def test_states_in_which_a_kill_can_leave_it(source, tmp_path, stopped, whole, h
     assert contents(tmp_path / "fused") == whole
 
 
-@pytest.mark.parametrize("place", ["", "model/config.json", "model/model-00001-of-00010.safetensors"])
+@pytest.mark.parametrize("place", ["", "model/config.json", "model/model-00001-of-00010.safetensors", "journal.jsonl"])
 def test_a_link_out_of_the_folder_is_not_followed(source, tmp_path, stopped, place):
     other = tmp_path / "other"
     if place:
@@ -232,10 +233,57 @@ def test_a_link_out_of_the_folder_is_not_followed(source, tmp_path, stopped, pla
     assert not place or other.read_text() == "untouched"
 
 
+@pytest.mark.parametrize("text", ['{"task": [}\n', "[]\n", "{}\n", "[" * 100_000 + "\n"], ids=lambda text: text[:4])
 @pytest.mark.parametrize("name", ["job.json", "journal.jsonl"])
-def test_a_manifest_that_is_none(source, tmp_path, stopped, name):
-    (stopped / name).write_text('{"task": [}\n')
+def test_a_manifest_that_is_none(source, tmp_path, stopped, name, text):
+    (stopped / name).write_text(text)
     with pytest.raises(InputError, match=f"{name}: expected what a fuse writes there, found .*; remove "):
+        fuse(source, tmp_path / "fused", resume=True, **OPTIONS)
+
+
+def test_what_could_not_be_removed_is_not_published(source, tmp_path, stopped, whole):
+    (stopped / "job.json").unlink()  # and the rest was about to be
+    (stopped / "model" / "model.safetensors").write_bytes(b"another fuse's")
+    fuse(source, tmp_path / "fused", **OPTIONS)
+    assert contents(tmp_path / "fused") == whole
+
+
+def test_a_wrong_input_of_a_later_call_loses_nothing(source, tmp_path, monkeypatch, stopped, whole):
+    def wrong(*_):
+        raise InputError("something is wrong on a machine that has joined")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engines, "run_task", wrong)
+        with pytest.raises(InputError, match="something is wrong"):
+            fuse(source, tmp_path / "fused", resume=True, **OPTIONS)
+    assert (stopped / "journal.jsonl").exists()
+    fuse(source, tmp_path / "fused", resume=True, **OPTIONS)
+    assert contents(tmp_path / "fused") == whole
+
+
+def test_other_files_are_part_of_the_source(source, tmp_path, stopped):
+    (source / "generation_config.json").unlink()
+    with pytest.raises(InputError, match=r"files\.generation_config\.json: expected .* found null"):
+        fuse(source, tmp_path / "fused", resume=True, **OPTIONS)
+
+
+def test_looking_at_an_unfinished_folder_changes_nothing(tmp_path, stopped):
+    journal = stopped / "journal.jsonl"
+    journal.write_bytes(torn := journal.read_bytes() + b'{"task": 9')
+    assert Manifest.load(stopped).done
+    assert journal.read_bytes() == torn
+
+
+def test_a_name_that_is_too_long(source, tmp_path):
+    with pytest.raises(InputError, match="expected a name that a folder can have, found: File name too long"):
+        fuse(source, tmp_path / ("x" * 250), **OPTIONS)
+
+
+def test_finished_but_for_the_cleaning_up(source, tmp_path, stopped):
+    fuse(source, tmp_path / "fused", resume=True, **OPTIONS)
+    stopped.mkdir()
+    (stopped / "job.json").write_text("{}")
+    with pytest.raises(InputError, match="fused: expected a new folder, found it complete already; remove "):
         fuse(source, tmp_path / "fused", resume=True, **OPTIONS)
 
 

@@ -31,6 +31,7 @@ class Manifest:
     def __init__(self, folder: Path, job: Mapping[str, Any]):
         self.folder, self.job = folder, job
         self.done: dict[int, Record] = {}
+        self._size = 0  # bytes of the journal's whole lines
 
     @classmethod
     def begin(cls, folder: Path, job: Mapping[str, Any]) -> "Manifest":
@@ -42,24 +43,28 @@ class Manifest:
             file.flush()
             os.fsync(file.fileno())
         new.rename(folder / JOB)
+        sync(folder)
         return cls(folder, job)
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest | None":
-        """What is in `folder`; None if nothing had been begun. A last line that is not whole is cut off."""
+        """What is in `folder`, of which nothing is changed; None if nothing had been begun."""
         file = folder / JOB
         if not file.exists():
             return None
         try:
-            manifest = cls(folder, json.loads(file.read_text(encoding="utf-8")))
+            job = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(job, dict) or job.get("format") != FORMAT or not {"basis", "reason"} <= job.keys():
+                raise ValueError(f"another format than {FORMAT}")
+            manifest = cls(folder, job)
             if (file := folder / JOURNAL).exists():
-                lines = file.read_bytes().splitlines(keepends=True)
-                whole = [line for line in lines if line.endswith(b"\n")]
-                if len(whole) < len(lines):
-                    os.truncate(file, sum(map(len, whole)))
-                for line in map(json.loads, whole):
-                    manifest.done[line["task"]] = Record(line["tensors"], tuple(line["problems"]))
-        except (ValueError, KeyError, TypeError) as error:
+                # a line that a kill has cut short does not count
+                for line in file.read_bytes().splitlines(keepends=True):
+                    if line.endswith(b"\n"):
+                        fields = json.loads(line)
+                        manifest.done[fields["task"]] = Record(fields["tensors"], tuple(fields["problems"]))
+                        manifest._size += len(line)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{file}: expected what a fuse writes there, found {error}; remove {folder}") from error
         return manifest
 
@@ -73,12 +78,26 @@ class Manifest:
 
     def record(self, task: int, record: Record) -> None:
         """Write down that a task's tensors are on disk."""
-        line = json.dumps({"task": task, "tensors": record.digests, "problems": record.problems})
+        fields = {"task": task, "tensors": record.digests, "problems": record.problems}
+        line = json.dumps(fields).encode() + b"\n"
         with (self.folder / JOURNAL).open("ab") as file:
-            file.write(line.encode() + b"\n")
+            file.truncate(self._size)
+            file.write(line)
             file.flush()
             os.fsync(file.fileno())
+        self._size += len(line)
         self.done[task] = record
+
+
+def sync(path: Path) -> None:
+    """See to it that a file, or a folder's list of files, is on disk; where folders cannot be, nothing."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _differences(then: object, now: object, name: str = "job") -> Iterator[tuple[str, object, object]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from skipless.checkpoint.headers import Folder, Header, ignores_nothing
+from skipless.checkpoint.headers import INDEX, Folder, Header, ignores_nothing
 from skipless.dtypes import INDEX_NAMES, SAFETENSORS_NAMES
 from skipless.errors import InputError, StorageError
 
@@ -58,7 +58,8 @@ class CheckpointReader(Folder):
         self.device = _device(device)
         before = {file.name: _stamp(file) for file in folder.glob("*") if file.is_file()}
         super().__init__(folder)
-        self._stamps = {name: before.get(name) or _stamp(folder / name) for name in ("config.json", *self.shards)}
+        names = ["config.json", *self.shards] + ([INDEX] if self._weight_map is not None else [])
+        self._stamps = {name: before.get(name) or _stamp(folder / name) for name in names}
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
             {name: _info(name, header) for name, header in self.headers.items() if not ignores(name)}
         )
@@ -70,7 +71,8 @@ class CheckpointReader(Folder):
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells this checkpoint from another, or from itself after a change: sizes and times of its files."""
-        return {name: list(stamp) for name, stamp in self._stamps.items()}
+        others = {str(file): _stamp(self.folder / file) for file in self.other_files()}
+        return {name: list(stamp) for name, stamp in (self._stamps | others).items()}
 
     def check_unchanged(self) -> None:
         """Raise InputError if a file is no longer the one whose header was read."""
@@ -96,13 +98,24 @@ class CheckpointReader(Folder):
             )
         return tensor.to(self.device)
 
-    def warm(self, names: Iterable[str]) -> None:
-        """Read tensors into the system's cache, so that `tensor` need not wait for the disk."""
+    def sample(self, most: int) -> int:
+        """Read the beginning of the largest shard, past the system's cache if it lets us: at most so many bytes."""
+        path = max((self.folder / shard for shard in self.shards), key=lambda path: path.stat().st_size)
+        block, done = memoryview(bytearray(BLOCK)), 0
+        with path.open("rb", buffering=0) as file:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, most, os.POSIX_FADV_DONTNEED)
+            while done < most and (count := file.readinto(block)):
+                done += count
+        return done
+
+    def warm(self, names: Iterable[str], stop: Callable[[], bool] = lambda: False) -> None:
+        """Read tensors into the system's cache, so that `tensor` need not wait for the disk, until `stop` says so."""
         block = memoryview(bytearray(BLOCK))
         for name in names:
             left = self.tensors[name].bytes
             with suppress(InputError), self._opened(name) as file:  # `tensor` will say what is wrong
-                while left > 0 and (count := file.readinto(block[: min(left, BLOCK)])):
+                while left > 0 and not stop() and (count := file.readinto(block[: min(left, BLOCK)])):
                     left -= count
 
     def _read(self, name: str, into: memoryview) -> int:
@@ -139,9 +152,10 @@ def changed(file: str) -> InputError:
 
 
 def not_finite(tensor: torch.Tensor) -> int:
-    """How many of its numbers are NaN or infinite; looked at in blocks, as that makes copies."""
+    """How many of its numbers are NaN or infinite. Of a block whose sum is finite, none."""
     blocks = tensor.reshape(-1).split(BLOCK)
-    return sum(block.numel() - int(torch.isfinite(block).sum()) for block in blocks if not torch.isfinite(block).all())
+    suspect = (block for block in blocks if not torch.isfinite(block.sum()))
+    return sum(block.numel() - int(torch.isfinite(block).sum()) for block in suspect)
 
 
 def _stamp(file: Path) -> tuple[int, int]:

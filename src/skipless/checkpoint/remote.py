@@ -7,20 +7,33 @@ they are, a range of bytes at a time.
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
-from skipless.checkpoint.headers import MOST_HEADER, ignores_nothing
+from skipless.checkpoint.headers import (
+    INDEX,
+    MOST_CONFIG,
+    MOST_FILES,
+    MOST_HEADER,
+    MOST_INDEX,
+    PICKLES,
+    ignores_nothing,
+)
+from skipless.checkpoint.manifest import JOB
 from skipless.checkpoint.reader import CheckpointReader, changed
 from skipless.errors import InputError, StorageError
 
 # Bytes written to, or read from, another place at a time.
 BLOCK = 2**26
 # What tells one version of an object from another, as the various stores call it.
-VERSIONS = ("size", "ETag", "etag", "mtime", "last_modified", "LastModified", "updated", "created")
+VERSIONS = {"size", "ETag", "etag", "mtime", "last_modified", "LastModified", "updated", "created", "generation"}
+VERSIONS |= {"blob_id"}
+# Bytes of what is fetched whole.
+BOUNDS = {"config.json": MOST_CONFIG, INDEX: MOST_INDEX}
 
 
 def is_remote(place: object) -> bool:
@@ -32,9 +45,24 @@ def open_place(url: str) -> tuple[Any, str]:
     """The file system of a URL, and the path in it. Raises InputError if fsspec has none of that kind."""
     try:
         system, path = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError, OSError) as error:
-        raise InputError(f"{url}: expected a URL that fsspec opens, found: {error}") from error
+    except Exception as error:  # whatever the package for that kind of URL raises
+        raise InputError(f"{url}: expected a URL that fsspec opens, found: {_line(error)}") from error
     return system, path.rstrip("/")
+
+
+@contextmanager
+def _asking(what: str) -> Iterator[None]:
+    """Raise what a store raises, of whatever kind, as a StorageError that says what was asked for."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise StorageError(f"{what}: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class RemoteReader(CheckpointReader):
@@ -44,8 +72,12 @@ class RemoteReader(CheckpointReader):
         self.url = url
         self._system, self._root = open_place(url)
         self._local = tempfile.TemporaryDirectory(prefix="skipless-")
-        self._versions = self._fetch(Path(self._local.name))
-        super().__init__(Path(self._local.name), device, ignores)
+        with _asking(f"{url}: could not be read"):
+            self._versions = self._fetch(Path(self._local.name))
+        try:
+            super().__init__(Path(self._local.name), device, ignores)
+        except InputError as error:
+            raise InputError(str(error).replace(self._local.name, url)) from error
 
     @property
     def place(self) -> str:
@@ -53,22 +85,23 @@ class RemoteReader(CheckpointReader):
 
     def _fetch(self, folder: Path) -> dict[str, dict[str, str]]:
         """Everything but the tensors into a local folder; what the store says of each file."""
-        versions = {}
-        try:
-            for path in self._system.find(self._root):
-                info = self._system.info(path)
-                name = path.removeprefix(f"{self._root}/")
-                local = folder / name
-                if not local.resolve().is_relative_to(folder.resolve()):
-                    raise InputError(f"{self.url}: expected files in this folder, found {name!r}")
-                local.parent.mkdir(parents=True, exist_ok=True)
-                if name.endswith(".safetensors"):
-                    self._fetch_header(path, int(info["size"]), local)
-                else:
-                    self._system.get_file(path, str(local))
-                versions[name] = self._version(info)
-        except OSError as error:
-            raise StorageError(f"{self.url}: could not be read: {error.strerror or error}") from error
+        versions: dict[str, dict[str, str]] = {}
+        for path in self._system.find(self._root):
+            name = path.removeprefix(f"{self._root}/")
+            local, info = folder / name, self._info(path)
+            size = int(info["size"] or 0)
+            if not local.resolve().is_relative_to(folder.resolve()) or len(versions) >= MOST_FILES:
+                raise InputError(f"{self.url}: expected at most {MOST_FILES:,} files in this folder, found {name!r}")
+            if size > BOUNDS.get(name, size):
+                raise InputError(f"{self.url}/{name}: expected at most {BOUNDS[name]:,} bytes, found {size:,}")
+            local.parent.mkdir(parents=True, exist_ok=True)
+            if name.endswith(".safetensors"):
+                self._fetch_header(path, size, local)
+            elif any(local.match(pattern) for pattern in PICKLES):
+                local.touch()  # never opened, here or there
+            else:
+                self._system.get_file(path, str(local))
+            versions[name] = self._version(info)
         return versions
 
     def _fetch_header(self, path: str, size: int, local: Path) -> None:
@@ -79,42 +112,49 @@ class RemoteReader(CheckpointReader):
             file.write(start + header)
             file.truncate(size)
 
+    def _info(self, path: str) -> Mapping[str, Any]:
+        """What the store says of a file now."""
+        self._system.invalidate_cache()
+        return self._system.info(path)
+
     @staticmethod
     def _version(info: Mapping[str, Any]) -> dict[str, str]:
-        return {name: str(info[name]) for name in VERSIONS if name in info}
+        return {name: str(value) for name, value in info.items() if name in VERSIONS}
 
     def fingerprint(self) -> dict[str, Any]:
-        return {name: self._versions[name] for name in ("config.json", *self.shards)}
+        return self._versions
 
     def check_unchanged(self) -> None:
         for name in ("config.json", *self.shards):
             self._check_version(name)
 
     def _check_version(self, name: str) -> None:
-        try:
-            now = self._version(self._system.info(f"{self._root}/{name}"))
-        except OSError as error:
-            raise StorageError(f"{self.url}/{name}: could not be read: {error.strerror or error}") from error
-        if any(now[key] != value for key, value in self._versions[name].items() if key in now):
+        with _asking(f"{self.url}/{name}: could not be read"):
+            now = self._version(self._info(f"{self._root}/{name}"))
+        if now != self._versions[name]:
             raise changed(f"{self.url}/{name}")
+
+    def sample(self, most: int) -> int:
+        """Read the beginning of a shard where it is: at most BLOCK bytes."""
+        with _asking(f"{self.url}: could not be read"):
+            return len(self._system.cat_file(f"{self._root}/{self.shards[0]}", 0, min(most, BLOCK)))
 
     def _read(self, name: str, into: memoryview) -> int:
         info, start = self.tensors[name], self.headers[name].start
         self._check_version(info.shard)
-        path, done = f"{self._root}/{info.shard}", 0
-        try:
-            while done < info.bytes:
+        with _asking(f"{name}: could not be read from {self.url}"):
+            for done in range(0, info.bytes, BLOCK):
                 stop = min(done + BLOCK, info.bytes)
-                data = self._system.cat_file(path, start + done, start + stop)
-                into[done : done + len(data)] = data
-                done += len(data)
-                if len(data) < BLOCK:
-                    break
-        except OSError as error:
-            raise StorageError(f"{name}: could not be read from {self.url}: {error.strerror or error}") from error
-        return done
+                data = self._system.cat_file(f"{self._root}/{info.shard}", start + done, start + stop)
+                if len(data) != stop - done:
+                    raise StorageError(
+                        f"{name}: expected {stop - done:,} bytes of {self.url}/{info.shard}, found {len(data):,}: the "
+                        f"connection was cut, or the server reads no ranges"
+                    )
+                into[done:stop] = data
+        return info.bytes
 
-    def warm(self, names: Iterable[str]) -> None:
+    def warm(self, names: Iterable[str], stop: Callable[[], bool] = lambda: False) -> None:
         """Nothing: what is far away is in no cache of this system."""
 
 
@@ -139,7 +179,8 @@ class RemotePlace:
     @property
     def unfinished(self) -> Path:
         """Where it is in the making: here."""
-        return Path.cwd() / f".{self._root.rpartition('/')[2]}.unfinished"
+        number = hashlib.sha256(self.url.encode()).hexdigest()[:8]
+        return Path.cwd() / f".{self._root.rpartition('/')[2]}-{number}.unfinished"
 
     @property
     def disk(self) -> Path:
@@ -150,29 +191,24 @@ class RemotePlace:
         """Raise InputError if there is something already that no earlier call has begun to send, StorageError if that
         cannot be seen.
         """
-        whole = f"{self._root}/config.json" if self.unfinished.exists() else self._root
-        try:
-            exists = self._system.exists(whole)
-        except OSError as error:
-            raise StorageError(f"{self.url}: could not be read: {error.strerror or error}") from error
+        begun = (self.unfinished / JOB).exists()
+        with _asking(f"{self.url}: could not be read"):
+            self._system.invalidate_cache()
+            exists = self._system.exists(f"{self._root}/config.json" if begun else self._root)
         if exists:
             raise InputError(f"{self.url}: expected a new folder, found one that exists; choose another or remove it")
 
     def publish(self, folder: Path) -> None:
         """Send a folder, and read it again. Raises StorageError if other bytes come back."""
-        files = sorted(
-            (path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.name == "config.json"
-        )
-        try:
-            for path in files:
+        files = (path for path in folder.rglob("*") if path.is_file())
+        with _asking(f"{self.url}: could not be written"):
+            for path in sorted(files, key=lambda path: path.name == "config.json"):
                 remote = f"{self._root}/{path.relative_to(folder).as_posix()}"
                 self._system.makedirs(remote.rpartition("/")[0], exist_ok=True)
                 self._system.put_file(str(path), remote)
                 with path.open("rb") as ours, self._system.open(remote, "rb", block_size=BLOCK) as theirs:
                     if hashlib.file_digest(ours, "sha256").digest() != _digest(theirs):
                         raise StorageError(f"{self.url}: {path.name}: expected what was sent, found other bytes there")
-        except OSError as error:
-            raise StorageError(f"{self.url}: could not be written: {error.strerror or error}") from error
 
 
 def _digest(file: Any) -> bytes:

@@ -6,6 +6,7 @@ DST's parent / .DST.unfinished / lock            held while a process works on i
                                / model           what will be DST
 """
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
-from skipless.checkpoint.manifest import Manifest
+from skipless.checkpoint.manifest import JOB, JOURNAL, Manifest, sync
 from skipless.errors import InputError, StorageError
 
 KEPT = "what is done is kept: go on with --resume"
@@ -58,6 +59,16 @@ class LocalPlace:
 
     def check(self) -> None:
         parent = self.path.parent
+        for path in (self.path, self.unfinished):
+            try:
+                path.lstat()
+            except FileNotFoundError:
+                pass
+            except (OSError, ValueError) as error:
+                found = getattr(error, "strerror", None) or error
+                raise InputError(f"{path}: expected a name that a folder can have, found: {found}") from error
+        if (self.unfinished / JOB).exists() and not (self.unfinished / "model").exists() and self.path.exists():
+            raise InputError(f"{self}: expected a new folder, found it complete already; remove {self.unfinished}")
         if self.path.exists() or self.path.is_symlink():
             raise InputError(f"{self}: expected a new folder, found one that exists; choose another or remove it")
         if not parent.is_dir():
@@ -67,10 +78,10 @@ class LocalPlace:
 
     def publish(self, folder: Path) -> None:
         for path in (*folder.rglob("*"), folder):
-            _sync(path)
+            sync(path)
         folder.rename(self.path)
         with suppress(OSError):  # a parent that may be written but not read
-            _sync(self.path.parent)
+            sync(self.path.parent)
 
 
 class Staging:
@@ -84,15 +95,15 @@ class Staging:
 def staged(place: Place, job: Mapping[str, Any], resume: bool) -> Iterator[Staging]:
     """Where to write what will be at `place`; it gets its name, on disk, when the block ends.
 
-    When the block fails because of its input (InputError), nothing is left behind. When something else comes between -
-    the disk is full, the process is stopped - what is done stays, and with `resume` and the same job the next call
-    finds it. Raises InputError when the place is taken or cannot be made, when another process is at it, when an
-    unfinished one is there and `resume` is false, or was for another job; and StorageError when the disk fails.
+    When the block fails because of its input (InputError), nothing that it has begun is left behind. When something
+    else comes between - the disk is full, the process is stopped - what is done stays, and with `resume` and the same
+    job the next call finds it. Raises InputError when the place is taken or cannot be made, when another process is at
+    it, when an unfinished one is there and `resume` is false, or was for another job; StorageError when the disk fails.
     """
     place.check()
     folder = place.unfinished
-    _refuse_links(folder)
     with _locked(place):
+        place.check()  # another process may have finished meanwhile
         manifest = Manifest.load(folder)
         if manifest is not None:
             if not resume:
@@ -101,16 +112,19 @@ def staged(place: Place, job: Mapping[str, Any], resume: bool) -> Iterator[Stagi
                     f"remove it"
                 )
             manifest.check(job)
+        before = bool(manifest and manifest.done)
         try:
+            if manifest is None:  # what an earlier call could not remove
+                shutil.rmtree(folder / "model", ignore_errors=True)
+                (folder / JOURNAL).unlink(missing_ok=True)
+                manifest = Manifest.begin(folder, job)
             (folder / "model").mkdir(exist_ok=True)
-            staging = Staging(folder / "model", manifest or Manifest.begin(folder, job))
-            yield staging
-            place.publish(staging.folder)
+            yield Staging(folder / "model", manifest)
+            place.publish(folder / "model")
             shutil.rmtree(folder, ignore_errors=True)
         except BaseException as error:
             fault = isinstance(error, InputError) and not isinstance(error, StorageError)
-            begun = None if fault else Manifest.load(folder)
-            kept = begun is not None and bool(begun.done)
+            kept = manifest is not None and bool(manifest.done) and (before or not fault)
             if not kept:
                 shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, OSError):
@@ -133,6 +147,7 @@ def _refuse_links(folder: Path) -> None:
 def _locked(place: Place) -> Iterator[None]:
     """The folder in the making, made if it is not there, with no other process at it."""
     folder = place.unfinished
+    _refuse_links(folder)
     lock = FileLock(folder / "lock", timeout=0)
     try:
         folder.mkdir(exist_ok=True)
@@ -145,21 +160,15 @@ def _locked(place: Place) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"{place.disk}: expected a folder that can be written, found: {error.strerror}") from error
     try:
+        _refuse_links(folder)
         yield
     finally:
         lock.release()
 
 
 def _storage_error(place: Place, error: OSError, kept: bool) -> StorageError:
-    ours = error.filename is None or Path(error.filename).is_relative_to(place.unfinished)
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # of copies, the source is named
+    ours = full or error.filename is None or Path(error.filename).is_relative_to(place.unfinished)
     where = f"{place}: could not be written" if ours else f"{error.filename}: could not be read"
     state = KEPT if kept else "nothing was left behind"
     return StorageError(f"{where}: {error.strerror or error}; {state}")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
@@ -101,49 +100,38 @@ class CheckpointWriter:
         """The SHA-256 of the bytes that are in a tensor's place."""
         with (self.folder / self.tensors[name].shard).open("rb") as file:
             file.seek(self._offsets[name])
-            found = hashlib.sha256()
-            _feed(file, self.tensors[name].bytes, found)
+            found, left = hashlib.sha256(), self.tensors[name].bytes
+            while left and (block := file.read(min(left, BLOCK))):
+                left -= len(block)
+                found.update(block)
         return found.hexdigest()
 
-    def finish(self, digests: Mapping[str, str]) -> dict[str, str]:
+    def finish(self, digests: Mapping[str, str]) -> None:
         """Read everything again, from disk; if it is what was written, write the index, last.
 
-        digests: of every tensor, as `write` returned them. Returns the SHA-256 of each shard. Raises StorageError
-        naming the first tensor whose bytes are others.
+        digests: of every tensor, as `write` returned them. Raises StorageError naming the first tensor whose bytes are
+        others.
         """
-        found = {shard: self._check(shard, digests) for shard in self.shards}
-        if len(found) > 1:
+        for shard in self.shards:
+            self._check(shard, digests)
+        if len(self.shards) > 1:
             total = sum(info.bytes for info in self.tensors.values())
             weight_map = {name: info.shard for name, info in self.tensors.items()}
             write_json(self.folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        return found
 
-    def _check(self, shard: str, digests: Mapping[str, str]) -> str:
-        whole = hashlib.sha256()
-        names = [name for name, info in self.tensors.items() if info.shard == shard]
-        read_header(self.folder / shard)
+    def _check(self, shard: str, digests: Mapping[str, str]) -> None:
         with (self.folder / shard).open("rb") as file:
             if hasattr(os, "posix_fadvise"):  # so that it is the disk that is read, and not the cache
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            header = file.read(len(self._headers[shard]))
-            whole.update(header)
-            if header != self._headers[shard]:
+            if file.read(len(self._headers[shard])) != self._headers[shard]:
                 raise StorageError(f"{shard}: expected the header that was written, found another; check the disk")
-            for name in names:
-                one = hashlib.sha256()
-                _feed(file, self.tensors[name].bytes, one, whole)
-                if one.hexdigest() != digests[name]:
-                    raise StorageError(
-                        f"{name}: expected in {shard} what was written, found other bytes; check the disk"
-                    )
-        return whole.hexdigest()
-
-
-def _feed(file: BinaryIO, size: int, *digests: "hashlib._Hash") -> None:
-    while size and (block := file.read(min(size, BLOCK))):
-        size -= len(block)
-        for digest in digests:
-            digest.update(block)
+        try:
+            read_header(self.folder / shard)
+        except InputError as error:
+            raise StorageError(f"{error}; check the disk") from error
+        for name, info in self.tensors.items():
+            if info.shard == shard and self.digest(name) != digests[name]:
+                raise StorageError(f"{name}: expected in {shard} what was written, found other bytes; check the disk")
 
 
 def write_json(file: Path, value: Mapping[str, object]) -> None:
