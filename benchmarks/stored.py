@@ -23,7 +23,7 @@ from skipless.architecture import Architecture
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.demo import BUNDLED
 from skipless.inference import load, load_tokenizer
-from skipless.seams import seams
+from skipless.seams import REMOVABLE, seams
 from skipless.train.data import Blocks, read_texts, split, standard_library
 from skipless.train.recipe import Recipe
 
@@ -36,6 +36,8 @@ def mix(model: Any, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     weights = dict(model.named_parameters())
     for seam in seams(Architecture.from_config(CheckpointReader(BUNDLED).config)):
+        if seam.kind not in REMOVABLE:
+            continue
         matrix = torch.randn(seam.width, seam.width, generator=generator, dtype=torch.float64)
         gauge = torch.linalg.qr(matrix).Q
         for name in seam.writers:
