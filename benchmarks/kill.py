@@ -23,6 +23,7 @@ import torch
 
 from skipless import engines, fuse
 from skipless.checkpoint.staging import LocalPlace
+from skipless.closing import Done
 from skipless.model import SkiplessConfig, SkiplessForCausalLM
 
 SHARD = 500_000
@@ -36,14 +37,18 @@ def make(folder: Path, layers: int) -> None:
 
 
 def child(source: Path, destination: Path, log: Path) -> None:
-    """Fuse, and note the reads of every task that was carried out."""
+    """Fuse, and note the number of every task that was carried out."""
     run_task = engines.run_task
 
     def noted(plan, task, read):
         done = run_task(plan, task, read)
-        with log.open("a") as file:
-            file.write(f"{plan.tasks.index(task)}\n")
-        return done
+
+        def tensors():
+            yield from done.tensors
+            with log.open("a") as file:
+                file.write(f"{plan.tasks.index(task)}\n")
+
+        return Done(tensors(), done.problems)
 
     engines.run_task = noted
     fuse(source, destination, basis="pivoted", max_shard_size=SHARD, resume=True)

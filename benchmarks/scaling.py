@@ -6,7 +6,7 @@ The checkpoint is config.json and headers in front of as much emptiness as there
 norms); the plan and its costs need no more. Times are a model's, not measured: a machine does one task after the other
 at the rate of its matrix products; tasks go, the largest first, to the machine that is free first; sources are read and
 results are written through one shared disk; one machine, the driver, receives what the others give, hashes and writes
-it, one tensor behind the other, and at the end reads everything again and hashes it twice. What overlaps counts once.
+it, one tensor behind the other, and at the end reads everything again and hashes it. What overlaps counts once.
 For two kinds of machine: this one, whose products, disk and SHA-256 are measured, and the one that the options state.
 The last line is one JSON object.
 """
@@ -115,7 +115,7 @@ def times(machine: Machine, plan: Plan, costs: Iterable[Cost], count: int) -> Ti
         largest=max(seconds),
         disk=(read + written) / machine.disk,
         driver=max(received, written * (1 / machine.disk + 1 / machine.hashing)),
-        check=written * (1 / machine.disk + 2 / machine.hashing),
+        check=written * (1 / machine.disk + 1 / machine.hashing),
     )
 
 

@@ -56,13 +56,13 @@ def fuse(
     """Write `source` without Q (or K, V) and P into the new folder `destination`, and return what was done.
 
     basis, dtype, rest_dtype, layers_open, remove, parallel_removes: what is asked for (request.Request). max_shard_size
-    in bytes; max_memory of the process, in bytes (None: what is free). engine: "local", or "ray" with the cluster at
-    `address` (None: one on this machine). device: where the algebra is done, "cpu" or a CUDA device (their results
-    differ in the last bits).
-    resume: go on where an earlier call with the same arguments was stopped; the result is the same, bit for bit.
-    `progress` is called with None once the plan is made and then with each task that is done. The result computes the
-    same function (identities: arXiv:2404.12362, Fig. 1). Raises InputError for anything that stands in the way;
-    `destination` then does not exist. What is on disk when the disk fails or the process is stopped is kept.
+    in bytes; max_memory: of this process, if it computes, in bytes (None: what is free). engine: "local", or "ray" with
+    the cluster at `address` (None: one on this machine). device: where the algebra is done, "cpu" or a CUDA device
+    (their results differ in the last bits). resume: go on where an earlier call with the same arguments was stopped;
+    the result is the same, bit for bit. `progress` is called with None once the plan is made and then with each task
+    that is done. The result computes the same function (identities: arXiv:2404.12362, Fig. 1). Raises InputError for
+    anything that stands in the way; `destination` then does not exist. What is on disk when the disk fails or the
+    process is stopped is kept.
     """
     request = Request(basis, dtype, rest_dtype, tuple(layers_open), tuple(remove), parallel_removes)
     job = plan_fuse(source, destination, request, max_shard_size, max_memory, engine, address, device, resume)
