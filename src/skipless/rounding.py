@@ -379,7 +379,7 @@ def round_rows(
     result = torch.empty_like(matrix, dtype=dtype if half else matrix.dtype)
     within = torch.bfloat16 if half and quick and _is_small(change, squares(matrix, 0), dtype) else matrix.dtype
     moved, upper = change[:, metric.order].T.to(within).contiguous(), metric.upper.float()
-    coarse = upper.bfloat16() if quick else upper
+    coarse = upper.bfloat16() if quick and dtype == torch.bfloat16 else upper  # fp16 would feel it
     buffers = torch.empty(2, len(upper), min(ROWS, len(matrix)), dtype=torch.float32, device=matrix.device)
     for rows in slices(len(matrix)):
         exact = matrix[rows].T
