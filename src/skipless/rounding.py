@@ -203,13 +203,16 @@ def round_seam(
         for k, rest in enumerate(rests):
             if rest.dtype in HALF:
                 stored[k] = round_rest(shrink(rest, metric, passed_weights), metric, passed_weights)
+        power = metric.diagonal().clone()
         del metric
+    else:
+        power = mean_squares(writers)
     rest_weights = repaired_weights(rests, left_by_solving(writers))
     even = (_mean_diagonal(rests, passed_weights) <= EVEN_METRIC * passed_weights.min()).item()
     precise = torch.float32 if half and even else torch.float64
     after, before = torch.cat([part.to(precise) for part in stored], 1), [rest.matrix for rest in rests]
     joint = joint_metric(after, passed_weights.to(precise), rest_weights.to(precise))
-    under = factorize(joint, joint.diagonal())
+    under = factorize(joint, power)
     del joint
     # X' = X + X (R - R') W_r R'^T M^-1
     moved = under.solve(after * rest_weights.to(precise)).T

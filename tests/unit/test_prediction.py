@@ -51,6 +51,22 @@ def test_what_closing_a_seam_does(name, way, condition, rows):
         assert max(plain.values()) > 1.5 * max(predicted.values())  # a cast without feedback is not what is predicted
 
 
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+@pytest.mark.parametrize("way", ["q", "pivoted"])
+def test_columns_of_different_power(name, way):
+    """As trained streams have: which column goes last, and makes up for no other, depends on it."""
+    seam, affines = gaussian_layer(width=192, seed=1)
+    for reader in seam.readers:
+        sizes = torch.logspace(-1.5, 1.5, affines[reader].weight.shape[1], dtype=torch.float64)
+        affines[reader] = Affine(affines[reader].weight * sizes)
+    opened, dtype = OpenStream(seam, affines), getattr(torch, name)
+    stream = opened.close(opened.basis(way))
+    dtypes = {"o": dtype, "rest": dtype}
+    measured = outputs(round_stream(stream, opened.weights, opened.extra_weights, dtypes), affines)
+    predicted = forecast(seam, affines, [name], [way]).ways[way].errors[name]
+    assert {letter(module): pytest.approx(error, rel=0.2) for module, error in measured.items()} == predicted
+
+
 @in_each_dtype
 @pytest.mark.parametrize("way", ["q", "pivoted"])
 def test_what_a_parallel_layer_loses(name, way):
