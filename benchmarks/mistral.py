@@ -12,7 +12,6 @@ last line is one JSON object.
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,7 @@ import torch
 from skipless import closing, engines, fuse
 from skipless.architecture import Architecture
 from skipless.basis import MAX_CONDITION, Basis
-from skipless.checkpoint.reader import CheckpointReader
+from skipless.checkpoint.reader import CheckpointReader, uncache
 from skipless.checkpoint.writer import CheckpointWriter, plan_shards, write_json
 from skipless.cost import cost
 from skipless.fusion import plan_fuse
@@ -75,11 +74,11 @@ def condition(matrix: torch.Tensor) -> float:
     return Basis.of_columns(matrix.double().T, torch.arange(len(matrix))).condition
 
 
-def uncache(folder: Path) -> None:
+def uncache_folder(folder: Path) -> None:
     """Take a folder's files out of the system's cache."""
     for path in folder.rglob("*.safetensors"):
         with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            uncache(file.fileno())
 
 
 def notebook(folder: Path) -> float:
@@ -185,7 +184,7 @@ def main() -> None:
         for basis in ("q", "pivoted"):
             destination = Path(name) / basis
             plan = plan_fuse(source, destination, Request(basis), SHARD).plan
-            uncache(source)
+            uncache_folder(source)
             command = [sys.executable, __file__, "--child", str(source), str(destination), basis, str(limit)]
             done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
             run = json.loads(done.stdout)

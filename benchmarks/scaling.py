@@ -28,7 +28,7 @@ import torch
 
 from skipless.architecture import Architecture
 from skipless.checkpoint.headers import INDEX
-from skipless.checkpoint.reader import CheckpointReader
+from skipless.checkpoint.reader import CheckpointReader, uncache
 from skipless.checkpoint.writer import CheckpointWriter, plan_shards, write_json
 from skipless.cost import Cost, cost
 from skipless.machine import PRECISIONS, READ, measure
@@ -155,7 +155,7 @@ def this_machine(folder: Path, network: float) -> Machine:
 
     def read(most: int) -> int:
         with file.open("rb", buffering=0) as stream:
-            os.posix_fadvise(stream.fileno(), 0, most, os.POSIX_FADV_DONTNEED)
+            uncache(stream.fileno(), most)
             return len(stream.read(most))
 
     rates = measure(read, torch.device("cpu"))

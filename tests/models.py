@@ -18,6 +18,8 @@ TINY: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+# Options of a fuse that writes many files, in bf16.
+MANY_FILES: dict[str, Any] = {"dtype": "bfloat16", "max_shard_size": 20_000}
 
 
 @torch.no_grad()
@@ -51,6 +53,11 @@ def save(model: SkiplessForCausalLM, folder: Path, **options: Any) -> Path:
     """Save as a user would."""
     model.save_pretrained(folder, **options)
     return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file in a folder."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def random_ids(model: SkiplessForCausalLM, batch: int = 2, length: int = 11, seed: int = 1) -> torch.Tensor:

@@ -467,15 +467,13 @@ def work_bar(verb: str) -> Iterator[Callable[[Any, Any], None]]:
         nonlocal last
         from skipless.cost import cost
 
-        def work(task: Any) -> float:
-            return cost(plan, task).total + plan.moved(task)
-
         now = time.monotonic()
         if task is None:
-            bar.update(number, total=sum(map(work, plan.tasks)))
+            bar.update(number, total=sum(cost(plan, each).total + plan.moved(each) for each in plan.tasks))
         else:
-            bar.update(number, advance=work(task))
-            if flops := cost(plan, task).total:
+            flops = cost(plan, task).total
+            bar.update(number, advance=flops + plan.moved(task))
+            if flops:
                 bar.update(number, rate=f"{flops / (now - last) / 1e9:,.0f} GFLOP/s")
         last = now
 

@@ -101,7 +101,7 @@ def _close(
 def _close_stream(plan: Plan, seam: Seam, affines: dict[str, Affine], later: frozenset[str]) -> Closed:
     """Close a stream or head seam by the plan's basis and round it."""
     way = seam.way(plan.basis)
-    dtypes = _dtypes(plan, seam, later)
+    dtypes = stream_dtypes(plan, seam, later)
     name = _coarsest(dtypes.values())
     opened = OpenStream(seam, affines)
     quick = all(dtype in HALF for dtype in dtypes.values())
@@ -140,7 +140,7 @@ def _coarsest(dtypes: Iterable[torch.dtype]) -> str:
 
 def _merge(plan: Plan, seam: Seam, affines: Mapping[str, Affine], later: frozenset[str]) -> Closed:
     """Close a P-M seam by merging P."""
-    dtypes = {name: torch.float64 if name in later else plan.outputs[f"{name}.weight"].dtype for name in seam.readers}
+    dtypes = {name: kept_dtype(plan, name, later) for name in seam.readers}
     remaining = merge(seam, affines, dtypes)
     weights = [affine.weight for affine in remaining.values()]
     name = _coarsest(plan.outputs[f"{name}.weight"].dtype for name in remaining)
@@ -149,15 +149,14 @@ def _merge(plan: Plan, seam: Seam, affines: Mapping[str, Affine], later: frozens
     return remaining, None, merged(seam, affines, [name], power, largest).problem("p", name)
 
 
-def _dtypes(plan: Plan, seam: Seam, later: frozenset[str]) -> dict[str, torch.dtype]:
-    """In what a stream seam's writers, duals, followers and, as "rest", its readers are stored (the finest of these).
+def kept_dtype(plan: Plan, name: str, later: frozenset[str]) -> torch.dtype:
+    """In what a module's weight is kept: as it is stored, or, if it is yet to be rewritten, unrounded."""
+    return torch.float64 if name in later else plan.outputs[f"{name}.weight"].dtype
 
-    What is yet to be rewritten is not rounded now.
-    """
-    dtypes = {
-        name: torch.float64 if name in later else plan.outputs[f"{name}.weight"].dtype
-        for name in (*seam.writers, *seam.duals, *seam.followers)
-    }
+
+def stream_dtypes(plan: Plan, seam: Seam, later: frozenset[str]) -> dict[str, torch.dtype]:
+    """In what a stream seam's writers, duals, followers and, as "rest", its readers are kept (the finest of these)."""
+    dtypes = {name: kept_dtype(plan, name, later) for name in (*seam.writers, *seam.duals, *seam.followers)}
     rest = [
         plan.outputs[name].dtype
         for reader in (*seam.readers, seam.rest)

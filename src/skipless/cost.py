@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from skipless.closing import with_later
+from skipless.closing import kept_dtype, stream_dtypes, with_later
 from skipless.planning import Plan, Task
 from skipless.prediction import PROBES
 from skipless.products import HALF, ROWS, precision
@@ -87,24 +87,16 @@ class _Shapes:
         def width(name: str) -> int:
             return _size(plan, name) // seam.width
 
-        dtypes = [
-            F64 if name in later or f"{name}.weight" not in plan.outputs else plan.outputs[f"{name}.weight"].dtype
-            for name in (*seam.writers, *seam.duals, *seam.followers)
-        ]
-        rest = [
-            info.dtype
-            for name in (*seam.readers, seam.rest)
-            if (info := plan.outputs.get(f"{name}.weight")) is not None
-        ]
+        dtypes = stream_dtypes(plan, seam, later)
         return cls(
             rows=tuple(width(name) for name in seam.writers),
             d=seam.width,
             m=sum(width(name) for name in seam.readers),
             extra=sum(width(name) for name in (*seam.followers, *seam.duals)),
             pivoted=seam.removed(plan.basis) == seam.readers,
-            half=all(dtype in HALF for dtype in [*dtypes, *rest]),
-            rounded=any(dtype in HALF for dtype in [*dtypes, *rest]),
-            fixed=bool(rest) and not any(dtype in HALF for dtype in rest),
+            half=all(dtype in HALF for dtype in dtypes.values()),
+            rounded=any(dtype in HALF for dtype in dtypes.values()),
+            fixed=dtypes["rest"] not in HALF,
         )
 
     @property
@@ -154,7 +146,7 @@ def _stream_steps(s: _Shapes) -> Iterator[Step]:
 def _merge_steps(plan: Plan, seam: Seam, later: frozenset[str]) -> Iterator[Step]:
     (writer,) = seam.writers
     for name in seam.readers:
-        kept = F64 if name in later else plan.outputs[f"{name}.weight"].dtype
+        kept = kept_dtype(plan, name, later)
         within = precision(_dtype(plan, name), _dtype(plan, writer), kept)
         yield f"P {name.rpartition('.')[2]}", within, 2.0 * _size(plan, writer) * _size(plan, name) / seam.width
 
@@ -207,7 +199,7 @@ def _merge_memory(plan: Plan, seam: Seam, later: frozenset[str]) -> float:
     (writer,) = seam.writers
     d, total, most = seam.width, 0.0, 0.0
     for name in seam.readers:
-        kept = F64 if name in later else plan.outputs[f"{name}.weight"].dtype
+        kept = kept_dtype(plan, name, later)
         within = precision(_dtype(plan, name), _dtype(plan, writer), kept)
         inner, rows = _size(plan, writer) / d, _size(plan, name) / d
         total += rows * inner * kept.itemsize

@@ -58,9 +58,6 @@ class Estimate:
 
     def to_json(self) -> dict[str, object]:
         """Everything, task by task, for --json."""
-        sizes: Counter[str] = Counter()
-        for info in self.plan.outputs.values():
-            sizes[info.shard] += info.bytes
         tasks = [
             {
                 "seams": [f"{seam.kind} {seam.layer}" for seam in task.seams],
@@ -74,7 +71,7 @@ class Estimate:
         seconds = {"arithmetic": self.arithmetic, "disk": self.disk, "check": self.check, "all": self.seconds}
         rates = {**self.rates.flops, "disk": self.rates.disk}
         return {"flops": dict(self.flops), "memory": self.memory, "seconds": seconds, "rates": rates} | {
-            "shards": dict(sizes),
+            "shards": self.plan.shards,
             "tasks": tasks,
         }
 

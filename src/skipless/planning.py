@@ -6,6 +6,7 @@ memory together, and tasks are independent of each other, so that an engine may 
 
 import copy
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -81,13 +82,22 @@ class Plan:
         """Bytes of the largest tensor that is written."""
         return max(info.bytes for info in self.outputs.values())
 
+    @cached_property
+    def shards(self) -> dict[str, int]:
+        """The files of weights, in order, and the bytes of their tensors."""
+        sizes: Counter[str] = Counter()
+        for info in self.outputs.values():
+            sizes[info.shard] += info.bytes
+        return dict(sizes)
+
+    def traffic(self, task: Task) -> tuple[int, int]:
+        """Bytes that a task reads, and writes."""
+        read = sum(self.inputs[name].bytes for name in task.reads)
+        return read, sum(self.outputs[name].bytes for name in task.writes)
+
     def moved(self, task: Task) -> int:
         """Bytes that a task reads and writes."""
-        read, written = (
-            sum(tensors[name].bytes for name in names)
-            for tensors, names in ((self.inputs, task.reads), (self.outputs, task.writes))
-        )
-        return read + written
+        return sum(self.traffic(task))
 
     def summary(self) -> dict[str, object]:
         """The totals, for --json."""
@@ -101,7 +111,7 @@ class Plan:
             "weights_after": after,
             "bytes_before": bytes_before,
             "bytes_after": bytes_after,
-            "shards": sorted({info.shard for info in self.outputs.values()}),
+            "shards": sorted(self.shards),
         }
 
 

@@ -34,10 +34,7 @@ def plan_table(plan: Plan) -> Table:
         table.add_column(column, justify="left" if column == "task" else "right")
     kinds: dict[str, list[tuple[int, int, int]]] = {}
     for task in plan.tasks:
-        kind = _kind(task)
-        reads = sum(plan.inputs[name].bytes for name in task.reads)
-        writes = sum(plan.outputs[name].bytes for name in task.writes)
-        kinds.setdefault(kind, []).append((reads, writes, sum(seam.saves for seam in task.seams)))
+        kinds.setdefault(_kind(task), []).append((*plan.traffic(task), sum(seam.saves for seam in task.seams)))
     for kind, tasks in kinds.items():
         reads, writes, saved = (sum(column) for column in zip(*tasks, strict=True))
         table.add_row(kind, f"{len(tasks):,}", _megabytes(reads), _megabytes(writes), f"{saved:,}")
@@ -52,8 +49,7 @@ def plan_table(plan: Plan) -> Table:
         _megabytes(after),
         f"{after / before - 1:+.1%}",
     )
-    shards = len({info.shard for info in plan.outputs.values()})
-    table.add_row("files of weights", f"{shards:,}", "", "", "")
+    table.add_row("files of weights", f"{len(plan.shards):,}", "", "", "")
     return table
 
 
@@ -66,7 +62,7 @@ def work_table(estimate: Estimate) -> Table:
     names = list(estimate.rates.flops)
     table = Table(title="work", box=box.SIMPLE_HEAD)
     table.add_column("task")
-    for column in (*(f"{name}" for name in names), "memory, each", "seconds"):
+    for column in (*names, "memory, each", "seconds"):
         table.add_column(column, justify="right")
     kinds: dict[str, list[Cost]] = {}
     for task, found in zip(estimate.plan.tasks, estimate.costs, strict=True):
@@ -92,10 +88,7 @@ def work_lines(estimate: Estimate) -> Iterator[str]:
         f"{estimate.rates.disk / 1e9:.1f} GB/s), and {_duration(estimate.check)} to read it again"
     )
     yield f"memory: at most {_megabytes(estimate.memory)}"
-    sizes: dict[str, int] = {}
-    for info in estimate.plan.outputs.values():
-        sizes[info.shard] = sizes.get(info.shard, 0) + info.bytes
-    yield f"files: {', '.join(f'{name} {_megabytes(size)}' for name, size in sizes.items())}"
+    yield f"files: {', '.join(f'{name} {_megabytes(size)}' for name, size in estimate.plan.shards.items())}"
 
 
 def _flops(count: float) -> str:

@@ -14,11 +14,6 @@ from tests.models import build, edit_config, edit_tensors, save
 Q1 = "model.layers.1.self_attn.q_proj.weight"
 
 
-@pytest.fixture
-def source(tmp_path):
-    return save(build(dtype=torch.float32), tmp_path / "source")
-
-
 def refuse(tmp_path, *arguments, message, destination="fused"):
     """Run `skipless fuse` and require a refusal that leaves nothing behind."""
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

@@ -15,24 +15,11 @@ from skipless.checkpoint.reader import CheckpointReader
 from skipless.checkpoint.staging import LocalPlace
 from skipless.checkpoint.writer import CheckpointWriter
 from skipless.errors import StorageError
-from tests.models import build, edit_tensors, save
+from tests.models import MANY_FILES, contents, edit_tensors
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'skipless[ray]'")
 
 from skipless import cluster  # noqa: E402
-
-OPTIONS = {"dtype": "bfloat16", "max_shard_size": 20_000}
-
-
-@pytest.fixture
-def source(tmp_path):
-    return save(build(dtype=torch.float32), tmp_path / "source")
-
-
-@pytest.fixture
-def whole(source, tmp_path):
-    fuse(source, tmp_path / "whole", **OPTIONS)
-    return contents(tmp_path / "whole")
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +29,6 @@ def two_workers():
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
     yield
     ray.shutdown()
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def wrap(monkeypatch, before):
@@ -86,7 +69,7 @@ def test_two_workers_write_the_same_bytes(source, tmp_path, two_workers, whole, 
 
     wrap(monkeypatch, meet)
     done = []
-    plan = fuse(source, tmp_path / "fused", engine="ray", progress=lambda plan, task: done.append(task), **OPTIONS)
+    plan = fuse(source, tmp_path / "fused", engine="ray", progress=lambda plan, task: done.append(task), **MANY_FILES)
     assert contents(tmp_path / "fused") == whole
     assert len(list(seen.iterdir())) == 2
     assert not (seen / str(os.getpid())).exists()
@@ -107,20 +90,28 @@ def test_a_killed_workers_task_runs_again(source, tmp_path, two_workers, whole, 
                 os.kill(os.getpid(), signal.SIGKILL)
 
     wrap(monkeypatch, kill_once)
-    fuse(source, tmp_path / "fused", engine="ray", **OPTIONS)
+    fuse(source, tmp_path / "fused", engine="ray", **MANY_FILES)
     assert len(list(seen.iterdir())) == 2  # two processes came to this point of the task: the first was killed
     assert contents(tmp_path / "fused") == whole
 
 
 def test_a_task_that_kills_every_worker(source, tmp_path, two_workers, whole, monkeypatch):
+    journal = LocalPlace(tmp_path / "fused").unfinished / "journal.jsonl"
+
+    def kill(number, outputs):
+        if number == 0:
+            while not journal.exists():  # until another task is done
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+
     with monkeypatch.context() as patch:
         patch.setattr(cluster, "RETRIES", 0)
-        wrap(patch, lambda number, outputs: number == 0 and os.kill(os.getpid(), signal.SIGKILL))
+        wrap(patch, kill)
         message = "expected Ray to finish its task, at the latest on attempt 1, found: .*; what is done is kept"
         with pytest.raises(StorageError, match=message):
-            fuse(source, tmp_path / "fused", engine="ray", **OPTIONS)
+            fuse(source, tmp_path / "fused", engine="ray", **MANY_FILES)
     assert not (tmp_path / "fused").exists()
-    fuse(source, tmp_path / "fused", engine="ray", resume=True, **OPTIONS)
+    fuse(source, tmp_path / "fused", engine="ray", resume=True, **MANY_FILES)
     assert contents(tmp_path / "fused") == whole
 
 
@@ -137,14 +128,14 @@ def test_a_stopped_driver_stops_its_workers_and_goes_on(source, tmp_path, two_wo
         stop_at_write(patch, 8, asleep)
         wrap(patch, sleep)
         with pytest.raises(KeyboardInterrupt):
-            fuse(source, tmp_path / "fused", engine="ray", **OPTIONS)
+            fuse(source, tmp_path / "fused", engine="ray", **MANY_FILES)
     journal = LocalPlace(tmp_path / "fused").unfinished / "journal.jsonl"
     lines = journal.read_text().splitlines()
     assert lines
     ran = []
     run = cluster.Submission.submit
     monkeypatch.setattr(cluster.Submission, "submit", lambda task, job: ran.append(task) or run(task, job))
-    plan = fuse(source, tmp_path / "fused", engine="ray", resume=True, **OPTIONS)
+    plan = fuse(source, tmp_path / "fused", engine="ray", resume=True, **MANY_FILES)
     assert len(ran) == len(plan.tasks) - len(lines)
     assert contents(tmp_path / "fused") == whole
     deadline = time.monotonic() + 30
@@ -169,7 +160,7 @@ def test_what_a_worker_finds_wrong(source, tmp_path, two_workers, changes, messa
     found = []
     for engine in engines.ENGINES:
         with pytest.raises(InputError, match=message) as error:
-            fuse(source, tmp_path / "fused", engine=engine, basis="q", **OPTIONS)
+            fuse(source, tmp_path / "fused", engine=engine, basis="q", **MANY_FILES)
         found.append((type(error.value), str(error.value)))
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
     assert found[0] == found[1]
@@ -181,38 +172,38 @@ def test_what_a_worker_cannot_read(source, tmp_path, two_workers, monkeypatch):
 
     wrap(monkeypatch, broken)
     with pytest.raises(StorageError, match=r"^x: could not be read from y: Input/output error$"):
-        fuse(source, tmp_path / "fused", engine="ray", **OPTIONS)
+        fuse(source, tmp_path / "fused", engine="ray", **MANY_FILES)
 
 
 def test_workers_that_are_not_the_same(source, tmp_path, two_workers, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(engines, "__version__", "0.0.0")
         with pytest.raises(InputError, match=r"skipless: expected '0\.0\.0', as where fuse was called, found '"):
-            fuse(source, tmp_path / "fused", engine="ray", **OPTIONS)
+            fuse(source, tmp_path / "fused", engine="ray", **MANY_FILES)
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointReader, "fingerprint", lambda reader: {"config.json": [1, 2]})
         with pytest.raises(
             InputError, match=r"source: config.json: expected size and time \[1, 2\], as where .* found"
         ):
-            fuse(source, tmp_path / "fused", engine="ray", **OPTIONS)
+            fuse(source, tmp_path / "fused", engine="ray", **MANY_FILES)
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointReader, "place", "/nowhere")
         with pytest.raises(InputError, match=r"^/nowhere.* \(on .*; all machines must see the same folder\)$"):
-            fuse(source, tmp_path / "fused", engine="ray", **OPTIONS)
+            fuse(source, tmp_path / "fused", engine="ray", **MANY_FILES)
     with monkeypatch.context() as patch:
         patch.setattr(cluster, "WORKER", 10**15)
         message = (
             r"expected a machine in the Ray cluster with 1 CPUs, 1000000.* GB of memory .* found 1 with at most 2 CPU"
         )
         with pytest.raises(InputError, match=message):
-            fuse(source, tmp_path / "fused", engine="ray", **OPTIONS)
+            fuse(source, tmp_path / "fused", engine="ray", **MANY_FILES)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_a_cluster_that_is_not_there(source, tmp_path, monkeypatch):
     def message(address, engine="ray"):
         with pytest.raises(InputError) as error:
-            fuse(source, tmp_path / "fused", engine=engine, address=address, **OPTIONS)
+            fuse(source, tmp_path / "fused", engine=engine, address=address, **MANY_FILES)
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
         return str(error.value)
 
@@ -240,5 +231,5 @@ def test_a_cluster_of_its_own(source, tmp_path, whole):
     assert "--resume" in errors
     assert begun
     assert not psutil.wait_procs(begun, timeout=30)[1]
-    fuse(source, tmp_path / "fused", resume=True, **OPTIONS)
+    fuse(source, tmp_path / "fused", resume=True, **MANY_FILES)
     assert contents(tmp_path / "fused") == whole

@@ -21,24 +21,7 @@ from skipless.checkpoint.reader import CheckpointReader
 from skipless.checkpoint.staging import LocalPlace
 from skipless.checkpoint.writer import CheckpointWriter
 from skipless.errors import StorageError
-from tests.models import build, edit_config, edit_tensors, save
-
-OPTIONS = {"dtype": "bfloat16", "max_shard_size": 20_000}
-
-
-@pytest.fixture
-def source(tmp_path):
-    return save(build(dtype=torch.float32), tmp_path / "source")
-
-
-@pytest.fixture
-def whole(source, tmp_path):
-    fuse(source, tmp_path / "whole", **OPTIONS)
-    return contents(tmp_path / "whole")
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+from tests.models import MANY_FILES, contents, edit_config, edit_tensors
 
 
 def stop_at_write(monkeypatch, number, error):
@@ -67,12 +50,12 @@ def test_a_stopped_fuse_goes_on(source, tmp_path, monkeypatch, whole, number, er
     with monkeypatch.context() as patch:
         stop_at_write(patch, number, error)
         with pytest.raises((KeyboardInterrupt, StorageError)):
-            fuse(source, tmp_path / "fused", **OPTIONS)
+            fuse(source, tmp_path / "fused", **MANY_FILES)
     assert not (tmp_path / "fused").exists()
     lines = (LocalPlace(tmp_path / "fused").unfinished / "journal.jsonl").read_text().splitlines()
     assert lines
     ran = count_tasks(monkeypatch)
-    plan = fuse(source, tmp_path / "fused", resume=True, **OPTIONS)
+    plan = fuse(source, tmp_path / "fused", resume=True, **MANY_FILES)
     assert len(ran) == len(plan.tasks) - len(lines)
     assert contents(tmp_path / "fused") == whole
     assert not LocalPlace(tmp_path / "fused").unfinished.exists()
@@ -105,8 +88,8 @@ def test_a_read_error_is_resumable(source, tmp_path, monkeypatch, whole):
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointReader, "tensor", broken)
         with pytest.raises(StorageError, match="Input/output error; what is done is kept: go on with --resume"):
-            fuse(source, tmp_path / "fused", basis="q", **OPTIONS)
-    fuse(source, tmp_path / "fused", basis="q", resume=True, **OPTIONS)
+            fuse(source, tmp_path / "fused", basis="q", **MANY_FILES)
+    fuse(source, tmp_path / "fused", basis="q", resume=True, **MANY_FILES)
     assert contents(tmp_path / "fused") == whole
 
 
@@ -146,7 +129,7 @@ def test_a_killed_process_goes_on(source, tmp_path, whole, hit):
     process.send_signal(hit)
     assert process.wait() == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[hit]
     assert not (tmp_path / "fused").exists()
-    fuse(source, tmp_path / "fused", resume=True, **OPTIONS)
+    fuse(source, tmp_path / "fused", resume=True, **MANY_FILES)
     assert contents(tmp_path / "fused") == whole
 
 
@@ -155,13 +138,13 @@ def stopped(source, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_at_write(patch, 8, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
-            fuse(source, tmp_path / "fused", **OPTIONS)
+            fuse(source, tmp_path / "fused", **MANY_FILES)
     return LocalPlace(tmp_path / "fused").unfinished
 
 
 def test_without_resume_nothing_is_lost(source, tmp_path, stopped):
     with pytest.raises(InputError, match=r"found an unfinished fuse in .*; go on with --resume, or remove it"):
-        fuse(source, tmp_path / "fused", **OPTIONS)
+        fuse(source, tmp_path / "fused", **MANY_FILES)
     assert (stopped / "journal.jsonl").exists()
 
 
@@ -179,7 +162,7 @@ def test_without_resume_nothing_is_lost(source, tmp_path, stopped):
 )
 def test_other_options_are_refused(source, tmp_path, stopped, change, message):
     with pytest.raises(InputError, match=message):
-        fuse(source, tmp_path / "fused", resume=True, **{**OPTIONS, **change})
+        fuse(source, tmp_path / "fused", resume=True, **{**MANY_FILES, **change})
     assert (stopped / "journal.jsonl").exists()
 
 
@@ -187,10 +170,10 @@ def test_another_source_and_other_versions_are_refused(source, tmp_path, stopped
     with monkeypatch.context() as patch:
         patch.setattr("skipless.engines.__version__", "0.0.0")
         with pytest.raises(InputError, match=r"environment\.skipless: expected "):
-            fuse(source, tmp_path / "fused", resume=True, **OPTIONS)
+            fuse(source, tmp_path / "fused", resume=True, **MANY_FILES)
     edit_tensors(source, lm_head__weight=torch.ones(61, 32))
     with pytest.raises(InputError, match=r"files\.model\.safetensors: expected "):
-        fuse(source, tmp_path / "fused", resume=True, **OPTIONS)
+        fuse(source, tmp_path / "fused", resume=True, **MANY_FILES)
     assert (stopped / "journal.jsonl").exists()
 
 
@@ -199,7 +182,7 @@ def test_what_was_damaged_meanwhile_is_done_again(source, tmp_path, stopped, who
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
-    fuse(source, tmp_path / "fused", resume=True, **OPTIONS)
+    fuse(source, tmp_path / "fused", resume=True, **MANY_FILES)
     assert contents(tmp_path / "fused") == whole
 
 
@@ -215,7 +198,7 @@ def test_states_in_which_a_kill_can_leave_it(source, tmp_path, stopped, whole, h
         for path in (stopped / "job.json", journal):
             path.unlink()
         shutil.rmtree(stopped / "model")
-    fuse(source, tmp_path / "fused", resume=True, **OPTIONS)
+    fuse(source, tmp_path / "fused", resume=True, **MANY_FILES)
     assert contents(tmp_path / "fused") == whole
 
 
@@ -229,7 +212,7 @@ def test_a_link_out_of_the_folder_is_not_followed(source, tmp_path, stopped, pla
         stopped.rename(other)
     (stopped / place).symlink_to(other)
     with pytest.raises(InputError, match=r"expected no symbolic link there, found one to .*other; remove "):
-        fuse(source, tmp_path / "fused", resume=True, **OPTIONS)
+        fuse(source, tmp_path / "fused", resume=True, **MANY_FILES)
     assert not place or other.read_text() == "untouched"
 
 
@@ -238,13 +221,13 @@ def test_a_link_out_of_the_folder_is_not_followed(source, tmp_path, stopped, pla
 def test_a_manifest_that_is_none(source, tmp_path, stopped, name, text):
     (stopped / name).write_text(text)
     with pytest.raises(InputError, match=f"{name}: expected what a fuse writes there, found .*; remove "):
-        fuse(source, tmp_path / "fused", resume=True, **OPTIONS)
+        fuse(source, tmp_path / "fused", resume=True, **MANY_FILES)
 
 
 def test_what_could_not_be_removed_is_not_published(source, tmp_path, stopped, whole):
     (stopped / "job.json").unlink()  # and the rest was about to be
     (stopped / "model" / "model.safetensors").write_bytes(b"another fuse's")
-    fuse(source, tmp_path / "fused", **OPTIONS)
+    fuse(source, tmp_path / "fused", **MANY_FILES)
     assert contents(tmp_path / "fused") == whole
 
 
@@ -255,16 +238,16 @@ def test_a_wrong_input_of_a_later_call_loses_nothing(source, tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(engines, "run_task", wrong)
         with pytest.raises(InputError, match="something is wrong"):
-            fuse(source, tmp_path / "fused", resume=True, **OPTIONS)
+            fuse(source, tmp_path / "fused", resume=True, **MANY_FILES)
     assert (stopped / "journal.jsonl").exists()
-    fuse(source, tmp_path / "fused", resume=True, **OPTIONS)
+    fuse(source, tmp_path / "fused", resume=True, **MANY_FILES)
     assert contents(tmp_path / "fused") == whole
 
 
 def test_other_files_are_part_of_the_source(source, tmp_path, stopped):
     (source / "generation_config.json").unlink()
     with pytest.raises(InputError, match=r"files\.generation_config\.json: expected .* found null"):
-        fuse(source, tmp_path / "fused", resume=True, **OPTIONS)
+        fuse(source, tmp_path / "fused", resume=True, **MANY_FILES)
 
 
 def test_looking_at_an_unfinished_folder_changes_nothing(tmp_path, stopped):
@@ -276,19 +259,19 @@ def test_looking_at_an_unfinished_folder_changes_nothing(tmp_path, stopped):
 
 def test_a_name_that_is_too_long(source, tmp_path):
     with pytest.raises(InputError, match="expected a name that a folder can have, found: File name too long"):
-        fuse(source, tmp_path / ("x" * 250), **OPTIONS)
+        fuse(source, tmp_path / ("x" * 250), **MANY_FILES)
 
 
 def test_finished_but_for_the_cleaning_up(source, tmp_path, stopped):
-    fuse(source, tmp_path / "fused", resume=True, **OPTIONS)
+    fuse(source, tmp_path / "fused", resume=True, **MANY_FILES)
     stopped.mkdir()
     (stopped / "job.json").write_text("{}")
     with pytest.raises(InputError, match="fused: expected a new folder, found it complete already; remove "):
-        fuse(source, tmp_path / "fused", resume=True, **OPTIONS)
+        fuse(source, tmp_path / "fused", resume=True, **MANY_FILES)
 
 
 def test_resume_with_nothing_there_begins(source, tmp_path, whole):
-    fuse(source, tmp_path / "fused", resume=True, **OPTIONS)
+    fuse(source, tmp_path / "fused", resume=True, **MANY_FILES)
     assert contents(tmp_path / "fused") == whole
 
 
@@ -304,9 +287,9 @@ def test_what_was_written_is_read_again_before_it_gets_its_name(source, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointWriter, "finish", damaged)
         with pytest.raises(StorageError, match=r"expected in model-00001.* what was written, found other bytes"):
-            fuse(source, tmp_path / "fused", **OPTIONS)
+            fuse(source, tmp_path / "fused", **MANY_FILES)
     assert not (tmp_path / "fused").exists()
-    fuse(source, tmp_path / "fused", resume=True, **OPTIONS)
+    fuse(source, tmp_path / "fused", resume=True, **MANY_FILES)
 
 
 def test_two_fuses_to_one_place(source, tmp_path):
@@ -314,7 +297,7 @@ def test_two_fuses_to_one_place(source, tmp_path):
     folder.mkdir()
     with FileLock(folder / "lock"):
         with pytest.raises(InputError, match="fused: expected no other process at it, found one that is writing"):
-            fuse(source, tmp_path / "fused", **OPTIONS)
+            fuse(source, tmp_path / "fused", **MANY_FILES)
         assert folder.exists()
 
 
@@ -335,7 +318,7 @@ def test_a_source_that_changes_meanwhile(source, tmp_path, monkeypatch, change):
 
     monkeypatch.setattr(engines, "run_task", changing)
     with pytest.raises(InputError, match=rf"{file.name}: expected the file as it was .* found it changed meanwhile"):
-        fuse(source, tmp_path / "fused", **OPTIONS)
+        fuse(source, tmp_path / "fused", **MANY_FILES)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 

@@ -103,8 +103,7 @@ class CheckpointReader(Folder):
         path = max((self.folder / shard for shard in self.shards), key=lambda path: path.stat().st_size)
         block, done = memoryview(bytearray(BLOCK)), 0
         with path.open("rb", buffering=0) as file:
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), 0, most, os.POSIX_FADV_DONTNEED)
+            uncache(file.fileno(), most)
             while done < most and (count := file.readinto(block)):
                 done += count
         return done
@@ -149,6 +148,12 @@ def changed(file: str) -> InputError:
         f"{file}: expected the file as it was when its header was read, found it changed meanwhile; let nothing write "
         f"to it, and begin anew"
     )
+
+
+def uncache(descriptor: int, size: int = 0) -> None:
+    """Take the first `size` bytes of a file (0: all) out of the system's cache, where it lets us: the disk is read."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, size, os.POSIX_FADV_DONTNEED)
 
 
 def not_finite(tensor: torch.Tensor) -> int:

@@ -207,12 +207,5 @@ class RemotePlace:
                 self._system.makedirs(remote.rpartition("/")[0], exist_ok=True)
                 self._system.put_file(str(path), remote)
                 with path.open("rb") as ours, self._system.open(remote, "rb", block_size=BLOCK) as theirs:
-                    if hashlib.file_digest(ours, "sha256").digest() != _digest(theirs):
+                    if len({hashlib.file_digest(file, "sha256").digest() for file in (ours, theirs)}) > 1:
                         raise StorageError(f"{self.url}: {path.name}: expected what was sent, found other bytes there")
-
-
-def _digest(file: Any) -> bytes:
-    digest = hashlib.sha256()
-    while block := file.read(BLOCK):
-        digest.update(block)
-    return digest.digest()

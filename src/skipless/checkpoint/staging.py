@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -84,11 +85,12 @@ class LocalPlace:
             sync(self.path.parent)
 
 
+@dataclass(frozen=True)
 class Staging:
     """The folder `model` that will be DST, and the manifest beside it."""
 
-    def __init__(self, folder: Path, manifest: Manifest):
-        self.folder, self.manifest = folder, manifest
+    folder: Path
+    manifest: Manifest
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from skipless.checkpoint.headers import INDEX, SINGLE, read_header
-from skipless.checkpoint.reader import DTYPES, TensorInfo, not_finite
+from skipless.checkpoint.reader import DTYPES, TensorInfo, not_finite, uncache
 from skipless.errors import InputError, StorageError
 
 # Bytes read at a time to hash them.
@@ -121,8 +121,7 @@ class CheckpointWriter:
 
     def _check(self, shard: str, digests: Mapping[str, str]) -> None:
         with (self.folder / shard).open("rb") as file:
-            if hasattr(os, "posix_fadvise"):  # so that it is the disk that is read, and not the cache
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            uncache(file.fileno())
             if file.read(len(self._headers[shard])) != self._headers[shard]:
                 raise StorageError(f"{shard}: expected the header that was written, found another; check the disk")
         try:
