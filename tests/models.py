@@ -75,11 +75,11 @@ def relative_error(found: SkiplessForCausalLM, expected: SkiplessForCausalLM, **
     return (difference.abs().amax(-1) / reference.abs().amax(-1)).max().item()
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float64) -> SkiplessForCausalLM:
+def load(folder: Path, dtype: torch.dtype = torch.float64, **options: Any) -> SkiplessForCausalLM:
     """Load as a user would."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
 
 
 def edit_tensors(folder: Path, **changes: torch.Tensor | None) -> None:

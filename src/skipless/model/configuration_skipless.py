@@ -4,6 +4,7 @@ This file and modeling_skipless.py are self-contained: `skipless fuse` copies bo
 that the model also loads where this library is not installed (`trust_remote_code=True`).
 """
 
+import re
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -311,6 +312,31 @@ class SkiplessConfig(PreTrainedConfig):
         if not self.p_removed:
             return query_width
         return 0 if self.p_merged else query_width - self.hidden_size
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """How tensor parallelism shards the modules that are there; what is not in it, every rank holds.
+
+        Where a projection's columns are the stream's, each rank takes its heads' share of what all have.
+        """
+        plan = {"self_attn.split_heads": "split_heads", "self_attn.gather_heads": "gather_heads"}
+        closed = len(self.layers_open) < self.num_hidden_layers
+        gone = {None: "", "pivoted": "qkv"}.get(self.stream_basis, self.stream_basis) if closed else ""
+        for name in "qkv":
+            if (name not in gone or self.layers_open) and not (name == "v" and self.values_removed):
+                plan[f"self_attn.{name}_proj"] = "colwise"
+        if self.stream_basis == "pivoted" and self.rest_width and closed:
+            plan["self_attn.rest_proj"] = "colwise_gather_output"
+        if not self.p_removed:
+            plan["self_attn.o_proj"] = "rowwise"
+        for name in self.ffn_matrices("mlp"):
+            if not name.endswith("router"):
+                expert = re.sub(r"\.\d+\.", ".*.", name)
+                plan[expert] = "rowwise" if name.endswith("down_proj") else "colwise"
+        plan = {f"layers.*.{name}": style for name, style in plan.items()}
+        if "model.embed_tokens" in self.folded_biases:
+            plan["embed_tokens"] = "replicate"
+        return plan
 
     @property
     def rotary_dim(self) -> int:

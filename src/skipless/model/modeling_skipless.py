@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import initialization
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
+from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -132,6 +134,40 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+class Heads(nn.Identity):
+    """Where tensor parallelism leaves each rank its part of all heads (split), or all ranks' parts (gather).
+
+    The heads are the last dimension. No linear layer can do it where the queries are the stream, or where M reads them.
+    """
+
+    def __init__(self, config: SkiplessConfig):
+        super().__init__()
+        self.groups = config.num_key_value_heads
+
+
+class HeadsParallel(TensorParallelLayer):
+    """The style of a tp_plan for Heads: from how they come to how they leave."""
+
+    def __init__(self, before: Replicate | Shard, after: Replicate | Shard):
+        self.before, self.after = before, after
+
+    def install_forward(self, module: Heads, mesh: Any) -> nn.Module:
+        if module.groups % mesh.size():
+            raise ValueError(
+                f"num_key_value_heads: expected a multiple of the {mesh.size()} ranks of tensor parallelism, found "
+                f"{module.groups}"
+            )
+        return super().install_forward(module, mesh)
+
+    def transform_output_post_forward(self, module: Heads, output: torch.Tensor, mesh: Any) -> torch.Tensor:
+        states = DTensor.from_local(output, mesh, [self.before], run_check=False)
+        return states.redistribute(placements=[self.after]).to_local()
+
+
+ALL_PARALLEL_STYLES.register("split_heads", HeadsParallel(Replicate(), Shard(-1)))
+ALL_PARALLEL_STYLES.register("gather_heads", HeadsParallel(Shard(-1), Replicate()))
+
+
 class SkiplessAttention(nn.Module):
     """Grouped-query attention, with optional shaping, some of whose projections' columns may be the identity."""
 
@@ -150,7 +186,7 @@ class SkiplessAttention(nn.Module):
 
         stream_basis = None if layer_idx in config.layers_open else config.stream_basis
         query_width, value_width = self.num_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        self.widths = (query_width, value_width, value_width)
+        self.widths = (query_width, value_width, value_width)[: 2 if config.values_removed else 3]
         bias = config.attention_bias
         rest_proj, column_order, value_order, row_order = None, None, None, None
         pivoted = "" if stream_basis != "pivoted" else "qk" if config.values_removed else "qkv"
@@ -162,7 +198,7 @@ class SkiplessAttention(nn.Module):
                     dtype = torch.promote_types(dtype, getattr(torch, config.rest_dtype))
                 rest_proj = nn.Linear(config.hidden_size, config.rest_width, bias, dtype=dtype)
         self.register_module("rest_proj", rest_proj)
-        for name, width in zip("qkv", self.widths, strict=True):
+        for name, width in (("q", query_width), ("k", value_width), ("v", value_width)):
             gone = name in pivoted or name == stream_basis
             passed = self.head_dim if name == "v" and config.values_removed else 0
             linear = None if gone else nn.Linear(config.hidden_size - passed, width, bias and not passed)
@@ -180,24 +216,30 @@ class SkiplessAttention(nn.Module):
         gains = {None: (), "value": ("alpha", "beta"), "full": ("alpha", "beta", "gamma")}[config.attention_shaping]
         for name in gains:
             self.register_parameter(name, nn.Parameter(torch.empty(self.num_heads)))
+        self.split_heads, self.gather_heads = Heads(config), Heads(config)
         # what only some attention functions know
         options = {"softcap": config.attn_logit_softcapping, "sliding_window": config.sliding_window}
         self.options = {name: value for name, value in options.items() if value is not None}
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Query, key and value, (B, T, heads * h) each, of the stream (B, T, d)."""
+        """Query, key and value, (B, T, heads * h) each, of the stream (B, T, d); of the rank's heads, where there are
+        ranks.
+        """
         if self.column_order is None:
-            linears = (self.q_proj, self.k_proj, None if self.value_order is not None else self.v_proj)
-            query, key, value = (hidden_states if linear is None else linear(hidden_states) for linear in linears)
+            linears = (self.q_proj, self.k_proj, self.v_proj)[: len(self.widths)]
+            projected = [
+                self.split_heads(hidden_states) if linear is None else linear(hidden_states) for linear in linears
+            ]
         else:
             columns = hidden_states
             if self.rest_proj is not None:
                 rest = self.rest_proj(hidden_states.to(self.rest_proj.weight.dtype))
                 columns = torch.cat((hidden_states, rest.to(hidden_states.dtype)), -1)
-            widths = self.widths if self.value_order is None else self.widths[:2]
-            query, key, *values = columns.index_select(-1, self.column_order).split(widths, -1)
-            value = values[0] if values else None
-        return query, key, value if self.value_order is None else self.project_values(hidden_states)
+            placed = columns.index_select(-1, self.column_order).split(self.widths, -1)
+            projected = [self.split_heads(states) for states in placed]
+        if self.value_order is not None:
+            projected.append(self.split_heads(self.project_values(hidden_states)))
+        return tuple(projected)
 
     def project_values(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Values (B, T, K * h) of which each head's are h entries of the stream (B, T, d) plus a map of the others."""
@@ -207,11 +249,12 @@ class SkiplessAttention(nn.Module):
         return (passed + torch.einsum("...kn,khn->...kh", others, weight)).flatten(-2)
 
     def project_out(self, heads: torch.Tensor) -> torch.Tensor:
-        """P: the concatenated heads (B, T, H * h) -> (B, T, d), or as they are where P has been merged."""
+        """P: the rank's concatenated heads (B, T, H * h) -> (B, T, d), or all as they are where P has been merged."""
+        if self.o_proj is not None and self.row_order is None:
+            return self.o_proj(heads)
+        heads = self.gather_heads(heads)
         if self.o_proj is None:
             return heads
-        if self.row_order is None:
-            return self.o_proj(heads)
         passed, others = heads.index_select(-1, self.row_order).split((self.config.hidden_size, self.config.p_rows), -1)
         return passed + self.o_proj(others)
 
@@ -221,13 +264,13 @@ class SkiplessAttention(nn.Module):
         answers (B, T, heads * h, head-wise), value (B, K, T, h) at the query's own positions -> (B, T, H, h).
         """
         batch, tokens = answers.shape[:2]
-        grouped = (batch, tokens, self.num_key_value_heads, -1, self.head_dim)
-        answers = answers.reshape(grouped)
+        groups = value.shape[1]
+        answers = answers.reshape(batch, tokens, groups, -1, self.head_dim)
         own = value.transpose(1, 2).unsqueeze(3)
-        alpha, beta = (gain.view(self.num_key_value_heads, -1, 1) for gain in (self.alpha, self.beta))
+        alpha, beta = (self.split_heads(gain).view(groups, -1, 1) for gain in (self.alpha, self.beta))
         if self.config.attention_shaping == "value":
             return alpha * own + beta * answers
-        gamma = self.gamma.view(self.num_key_value_heads, -1, 1)
+        gamma = self.split_heads(self.gamma).view(groups, -1, 1)
         return alpha * own + beta * answers[..., :-1, :] - gamma * answers[..., -1:, :]
 
     def forward(
@@ -250,10 +293,12 @@ class SkiplessAttention(nn.Module):
             query = rotate(query, *position_embeddings, interleaved)
             key = rotate(key, *position_embeddings, interleaved)
         if self.config.attention_shaping == "full":
-            query = query.unflatten(1, (self.num_key_value_heads, -1))
+            query = query.unflatten(1, (key.shape[1], -1))
             query = torch.cat((query, torch.zeros_like(query[:, :, :1])), 2).flatten(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        if self.config.position_type == "alibi":
+            attention_mask = self.split_heads(attention_mask.movedim(1, -1)).movedim(-1, 1)
 
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -272,7 +317,7 @@ class SkiplessAttention(nn.Module):
         if self.config.attention_shaping is not None:
             output = self.shape(output, own_value)
         if self.config.attention_shaping == "full" and weights is not None:
-            weights = weights.unflatten(1, (self.num_key_value_heads, -1))[:, :, :-1].flatten(1, 2)
+            weights = weights.unflatten(1, (own_value.shape[1], -1))[:, :, :-1].flatten(1, 2)
         output = output.reshape(*input_shape, -1).contiguous()
         return self.project_out(output), weights
 
@@ -536,6 +581,7 @@ class SkiplessForCausalLM(SkiplessPreTrainedModel, GenerationMixin):
     """The language model: SkiplessModel and lm_head, token ids -> logits (B, T, vocab_size)."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: SkiplessConfig):
         super().__init__(config)
@@ -543,6 +589,8 @@ class SkiplessForCausalLM(SkiplessPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = SkiplessHead(config)
         self.post_init()
+        if config.head_removed:
+            del self._tp_plan["lm_head"]  # column_order places all of its outputs
 
     @can_return_tuple
     def forward(
