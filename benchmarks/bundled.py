@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 import skipless
 from skipless import tables
-from skipless.bench import decode
+from skipless.bench import Work, bench
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.demo import BUNDLED, PROMPT
 from skipless.inference import greedy_config, load
@@ -86,13 +86,14 @@ def main() -> None:
         result["decode"] = {}
         for dtype in ("float32", "bfloat16"):
             folders = {"original": BUNDLED, "pivoted": Path(folder) / "pivoted", "q": Path(folder) / "q"}
-            models = [(name, load(path, getattr(torch, dtype))) for name, path in folders.items()]
-            speeds, ratios = decode(models, rounds=rounds)
-            console.print(f"run in {dtype}:", tables.speed_table(speeds, ratios))
+            found = bench(list(folders.values()), dtype=dtype, work=Work(context=16, tokens=64), rounds=rounds)
+            console.print(tables.bench_table(found))
             result["decode"][dtype] = {
-                "tokens_per_second": [speed.tokens_per_second for speed in speeds],
-                "bytes_ratio": speeds[0].bytes_per_token / speeds[1].bytes_per_token,
-                "speedups": dict(zip(folders, ratios, strict=True)),
+                "tokens_per_second": [speed.decoding[0].tokens_per_second for speed in found.speeds],
+                "bytes_ratio": found.speeds[0].bytes_per_token / found.speeds[1].bytes_per_token,
+                "speedups": {
+                    name: speed.decoding[0].speedup for name, speed in zip(folders, found.speeds, strict=True)
+                },
             }
     print(json.dumps(result))
 

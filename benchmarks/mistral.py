@@ -29,7 +29,7 @@ from skipless.checkpoint.reader import CheckpointReader, uncache
 from skipless.checkpoint.writer import CheckpointWriter, plan_shards, write_json
 from skipless.cost import cost
 from skipless.fusion import plan_fuse
-from skipless.machine import measure
+from skipless.machine import measure, peak_memory
 from skipless.request import Request
 
 SHARD = 10**9
@@ -97,12 +97,6 @@ def notebook(folder: Path) -> float:
     seconds = time.perf_counter() - start
     assert all(np.isfinite(result).all() for result in results)
     return seconds
-
-
-def peak_memory() -> int:
-    """The largest resident size of this process; getrusage would say that of the one that started it, if larger."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
 
 
 def child(source: str, destination: str, basis: str, memory: str) -> None:

@@ -1,98 +1,207 @@
-"""How fast do models decode at batch 1? Interleaved rounds, medians, and the ceiling that reading the weights sets.
+"""How fast do models decode? Interleaved rounds, medians, and the ceiling that reading the weights sets.
 
-Each token reads every weight once (of the embedding table one row), so tokens/s <= bandwidth / bytes per token.
+Each token reads every weight once (of the embedding table one row), so tokens/s <= batch * bandwidth / bytes per token.
 """
 
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
 import torch
-from transformers import PreTrainedModel
 
 from skipless.errors import InputError
-from skipless.inference import greedy_config, load
+from skipless.serving.worker import PRECISIONS, Runner, Worker
+from skipless.shapes import write_shapes
 
-PROMPT_TOKENS = 16
+# Between two turns, so that the thread pool of the last one does not spin into the next.
+PAUSE = 0.3
+
+
+@dataclass(frozen=True)
+class Work:
+    """What each model does in a round: for each of `batches`, decode `tokens` tokens after `context` tokens; read a
+    prompt of `prefill` tokens (0: none).
+    """
+
+    batches: tuple[int, ...] = (1,)
+    context: int = 128
+    tokens: int = 32
+    prefill: int = 512
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Of one model at one batch. rounds: tokens/s, all sequences together; tokens_per_second: their median.
+
+    share: of the bandwidth; speedup: over the first model; both the medians of what they are in one round.
+    """
+
+    batch: int
+    rounds: tuple[float, ...]
+    tokens_per_second: float
+    bytes_per_second: float
+    ceiling: float
+    share: float
+    speedup: float
 
 
 @dataclass(frozen=True)
 class Speed:
-    """One model's decoding: tokens/s of each round, their median, bytes read per token, and bandwidth / those bytes.
+    """One model. first_token: seconds from a prompt of `context` tokens to the first token, at the first batch.
 
-    The bandwidth is measured on a buffer of the model's own size, in bytes/s, so that a model that fits the cache is
-    compared with the cache.
+    prefill: tokens/s of the long prompt, and its speedup; load_seconds, peak_memory (bytes): of its process, if it had
+    one.
     """
 
     name: str
-    rounds: tuple[float, ...]
-    tokens_per_second: float
     bytes_per_token: int
-    ceiling: float
+    decoding: tuple[Decoding, ...]
+    first_token: float
+    prefill: float | None
+    prefill_speedup: float | None
+    load_seconds: float | None
+    peak_memory: int | None
 
 
-def decode(
-    models: Sequence[tuple[str, PreTrainedModel]], *, tokens: int = 64, rounds: int = 7
-) -> tuple[tuple[Speed, ...], tuple[float, ...]]:
-    """Decode `tokens` greedy tokens per round with each model in turn, alternating the order.
+@dataclass(frozen=True)
+class Bench:
+    """What was measured, where and in what. bandwidth: bytes/s that torch reads, the median over rounds."""
 
-    Returns each model's Speed, and for each model the median over rounds of its speed over the first model's.
-    """
-    for name, model in models:
-        limit = model.config.max_position_embeddings
-        if PROMPT_TOKENS + tokens > limit:
-            raise InputError(f"tokens: expected at most {limit - PROMPT_TOKENS} for {name}, found {tokens}")
-    measured: list[list[float]] = [[] for _ in models]
-    for _, model in models:
-        _tokens_per_second(model, tokens)  # warm up
-    for turn in range(rounds):
-        order = range(len(models))
-        for index in order if turn % 2 == 0 else reversed(order):
-            measured[index].append(_tokens_per_second(models[index][1], tokens))
-    speeds = []
-    for (name, model), found in zip(models, measured, strict=True):
-        size = bytes_per_token(model)
-        speeds.append(Speed(name, tuple(found), median(found), size, read_bandwidth(size) / size))
-    ratios = tuple(median(b / a for a, b in zip(measured[0], found, strict=True)) for found in measured)
-    return tuple(speeds), ratios
+    work: Work
+    bandwidth: float
+    speeds: tuple[Speed, ...]
+    engine: str
+    dtype: str
 
 
 def bench(
-    folders: Sequence[str | Path], *, dtype: str = "float32", tokens: int = 64, rounds: int = 7
-) -> tuple[tuple[Speed, ...], tuple[float, ...]]:
-    """`decode` on model folders, loaded in `dtype`."""
-    return decode(
-        [(str(folder), load(Path(folder), getattr(torch, dtype))) for folder in folders], tokens=tokens, rounds=rounds
+    folders: Sequence[str | Path] = (),
+    *,
+    shape: str | None = None,
+    layers: int | None = None,
+    engine: str = "torch",
+    dtype: str = "float32",
+    compiled: bool = False,
+    work: Work | None = None,
+    rounds: int = 7,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Bench:
+    """Time models, each in a process of its own: those in folders, or random ones of a shape (shapes.write_shapes).
+
+    engine: "torch", "openvino" or "vllm"; dtype: what to run in (worker.PRECISIONS); compiled: torch's fast path;
+    progress is called with how many turns are done, of how many. Raises InputError for what the engine does not run.
+    """
+    if bool(folders) == (shape is not None) or (layers is not None and shape is None):
+        raise InputError("bench: expected model folders, or --shape with or without --layers, and not both")
+    if dtype not in PRECISIONS[engine]:
+        raise InputError(f"dtype: expected one of {', '.join(PRECISIONS[engine])} for {engine}, found {dtype}")
+    if compiled and engine != "torch":
+        raise InputError(f"compile: expected engine torch, found {engine}, which compiles by itself or not at all")
+    with ExitStack() as stack:
+        paths = [Path(folder) for folder in folders]
+        names = [str(folder) for folder in folders]
+        if shape is not None:
+            stored = dtype if dtype in PRECISIONS["torch"] else "float32"
+            paths = write_shapes(shape, layers, stored, Path(stack.enter_context(tempfile.TemporaryDirectory())))
+            names = [path.name for path in paths]
+        workers = [stack.enter_context(Worker.of(engine, path, dtype, compiled)) for path in paths]
+        runners = list(zip(names, workers, strict=True))
+        return measure(runners, work or Work(), rounds, f"{engine}, compiled" if compiled else engine, dtype, progress)
+
+
+def measure(
+    runners: Sequence[tuple[str, Runner]],
+    work: Work,
+    rounds: int = 7,
+    engine: str = "torch",
+    dtype: str = "float32",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Bench:
+    """Time models in turns, the order of which alternates, beside the bandwidth; ratios are those of a round."""
+    done, total = 0, len(runners) * (rounds + 1)
+    for _, runner in runners:
+        _turn(runner, work)  # warm up
+        progress(done := done + 1, total)
+    buffer = torch.ones(max(runner.bytes_per_token for _, runner in runners) // 4)
+    bandwidths = []
+    turns: list[list[Turn]] = [[] for _ in runners]
+    for number in range(rounds):
+        bandwidths.append(read_bandwidth(buffer))
+        order = range(len(runners))
+        for index in order if number % 2 == 0 else reversed(order):
+            time.sleep(PAUSE if isinstance(runners[index][1], Worker) else 0)
+            turns[index].append(_turn(runners[index][1], work))
+            progress(done := done + 1, total)
+    speeds = tuple(
+        _speed(name, runner, work, found, turns[0], bandwidths)
+        for (name, runner), found in zip(runners, turns, strict=True)
+    )
+    return Bench(work, median(bandwidths), speeds, engine, dtype)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One model's turn: seconds a step by batch, seconds to the first token, and of the long prompt."""
+
+    step: tuple[float, ...]
+    first_token: float
+    prefill: float | None
+
+
+def _turn(runner: Runner, work: Work) -> Turn:
+    steps, first = [], 0.0
+    for batch in work.batches:
+        times = runner.generate(batch, work.context, work.tokens)
+        steps.append(median(after - before for before, after in pairwise(times)))
+        first = first or times[0]
+    prefill = runner.generate(1, work.prefill, 1)[0] if work.prefill else None
+    return Turn(tuple(steps), first, prefill)
+
+
+def _speed(
+    name: str, runner: Runner, work: Work, turns: Sequence[Turn], first: Sequence[Turn], bandwidths: Sequence[float]
+) -> Speed:
+    size = runner.bytes_per_token
+    decoding = []
+    for index, batch in enumerate(work.batches):
+        steps = [turn.step[index] for turn in turns]
+        decoding.append(
+            Decoding(
+                batch=batch,
+                rounds=tuple(batch / step for step in steps),
+                tokens_per_second=batch / median(steps),
+                bytes_per_second=size / median(steps),
+                ceiling=batch * median(bandwidths) / size,
+                share=median(size / step / bandwidth for step, bandwidth in zip(steps, bandwidths, strict=True)),
+                speedup=median(other.step[index] / step for other, step in zip(first, steps, strict=True)),
+            )
+        )
+    pairs = [(other.prefill, turn.prefill) for other, turn in zip(first, turns, strict=True)]
+    prompts = [(before, after) for before, after in pairs if before and after]
+    return Speed(
+        name=name,
+        bytes_per_token=size,
+        decoding=tuple(decoding),
+        first_token=median(turn.first_token for turn in turns),
+        prefill=work.prefill / median(after for _, after in prompts) if prompts else None,
+        prefill_speedup=median(before / after for before, after in prompts) if prompts else None,
+        load_seconds=runner.load_seconds if isinstance(runner, Worker) else None,
+        peak_memory=runner.peak_memory if isinstance(runner, Worker) else None,
     )
 
 
-def bytes_per_token(model: PreTrainedModel) -> int:
-    """Bytes of weights read to decode one token at batch 1: all but the tables that are only looked up in."""
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    output = model.get_output_embeddings()
-    if output is not None:
-        tables.discard(id(output.weight))
-    return sum(weight.nbytes for weight in model.parameters() if id(weight) not in tables)
-
-
-def read_bandwidth(size: int, repeats: int = 15) -> float:
-    """Bytes/s at which torch sums a buffer of `size` bytes, the best of several repeats."""
-    buffer = torch.ones(max(1, size // 4), dtype=torch.float32)
+def read_bandwidth(buffer: torch.Tensor, repeats: int = 5) -> float:
+    """Bytes/s at which torch sums a buffer, the best of several repeats; as large as a model, it is where that is: in
+    memory, or in a cache.
+    """
     best = float("inf")
     for _ in range(repeats):
         start = time.perf_counter()
         buffer.sum()
         best = min(best, time.perf_counter() - start)
     return buffer.nbytes / best
-
-
-@torch.no_grad()
-def _tokens_per_second(model: PreTrainedModel, tokens: int) -> float:
-    ids = torch.zeros((1, PROMPT_TOKENS), dtype=torch.long)
-    config = greedy_config(tokens)
-    config.output_logits = False
-    start = time.perf_counter()
-    model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-    return tokens / (time.perf_counter() - start)

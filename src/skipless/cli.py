@@ -78,8 +78,7 @@ def demo(as_json: bool) -> None:
                 "weights_before": before,
                 "weights_after": after,
                 "same_tokens": result.same_tokens,
-                "speedup": result.speedup,
-                "speeds": [dataclasses.asdict(speed) for speed in result.speeds],
+                "bench": dataclasses.asdict(result.bench),
                 "verify": dataclasses.asdict(result.report),
             }
         )
@@ -406,21 +405,74 @@ def verify(
 
 
 @main.command()
-@click.argument("models", nargs=-1, required=True, metavar="A [B ...]", type=click.Path(path_type=Path))
-@click.option("--dtype", type=click.Choice(DTYPE_NAMES), default="float32", show_default=True, help="Dtype to run in.")
-@click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="Tokens decoded per round.")
+@click.argument("models", nargs=-1, metavar="[A B ...]", type=click.Path(path_type=Path))
+@click.option("--shape", metavar="NAME", help="Random models of this shape (as count takes it), original and fused.")
+@click.option("--layers", type=click.IntRange(1), help="So many layers of the shape [default: all].")
+@click.option(
+    "--engine", type=click.Choice(["torch", "openvino", "vllm"]), default="torch", show_default=True, help="Who runs."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice([*DTYPE_NAMES, "int8", "int4"]),
+    default="float32",
+    show_default=True,
+    help="What to run in; int8 and int4: OpenVINO, which rounds the weights first.",
+)
+@click.option("--compile", "compiled", is_flag=True, help="torch: compiled, with packed weights (twice the memory).")
+@click.option(
+    "--batch", "batches", type=click.IntRange(1), multiple=True, help="Sequences at once, repeatable [default: 1]."
+)
+@click.option("--context", type=click.IntRange(1), default=128, show_default=True, help="Tokens before the decoded.")
+@click.option("--tokens", type=click.IntRange(2), default=32, show_default=True, help="Tokens decoded per round.")
+@click.option("--prefill", type=click.IntRange(0), default=512, show_default=True, help="Tokens of a long prompt.")
 @click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="Interleaved rounds.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Bars against the ceiling, as a .png or .svg.")
 @as_json
-def bench(models: tuple[Path, ...], dtype: str, tokens: int, rounds: int, as_json: bool) -> None:
-    """Time greedy decoding at batch 1 of A, B, ... in turns."""
-    from skipless import bench as room
-    from skipless import tables
+def bench(
+    models: tuple[Path, ...],
+    shape: str | None,
+    layers: int | None,
+    engine: str,
+    dtype: str,
+    compiled: bool,
+    batches: tuple[int, ...],
+    context: int,
+    tokens: int,
+    prefill: int,
+    rounds: int,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Time greedy decoding and prompts of models A, B, ... in turns, beside what the machine's memory allows.
 
-    speeds, ratios = room.bench(models, dtype=dtype, tokens=tokens, rounds=rounds)
+    Each model runs in a process of its own. Ratios are those of a round, and what is printed is their median.
+    """
+    from skipless import bench as room
+    from skipless import plotting, tables
+
+    if plot is not None:
+        plotting.check(plot)
+    work = room.Work(batches or (1,), context, tokens, prefill)
+    with progress_bar("timing") as progress:
+        bar = progress.add_task("", total=None)
+        found = room.bench(
+            models,
+            shape=shape,
+            layers=layers,
+            engine=engine,
+            dtype=dtype,
+            compiled=compiled,
+            work=work,
+            rounds=rounds,
+            progress=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    if plot is not None:
+        plotting.plot_speeds(found, plot)
     if as_json:
-        print_json({"speeds": [dataclasses.asdict(speed) for speed in speeds], "speedups": ratios})
+        print_json(dataclasses.asdict(found))
     else:
-        out.print(tables.speed_table(speeds, ratios))
+        out.print(tables.bench_line(found), soft_wrap=True, highlight=False, markup=False)
+        out.print(tables.bench_table(found))
 
 
 @main.command()

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from skipless.bench import Speed, decode
+from skipless.bench import Bench, Work, measure
 from skipless.fusion import fuse
 from skipless.inference import greedy_config, load, load_tokenizer
 from skipless.planning import Plan
+from skipless.serving.decoding import TorchRunner
 from skipless.verification import Report, verify
 
 BUNDLED = Path(__file__).parent / "bundled" / "stdlib"
@@ -21,14 +22,13 @@ TOKENS = 72
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo found. speeds: the original's and the fused model's; speedup: median of the paired ratios."""
+    """What the demo found. bench: of the original and the fused model."""
 
     text: str
     same_tokens: bool
     plan: Plan
     report: Report
-    speeds: tuple[Speed, ...]
-    speedup: float
+    bench: Bench
 
 
 def demo(say: Callable[[str], None]) -> Demo:
@@ -48,8 +48,9 @@ def demo(say: Callable[[str], None]) -> Demo:
         fused = load(fused_folder, torch.float32)
         after = _continue(fused, tokenizer)
         say("Timing both, in turns ...")
-        speeds, ratios = decode([("original", original), ("fused", fused)], rounds=15)
-    return Demo(text, bool(torch.equal(before, after)), plan, report, speeds, ratios[1])
+        runners = [("original", TorchRunner(original)), ("fused", TorchRunner(fused))]
+        bench = measure(runners, Work(context=16, tokens=64, prefill=0), rounds=15)
+    return Demo(text, bool(torch.equal(before, after)), plan, report, bench)
 
 
 def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:

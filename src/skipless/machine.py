@@ -1,5 +1,6 @@
 """What this machine does a second, and how much memory it has. Measured, in about a second."""
 
+import resource
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -59,6 +60,18 @@ def available_memory() -> int:
         limit, current = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
         found.append(limit - current + cache)
     return max(0, min(found))
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held.
+
+    Linux's getrusage would say that of the process that started this one, if that is more.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():  # macOS, where it counts in bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 
 def resident_memory() -> int:

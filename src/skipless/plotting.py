@@ -1,12 +1,19 @@
-"""Condition numbers as a picture (matplotlib, the [report] extra)."""
+"""Condition numbers and speeds as pictures (matplotlib, the [report] extra)."""
+
+from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from skipless.auditing import Audit
+from skipless.bench import Bench
 from skipless.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FORMATS = (".png", ".svg")
 MARKERS = {"q": "o", "k": "s", "v": "^", "p": "D"}
@@ -29,7 +36,6 @@ def check(file: Path) -> None:
 
 def plot_conditions(audit: Audit, file: Path, title: str) -> None:
     """Condition numbers of Q, K, V and P by layer on a log axis, and the limits of dtypes, into a file."""
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -55,5 +61,30 @@ def plot_conditions(audit: Audit, file: Path, title: str) -> None:
     axes.set(yscale="log", xlabel="layer", ylabel="condition number", title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    _save(figure, file, title)
+
+
+def plot_speeds(bench: Bench, file: Path) -> None:
+    """Tokens/s of each model and batch as bars, under the ceiling that reading its weights sets, into a file."""
+    from matplotlib.figure import Figure
+
+    batches = bench.work.batches
+    title = f"greedy decoding, {bench.engine}, {bench.dtype}, {bench.bandwidth / 1e9:.0f} GB/s"
+    figure = Figure(figsize=(max(5, 1.8 * len(bench.speeds) * len(batches)), 4), layout="constrained")
+    for axes, index in zip(figure.subplots(1, len(batches), squeeze=False)[0], range(len(batches)), strict=True):
+        found = [speed.decoding[index] for speed in bench.speeds]
+        names = [Path(speed.name).name for speed in bench.speeds]
+        axes.bar(names, [decoding.ceiling for decoding in found], color="lightgray", label="ceiling")
+        bars = axes.bar(names, [decoding.tokens_per_second for decoding in found], width=0.6, label="measured")
+        axes.bar_label(bars, [f"{d.tokens_per_second:,.1f}\n{d.speedup:.2f}x" for d in found], label_type="center")
+        axes.set(ylabel="tokens/s", xlabel=f"batch {batches[index]}")
+    axes.legend(loc="lower right")
+    figure.suptitle(title)
+    _save(figure, file, title)
+
+
+def _save(figure: Figure, file: Path, title: str) -> None:
+    from matplotlib import rc_context
+
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):  # small, and the same each time
         figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)

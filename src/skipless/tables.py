@@ -14,7 +14,7 @@ from skipless.dtypes import DTYPE_NAMES
 
 if TYPE_CHECKING:  # so that counting loads no torch
     from skipless.auditing import Audit, SeamAudit
-    from skipless.bench import Speed
+    from skipless.bench import Bench, Decoding, Speed
     from skipless.certificate import Certificate
     from skipless.cost import Cost
     from skipless.demo import Demo
@@ -203,23 +203,52 @@ def report_table(report: Report) -> Table:
     return table
 
 
-def speed_table(speeds: Sequence[Speed], ratios: Sequence[float]) -> Table:
-    """Decoding at batch 1, model by model, beside the ceiling that reading the weights sets."""
-    table = Table(title="greedy decoding at batch 1", box=box.SIMPLE_HEAD)
-    for column in ("model", "tokens/s", "min", "max", "read a token", "ceiling", "bytes", "speed-up"):
-        table.add_column(column, justify="left" if column == "model" else "right", overflow="fold")
-    for speed, ratio in zip(speeds, ratios, strict=True):
-        table.add_row(
-            speed.name,
-            f"{speed.tokens_per_second:,.0f}",
-            f"{min(speed.rounds):,.0f}",
-            f"{max(speed.rounds):,.0f}",
-            _megabytes(speed.bytes_per_token),
-            f"{speed.ceiling:,.0f}",
-            f"1/{speeds[0].bytes_per_token / speed.bytes_per_token:.2f}",
-            f"{ratio:.2f}x",
-        )
+def bench_line(bench: Bench) -> str:
+    """The roofline: what the machine reads a second, and what follows from it."""
+    ceilings = ", ".join(
+        f"{_rate(speed.decoding[0].ceiling / speed.decoding[0].batch)} for {_megabytes(speed.bytes_per_token)}"
+        for speed in bench.speeds
+    )
+    return f"read bandwidth {bench.bandwidth / 1e9:,.1f} GB/s: at most {ceilings} a token"
+
+
+def bench_table(bench: Bench) -> Table:
+    """Models side by side: decoding at each batch beside the ceiling that reading the weights sets, prompts, memory."""
+    speeds, work = bench.speeds, bench.work
+    table = Table(title=f"{bench.engine}, {bench.dtype}, after {work.context} tokens", box=box.SIMPLE_HEAD)
+    for column in ("", *(speed.name for speed in speeds)):
+        table.add_column(escape(column), justify="right" if column else "left", overflow="fold")
+
+    def add(name: str, value: Callable[[Speed], str]) -> None:
+        table.add_row(name, *(value(speed) for speed in speeds))
+
+    add("read a token", lambda speed: _megabytes(speed.bytes_per_token))
+    add("fewer bytes", lambda speed: f"{speeds[0].bytes_per_token / speed.bytes_per_token:.2f}x")
+    for index, batch in enumerate(work.batches):
+        table.add_section()
+
+        def decoding(speed: Speed, index: int = index) -> Decoding:
+            return speed.decoding[index]
+
+        add(f"tokens/s, batch {batch}", lambda speed: _rate(decoding(speed).tokens_per_second))
+        add("  from ... to", lambda speed: " ... ".join(_rate(end(decoding(speed).rounds)) for end in (min, max)))
+        add("  ceiling", lambda speed: _rate(decoding(speed).ceiling))
+        add("  weights read", lambda speed: f"{decoding(speed).bytes_per_second / 1e9:,.1f} GB/s")
+        add("  of the bandwidth", lambda speed: f"{decoding(speed).share:.0%}")
+        add("  speed-up", lambda speed: f"{decoding(speed).speedup:.2f}x")
+    table.add_section()
+    add("time to first token", lambda speed: f"{speed.first_token * 1e3:,.0f} ms")
+    if work.prefill:
+        add(f"prompt of {work.prefill}, tokens/s", lambda speed: _rate(speed.prefill or 0))
+        add("  speed-up", lambda speed: f"{speed.prefill_speedup or 0:.2f}x")
+    if all(speed.peak_memory for speed in speeds):
+        add("peak memory", lambda speed: _megabytes(speed.peak_memory or 0))
+        add("load time", lambda speed: f"{speed.load_seconds or 0:.1f} s")
     return table
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
 
 
 def demo_table(demo: Demo) -> Table:
@@ -229,7 +258,7 @@ def demo_table(demo: Demo) -> Table:
         table.add_column(column, justify="left" if not column else "right")
     before, after = demo.plan.weights
     table.add_row("weights", f"{before:,}", f"{after:,}", f"{after / before - 1:.1%}")
-    original, fused = demo.speeds
+    original, fused = demo.bench.speeds
     table.add_row("MB in float32", _megabytes(4 * before), _megabytes(4 * after), f"{after / before - 1:.1%}")
     table.add_row(
         "MB read a token",
@@ -243,9 +272,9 @@ def demo_table(demo: Demo) -> Table:
     table.add_row("generated tokens", "", "the same" if demo.same_tokens else "[red]different[/]", "")
     table.add_row(
         "tokens/s, batch 1",
-        f"{original.tokens_per_second:,.0f}",
-        f"{fused.tokens_per_second:,.0f}",
-        f"{demo.speedup:.2f}x",
+        _rate(original.decoding[0].tokens_per_second),
+        _rate(fused.decoding[0].tokens_per_second),
+        f"{fused.decoding[0].speedup:.2f}x",
     )
     return table
 

@@ -34,7 +34,7 @@ def test_version():
         (["fuse", "a", "b", "--dtyp", "float32"], "No such option"),
         (["fuse", "a", "b", "--dtype", "fp32"], "'fp32' is not one of"),
         (["verify", "a", "b", "--tokens", "0"], "0 is not in the range"),
-        (["bench"], "Missing argument"),
+        (["bench"], "expected model folders, or --shape"),
         (["forget"], "No such command"),
     ],
     ids=str,

@@ -1,0 +1,1 @@
+"""Skipless models in the engines people use."""

@@ -1,0 +1,130 @@
+"""One model in a process of its own, so that engines, their thread pools and their memory do not mix.
+
+The process reads requests and writes answers, a line of JSON each; what an engine prints goes to stderr.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from skipless.errors import InputError
+from skipless.machine import peak_memory
+
+# What each engine can run in.
+PRECISIONS = {
+    "torch": ("float64", "float32", "bfloat16", "float16"),
+    "openvino": ("float32", "bfloat16", "int8", "int4"),
+    "vllm": ("float32", "bfloat16", "float16"),
+}
+
+
+class Runner(Protocol):
+    """A model as bench sees one. bytes_per_token: bytes of weights that are read to decode a token at batch 1."""
+
+    bytes_per_token: int
+
+    def generate(self, batch: int, prompt: int, tokens: int) -> list[float]:
+        """Decode greedily, `batch` sequences at once, after `prompt` tokens each; seconds until each token came."""
+
+
+def runner(engine: str, folder: Path, precision: str, compiled: bool) -> Runner:
+    """Load a model folder into an engine. compiled: torch's fast path (decoding.compile_decoding)."""
+    if engine == "openvino":
+        from skipless.serving import openvino
+
+        return openvino.Runner(folder, precision)
+    if engine == "vllm":
+        from skipless.serving import vllm
+
+        return vllm.Runner(folder, precision)
+    import torch
+
+    from skipless.inference import load
+    from skipless.serving.decoding import TorchRunner, compile_decoding
+
+    model = load(folder, getattr(torch, precision))
+    if compiled:
+        compile_decoding(model)
+    return TorchRunner(model)
+
+
+class Worker:
+    """A Runner in another process, which calls `serve`. load_seconds: how long it took until the model was ready.
+
+    command: of that process. Raises InputError for what it does not load or run, and RuntimeError if it ends.
+    """
+
+    def __init__(self, command: Sequence[str]):
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the process)
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._log, text=True)
+        ready = self._answer()
+        self.bytes_per_token: int = ready["bytes_per_token"]
+        self.load_seconds: float = ready["load_seconds"]
+
+    @classmethod
+    def of(cls, engine: str, folder: Path, precision: str, compiled: bool = False) -> Self:
+        """A model folder in an engine (as `runner` loads it)."""
+        arguments = (engine, str(folder), precision, str(int(compiled)))
+        return cls([sys.executable, "-m", __name__, *arguments])
+
+    def generate(self, batch: int, prompt: int, tokens: int) -> list[float]:
+        """As a Runner."""
+        assert self._process.stdin is not None
+        print(json.dumps({"batch": batch, "prompt": prompt, "tokens": tokens}), file=self._process.stdin, flush=True)
+        answer = self._answer()
+        self.peak_memory: int = answer["peak_memory"]
+        times: list[float] = answer["times"]
+        return times
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._log.seek(0)
+            raise RuntimeError(f"the process that ran a model ended; it said:\n{self._log.read().decode()[-4000:]}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise InputError(answer["error"])
+        return answer
+
+
+def serve(load: Callable[[], Runner]) -> None:
+    """What the process does: load a Runner, then generate whatever it is asked to."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def answer(**values: Any) -> None:
+        print(json.dumps(values), file=answers, flush=True)
+
+    try:
+        start = time.perf_counter()
+        model = load()
+        answer(load_seconds=time.perf_counter() - start, bytes_per_token=model.bytes_per_token)
+        for line in sys.stdin:
+            times = model.generate(**json.loads(line))
+            answer(times=times, peak_memory=peak_memory())
+    except InputError as error:
+        answer(error=str(error))
+
+
+if __name__ == "__main__":
+    engine, folder, precision, compiled = sys.argv[1:]
+    serve(lambda: runner(engine, Path(folder), precision, bool(int(compiled))))

@@ -1,0 +1,211 @@
+"""Timing in turns, each model in its own process; the compiled step gives what the model gives; random shapes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors import safe_open
+from torch._dynamo.utils import counters
+
+from skipless import InputError, cli, fuse
+from skipless.bench import Work, bench, measure
+from skipless.serving.decoding import TorchRunner, bytes_per_token, compile_decoding
+from skipless.serving.worker import Worker
+from skipless.shapes import write_shapes
+from tests.models import build, load, random_ids, save
+from tests.tolerances import FP32
+
+ONCE = Work(context=5, tokens=3, prefill=8)
+
+
+class Metronome:
+    """A model that takes as long as it is told to: seconds a step, by turn."""
+
+    def __init__(self, size, *steps):
+        self.bytes_per_token = size
+        self.steps = iter((steps[0], *steps))  # the first turn is a warm-up
+        self.asked = []
+
+    def generate(self, batch, prompt, tokens):
+        self.asked.append((batch, prompt, tokens))
+        step = next(self.steps)
+        return [10 * step + step * number for number in range(tokens)]
+
+
+def test_ratios_are_medians_of_rounds():
+    first = Metronome(4000, 1.0, 8.0, 1.0)  # in the second round, the machine was busy
+    second = Metronome(2000, 0.5, 4.0, 0.25)
+    found = measure([("a", first), ("b", second)], Work((3,), context=7, tokens=5, prefill=0), rounds=3)
+    a, b = found.speeds
+    assert set(first.asked) == {(3, 7, 5)}
+    assert len(first.asked) == 4
+    assert a.decoding[0].speedup == 1
+    assert b.decoding[0].speedup == 2
+    assert b.decoding[0].rounds == (6.0, 0.75, 12.0)
+    assert b.decoding[0].tokens_per_second == 6.0
+    assert b.decoding[0].bytes_per_second == 4000
+    assert b.decoding[0].ceiling == pytest.approx(3 * found.bandwidth / 2000)
+    assert (a.first_token, b.first_token) == (10.0, 5.0)
+    assert a.prefill is a.load_seconds is None
+
+
+def test_a_batch_a_row_and_a_long_prompt():
+    work = Work((1, 4), context=7, tokens=5, prefill=100)
+    (speed,) = measure([("a", Metronome(4000, *[2.0] * 6))], work, rounds=1).speeds
+    assert [decoding.batch for decoding in speed.decoding] == [1, 4]
+    assert [decoding.tokens_per_second for decoding in speed.decoding] == [0.5, 2.0]
+    assert speed.prefill == 100 / 20
+
+
+@pytest.fixture
+def counted():
+    torch._dynamo.reset()
+    counters.clear()
+    yield counters
+    torch._dynamo.reset()
+
+
+FIELDS = {
+    "original": {},
+    "q": {"stream_basis": "q", "p_removed": True},
+    "pivoted": {"stream_basis": "pivoted", "p_removed": True},
+}
+
+
+@pytest.mark.parametrize("name", ["original", "pivoted"])
+def test_the_compiled_step_gives_the_same(name, counted):
+    model = build(dtype=torch.float32, **FIELDS[name])
+    prompts = [random_ids(model, seed=seed) for seed in (1, 2)]
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+
+    def generate(ids):
+        return model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+
+    expected = [generate(ids) for ids in prompts]
+    compile_decoding(model)
+    found = [generate(ids) for ids in prompts]  # each with a cache of its own
+    assert counted["stats"]["unique_graphs"] == 1  # a graph break would make more, and so would the second cache
+    assert counted["graph_break"] == {}
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.sequences, other.sequences)
+        logits, reference = torch.stack(one.logits), torch.stack(other.logits)
+        spoiled = logits.clone()
+        spoiled[5, 1, 3] += 3 * FP32 * reference[5, 1].abs().max()
+
+        def error(logits, reference=reference):
+            return ((logits - reference).abs().amax(-1) / reference.abs().amax(-1)).max()
+
+        assert error(logits) < FP32 < error(spoiled)
+
+
+def test_when_tokens_come():
+    model = build(dtype=torch.float32)
+    runner = TorchRunner(model)
+    times = runner.generate(2, 5, 4)
+    assert len(times) == 4
+    assert times == sorted(times)
+    assert times[0] > 0
+    assert runner.bytes_per_token == 4 * (model.num_parameters() - model.config.vocab_size * model.config.hidden_size)
+    tied = build(dtype=torch.float32, tie_word_embeddings=True)
+    assert bytes_per_token(tied) == 4 * tied.num_parameters()
+    with pytest.raises(InputError, match=r"tokens: expected a prompt and tokens of at most 64 together, found 66"):
+        runner.generate(1, 60, 6)
+
+
+def test_shapes_are_those_that_fuse_leaves(tmp_path):
+    folders = write_shapes("smollm2-135m", 2, "float32", tmp_path)
+    assert [folder.name for folder in folders] == ["original", "q", "pivoted"]
+
+    def shapes(folder):
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+    for folder in folders[1:]:
+        fuse(folders[0], tmp_path / f"fused-{folder.name}", basis=folder.name)
+        assert shapes(folder) == shapes(tmp_path / f"fused-{folder.name}")
+        model = load(folder, torch.float32)
+        with torch.no_grad():
+            states = model(input_ids=random_ids(model, 1, 32), output_hidden_states=True).hidden_states
+        assert 0.3 < states[-1].std() < 3
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return [save(build(dtype=torch.float32, **fields), folder / name) for name, fields in FIELDS.items()]
+
+
+def test_each_model_has_its_process(folders, tmp_path):
+    plot = tmp_path / "speeds.svg"
+    result = CliRunner().invoke(
+        cli.main,
+        ["bench", *map(str, folders), "--rounds", "2", "--context", "5", "--tokens", "3", "--prefill", "8",
+         "--batch", "1", "--batch", "2", "--plot", str(plot), "--json"],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert [speed["name"] for speed in found["speeds"]] == list(map(str, folders))
+    for speed in found["speeds"]:
+        assert [len(decoding["rounds"]) for decoding in speed["decoding"]] == [2, 2]
+        assert speed["peak_memory"] > 10**8
+        assert speed["load_seconds"] > 0
+    assert "tokens/s" in plot.read_text()
+
+
+def test_the_roofline_comes_first(folders):
+    arguments = ["bench", *map(str, folders[:2]), "--rounds", "1", "--context", "5", "--tokens", "3", "--prefill", "0"]
+    first, *others = CliRunner().invoke(cli.main, arguments).stdout.splitlines()
+    assert first.startswith("read bandwidth ")
+    assert " GB/s: at most " in first
+    assert "prompt of" not in "".join(others)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "bench: expected model folders, or --shape with or without --layers, and not both"),
+        (["x", "--shape", "mistral-7b"], "bench: expected model folders, or --shape"),
+        (["x", "--layers", "2"], "bench: expected model folders, or --shape"),
+        (["--shape", "mistral-8b"], "the nearest names are"),
+        (["x", "--dtype", "int8"], "dtype: expected one of float64, float32, bfloat16, float16 for torch, found int8"),
+        (["x", "--engine", "vllm", "--compile"], "compile: expected engine torch, found vllm"),
+        (["nothing-here"], "nothing-here"),
+        (["x", "--plot", "x.bmp"], "--plot: expected a file named"),
+    ],
+)
+def test_what_cannot_be_timed(arguments, message):
+    result = CliRunner().invoke(cli.main, ["bench", *arguments])
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_process_that_ends_says_why():
+    with pytest.raises(RuntimeError, match=r"(?s)it said:.*ZeroDivisionError"):
+        Worker([sys.executable, "-c", "1 / 0"])
+
+
+def test_what_an_engine_prints_is_not_an_answer(folders):
+    script = (
+        "from pathlib import Path; from skipless.serving.worker import runner, serve\n"
+        "def load():\n    print('hello')\n    return runner('torch', Path('%s'), 'float32', False)\n"
+        "serve(load)"
+    )
+    with Worker([sys.executable, "-c", script % folders[0]]) as worker:
+        assert len(worker.generate(1, 5, 3)) == 3
+
+
+def test_engines_are_not_imported_unless_used():
+    script = "import sys, skipless.bench; print([name for name in ('openvino', 'onnx', 'vllm') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_bench_from_python(folders):
+    found = bench(folders[1:2], compiled=True, work=ONCE, rounds=2)
+    assert found.engine == "torch, compiled"
+    assert [speed.name for speed in found.speeds] == [str(folders[1])]
