@@ -1,0 +1,161 @@
+"""Decoding in the engines people use, original against fused, and beside them the models and engines they have now.
+
+    pip install llama-cpp-python==0.3.36 gguf      # the peer: built from source, some minutes
+    python benchmarks/engines.py                   # half an hour on 2 cores, 20 GB of memory and of disk
+    python benchmarks/engines.py --layers 1 --rounds 2 --only "torch bfloat16"
+
+Random weights of Mistral-7B's shape, 4 layers. Each line is one run: its models decode in turns, each in a process of
+its own, and ratios are medians of those of a round. Peers have the norms and skips that the shape comes with:
+MistralForCausalLM of transformers, and a GGUF in llama.cpp. The last line is one JSON object.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import MistralConfig, MistralForCausalLM
+
+from skipless import tables
+from skipless.bench import Bench, Work, measure
+from skipless.serving.worker import Worker
+from skipless.shapes import write_shapes
+
+SHAPE = "mistral-7b"
+WORK = Work(batches=(1,), context=128, tokens=24, prefill=512)
+console = Console(width=100)
+
+
+class Models:
+    """Folders of models by name and dtype, made when first asked for, and files for llama.cpp."""
+
+    def __init__(self, folder: Path, layers: int):
+        self.folder, self.layers = folder, layers
+
+    def skipless(self, dtype: str) -> dict[str, Path]:
+        """Original, q and pivoted."""
+        folder = self.folder / dtype
+        if not folder.exists():
+            folder.mkdir()
+            write_shapes(SHAPE, self.layers, dtype, folder)
+        return {name: folder / name for name in ("original", "q", "pivoted")}
+
+    def _config(self) -> MistralConfig:
+        config = json.loads((self.skipless("bfloat16")["original"] / "config.json").read_text())
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        names += ("num_key_value_heads", "head_dim", "max_position_embeddings", "rope_parameters")
+        return MistralConfig(**{name: config[name] for name in names}, tie_word_embeddings=False)
+
+    def transformers(self) -> Path:
+        """With norms and skips, for transformers, in bf16."""
+        folder = self.folder / "transformers"
+        if not folder.exists():
+            torch.manual_seed(0)
+            torch.set_default_dtype(torch.bfloat16)
+            MistralForCausalLM(self._config()).save_pretrained(folder)
+            torch.set_default_dtype(torch.float32)
+        return folder
+
+    def llama(self, kind: str) -> Path:
+        """The same, for llama.cpp, as bf16 or q8_0."""
+        from llama_cpp_peer import write
+
+        file = self.folder / f"{kind}.gguf"
+        if not file.exists():
+            write(file, self._config(), kind)
+        return file
+
+
+def llama(file: Path) -> Worker:
+    """A GGUF file in llama.cpp, in a process of its own."""
+    return Worker([sys.executable, str(Path(__file__).parent / "llama_cpp_peer.py"), str(file)])
+
+
+Run = Callable[[Models], dict[str, Callable[[], Worker]]]
+
+
+def ours(engine: str, dtype: str, compiled: bool, *names: str) -> Run:
+    """Original and fused models in one engine."""
+    stored = "bfloat16" if dtype.startswith("int") else dtype
+
+    def run(models: Models) -> dict[str, Callable[[], Worker]]:
+        folders = models.skipless(stored)
+        return {name: lambda name=name: Worker.of(engine, folders[name], dtype, compiled) for name in names}
+
+    return run
+
+
+def peers(models: Models) -> dict[str, Callable[[], Worker]]:
+    """16 bits a weight."""
+    fused = models.skipless("bfloat16")["q"]
+    return {
+        "transformers": lambda: Worker.of("torch", models.transformers(), "bfloat16"),
+        "transformers, compiled": lambda: Worker.of("torch", models.transformers(), "bfloat16", True),
+        "llama.cpp": lambda: llama(models.llama("bf16")),
+        "fused, torch": lambda: Worker.of("torch", fused, "bfloat16", True),
+        "fused, OpenVINO": lambda: Worker.of("openvino", fused, "bfloat16"),
+    }
+
+
+def peers_int8(models: Models) -> dict[str, Callable[[], Worker]]:
+    """8 bits a weight (llama.cpp's q8_0: 8.5)."""
+    folders = models.skipless("bfloat16")
+    return {
+        "llama.cpp": lambda: llama(models.llama("q8_0")),
+        "original, OpenVINO": lambda: Worker.of("openvino", folders["original"], "int8"),
+        "fused, OpenVINO": lambda: Worker.of("openvino", folders["q"], "int8"),
+    }
+
+
+BOTH = ("original", "q")
+ALL = (*BOTH, "pivoted")
+RUNS: dict[str, Run] = {
+    "torch float32": ours("torch", "float32", False, *ALL),
+    "torch float32, compiled": ours("torch", "float32", True, *BOTH),
+    "torch bfloat16": ours("torch", "bfloat16", False, *ALL),
+    "torch bfloat16, compiled": ours("torch", "bfloat16", True, *ALL),
+    "openvino float32": ours("openvino", "float32", False, *ALL),
+    "openvino bfloat16": ours("openvino", "bfloat16", False, *ALL),
+    "openvino int8": ours("openvino", "int8", False, *ALL),
+    "peers bfloat16": peers,
+    "peers int8": peers_int8,
+}
+
+
+def run(name: str, models: Models, rounds: int) -> Bench:
+    """Load one run's models, time them in turns, and let them go."""
+    with ExitStack() as stack:
+        found = RUNS[name](models)
+        runners = [(label, stack.enter_context(load())) for label, load in found.items()]
+        engine, dtype = name.split()[0], name.split()[1].strip(",")
+        return measure(runners, WORK, rounds, engine + (", compiled" if "compiled" in name else ""), dtype)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", action="append", choices=list(RUNS), help="a run, repeatable [default: all]")
+    parser.add_argument("--folder", type=Path, help="where to keep the models [default: nowhere]")
+    options = parser.parse_args()
+    results = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        folder.mkdir(exist_ok=True)
+        models = Models(folder, options.layers)
+        for name in options.only or RUNS:
+            results[name] = run(name, models, options.rounds)
+            console.rule(name)
+            console.print(tables.bench_line(results[name]), soft_wrap=True, highlight=False)
+            console.print(tables.bench_table(results[name]))
+    print(json.dumps({name: dataclasses.asdict(found) for name, found in results.items()}))
+
+
+if __name__ == "__main__":
+    main()
