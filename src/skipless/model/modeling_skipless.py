@@ -377,7 +377,7 @@ class SkiplessExperts(nn.Module):
         for index, expert in enumerate(self.experts):
             token, place = torch.where(taken == index)
             answer = expert(tokens[token]) * weights[token, place, None].to(tokens.dtype)
-            outputs = outputs + answer.new_zeros(len(tokens), answer.shape[-1]).index_add(0, token, answer)
+            outputs = outputs + answer.new_zeros(tokens.shape[0], answer.shape[-1]).index_add(0, token, answer)
         return outputs.unflatten(0, hidden_states.shape[:-1])
 
 

@@ -1,0 +1,62 @@
+"""Write a skipless model for another engine: a new folder, whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from skipless.checkpoint.headers import Folder
+from skipless.checkpoint.staging import LocalPlace
+from skipless.errors import InputError
+from skipless.fusion import MODEL_FILES
+
+# By what `export` is asked for: the module that writes it (with WEIGHTS and `write`).
+FORMATS = {"openvino": "skipless.serving.openvino", "onnx": "skipless.serving.onnx"}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: to where, in which format, with weights stored how, and how many bytes of all files."""
+
+    destination: str
+    to: str
+    weights: str
+    bytes: int
+
+
+def export(source: str | Path, destination: str | Path, *, to: str, weights: str = "f32") -> Exported:
+    """Write the skipless model folder `source` for the engine `to` (of FORMATS) into the new folder `destination`.
+
+    weights: how to store them, of the format's WEIGHTS; a plain cast where fewer bits than the source has, so store in
+    half precision with `fuse` first. Every other file of the source - config.json, tokenizer, licence - is copied.
+    Raises InputError for anything that stands in the way; `destination` then does not exist.
+    """
+    if to not in FORMATS:
+        raise InputError(f"to: expected one of {', '.join(FORMATS)}, found {to!r}")
+    try:
+        room = import_module(FORMATS[to])
+    except ImportError as error:
+        raise InputError(
+            f"export: expected the [{to}] extra, found no {error.name}; pip install 'skipless[{to}]'"
+        ) from error
+    if weights not in room.WEIGHTS:
+        raise InputError(f"weights: expected one of {', '.join(room.WEIGHTS)} for {to}, found {weights!r}")
+    source, destination = Path(source), Path(destination)
+    if Path(os.path.realpath(destination)).is_relative_to(os.path.realpath(source)):
+        raise InputError(f"{destination}: expected a folder outside the source {source}, which stays as it is")
+    place = LocalPlace(destination)
+    place.check()
+    ours = {file.name for file in MODEL_FILES}
+    others = [file for file in Folder(source).other_files() if file.name not in ours]
+    with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as beside:
+        folder = Path(beside) / "model"
+        folder.mkdir()
+        room.write(source, folder, weights)
+        for file in (*others, Path("config.json")):
+            (folder / file.parent).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / file, folder / file)
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        place.publish(folder)
+    return Exported(str(destination), to, weights, size)
