@@ -6,7 +6,7 @@ from click.testing import CliRunner
 from skipless import __version__, cli, fusion
 from tests.models import build, save
 
-COMMANDS = ["demo", "audit", "fuse", "verify", "bench", "train"]
+COMMANDS = ["demo", "audit", "fuse", "verify", "bench", "export", "train"]
 
 
 def run(*arguments):

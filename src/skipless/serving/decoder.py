@@ -1,6 +1,6 @@
 """A model as exporters see it: tensors in, tensors out, the cache among both, and no weight rounded on the way.
 
-Shapes: B batch, T tokens given, S tokens attended to (those in the cache and those given), K key-value heads, h head_dim.
+Shapes: B batch, T tokens given, S tokens in the cache and given, K key-value heads, h head_dim.
 """
 
 from pathlib import Path
@@ -80,6 +80,7 @@ def load_decoder(folder: Path, stored: torch.dtype) -> Decoder:
         raise InputError(
             f"{folder}: expected a skipless model, found model_type {model.config.model_type!r}; optimum exports others"
         )
+    model.loss_function = None  # tracers look at every property, and this one then warns that it had to choose
     for module in list(model.modules()):
         if isinstance(module, nn.Embedding):  # widening the rows looked up is cheaper than the table
             module.register_forward_hook(lambda module, inputs, output: output.float())

@@ -4,9 +4,12 @@ Inputs input_ids, attention_mask, position_ids (B, T) and beam_idx (B); output l
 whose rows beam_idx picks before each step: the reordering that a beam search needs.
 """
 
+import io
+import logging
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import torch
 from openvino import opset13 as ops
 from openvino.op.util import Variable, VariableInfo
 
-from skipless.errors import InputError
+from skipless.errors import InputError, StorageError
 from skipless.inference import load_tokenizer
 from skipless.serving.decoder import Decoder, cache_names, example, load_decoder
 
@@ -30,7 +33,7 @@ PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "int8": "int8", "int4": "int
 def convert(folder: Path, weights: str = "f32") -> ov.Model:
     """A skipless model folder as an IR, its weights stored as `weights` says (of WEIGHTS).
 
-    f32 also computes in fp32, where OpenVINO's own choice would be bf16 and a cache of 8 bits. Raises InputError.
+    The cache is then stored so, too, where OpenVINO's own choice would be 8 bits. Raises InputError.
     """
     decoder = load_decoder(folder, STORED.get(weights, torch.float32))
     model = trace(decoder)
@@ -38,8 +41,6 @@ def convert(folder: Path, weights: str = "f32") -> ov.Model:
         model = compress(model, weights)
     else:
         model.set_rt_info(weights, ["runtime_options", "KV_CACHE_PRECISION"])
-    if weights == "f32":
-        model.set_rt_info("f32", ["runtime_options", "INFERENCE_PRECISION_HINT"])
     return model
 
 
@@ -56,8 +57,11 @@ def write(source: Path, folder: Path, weights: str) -> None:
 
 
 def save(model: ov.Model, file: Path) -> None:
-    """Write an IR as it is. Raises OSError when it is not all there afterwards."""
-    ov.save_model(model, file, compress_to_fp16=False)
+    """Write an IR as it is. Raises StorageError where the disk does not take it."""
+    try:
+        ov.save_model(model, file, compress_to_fp16=False)
+    except RuntimeError as error:
+        raise StorageError(f"{file.name}: could not be written: {error}; nothing was left behind") from error
 
 
 def trace(decoder: Decoder) -> ov.Model:
@@ -115,12 +119,92 @@ def described(name: str, shape: ov.PartialShape) -> VariableInfo:
 
 
 def compress(model: ov.Model, weights: str) -> ov.Model:
-    """Weights rounded to int8 (each row its own scale) or int4 (each 128 of a row, the tables int8) by NNCF."""
+    """Weights rounded to int8 (each row its own scale) or int4 (each 128 of a row; the tables int8), by NNCF."""
     import nncf
 
-    if weights == "int8":
-        return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
-    # rows of another multiple than of 128 have smaller groups
-    advanced = nncf.AdvancedCompressionParameters(group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST)
-    mode = nncf.CompressWeightsMode.INT4_SYM
-    return nncf.compress_weights(model, mode=mode, group_size=128, advanced_parameters=advanced)
+    options: dict[str, Any] = {"mode": nncf.CompressWeightsMode.INT8_ASYM}
+    if weights == "int4":  # rows of another multiple than of 128 have smaller groups
+        fallback = nncf.AdvancedCompressionParameters(group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST)
+        options = {"mode": nncf.CompressWeightsMode.INT4_SYM, "group_size": 128, "advanced_parameters": fallback}
+    nncf.set_log_level(logging.ERROR)
+    with redirect_stdout(io.StringIO()):  # its progress bar
+        return nncf.compress_weights(model, **options)
+
+
+class Runner:
+    """A model in OpenVINO's own runtime, decoding greedily.
+
+    folder: a model folder, or one that `export` wrote (with the weights it has). precision: float32, bfloat16 (both of
+    weights, arithmetic and cache), int8 or int4 (of weights; the rest as OpenVINO chooses).
+    """
+
+    def __init__(self, folder: Path, precision: str):
+        if precision not in PRECISIONS:
+            raise InputError(f"precision: expected one of {', '.join(PRECISIONS)} for openvino, found {precision!r}")
+        core = ov.Core()
+        exported = folder / MODEL
+        model = core.read_model(exported) if exported.exists() else convert(folder, PRECISIONS[precision])
+        self.bytes_per_token = bytes_per_token(model)
+        self.vocab_size = model.output("logits").get_partial_shape()[2].get_length()
+        keep_last(model)
+        chosen = PRECISIONS[precision] in STORED
+        hints = ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION")
+        options = {hint: PRECISIONS[precision] for hint in hints if chosen}
+        self._request = core.compile_model(model, "CPU", options).create_infer_request()
+
+    def generate(self, batch: int, prompt: int, tokens: int) -> list[float]:
+        """Seconds from the call to each of `tokens` tokens, of `batch` equal sequences after `prompt` tokens."""
+        start = time.perf_counter()
+        return [time.perf_counter() - start for _ in self.decode(np.arange(prompt) % self.vocab_size, batch, tokens)]
+
+    def decode(self, prompt: np.ndarray, batch: int, tokens: int) -> Iterator[np.ndarray]:
+        """The next `tokens` tokens (batch, 1) each, after a prompt of ids."""
+        self._request.reset_state()
+        given = np.broadcast_to(prompt.astype(np.int64), (batch, len(prompt)))
+        rows, seen = np.arange(batch, dtype=np.int32), 0
+        for _ in range(tokens):
+            positions = np.arange(seen, seen + given.shape[1])
+            seen += given.shape[1]
+            inputs = {
+                "input_ids": given,
+                "attention_mask": np.ones((batch, seen), np.int64),
+                "position_ids": np.broadcast_to(positions, given.shape),
+                "beam_idx": rows,
+            }
+            logits = self._request.infer(inputs, share_inputs=True, share_outputs=True)["logits"]
+            given = logits[:, -1:].argmax(-1)
+            yield given
+
+
+def keep_last(model: ov.Model) -> None:
+    """Compute the logits of the last token alone: the input of lm_head, the last matrix, is cut."""
+    head = next(node for node in reversed(model.get_ordered_ops()) if node.get_type_name() == "MatMul")
+    hidden = head.input_value(0)
+    readers = hidden.get_target_inputs()  # besides lm_head, the logits that are the stream itself
+    last = ops.gather(hidden, ops.constant([-1]), ops.constant(1))
+    for reader in readers:
+        reader.replace_source_output(last.output(0))
+    model.validate_nodes_and_infer_types()
+
+
+def bytes_per_token(model: ov.Model) -> int:
+    """Bytes of weights read to decode one token at batch 1: all, but one row of a table that is only looked up in."""
+    sizes = []
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == "Constant":
+            rows = node.shape[0] if len(node.shape) > 1 and _only_looked_up_in(node) else 1
+            sizes.append(node.get_byte_size() // rows)
+    return sum(sizes)
+
+
+def _only_looked_up_in(node: ov.Node) -> bool:
+    """Whether all that reads a constant, widened and scaled perhaps, takes rows of it."""
+    for reader in node.output(0).get_target_inputs():
+        kind, taker = reader.get_node().get_type_name(), reader.get_node()
+        if kind == "Gather":
+            axis = taker.input_value(2).get_node()
+            if reader.get_index() != 0 or axis.get_type_name() != "Constant" or axis.data.any():
+                return False
+        elif kind not in ("Convert", "Subtract", "Multiply", "Reshape") or not _only_looked_up_in(taker):
+            return False
+    return True

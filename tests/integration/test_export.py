@@ -1,0 +1,108 @@
+"""What export refuses, in one line, and that DST appears whole or not at all."""
+
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from skipless import InputError, cli
+from skipless.serving import export as room
+from skipless.serving.decoder import load_decoder
+from tests.models import contents
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """A format that needs nothing installed: its `write` may be replaced."""
+    engine = types.ModuleType("engine")
+    engine.WEIGHTS = ("f32", "bf16")
+    engine.write = lambda source, folder, weights: (folder / "model.bin").write_bytes(b"model")
+    monkeypatch.setitem(sys.modules, "engine", engine)
+    monkeypatch.setitem(room.FORMATS, "openvino", "engine")
+    return engine
+
+
+def test_it_copies_what_is_not_weights(engine, source, tmp_path):
+    (source / "tokenizer.json").write_text("{}")
+    (source / "sub").mkdir()
+    (source / "sub" / "LICENSE").write_text("free")
+    found = room.export(source, tmp_path / "out", to="openvino")
+    assert set(contents(tmp_path / "out" / "sub")) == {"LICENSE"}
+    files = {file.name for file in (tmp_path / "out").iterdir()}
+    assert files == {"model.bin", "config.json", "generation_config.json", "tokenizer.json", "sub"}
+    assert found.bytes == sum(file.stat().st_size for file in (tmp_path / "out").rglob("*.*")) + len("free")
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
+
+
+def test_the_command(engine, source, tmp_path):
+    arguments = ["export", str(source), str(tmp_path / "a"), "--to", "openvino", "--weights", "bf16"]
+    result = CliRunner().invoke(cli.main, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert (found["to"], found["weights"], found["destination"]) == ("openvino", "bf16", str(tmp_path / "a"))
+    arguments[2] = str(tmp_path / "b")
+    assert "wrote" in CliRunner().invoke(cli.main, arguments).stdout
+    again = CliRunner().invoke(cli.main, arguments)
+    assert again.exit_code == 2
+    assert again.stderr.count("\n") == 1
+    assert "expected a new folder, found one that exists" in again.stderr
+
+
+@pytest.mark.parametrize("error", [InputError("no"), KeyboardInterrupt(), OSError("no space"), ZeroDivisionError()])
+def test_whatever_comes_between_nothing_is_left(engine, source, tmp_path, error):
+    def write(source, folder, weights):
+        (folder / "model.bin").write_bytes(b"half")
+        raise error
+
+    engine.write = write
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(type(error)):
+        room.export(source, tmp_path / "out", to="openvino")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"to": "tflite"}, "to: expected one of openvino, onnx, found 'tflite'"),
+        ({"weights": "int2"}, "weights: expected one of f32, bf16 for openvino, found 'int2'"),
+        ({"source": "none"}, "none: expected a model folder, found nothing"),
+        ({"destination": "source/out"}, "expected a folder outside the source"),
+        ({"destination": "no/out"}, "expected an existing folder to write into, found none; create it"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_refused_in_one_line(engine, source, tmp_path, options, message):
+    options = {"source": "source", "destination": "out", "to": "openvino", "weights": "f32", **options}
+    source, destination = (tmp_path / options.pop(name) for name in ("source", "destination"))
+    with pytest.raises(InputError, match=message) as error:
+        room.export(source, destination, **options)
+    assert "\n" not in str(error.value)
+    assert not destination.exists()
+
+
+@pytest.mark.parametrize(("to", "package"), [("openvino", "openvino"), ("onnx", "onnxscript")])
+def test_what_is_not_installed_is_named(source, tmp_path, monkeypatch, to, package):
+    monkeypatch.delitem(sys.modules, room.FORMATS[to], raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    message = rf"expected the \[{to}\] extra, found no {package}; pip install 'skipless\[{to}\]'"
+    with pytest.raises(InputError, match=message):
+        room.export(source, tmp_path / "out", to=to)
+
+
+def test_other_models_are_refused(tmp_path):
+    config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    with pytest.raises(InputError, match="expected a skipless model, found model_type 'llama'"):
+        load_decoder(tmp_path / "llama", torch.float32)
+
+
+def test_no_engine_is_imported_before_it_is_used():
+    code = "import sys, skipless.cli, skipless.serving.export, skipless.serving.decoder; print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"openvino", "nncf", "onnx", "onnxscript", "onnxruntime"} & set(found.stdout.split())
