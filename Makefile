@@ -41,6 +41,7 @@ benchmarks: $(READY) $(SMOLLM2)
 	$(BIN)/python benchmarks/mistral.py
 	$(BIN)/python benchmarks/limits.py --check
 	$(BIN)/python benchmarks/equivalence.py
+	$(BIN)/python benchmarks/export.py
 	$(BIN)/python benchmarks/audit.py $(SMOLLM2) docs/smollm2.svg
 
 $(SMOLLM2): $(READY)

@@ -1,5 +1,6 @@
 """Models to export, of every kind of layer, and how far an engine's logits are from torch's in fp32."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -89,3 +90,10 @@ def greedy(source: Path, ids: torch.Tensor, tokens: int) -> list[int]:
     model = load(source, torch.float32)
     output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy_config(tokens))
     return output.sequences[0, ids.shape[1] :].tolist()
+
+
+def documented(engine: str, folder: Path) -> str:
+    """The Python that docs/serving.md shows for an engine, with this folder for the one it exports to."""
+    page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
+    section = page.partition(f"## {engine}\n")[2].partition("\n## ")[0]
+    return re.search(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)[1].replace(f"fused-{engine.lower()}", str(folder))

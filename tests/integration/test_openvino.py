@@ -11,7 +11,7 @@ from skipless.checkpoint.reader import CheckpointReader
 from skipless.demo import BUNDLED, PROMPT
 from skipless.errors import StorageError
 from skipless.serving.export import export
-from tests.exports import CASES, Padded, case, greedy, relative_error
+from tests.exports import CASES, Padded, case, documented, greedy, relative_error
 from tests.models import edit_tensors, load
 from tests.tolerances import FP32, HALF
 
@@ -74,6 +74,12 @@ def test_the_pipeline_writes_what_huggingface_does(exported, prompt):
     assert pipeline_tokens(exported, prompt, TOKENS, ATTENTION_BACKEND="SDPA") == tokens
 
 
+def test_what_the_docs_show(exported, prompt, capsys):
+    exec(documented("OpenVINO", exported), {})
+    text = AutoTokenizer.from_pretrained(BUNDLED).decode(greedy(BUNDLED, prompt, 64))
+    assert capsys.readouterr().out.strip() == text.strip()
+
+
 def test_a_spoiled_weight_is_noticed(fused, prompt, tmp_path):
     skipless.fuse(BUNDLED, tmp_path / "spoiled", dtype="float32")
     name = "model.layers.3.self_attn.rest_proj.weight"
@@ -112,6 +118,14 @@ def test_bf16_loses_what_bf16_loses(tmp_path):
     assert padded.error(compiled(model).infer(inputs)["logits"]) <= FP32  # stored so, and nothing else
     found = compiled(model, INFERENCE_PRECISION_HINT="bf16").infer(inputs)["logits"]
     assert FP32 < padded.error(found) <= HALF * own
+    stored = [
+        CheckpointReader(tmp_path / "fused").tensor(name) for name in CheckpointReader(tmp_path / "fused").tensors
+    ]
+    stored = {tensor.view(torch.uint8).numpy().tobytes() for tensor in stored}
+    constants = [node for node in model.get_ops() if node.get_type_name() == "Constant"]
+    weights = [node for node in constants if node.get_element_type() == openvino.Type.bf16]
+    assert len(weights) >= 40
+    assert all(np.array(node.data).tobytes() in stored for node in weights)  # although torch's memory has gone
     halved = room.bytes_per_token(model) / bytes_per_token(load(tmp_path / "fused", torch.float32))
     assert 0.5 <= halved < 0.51
 

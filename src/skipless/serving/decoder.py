@@ -80,8 +80,9 @@ def load_decoder(folder: Path, stored: torch.dtype) -> Decoder:
         raise InputError(
             f"{folder}: expected a skipless model, found model_type {model.config.model_type!r}; optimum exports others"
         )
-    model.loss_function = None  # tracers look at every property, and this one then warns that it had to choose
     for module in list(model.modules()):
+        if isinstance(module, PreTrainedModel):
+            module.loss_function = None  # tracers look at every property, and this one warns that it had to choose
         if isinstance(module, nn.Embedding):  # widening the rows looked up is cheaper than the table
             module.register_forward_hook(lambda module, inputs, output: output.float())
         for name, weight in list(module.named_parameters(recurse=False)):

@@ -76,6 +76,7 @@ def trace(decoder: Decoder) -> ov.Model:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of Python values that become constants; none of ours depends on an input
         model = ov.convert_model(decoder, example_input=example(decoder))
+    own(model)
     past, present = cache_names(config, "past_key_values"), cache_names(config, "present")
     for port, name in zip(model.inputs, ("input_ids", "attention_mask", "position_ids", *past), strict=True):
         port.get_tensor().set_names({name})
@@ -86,6 +87,16 @@ def trace(decoder: Decoder) -> ov.Model:
     model.validate_nodes_and_infer_types()
     keep_cache(model, past, present)
     return model
+
+
+def own(model: ov.Model) -> None:
+    """Copy the weights in bf16: openvino's own constants look into torch's memory, and of bf16 do not keep it alive."""
+    for node in model.get_ops():
+        if node.get_type_name() == "Constant" and node.get_element_type() == ov.Type.bf16:
+            owned = ov.op.Constant(ov.Tensor(node.data, node.shape, ov.Type.bf16), shared_memory=False)
+            owned.set_friendly_name(node.get_friendly_name())
+            for reader in node.output(0).get_target_inputs():
+                reader.replace_source_output(owned.output(0))
 
 
 def keep_cache(model: ov.Model, past: list[str], present: list[str]) -> None:
