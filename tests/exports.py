@@ -96,4 +96,6 @@ def documented(engine: str, folder: Path) -> str:
     """The Python that docs/serving.md shows for an engine, with this folder for the one it exports to."""
     page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
     section = page.partition(f"## {engine}\n")[2].partition("\n## ")[0]
-    return re.search(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)[1].replace(f"fused-{engine.lower()}", str(folder))
+    return re.search(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)[1].replace(
+        f"fused-{engine.lower()}", str(folder)
+    )
