@@ -106,9 +106,14 @@ class SkiplessNorm(nn.Module):
         return normed if self.bias is None else normed + self.bias
 
 
+class SkiplessLayerNorm(SkiplessNorm):
+    """A layer norm. A class of its own, because vLLM takes all norms of a class for RMS norms when the first is one."""
+
+
 def norm_of(config: SkiplessConfig, name: str) -> SkiplessNorm | None:
     """The norm of this name, or None where there is none."""
-    return SkiplessNorm(config, config.hidden_size, config.norm_type, name) if config.has_norm(name) else None
+    norm = SkiplessLayerNorm if config.norm_type == "layer" else SkiplessNorm
+    return norm(config, config.hidden_size, config.norm_type, name) if config.has_norm(name) else None
 
 
 def eager_attention_forward(
@@ -261,11 +266,11 @@ class SkiplessAttention(nn.Module):
     def shape(self, answers: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Out = alpha v + beta softmax(.) v - gamma mean_causal(v) per head (arXiv:2311.01906, eq. 8, value path).
 
-        answers (B, T, heads * h, head-wise), value (B, K, T, h) at the query's own positions -> (B, T, H, h).
+        answers (B, T, heads * h, head-wise; vLLM gives B * T as one), value (B, K, T, h) at the query's own positions
+        -> (B, T, K, g, h).
         """
-        batch, tokens = answers.shape[:2]
-        groups = value.shape[1]
-        answers = answers.reshape(batch, tokens, groups, -1, self.head_dim)
+        batch, groups, tokens, _ = value.shape
+        answers = answers.reshape(batch, tokens, groups, self.num_key_value_groups, self.head_dim)
         own = value.transpose(1, 2).unsqueeze(3)
         alpha, beta = (self.split_heads(gain).view(groups, -1, 1) for gain in (self.alpha, self.beta))
         if self.config.attention_shaping == "value":
@@ -518,6 +523,7 @@ class SkiplessModel(SkiplessPreTrainedModel):
             else None
         )
         self.layers = nn.ModuleList(SkiplessDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.alibi = config.position_type == "alibi"  # in the mask; an engine that adds it to the scores unsets this
         self.embed_norm = norm_of(config, "model.embed_norm")
         self.norm = norm_of(config, "model.norm")
         self.gradient_checkpointing = False
@@ -544,7 +550,6 @@ class SkiplessModel(SkiplessPreTrainedModel):
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + past
-        alibi = self.config.position_type == "alibi"
         create_mask = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
         attention_mask = create_mask(
             config=self.config,
@@ -552,9 +557,9 @@ class SkiplessModel(SkiplessPreTrainedModel):
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_ids=position_ids,
-            allow_is_causal_skip=not alibi,
+            allow_is_causal_skip=not self.alibi,
         )
-        if alibi:
+        if self.alibi:
             attention_mask = alibi_mask(attention_mask, position_ids, self.config, inputs_embeds.dtype)
 
         hidden_states = apply(self.embed_norm, inputs_embeds)
