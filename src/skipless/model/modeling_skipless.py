@@ -70,12 +70,17 @@ def alibi_slopes(heads: int) -> list[float]:
 
 
 def alibi_mask(
-    mask: torch.Tensor, position_ids: torch.Tensor, config: SkiplessConfig, dtype: torch.dtype
+    mask: torch.Tensor | None, position_ids: torch.Tensor, config: SkiplessConfig, dtype: torch.dtype
 ) -> torch.Tensor:
     """A causal mask (B, 1, T, S), boolean or to be added, plus every head's slope times the distance (B, H, T, S).
 
     A constant along a query's keys does not matter: keys may be counted from where the cache begins.
     """
+    if mask is None:
+        raise ValueError(
+            f"position_type: 'alibi' is in the mask, and attention by {config._attn_implementation!r} takes none; use "
+            f"attn_implementation 'sdpa' or 'eager', or in vLLM the plugin that pip install skipless brings"
+        )
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
     slopes = torch.tensor(alibi_slopes(config.num_attention_heads), device=mask.device)
@@ -302,7 +307,7 @@ class SkiplessAttention(nn.Module):
             query = torch.cat((query, torch.zeros_like(query[:, :, :1])), 2).flatten(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        if self.config.position_type == "alibi":
+        if self.config.position_type == "alibi" and attention_mask is not None:
             attention_mask = self.split_heads(attention_mask.movedim(1, -1)).movedim(-1, 1)
 
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(

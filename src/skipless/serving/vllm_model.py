@@ -12,6 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+)
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -20,6 +25,21 @@ from vllm.model_executor.models.transformers import TransformersForCausalLM
 from vllm.model_executor.models.utils import maybe_prefix
 
 from skipless.model.modeling_skipless import SkiplessAttention, alibi_slopes
+
+
+class SplitHeads(nn.Module):
+    """A rank's share of all heads, which are the last dimension."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        share = states.shape[-1] // get_tensor_model_parallel_world_size()
+        return states.narrow(-1, get_tensor_model_parallel_rank() * share, share)
+
+
+class GatherHeads(nn.Module):
+    """All ranks' heads, of each rank's own; they are the last dimension."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return tensor_model_parallel_all_gather(states)
 
 
 class PlainWeight(nn.Module):
@@ -63,7 +83,8 @@ class SkiplessForCausalLM(TransformersForCausalLM):
                 self.replace_special(attention, name)
 
     def replace_special(self, attention: SkiplessAttention, name: str) -> None:
-        """Give an attention module the projections that it reads in its own way."""
+        """Give an attention module vLLM's ranks, and the projections that it reads in its own way."""
+        attention.split_heads, attention.gather_heads = SplitHeads(), GatherHeads()
         if attention.value_order is not None:
             linear = attention.v_proj
             attention.v_proj = PlainWeight(linear.input_size, linear.output_size)
@@ -86,7 +107,7 @@ class SkiplessForCausalLM(TransformersForCausalLM):
         slopes = torch.tensor(alibi_slopes(self.config.num_attention_heads))
         if self.config.attention_shaping == "full":
             slopes = nn.functional.pad(slopes.view(self.config.num_key_value_heads, -1), (0, 1)).flatten()
-        return partial(Attention, alibi_slopes=slopes.tolist())
+        return partial(Attention, alibi_slopes=SplitHeads()(slopes).tolist())
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load, and refuse a checkpoint that lacks an order, since vLLM itself asks for parameters only."""
