@@ -338,6 +338,10 @@ class SkiplessConfig(PreTrainedConfig):
             plan["embed_tokens"] = "replicate"
         return plan
 
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan: dict[str, str]) -> None:
+        """Nothing: transformers 5.19 sets it again where embeddings are tied, but it follows from the other fields."""
+
     @property
     def rotary_dim(self) -> int:
         """How many of each head's dimensions RoPE rotates."""

@@ -7,13 +7,18 @@ import os
 import time
 from pathlib import Path
 
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 from vllm import ModelRegistry
 from vllm.config import VllmConfig
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
 import skipless.model  # noqa: F401  (registers the AutoClasses)
+from skipless.errors import InputError
+from skipless.serving.decoding import bytes_per_token
 
 ARCHITECTURE = "SkiplessForCausalLM"
+CACHED_TOKENS = 16384  # of all sequences of a batch: Mistral-7B's take 2 GB in bf16
 
 
 def register() -> None:
@@ -47,36 +52,57 @@ class SkiplessVerification(VerifyAndUpdateConfig):
 
 
 class Runner:
-    """One model in vLLM, in this process, for the benchmark. precision: "float32" or "bfloat16"."""
+    """A model as bench sees one, compiled as vLLM does by default. precision: a torch dtype's name."""
 
     def __init__(self, folder: Path, precision: str):
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # else a token arrives when another process has sent it
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # else a token is there when another process has sent it
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        dtype = getattr(torch, precision)
+        with torch.device("meta"):
+            self.bytes_per_token = bytes_per_token(AutoModelForCausalLM.from_config(config, dtype=dtype))
+        cached = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
         arguments = EngineArgs(
-            model=str(folder), dtype=precision, skip_tokenizer_init=True, enable_prefix_caching=False
+            model=str(folder),
+            dtype=precision,
+            skip_tokenizer_init=True,
+            enable_prefix_caching=False,
+            max_model_len=min(config.max_position_embeddings, CACHED_TOKENS),
+            kv_cache_memory_bytes=cached * CACHED_TOKENS,
         )
-        self.engine = LLMEngine.from_engine_args(arguments)
+        try:
+            self.engine = LLMEngine.from_engine_args(arguments)
+        except (ValueError, RuntimeError) as error:
+            raise InputError(f"{folder}: expected a model that vLLM runs, found: {error}") from error
 
     def generate(self, batch: int, prompt: int, tokens: int) -> list[float]:
-        """Seconds from the call until each of `tokens` greedy tokens is there, in all of `batch` sequences, of which
-        each continues `prompt` token ids.
-        """
+        """Decode greedily after a prompt of this many tokens; when each token came, in seconds."""
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
-        vocabulary = self.engine.model_config.get_vocab_size()
+        config = self.engine.vllm_config
+        if prompt + tokens > (limit := config.model_config.max_model_len):
+            raise InputError(
+                f"tokens: expected a prompt and tokens of at most {limit} together, found {prompt + tokens}"
+            )
+        blocks = -(-(prompt + tokens) // config.cache_config.block_size)
+        most = min(config.scheduler_config.max_num_seqs, config.cache_config.num_gpu_blocks // blocks)
+        if batch > most:
+            raise InputError(f"batch: expected at most {most} sequences of {prompt + tokens} tokens, found {batch}")
+        vocabulary = config.model_config.get_vocab_size()
         sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        arrivals: list[float] = []
+        ids = [position % vocabulary for position in range(prompt)]
+        names = [str(number) for number in range(batch)]
+        times: list[float] = []
+        came = dict.fromkeys(names, 0)
         start = time.perf_counter()
-        for index in range(batch):
-            ids = [(7 * position + index) % vocabulary for position in range(prompt)]
-            self.engine.add_request(str(index), TokensPrompt(prompt_token_ids=ids), sampling)
-        there = dict.fromkeys(map(str, range(batch)), 0)
+        for name in names:
+            self.engine.add_request(name, TokensPrompt(prompt_token_ids=ids), sampling)
         while self.engine.has_unfinished_requests():
             for output in self.engine.step():
-                there[output.request_id] = len(output.outputs[0].token_ids)
+                came[output.request_id] = len(output.outputs[0].token_ids)
             now = time.perf_counter() - start
-            arrivals += [now] * (min(there.values()) - len(arrivals))
-        return arrivals
+            times += [now] * (min(came.values()) - len(times))
+        return times

@@ -82,7 +82,7 @@ class SkiplessForCausalLM(TransformersForCausalLM):
             if isinstance(attention, SkiplessAttention):
                 self.replace_special(attention, name)
 
-    def replace_special(self, attention: SkiplessAttention, name: str) -> None:
+    def replace_special(self, attention: Any, name: str) -> None:
         """Give an attention module vLLM's ranks, and the projections that it reads in its own way."""
         attention.split_heads, attention.gather_heads = SplitHeads(), GatherHeads()
         if attention.value_order is not None:
@@ -100,7 +100,7 @@ class SkiplessForCausalLM(TransformersForCausalLM):
             )
 
     def _get_attn_cls(self) -> Any:
-        """vLLM's attention, which adds ALiBi's bias itself where the model file would put it into the mask."""
+        """The attention of vLLM; it adds ALiBi's bias itself, which the model file would put into the mask."""
         if self.config.position_type != "alibi":
             return super()._get_attn_cls()
         self.model.alibi = False
