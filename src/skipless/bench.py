@@ -20,6 +20,8 @@ from skipless.shapes import write_shapes
 
 # Between two turns, so that the thread pool of the last one does not spin into the next.
 PAUSE = 0.3
+# Bytes that no cache holds.
+LARGE = 10**9
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def measure(
     for _, runner in runners:
         _turn(runner, work)  # warm up
         progress(done := done + 1, total)
-    buffer = torch.ones(max(runner.bytes_per_token for _, runner in runners) // 4)
+    buffer = torch.ones(min(LARGE, max(runner.bytes_per_token for _, runner in runners)) // 4)
     bandwidths = []
     turns: list[list[Turn]] = [[] for _ in runners]
     for number in range(rounds):

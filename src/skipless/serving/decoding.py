@@ -1,7 +1,7 @@
 """The fast path in PyTorch: a compiled step, with the weights as constants, decodes token by token.
 
-Inductor's freezing packs each weight once, the way oneDNN's kernels want to read it; on a CPU that is what brings
-decoding to the memory's bandwidth.
+Inductor's freezing packs each weight once, the way its kernels want to read it; on a CPU that is what brings decoding
+to the memory's bandwidth.
 """
 
 import time
@@ -14,6 +14,17 @@ from transformers.generation.streamers import BaseStreamer
 
 from skipless.errors import InputError
 from skipless.inference import greedy_config
+
+
+# Weights are constants, and of oneDNN's kernels and inductor's own the faster is taken (quietly): which one it is, and by
+# how much, differs from CPU to CPU.
+FROZEN = {
+    "freezing": True,
+    "max_autotune_gemm": True,
+    "max_autotune_gemm_backends": "CPP,ATEN",
+    "max_autotune_report_choices_stats": False,
+    "autotune_num_choices_displayed": 0,
+}
 
 
 def compile_decoding(model: PreTrainedModel) -> None:
@@ -38,7 +49,7 @@ def compile_decoding(model: PreTrainedModel) -> None:
         if cache not in prepared:
             _pass_as_inputs(cache)
             prepared.add(cache)
-        with torch._inductor.config.patch(freezing=True):
+        with torch._inductor.config.patch(FROZEN):
             return step(*args, **kwargs)
 
     model.forward = forward
