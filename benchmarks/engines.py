@@ -29,7 +29,8 @@ from skipless.serving.worker import Worker
 from skipless.shapes import write_shapes
 
 SHAPE = "mistral-7b"
-WORK = Work(batches=(1,), context=128, tokens=24, prefill=512)
+WORK = Work(batches=(1,), context=128, tokens=32, prefill=0)
+PROMPTS = Work(batches=(1,), context=128, tokens=2, prefill=512)
 console = Console(width=100)
 
 
@@ -133,6 +134,7 @@ RUNS: dict[str, Run] = {
     "torch float32, compiled": ours("torch", "float32", True, *BOTH),
     "torch bfloat16": ours("torch", "bfloat16", False, *ALL),
     "torch bfloat16, compiled": ours("torch", "bfloat16", True, *ALL),
+    "torch bfloat16, prompts": ours("torch", "bfloat16", False, *ALL),
     "openvino float32": ours("openvino", "float32", False, *ALL),
     "openvino bfloat16": ours("openvino", "bfloat16", False, *ALL),
     "openvino int8": ours("openvino", "int8", False, *ALL),
@@ -147,13 +149,14 @@ def run(name: str, models: Models, rounds: int) -> Bench:
         found = RUNS[name](models)
         runners = [(label, stack.enter_context(load())) for label, load in found.items()]
         engine, dtype = name.split()[0], name.split()[1].strip(",")
-        return measure(runners, WORK, rounds, engine + (", compiled" if "compiled" in name else ""), dtype)
+        work = PROMPTS if "prompts" in name else WORK
+        return measure(runners, work, rounds, engine + (", compiled" if "compiled" in name else ""), dtype)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", action="append", choices=list(RUNS), help="a run, repeatable [default: all]")
     parser.add_argument("--folder", type=Path, help="where to keep the models [default: nowhere]")
     options = parser.parse_args()

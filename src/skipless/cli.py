@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 from skipless import __version__
 from skipless.counting import WEIGHT_BYTES
 from skipless.dtypes import DTYPE_NAMES
-from skipless.errors import InputError
+from skipless.errors import InputError, extra
 
 # Ctrl-C, as a shell counts it: 128 + SIGINT.
 INTERRUPTED = 130
@@ -506,13 +506,9 @@ def bench(
 @as_json
 def train(recipe: str, out_folder: Path, resume: bool, as_json: bool) -> None:
     """Train a skipless model by RECIPE (a TOML file, or a bundled name: stdlib) into the folder OUT."""
-    try:
+    with extra("train"):
         from skipless.train.recipe import Recipe
         from skipless.train.run import train as run
-    except ImportError as error:
-        raise InputError(
-            f"train: expected the [train] extra, found no {error.name}; pip install 'skipless[train]'"
-        ) from error
 
     try:
         result = run(Recipe.read(recipe), out_folder, resume=resume)

@@ -1,5 +1,8 @@
 """What a user can be told: input that cannot be used (exit code 2)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 # Characters of a message: room for a path (4,096 at most) and what is to be said of it.
 LONGEST = 6000
 
@@ -27,3 +30,14 @@ def _shortened(text: str) -> str:
 
 class StorageError(InputError):
     """Reading or writing has failed, not what was read: another attempt may succeed."""
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Around imports that need an extra of this name. Raises InputError where they fail."""
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(
+            f"{name}: expected the [{name}] extra, found no {error.name}; pip install 'skipless[{name}]'"
+        ) from error

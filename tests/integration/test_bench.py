@@ -12,7 +12,8 @@ from torch._dynamo.utils import counters
 
 from skipless import InputError, cli, fuse
 from skipless.bench import Work, bench, measure
-from skipless.serving.decoding import TorchRunner, bytes_per_token, compile_decoding
+from skipless.serving import decoding
+from skipless.serving.decoding import TorchRunner, bytes_per_token, prepare_decoding
 from skipless.serving.worker import Worker
 from skipless.shapes import write_shapes
 from tests.models import build, load, random_ids, save
@@ -86,7 +87,7 @@ def test_the_compiled_step_gives_the_same(name, counted):
         return model.generate(ids, attention_mask=torch.ones_like(ids), **options)
 
     expected = [generate(ids) for ids in prompts]
-    compile_decoding(model)
+    prepare_decoding(model, compiled=True)
     found = [generate(ids) for ids in prompts]  # each with a cache of its own
     assert counted["stats"]["unique_graphs"] == 1  # a graph break would make more, and so would the second cache
     assert counted["graph_break"] == {}
@@ -100,6 +101,25 @@ def test_the_compiled_step_gives_the_same(name, counted):
             return ((logits - reference).abs().amax(-1) / reference.abs().amax(-1)).max()
 
         assert error(logits) < FP32 < error(spoiled)
+
+
+def test_experts_are_not_compiled():
+    model = build(dtype=torch.float32, ffn_type="moe", num_local_experts=4, num_experts_per_tok=2)
+    with pytest.raises(InputError, match="compile: expected a model that compiles as one graph, found one of experts"):
+        prepare_decoding(model, compiled=True)
+
+
+@pytest.mark.parametrize("slower", [True, False])
+def test_rows_without_onednn(slower, monkeypatch):
+    monkeypatch.setattr(decoding, "_slower_with_onednn", lambda weight: slower)
+    model = build(dtype=torch.bfloat16)
+    used = []
+    model.model.register_forward_hook(lambda *_: used.append(torch.backends.mkldnn.enabled))
+    prepare_decoding(model)
+    ids = random_ids(model, batch=1)
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert used == [True, not slower, not slower]
+    assert torch.backends.mkldnn.enabled
 
 
 def test_when_tokens_come():
@@ -174,6 +194,7 @@ def test_the_roofline_comes_first(folders):
         (["x", "--dtype", "int8"], "dtype: expected one of float64, float32, bfloat16, float16 for torch, found int8"),
         (["x", "--engine", "vllm", "--compile"], "compile: expected engine torch, found vllm"),
         (["nothing-here"], "nothing-here"),
+        (["x", "--engine", "vllm"], "vllm: expected the [vllm] extra, found no vllm; pip install 'skipless[vllm]'"),
         (["x", "--plot", "x.bmp"], "--plot: expected a file named"),
     ],
 )

@@ -1,10 +1,12 @@
-"""The fast path in PyTorch: a compiled step, with the weights as constants, decodes token by token.
+"""The fast path in PyTorch on a CPU: a step of decoding that reads the weights as fast as the memory gives them.
 
-Inductor's freezing packs each weight once, the way its kernels want to read it; on a CPU that is what brings decoding
-to the memory's bandwidth.
+Compiled, the weights are constants (inductor's freezing): each is packed once, the way its kernel wants to read it. Not
+compiled, what matters is whose kernel multiplies a row: of bf16, oneDNN's may take twice as long as PyTorch's own.
 """
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import WeakSet
 
@@ -15,9 +17,8 @@ from transformers.generation.streamers import BaseStreamer
 from skipless.errors import InputError
 from skipless.inference import greedy_config
 
-
-# Weights are constants, and of oneDNN's kernels and inductor's own the faster is taken (quietly): which one it is, and by
-# how much, differs from CPU to CPU.
+# Weights are constants, and of oneDNN's kernels and inductor's own the faster is taken, quietly: which one that is, and
+# by how much, differs from CPU to CPU.
 FROZEN = {
     "freezing": True,
     "max_autotune_gemm": True,
@@ -27,17 +28,29 @@ FROZEN = {
 }
 
 
-def compile_decoding(model: PreTrainedModel) -> None:
-    """Let `model.generate` decode with a compiled step and a static cache; prompts run as before. For inference only.
+def prepare_decoding(model: PreTrainedModel, compiled: bool = False) -> None:
+    """Make `model.generate` decode faster on a CPU; prompts run as before. For inference only.
 
-    The weights must not change afterwards: the compiled step has copies of its own, which take as much memory again. It
-    is compiled when it is first used, and again for another batch or a longer cache. `model`: a decoder of transformers
-    that compiles without graph breaks. Off the CPU there is nothing to pack, and `generate` compiles by itself.
+    model: any decoder of transformers. As it is, its bf16 rows are multiplied by the faster of PyTorch's kernels.
+    compiled: with a compiled step and a static cache. The weights must not change then: the step has copies of its own,
+    which take as much memory again. It is compiled when it is first used, and again for another batch or a longer
+    cache. Off the CPU there is nothing to prepare: with cache_implementation="static", `generate` compiles by itself.
+    Raises InputError for a model that does not compile as one graph.
     """
-    model.generation_config.cache_implementation = "static"
+    if compiled and not model._can_compile_fullgraph:
+        raise InputError("compile: expected a model that compiles as one graph, found one of experts; leave it out")
+    if compiled:
+        model.generation_config.cache_implementation = "static"
     if model.device.type != "cpu":
         return
-    whole = model.forward
+    if compiled:
+        model.forward = _compiled_step(model.forward)
+    elif model.dtype == torch.bfloat16 and _slower_with_onednn(max(model.parameters(), key=torch.Tensor.numel)):
+        model.forward = _step_without_onednn(model.forward)
+
+
+def _compiled_step(whole: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that takes the compiled path for single tokens with a static cache."""
     step = torch.compile(whole, fullgraph=True, dynamic=False)
     prepared: WeakSet[Cache] = WeakSet()
 
@@ -52,7 +65,7 @@ def compile_decoding(model: PreTrainedModel) -> None:
         with torch._inductor.config.patch(FROZEN):
             return step(*args, **kwargs)
 
-    model.forward = forward
+    return forward
 
 
 def _pass_as_inputs(cache: Cache) -> None:
@@ -62,6 +75,42 @@ def _pass_as_inputs(cache: Cache) -> None:
     for layer in cache.layers:
         for name in ("keys", "values", "cumulative_length"):
             setattr(layer, name, getattr(layer, name).detach())  # the same memory, and no mark
+
+
+def _step_without_onednn(whole: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that multiplies a single row by PyTorch's own kernel."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        ids = kwargs.get("input_ids")
+        with _without_onednn() if ids is not None and ids.numel() == 1 else nullcontext():
+            return whole(*args, **kwargs)
+
+    return forward
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    onednn: Any = torch.backends.mkldnn
+    enabled, onednn.enabled = onednn.enabled, False
+    try:
+        yield
+    finally:
+        onednn.enabled = enabled
+
+
+@torch.no_grad()
+def _slower_with_onednn(weight: torch.Tensor) -> bool:
+    """Whether PyTorch's own kernel multiplies a row faster than oneDNN's, which it takes by default."""
+    row = torch.ones(1, weight.shape[-1], dtype=weight.dtype)
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        torch.nn.functional.linear(row, weight)
+        return time.perf_counter() - start
+
+    default = min(seconds() for _ in range(5))
+    with _without_onednn():
+        return min(seconds() for _ in range(5)) < default
 
 
 def bytes_per_token(model: PreTrainedModel) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from skipless.checkpoint.headers import Folder
 from skipless.checkpoint.staging import LocalPlace
-from skipless.errors import InputError
+from skipless.errors import InputError, extra
 from skipless.fusion import MODEL_FILES
 
 # By what `export` is asked for: the module that writes it (with WEIGHTS and `write`).
@@ -35,12 +35,8 @@ def export(source: str | Path, destination: str | Path, *, to: str, weights: str
     """
     if to not in FORMATS:
         raise InputError(f"to: expected one of {', '.join(FORMATS)}, found {to!r}")
-    try:
+    with extra(to):
         room = import_module(FORMATS[to])
-    except ImportError as error:
-        raise InputError(
-            f"export: expected the [{to}] extra, found no {error.name}; pip install 'skipless[{to}]'"
-        ) from error
     if weights not in room.WEIGHTS:
         raise InputError(f"weights: expected one of {', '.join(room.WEIGHTS)} for {to}, found {weights!r}")
     source, destination = Path(source), Path(destination)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from skipless.errors import InputError
+from skipless.errors import InputError, extra
 from skipless.machine import peak_memory
 
 # What each engine can run in.
@@ -34,23 +34,24 @@ class Runner(Protocol):
 
 
 def runner(engine: str, folder: Path, precision: str, compiled: bool) -> Runner:
-    """Load a model folder into an engine. compiled: torch's fast path (decoding.compile_decoding)."""
+    """Load a model folder into an engine. compiled: by torch (decoding.prepare_decoding)."""
     if engine == "openvino":
-        from skipless.serving import openvino
+        with extra("openvino"):
+            from skipless.serving import openvino
 
         return openvino.Runner(folder, precision)
     if engine == "vllm":
-        from skipless.serving import vllm
+        with extra("vllm"):
+            from skipless.serving import vllm
 
         return vllm.Runner(folder, precision)
     import torch
 
     from skipless.inference import load
-    from skipless.serving.decoding import TorchRunner, compile_decoding
+    from skipless.serving.decoding import TorchRunner, prepare_decoding
 
     model = load(folder, getattr(torch, precision))
-    if compiled:
-        compile_decoding(model)
+    prepare_decoding(model, compiled)
     return TorchRunner(model)
 
 
