@@ -54,6 +54,8 @@ benchmarks: $(READY) $(SMOLLM2)
 	$(BIN)/python benchmarks/limits.py --check
 	$(BIN)/python benchmarks/equivalence.py
 	$(BIN)/python benchmarks/export.py
+	$(BIN)/python -m pip install --quiet llama-cpp-python==0.3.36
+	$(BIN)/python benchmarks/engines.py
 	$(BIN)/python benchmarks/audit.py $(SMOLLM2) docs/smollm2.svg
 
 $(SMOLLM2): $(READY)

@@ -65,7 +65,7 @@ class Models:
         config = json.loads((self.skipless("bfloat16")["original"] / "config.json").read_text())
         names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         names += ("num_key_value_heads", "head_dim", "max_position_embeddings", "rope_parameters")
-        return MistralConfig(**{name: config[name] for name in names}, tie_word_embeddings=False)
+        return MistralConfig(**{name: config[name] for name in names}, tie_word_embeddings=False, sliding_window=None)
 
     def transformers(self) -> Path:
         """With norms and skips, for transformers, in bf16."""

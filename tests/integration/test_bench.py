@@ -76,9 +76,13 @@ FIELDS = {
 }
 
 
-@pytest.mark.parametrize("name", ["original", "pivoted"])
-def test_the_compiled_step_gives_the_same(name, counted):
-    model = build(dtype=torch.float32, **FIELDS[name])
+@pytest.mark.parametrize(
+    ("fields", "graphs"),
+    [(FIELDS["original"], 1), (FIELDS["pivoted"], 1), ({"sliding_window": 6}, 2)],
+    ids=["original", "pivoted", "window"],
+)
+def test_the_compiled_step_gives_the_same(fields, graphs, counted):
+    model = build(dtype=torch.float32, **fields)
     prompts = [random_ids(model, seed=seed) for seed in (1, 2)]
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     options |= {"output_logits": True, "return_dict_in_generate": True}
@@ -89,7 +93,7 @@ def test_the_compiled_step_gives_the_same(name, counted):
     expected = [generate(ids) for ids in prompts]
     prepare_decoding(model, compiled=True)
     found = [generate(ids) for ids in prompts]  # each with a cache of its own
-    assert counted["stats"]["unique_graphs"] == 1  # a graph break would make more, and so would the second cache
+    assert counted["stats"]["unique_graphs"] == graphs  # a graph break would make more, and so would the second cache
     assert counted["graph_break"] == {}
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one.sequences, other.sequences)

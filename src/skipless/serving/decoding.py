@@ -44,14 +44,16 @@ def prepare_decoding(model: PreTrainedModel, compiled: bool = False) -> None:
     if model.device.type != "cpu":
         return
     if compiled:
-        model.forward = _compiled_step(model.forward)
+        # transformers counts a window's tokens in Python: the step must not be compiled for each count
+        windowed = getattr(model.config, "sliding_window", None) is not None
+        model.forward = _compiled_step(model.forward, dynamic=None if windowed else False)
     elif model.dtype == torch.bfloat16 and _slower_with_onednn(max(model.parameters(), key=torch.Tensor.numel)):
         model.forward = _step_without_onednn(model.forward)
 
 
-def _compiled_step(whole: Callable[..., Any]) -> Callable[..., Any]:
+def _compiled_step(whole: Callable[..., Any], dynamic: bool | None) -> Callable[..., Any]:
     """A forward that takes the compiled path for single tokens with a static cache."""
-    step = torch.compile(whole, fullgraph=True, dynamic=False)
+    step = torch.compile(whole, fullgraph=True, dynamic=dynamic)
     prepared: WeakSet[Cache] = WeakSet()
 
     def forward(*args: Any, **kwargs: Any) -> Any:
