@@ -1,6 +1,5 @@
 """Shapes in the algebra's annotations are checked while tests run; one thread; nothing asks a model hub."""
 
-import logging as python_logging
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -26,12 +25,3 @@ settings.load_profile("skipless")
 def _umask():
     """Files are compared with what the usual umask gives."""
     os.umask(0o022)
-
-
-@pytest.fixture(autouse=True)
-def _warnings_are_heard():
-    """Ours, whatever a library that an earlier test has used did to this process's logging."""
-    logger = python_logging.getLogger("skipless")
-    logger.disabled, logger.propagate = False, True
-    logger.setLevel(python_logging.WARNING)
-    python_logging.disable(python_logging.NOTSET)

@@ -5,13 +5,13 @@ Inputs input_ids (B, T), attention_mask (B, S), position_ids (B, T), past_key_va
 Arithmetic is in fp32, whatever weights are stored in: ONNX Runtime has no bf16 kernels for CPUs.
 """
 
-import logging
 import warnings
 from pathlib import Path
 
 import onnxscript  # noqa: F401  (what torch's exporter needs; found missing here rather than there)
 import torch
 
+from skipless.quiet import errors_only
 from skipless.serving.decoder import cache_names, example, load_decoder
 
 MODEL = "model.onnx"
@@ -24,8 +24,7 @@ def write(source: Path, folder: Path, weights: str) -> None:
     inputs = example(decoder)
     past, present = (cache_names(decoder.model.config, prefix) for prefix in ("past_key_values", "present"))
     by_tokens, by_past = (dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for axes in ((0, 1), (0, 2)))
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), torch.no_grad():
+    with errors_only("torch.onnx"), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             decoder,

@@ -5,7 +5,6 @@ whose rows beam_idx picks before each step: the reordering that a beam search ne
 """
 
 import io
-import logging
 import time
 import warnings
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from openvino.op.util import Variable, VariableInfo
 
 from skipless.errors import InputError, StorageError
 from skipless.inference import load_tokenizer
+from skipless.quiet import errors_only
 from skipless.serving.decoder import Decoder, cache_names, example, load_decoder
 
 MODEL = "openvino_model.xml"
@@ -137,8 +137,7 @@ def compress(model: ov.Model, weights: str) -> ov.Model:
     if weights == "int4":  # rows of another multiple than of 128 have smaller groups
         fallback = nncf.AdvancedCompressionParameters(group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST)
         options = {"mode": nncf.CompressWeightsMode.INT4_SYM, "group_size": 128, "advanced_parameters": fallback}
-    nncf.set_log_level(logging.ERROR)
-    with redirect_stdout(io.StringIO()):  # its progress bar
+    with errors_only("nncf"), redirect_stdout(io.StringIO()):  # its progress bar
         return nncf.compress_weights(model, **options)
 
 
