@@ -86,7 +86,9 @@ def main() -> None:
         result["decode"] = {}
         for dtype in ("float32", "bfloat16"):
             folders = {"original": BUNDLED, "pivoted": Path(folder) / "pivoted", "q": Path(folder) / "q"}
-            found = bench(list(folders.values()), dtype=dtype, work=Work(context=16, tokens=64), rounds=rounds)
+            found = bench(
+                list(folders.values()), dtype=dtype, work=Work(context=16, tokens=64, prefill=0), rounds=rounds
+            )
             console.print(tables.bench_table(found))
             result["decode"][dtype] = {
                 "tokens_per_second": [speed.decoding[0].tokens_per_second for speed in found.speeds],

@@ -1,6 +1,5 @@
 """Models to export, of every kind of layer, and how far an engine's logits are from torch's in fp32."""
 
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from skipless.demo import BUNDLED
 from skipless.inference import greedy_config
 from skipless.serving.decoder import cache_names
 from tests.models import build, load, save
+from tests.pages import SERVING, blocks
 
 MHA = {"num_key_value_heads": 4}
 BIASES = {"attention_bias": True, "mlp_bias": True}
@@ -94,8 +94,6 @@ def greedy(source: Path, ids: torch.Tensor, tokens: int) -> list[int]:
 
 def documented(engine: str, folder: Path) -> str:
     """The Python that docs/serving.md shows for an engine, with this folder for the one it exports to."""
-    page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
-    section = page.partition(f"## {engine}\n")[2].partition("\n## ")[0]
-    return re.search(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)[1].replace(
-        f"fused-{engine.lower()}", str(folder)
-    )
+    section = SERVING.partition(f"## {engine}\n")[2].partition("\n## ")[0]
+    ((_, block),) = blocks(section, "python")
+    return block.replace(f"fused-{engine.lower()}", str(folder))

@@ -364,6 +364,13 @@ class Architecture:
     def _layers_open(self) -> frozenset[int]:
         return frozenset(self.layers_open)
 
+    @property
+    def expressible(self) -> bool:
+        """Whether a skipless config.json can say it: without projected embeddings, a norm of all heads together, or
+        layers of different kinds.
+        """
+        return not (self.embedding_size or self.qk_norm == "heads" or self.dense_layers)
+
     def skipless(self) -> Self:
         """The same architecture without skips and norms; a norm of queries and keys may stay, it blocks no seam."""
         return dataclasses.replace(self, residual="none", norm_type="none", norms_removed=(), gains_removed=())

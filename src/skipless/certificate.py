@@ -94,7 +94,7 @@ def certify(architecture: Architecture) -> Certificate:
 def shrink(architecture: Architecture) -> dict[str, Any]:
     """Config fields of a small model with the same switches and the same relations between widths."""
     a = architecture
-    if a.embedding_size or a.qk_norm == "heads" or a.dense_layers:
+    if not a.expressible:
         raise InputError(
             "config.json: expected a model that a skipless checkpoint can be, to count its rank; found projected "
             "embeddings, a norm of all heads together, or layers of different kinds"

@@ -71,13 +71,13 @@ def plot_speeds(bench: Bench, file: Path) -> None:
     batches = bench.work.batches
     title = f"greedy decoding, {bench.engine}, {bench.dtype}, {bench.bandwidth / 1e9:.0f} GB/s"
     figure = Figure(figsize=(max(5, 1.8 * len(bench.speeds) * len(batches)), 4), layout="constrained")
-    for axes, index in zip(figure.subplots(1, len(batches), squeeze=False)[0], range(len(batches)), strict=True):
-        found = [speed.decoding[index] for speed in bench.speeds]
-        names = [Path(speed.name).name for speed in bench.speeds]
+    names = [Path(speed.name).name for speed in bench.speeds]
+    by_batch = zip(*(speed.decoding for speed in bench.speeds), strict=True)
+    for axes, found in zip(figure.subplots(1, len(batches), squeeze=False)[0], by_batch, strict=True):
         axes.bar(names, [decoding.ceiling for decoding in found], color="lightgray", label="ceiling")
         bars = axes.bar(names, [decoding.tokens_per_second for decoding in found], width=0.6, label="measured")
         axes.bar_label(bars, [f"{d.tokens_per_second:,.1f}\n{d.speedup:.2f}x" for d in found], label_type="center")
-        axes.set(ylabel="tokens/s", xlabel=f"batch {batches[index]}")
+        axes.set(ylabel="tokens/s", xlabel=f"batch {found[0].batch}")
     axes.legend(loc="lower right")
     figure.suptitle(title)
     _save(figure, file, title)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -14,7 +14,7 @@ from skipless.dtypes import DTYPE_NAMES
 
 if TYPE_CHECKING:  # so that counting loads no torch
     from skipless.auditing import Audit, SeamAudit
-    from skipless.bench import Bench, Decoding, Speed
+    from skipless.bench import Bench
     from skipless.certificate import Certificate
     from skipless.cost import Cost
     from skipless.demo import Demo
@@ -219,31 +219,27 @@ def bench_table(bench: Bench) -> Table:
     for column in ("", *(speed.name for speed in speeds)):
         table.add_column(escape(column), justify="right" if column else "left", overflow="fold")
 
-    def add(name: str, value: Callable[[Speed], str]) -> None:
-        table.add_row(name, *(value(speed) for speed in speeds))
+    def add(name: str, values: Iterable[str]) -> None:
+        table.add_row(name, *values)
 
-    add("read a token", lambda speed: _megabytes(speed.bytes_per_token))
-    add("fewer bytes", lambda speed: f"{speeds[0].bytes_per_token / speed.bytes_per_token:.2f}x")
-    for index, batch in enumerate(work.batches):
+    add("read a token", (_megabytes(speed.bytes_per_token) for speed in speeds))
+    add("fewer bytes", (f"{speeds[0].bytes_per_token / speed.bytes_per_token:.2f}x" for speed in speeds))
+    for found in zip(*(speed.decoding for speed in speeds), strict=True):
         table.add_section()
-
-        def decoding(speed: Speed, index: int = index) -> Decoding:
-            return speed.decoding[index]
-
-        add(f"tokens/s, batch {batch}", lambda speed: _rate(decoding(speed).tokens_per_second))
-        add("  from ... to", lambda speed: " ... ".join(_rate(end(decoding(speed).rounds)) for end in (min, max)))
-        add("  ceiling", lambda speed: _rate(decoding(speed).ceiling))
-        add("  weights read", lambda speed: f"{decoding(speed).bytes_per_second / 1e9:,.1f} GB/s")
-        add("  of the bandwidth", lambda speed: f"{decoding(speed).share:.0%}")
-        add("  speed-up", lambda speed: f"{decoding(speed).speedup:.2f}x")
+        add(f"tokens/s, batch {found[0].batch}", (_rate(one.tokens_per_second) for one in found))
+        add("  from ... to", (" ... ".join(_rate(end(one.rounds)) for end in (min, max)) for one in found))
+        add("  ceiling", (_rate(one.ceiling) for one in found))
+        add("  weights read", (f"{one.bytes_per_second / 1e9:,.1f} GB/s" for one in found))
+        add("  of the bandwidth", (f"{one.share:.0%}" for one in found))
+        add("  speed-up", (f"{one.speedup:.2f}x" for one in found))
     table.add_section()
-    add("time to first token", lambda speed: f"{speed.first_token * 1e3:,.0f} ms")
+    add("time to first token", (f"{speed.first_token * 1e3:,.0f} ms" for speed in speeds))
     if work.prefill:
-        add(f"prompt of {work.prefill}, tokens/s", lambda speed: _rate(speed.prefill or 0))
-        add("  speed-up", lambda speed: f"{speed.prefill_speedup or 0:.2f}x")
+        add(f"prompt of {work.prefill}, tokens/s", (_rate(speed.prefill or 0) for speed in speeds))
+        add("  speed-up", (f"{speed.prefill_speedup or 0:.2f}x" for speed in speeds))
     if all(speed.peak_memory for speed in speeds):
-        add("peak memory", lambda speed: _megabytes(speed.peak_memory or 0))
-        add("load time", lambda speed: f"{speed.load_seconds or 0:.1f} s")
+        add("peak memory", (_megabytes(speed.peak_memory or 0) for speed in speeds))
+        add("load time", (f"{speed.load_seconds or 0:.1f} s" for speed in speeds))
     return table
 
 

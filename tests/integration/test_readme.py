@@ -5,9 +5,8 @@ import sys
 
 import pytest
 
-from tests.pages import ROOT, blocks, commands, run, shape
+from tests.pages import README, ROOT, blocks, commands, run, shape
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = blocks(README, "console", "python")
 
 

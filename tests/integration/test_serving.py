@@ -5,11 +5,10 @@ import sys
 
 import pytest
 
-from tests.pages import ROOT, blocks, commands, run, shape
+from tests.pages import ROOT, SERVING, blocks, commands, run, shape
 
-PAGE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
-PYTHON = [block for _, block in blocks(PAGE, "python")]
-STEPS = [step for _, block in blocks(PAGE, "console") for step in commands(block)]
+PYTHON = [block for _, block in blocks(SERVING, "python")]
+STEPS = [step for _, block in blocks(SERVING, "console") for step in commands(block)]
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ pytest.importorskip("vllm", reason="vLLM pins other packages: `make test-vllm` i
 
 from skipless import fuse
 from skipless.demo import BUNDLED
+from skipless.inference import greedy_config
 from skipless.serving.decoding import bytes_per_token
 from tests.models import build, edit_tensors, load, random_ids, save
 from tests.serving.vllm_jobs import TOKENS
@@ -81,16 +82,7 @@ def generate(folder, prompts, dtype=torch.float32):
     tokens, logprobs = [], []
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        done = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=TOKENS,
-            min_new_tokens=TOKENS,
-            do_sample=False,
-            pad_token_id=0,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
+        done = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy_config(TOKENS))
         new = done.sequences[0, len(prompt) :]
         tokens.append(new.tolist())
         logprobs.append(torch.cat(done.logits).log_softmax(-1).gather(-1, new[:, None])[:, 0].tolist())

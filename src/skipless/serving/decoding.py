@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from skipless.errors import InputError
 from skipless.inference import greedy_config
+from skipless.serving.worker import check_length
 
 # Weights are constants, and of oneDNN's kernels and inductor's own the faster is taken, quietly: which one that is, and
 # by how much, differs from CPU to CPU.
@@ -134,11 +135,7 @@ class TorchRunner:
     @torch.no_grad()
     def generate(self, batch: int, prompt: int, tokens: int) -> list[float]:
         """Decode greedily after a prompt of this many tokens; when each token came, in seconds."""
-        limit = self.model.config.max_position_embeddings
-        if prompt + tokens > limit:
-            raise InputError(
-                f"tokens: expected a prompt and tokens of at most {limit} together, found {prompt + tokens}"
-            )
+        check_length(prompt, tokens, self.model.config.max_position_embeddings)
         ids = (torch.arange(prompt) % self.model.config.vocab_size).repeat(batch, 1).to(self.model.device)
         config, watch = greedy_config(tokens), Watch()
         config.output_logits = False

@@ -16,6 +16,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdate
 import skipless.model  # noqa: F401  (registers the AutoClasses)
 from skipless.errors import InputError
 from skipless.serving.decoding import bytes_per_token
+from skipless.serving.worker import check_length
 
 ARCHITECTURE = "SkiplessForCausalLM"
 CACHED_TOKENS = 16384  # of all sequences of a batch: Mistral-7B's take 2 GB in bf16
@@ -83,10 +84,7 @@ class Runner:
         from vllm.inputs import TokensPrompt
 
         config = self.engine.vllm_config
-        if prompt + tokens > (limit := config.model_config.max_model_len):
-            raise InputError(
-                f"tokens: expected a prompt and tokens of at most {limit} together, found {prompt + tokens}"
-            )
+        check_length(prompt, tokens, config.model_config.max_model_len)
         blocks = -(-(prompt + tokens) // config.cache_config.block_size)
         most = min(config.scheduler_config.max_num_seqs, config.cache_config.num_gpu_blocks // blocks)
         if batch > most:

@@ -33,6 +33,12 @@ class Runner(Protocol):
         """Decode greedily, `batch` sequences at once, after `prompt` tokens each; seconds until each token came."""
 
 
+def check_length(prompt: int, tokens: int, limit: int) -> None:
+    """Raise InputError for a prompt and tokens that are more together than a model takes."""
+    if prompt + tokens > limit:
+        raise InputError(f"tokens: expected a prompt and tokens of at most {limit} together, found {prompt + tokens}")
+
+
 def runner(engine: str, folder: Path, precision: str, compiled: bool) -> Runner:
     """Load a model folder into an engine. compiled: by torch (decoding.prepare_decoding)."""
     if engine == "openvino":
@@ -87,7 +93,8 @@ class Worker:
     def close(self) -> None:
         """End the process."""
         self._process.kill()
-        self._process.wait()
+        self._process.communicate()
+        self._log.close()
 
     def __enter__(self) -> Self:
         return self
