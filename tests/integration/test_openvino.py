@@ -177,6 +177,17 @@ def test_the_runner_decodes_and_counts(fused, exported, prompt):
         room.Runner(BUNDLED, "float64")
 
 
+def test_the_runner_computes_as_decoding_asks():
+    hint, group = "INFERENCE_PRECISION_HINT", "DYNAMIC_QUANTIZATION_GROUP_SIZE"
+
+    def found(precision, name):
+        return room.Runner(BUNDLED, precision)._request.get_compiled_model().get_property(name)
+
+    assert found("bfloat16", hint) == openvino.Type.f32
+    assert found("int8", group) == 0
+    assert found("int4", group) != 0
+
+
 def test_a_full_disk_is_said_in_one_line(exported, tmp_path):
     model = openvino.Core().read_model(exported / room.MODEL)
     with pytest.raises(StorageError, match=r"model.xml: could not be written: .*; nothing was left behind"):
