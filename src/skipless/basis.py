@@ -3,6 +3,7 @@
 A = [Q|K|V] below is (d, m), S its d chosen columns; solves go through an LU factorization in fp64, never an inverse.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from skipless.errors import InputError
-from skipless.products import LU, multiply, solve_triangular
+from skipless.products import LU, max_abs, solve_triangular
 from skipless.seams import Seam
 
 # A solve in fp64 loses about eps * condition. Beyond this, the rewritten model could not reach 1e-9 even in fp64.
@@ -82,7 +83,7 @@ def pivot(
     order = torch.tensor(lu.order(), device=matrix.device)
     chosen, others = order[:d].clone(), order[d:].clone()
     pivots = lu.factors.diagonal()
-    if dtype != torch.float64 and not (torch.isfinite(lu.factors).all() and (pivots != 0).all()):
+    if dtype != torch.float64 and not (math.isfinite(max_abs(lu.factors)) and (pivots != 0).all()):
         return pivot(matrix, weights)
     if m == d or not (pivots != 0).all():
         return chosen
@@ -97,7 +98,7 @@ def pivot(
         rows = torch.linalg.solve(block, rest[new])
         columns = torch.linalg.solve(block, rest[:, out], left=False)
         gone = rest[new].index_add(1, out, -torch.eye(len(out), dtype=rest.dtype, device=rest.device))
-        rest -= multiply(columns.contiguous(), gone)
+        rest.addmm_(columns, gone, alpha=-1)
         rest[new] = -rows
         rest[new[:, None], out] = torch.linalg.inv(block)
         chosen[out], others[new] = others[new], chosen[out]

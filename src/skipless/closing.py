@@ -4,7 +4,6 @@ Tensors are held as they were read, and what is made of them as it will be store
 forgotten after its last use.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ from skipless.basis import choose, choose_rows
 from skipless.eliminate import Affine, close_rows, column_order, merge, modules, normalize_rows
 from skipless.planning import Plan, Task
 from skipless.prediction import OpenStream, merged, passed_rows
-from skipless.products import HALF, squares
+from skipless.products import HALF, max_abs, squares
 from skipless.rounding import round_stream
 from skipless.seams import Seam
 from skipless.source import read_affine
@@ -145,8 +144,7 @@ def _merge(plan: Plan, seam: Seam, affines: Mapping[str, Affine], later: frozens
     weights = [affine.weight for affine in remaining.values()]
     name = _coarsest(plan.outputs[f"{name}.weight"].dtype for name in remaining)
     power = sum(squares(weight, 0).sum().item() for weight in weights)
-    largest = max(torch.linalg.vector_norm(weight, math.inf).item() for weight in weights)
-    return remaining, None, merged(seam, affines, [name], power, largest).problem("p", name)
+    return remaining, None, merged(seam, affines, [name], power, max(map(max_abs, weights))).problem("p", name)
 
 
 def kept_dtype(plan: Plan, name: str, later: frozenset[str]) -> torch.dtype:

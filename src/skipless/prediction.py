@@ -18,7 +18,7 @@ from torch import Tensor
 from skipless.basis import Basis, candidate, choose_rows, join
 from skipless.eliminate import Affine, Stream, close_rest, close_rows, close_stream
 from skipless.errors import InputError
-from skipless.products import HALF, multiply, product, slices, squares
+from skipless.products import HALF, max_abs, multiply, product, slices, squares
 from skipless.rounding import (
     Rest,
     along_rows,
@@ -183,7 +183,7 @@ def passed_rows(
         inputs = sum(writer.shape[1] for writer in writers)
         return ((p + floor * inputs) * m + (p + passed) * (m + floor * read.shape[2])).sum().item()
 
-    largest = max(torch.linalg.vector_norm(affine.weight, math.inf).item() for affine in remaining.values())
+    largest = max(max_abs(affine.weight) for affine in remaining.values())
     original, errors = {}, {}
     for dtype in dtypes:
         unit, floor = _precision(dtype)

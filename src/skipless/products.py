@@ -35,7 +35,7 @@ def precision(left: torch.dtype, right: torch.dtype, dtype: torch.dtype) -> torc
 
 
 def multiply(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """Left @ right, both of one dtype; of fp32 or fp64, X^T X and X X^T take half the time."""
+    """Left @ right, both of one dtype."""
     if not _numpy(left, right):
         return torch.matmul(left, right) if out is None else out.copy_(torch.matmul(left, right))
     with np.errstate(over="ignore", invalid="ignore"):
@@ -53,7 +53,7 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype, within: torch.dtype
     within = precision(left.dtype, right.dtype, dtype) if within is None else within
     (n, _), m = left.shape, right.shape[1]
     right = right.to(within)
-    if left.stride(0) == 1 and left.stride(1) != 1:
+    if _turned(left):
         result = torch.empty(m, n, dtype=dtype, device=left.device)
         for rows in slices(n):
             _into(result[:, rows], right.T, left.T[:, rows].to(within))
@@ -80,17 +80,43 @@ def slices(n: int, size: int | None = None) -> Iterator[slice]:
 def gram(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """X^T X of X (n, d) in fp32 or fp64 (None: X's own)."""
     dtype = matrix.dtype if dtype is None else dtype
-    total: Tensor | None = None
+    total = torch.zeros(matrix.shape[1], matrix.shape[1], dtype=dtype, device=matrix.device)
+    if not _numpy(total) or not total.numel():
+        for rows in slices(len(matrix)):
+            block = matrix[rows].to(dtype)
+            total = torch.addmm(total, block.T, block)
+        return total
+    (syrk,) = scipy.linalg.blas.get_blas_funcs(("syrk",), (total.numpy(),))
     for rows in slices(len(matrix)):
         block = matrix[rows].to(dtype)
-        part = multiply(block.T, block)
-        total = part if total is None else total.add_(part)
-    return matrix.new_zeros(matrix.shape[1], matrix.shape[1], dtype=dtype) if total is None else total
+        turned = _turned(block)
+        syrk(1, (block if turned else block.T).numpy(), 1, total.numpy().T, trans=turned, overwrite_c=1)
+    return _mirrored(total)
+
+
+def _mirrored(lower: Tensor) -> Tensor:
+    """A symmetric matrix, in the place of its lower triangle."""
+    for rows in slices(len(lower), 512):
+        block = lower[rows, rows]
+        block.copy_(block.tril() + block.tril(-1).T)
+        lower[rows, rows.stop :] = lower[rows.stop :, rows].T
+    return lower
+
+
+def max_abs(matrix: Tensor) -> float:
+    """Max |X|, or NaN if there is one."""
+    low, high = torch.aminmax(matrix.T if _turned(matrix) else matrix)
+    return max(-low.item(), high.item())
+
+
+def _turned(matrix: Tensor) -> bool:
+    """Whether the transpose is contiguous, row by row, and the matrix is not."""
+    return matrix.stride(0) == 1 and matrix.stride(1) != 1
 
 
 def squares(matrix: Tensor, dim: int) -> Tensor:
     """Sums of squares along a dimension, in fp64."""
-    turned = matrix.stride(0) == 1 and matrix.stride(1) != 1
+    turned = _turned(matrix)
     rows, along = (matrix.T, 1 - dim) if turned else (matrix, dim)
     parts = [rows[part].double().square().sum(along) for part in slices(len(rows), 64)]
     if along == 1:
@@ -114,10 +140,7 @@ def inverse(root: Tensor) -> Tensor:
     if not _numpy(root) or not root.numel():
         return torch.cholesky_inverse(root)
     (potri,) = scipy.linalg.lapack.get_lapack_funcs(("potri",), (root.numpy(),))
-    found = torch.from_numpy(potri(root.contiguous().numpy().T, lower=0, overwrite_c=1)[0].T).tril_()
-    for rows in slices(len(found), 512):  # mirrored
-        found[rows, rows.start :] = found[rows.start :, rows].T.triu() + found[rows, rows.start :].tril(-1)
-    return found
+    return _mirrored(torch.from_numpy(potri(root.contiguous().numpy().T, lower=0, overwrite_c=1)[0].T))
 
 
 def solve_triangular(factor: Tensor, right: Tensor, *, upper: bool, unit: bool = False) -> Tensor:

@@ -37,7 +37,7 @@ LEAF, COARSE = 8, 256
 # Columns of R under one metric N: bounds N (a tied table's readers are as many as the FFN is wide).
 COLUMNS = 4096
 # Side of the tiles that R is rounded in, along anti-diagonals: 2 (d + r) steps, each on up to r entries.
-TILE = 32
+TILE = 48
 # While the scaled |R| stays below this, directions of X that fp32 cannot see (1e-7 of its power) do not matter in k or
 # v either: G may be summed in fp32, at twice the speed, and R need not be shrunk. (Pivoted bases keep |R| <= 1.05.)
 SMALL_REST = 2
@@ -390,8 +390,9 @@ def round_rows(
         block += multiply(moved, exact.to(within).contiguous())
         if half:
             error, owed = buffers[:, :, : block.shape[1]]
-            _round_block(block, upper, coarse, dtype, error, owed.zero_())
-        result.T[metric.order, rows] = block.to(result.dtype)
+            exact, block = block, torch.empty_like(block, dtype=dtype)
+            _round_block(exact, block, upper, coarse, error, owed.zero_())
+        result.T[metric.order, rows] = block
     return result
 
 
@@ -402,35 +403,34 @@ def _is_small(change: Float[Tensor, "d d"], power: Float[Tensor, "d"], dtype: to
 
 
 def _round_block(
-    block: Float[Tensor, "d n"],
+    exact: Float[Tensor, "d n"],
+    rounded: Float[Tensor, "d n"],
     upper: Float[Tensor, "d d"],
     coarse: Float[Tensor, "d d"],
-    dtype: torch.dtype,
     error: Float[Tensor, "d n"],
     owed: Float[Tensor, "d n"],
 ) -> None:
-    """Round in place, first row to last, by halves; owed: what each row has to make up for; error: what it leaves.
+    """Round, first row to last, by halves; owed: what each row has to make up for; error: what it leaves.
 
     Both are fp32: small beside what they correct; coarse: upper in the precision in which many errors are passed
     on at once. Even bf16's 2^-9 of what is owed is small beside what rounding a row adds.
     """
-    size = len(block)
+    size = len(exact)
     if size <= LEAF:
+        wanted = torch.sub(exact, owed, out=owed)
         for k in range(size):
-            exact = block[k]
             if k:
-                owed[k : k + 1].addmm_(upper[:k, k : k + 1].T, error[:k])
-            rounded = (exact - owed[k]).to(dtype)
-            torch.sub(rounded, exact, out=error[k])
-            exact.copy_(rounded)
+                wanted[k : k + 1].addmm_(upper[:k, k : k + 1].T, error[:k], alpha=-1)
+            rounded[k] = wanted[k]
+            torch.sub(rounded[k], exact[k], out=error[k])
         return
     first, last = slice(0, size // 2), slice(size // 2, size)
-    _round_block(block[first], upper[first, first], coarse[first, first], dtype, error[first], owed[first])
+    _round_block(exact[first], rounded[first], upper[first, first], coarse[first, first], error[first], owed[first])
     if size >= COARSE:
         owed[last] += multiply(coarse[first, last].T, error[first].to(coarse.dtype))
     else:
         owed[last].addmm_(upper[first, last].T, error[first])
-    _round_block(block[last], upper[last, last], coarse[last, last], dtype, error[last], owed[last])
+    _round_block(exact[last], rounded[last], upper[last, last], coarse[last, last], error[last], owed[last])
 
 
 def round_both_ways(
@@ -444,36 +444,31 @@ def round_both_ways(
     """
     (d, r), device = matrix.shape, matrix.device
     down, across = -(-d // TILE), -(-r // TILE)
-    values = _pad(matrix[rows.order][:, columns.order], down, across)
-    values = values.view(down, TILE, across, TILE).transpose(1, 2).contiguous()  # (p, q, i, j)
+    exact = _pad(matrix[rows.order][:, columns.order], down, across)
+    exact = exact.view(down, TILE, across, TILE).transpose(1, 2).contiguous()  # (p, q, i, j)
     lg = _column_blocks(_pad(rows.upper.float(), down, down))  # (p, d, j)
     ln = _column_blocks(_pad(columns.upper.float(), across, across)).flip(0)  # (-q, r, j)
+    p, q = torch.arange(down, device=device), torch.arange(across, device=device)
+    own_g = lg.view(down, down, TILE, TILE)[p, p]
+    own_n = ln.view(across, across, TILE, TILE)[across - 1 - q, q]
+    rounded = torch.empty_like(exact, dtype=dtype)
     error = torch.zeros(across, down * TILE, TILE, dtype=torch.float32, device=device)  # (-q, i, j)
     mixed = torch.zeros(down, TILE, across * TILE, dtype=torch.float32, device=device)  # Lg^T error: (p, i, j)
+    error_tiles, mixed_tiles = error.view(across, down, TILE, TILE), mixed.view(down, TILE, across, TILE)
     for diagonal in range(down + across - 1):
         first, last = max(0, diagonal - across + 1), min(down, diagonal + 1)
-        tiles = range(first, last)
-        p = slice(first, last)
-        q = slice(across - 1 - diagonal + first, across - 1 - diagonal + last)
-        above = torch.bmm(lg[p, : last * TILE].mT, error[q, : last * TILE])
-        for tile, row in enumerate(tiles):
-            column = diagonal - row
-            mixed[row, :, column * TILE : (column + 1) * TILE] = above[tile]
+        p = torch.arange(first, last, device=device)
+        q = diagonal - p
+        backwards = slice(across - 1 - diagonal + first, across - 1 - diagonal + last)
+        above = torch.bmm(lg[first:last, : last * TILE].mT, error[backwards, : last * TILE])
+        mixed_tiles[p, :, q] = above
         right = (diagonal - first + 1) * TILE
-        owed = torch.bmm(mixed[p, :, :right], ln[q, :right])
-        here = torch.arange(first, last, device=device)
-        inner_g = torch.stack([lg[row, row * TILE : (row + 1) * TILE] for row in tiles])
-        inner_n = torch.stack(
-            [ln[across - 1 - c, c * TILE : (c + 1) * TILE] for c in (diagonal - row for row in tiles)]
-        )
-        rounded, errors, gained = _round_tiles(values[here, diagonal - here], owed, inner_g, inner_n, dtype)
-        values[here, diagonal - here] = rounded
-        for tile, row in enumerate(tiles):
-            column = diagonal - row
-            error[across - 1 - column, row * TILE : (row + 1) * TILE] = errors[tile]
-            mixed[row, :, column * TILE : (column + 1) * TILE] += gained[tile]
+        owed = torch.bmm(mixed[first:last, :, :right], ln[backwards, :right])
+        rounded[p, q], wrong, gained = _round_tiles(exact[p, q], owed, own_g[p], own_n[q], dtype)
+        error_tiles[across - 1 - q, p] = wrong
+        mixed_tiles[p, :, q] = above + gained
     result = torch.empty_like(matrix, dtype=dtype)
-    result[rows.order[:, None], columns.order] = values.transpose(1, 2).reshape(down * TILE, -1)[:d, :r].to(dtype)
+    result[rows.order[:, None], columns.order] = rounded.transpose(1, 2).reshape(down * TILE, -1)[:d, :r]
     return result
 
 
@@ -486,21 +481,24 @@ def _round_tiles(
 ) -> tuple[Float[Tensor, "t i j"], Float[Tensor, "t i j"], Float[Tensor, "t i j"]]:
     """Round tiles, anti-diagonal by anti-diagonal: the rounded values, their errors, and Lg^T errors.
 
-    With columns last to first an anti-diagonal is a diagonal, so that every step works on views.
+    With columns last to first an anti-diagonal is a diagonal; its entries, of all tiles, are kept side by side.
     """
-    exact, owed, across = exact.flip(2), owed.flip(2), ln.mT.flip(1, 2)
-    rounded, error, mixed = torch.empty_like(exact), torch.empty_like(owed), torch.zeros_like(owed)
     size = exact.shape[1]
+    places = torch.arange(size**2, device=exact.device).view(size, size).flip(1)
+    order = torch.cat([places.diagonal(offset) for offset in range(size - 1, -size, -1)])
+    down, across = lg.permute(2, 1, 0).contiguous(), ln.permute(2, 1, 0).flip(0, 1).contiguous()
+    exact = exact.flatten(1).T[order]
+    wanted = exact - owed.flatten(1).T[order]
+    rounded, error = torch.empty_like(exact, dtype=dtype), torch.empty_like(exact, dtype=lg.dtype)
+    mixed, stop = torch.zeros_like(down), 0
     for offset in range(size - 1, -size, -1):
-        i = slice(max(0, -offset), min(size, size - offset))
-        j = slice(max(0, offset), min(size, size + offset))
-        values, target = (tiles.diagonal(offset, 1, 2) for tiles in (exact, rounded))
-        debt = owed.diagonal(offset, 1, 2) + (mixed[:, i] * across[:, j]).sum(-1)
-        target.copy_((values - debt).to(dtype))
-        wrong = error.diagonal(offset, 1, 2)
-        wrong.copy_(target - values)
-        mixed[:, :, j].addcmul_(lg[:, i].mT, wrong[:, None])
-    return rounded.flip(2), error.flip(2), mixed.flip(2)
+        up, left = max(0, -offset), max(0, offset)  # above and left of which there is nothing of theirs
+        i, j = slice(up, min(size, size - offset)), slice(left, min(size, size + offset))
+        here = slice(stop, stop := stop + size - abs(offset))
+        rounded[here] = wanted[here] - (mixed[i, left:] * across[j, left:]).sum(1)
+        mixed[up:, j].addcmul_(down[up:, i], torch.sub(rounded[here], exact[here], out=error[here]))
+    back = order.argsort()
+    return rounded[back].T.reshape(lg.shape), error[back].T.reshape(lg.shape), mixed.flip(1).permute(2, 0, 1)
 
 
 def _pad(matrix: Tensor, down: int, across: int) -> Tensor:

@@ -1,12 +1,26 @@
 """Products in every precision and layout are what torch's in fp64 are; what is returned shares no memory it may not."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from skipless import products
-from skipless.products import LU, cholesky, gram, inverse, multiply, precision, product, solve_triangular, squares
+from skipless.products import (
+    LU,
+    ROWS,
+    cholesky,
+    gram,
+    inverse,
+    max_abs,
+    multiply,
+    precision,
+    product,
+    solve_triangular,
+    squares,
+)
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -52,6 +66,23 @@ def test_sums_of_bf16_products_are_in_fp32():
     left = torch.full((1, 513), 2.0**-9).bfloat16()
     left[0, 0] = 1
     assert product(left, torch.ones(513, 1).bfloat16(), torch.bfloat16).item() == 2
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_gram_of_many_rows_and_columns(turned):
+    """In more than one block, in its columns, too."""
+    matrix = draw(ROWS + 5, 600, turned=turned)
+    torch.testing.assert_close(gram(matrix), matrix.T @ matrix, rtol=1e-12, atol=1e-10)
+    assert gram(matrix[:, :0]).shape == (0, 0)
+    assert not gram(matrix[:0]).any()
+
+
+def test_the_largest_magnitude():
+    matrix = draw(3, 4)
+    matrix[1, 2] = -9
+    assert max_abs(matrix) == max_abs(matrix.T) == 9
+    matrix[0, 0] = float("nan")
+    assert math.isnan(max_abs(matrix))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
