@@ -31,6 +31,7 @@ from skipless.shapes import write_shapes
 SHAPE = "mistral-7b"
 WORK = Work(batches=(1,), context=128, tokens=32, prefill=0)
 PROMPTS = Work(batches=(1,), context=128, tokens=2, prefill=512)
+OPTIONS = Work(batches=(1,), context=128, tokens=32, prefill=512)
 console = Console(width=100)
 
 
@@ -127,6 +128,17 @@ def peers_int8(models: Models) -> dict[str, Callable[[], Worker]]:
     }
 
 
+def options(dtype: str) -> Run:
+    """OpenVINO with its own options, and with those that skipless asks for."""
+
+    def run(models: Models) -> dict[str, Callable[[], Worker]]:
+        folder = models.openvino(dtype)["q"]
+        own = [sys.executable, str(Path(__file__).parent / "openvino_own.py"), str(folder), dtype]
+        return {"its own": lambda: Worker(own), "for decoding": lambda: Worker.of("openvino", folder, dtype)}
+
+    return run
+
+
 BOTH = ("original", "q")
 ALL = (*BOTH, "pivoted")
 RUNS: dict[str, Run] = {
@@ -138,6 +150,8 @@ RUNS: dict[str, Run] = {
     "openvino float32": ours("openvino", "float32", False, *ALL),
     "openvino bfloat16": ours("openvino", "bfloat16", False, *ALL),
     "openvino int8": ours("openvino", "int8", False, *ALL),
+    "openvino bfloat16, options": options("bfloat16"),
+    "openvino int8, options": options("int8"),
     "peers bfloat16": peers,
     "peers int8": peers_int8,
 }
@@ -149,7 +163,7 @@ def run(name: str, models: Models, rounds: int) -> Bench:
         found = RUNS[name](models)
         runners = [(label, stack.enter_context(load())) for label, load in found.items()]
         engine, dtype = name.split()[0], name.split()[1].strip(",")
-        work = PROMPTS if "prompts" in name else WORK
+        work = PROMPTS if "prompts" in name else OPTIONS if "options" in name else WORK
         return measure(runners, work, rounds, engine + (", compiled" if "compiled" in name else ""), dtype)
 
 
@@ -159,14 +173,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", action="append", choices=list(RUNS), help="a run, repeatable [default: all]")
     parser.add_argument("--folder", type=Path, help="where to keep the models [default: nowhere]")
-    options = parser.parse_args()
+    arguments = parser.parse_args()
     results = {}
     with tempfile.TemporaryDirectory() as temporary:
-        folder = options.folder or Path(temporary)
+        folder = arguments.folder or Path(temporary)
         folder.mkdir(exist_ok=True)
-        models = Models(folder, options.layers)
-        for name in options.only or RUNS:
-            results[name] = run(name, models, options.rounds)
+        models = Models(folder, arguments.layers)
+        for name in arguments.only or RUNS:
+            results[name] = run(name, models, arguments.rounds)
             console.rule(name)
             console.print(tables.bench_line(results[name]), soft_wrap=True, highlight=False)
             console.print(tables.bench_table(results[name]))
