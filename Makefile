@@ -14,7 +14,7 @@ help:
 	@echo "make test        run the tests (creates .venv first)"
 	@echo "make test-vllm   run the tests of the vLLM plugin (creates .venv-vllm first, from requirements-vllm.lock)"
 	@echo "make check       formatting, lint and types: ruff, mypy (creates .venv first)"
-	@echo "make benchmarks  every number in the README and docs, measured here: two hours, 45 GB of disk, a download of 170 MB"
+	@echo "make benchmarks  every number in the README and docs, measured here: three hours, 48 GB of disk, a download of 170 MB"
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)

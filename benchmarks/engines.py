@@ -1,12 +1,13 @@
 """Decoding in the engines people use, original against fused, and beside them the models and engines they have now.
 
     pip install llama-cpp-python==0.3.36 gguf      # the peer: built from source, some minutes
-    python benchmarks/engines.py                   # half an hour on 2 cores, 20 GB of memory, 45 GB of disk
+    python benchmarks/engines.py                   # an hour on 2 cores, 20 GB of memory, 48 GB of disk
     python benchmarks/engines.py --layers 1 --rounds 2 --only "torch bfloat16"
 
 Random weights of Mistral-7B's shape, 4 layers. Each line is one run: its models decode in turns, each in a process of
 its own, and ratios are medians of those of a round. Peers have the norms and skips that the shape comes with:
-MistralForCausalLM of transformers, and a GGUF in llama.cpp. The last line is one JSON object.
+MistralForCausalLM of transformers, and a GGUF in llama.cpp. "Options" are OpenVINO's own against those that skipless
+asks for. The last line is one JSON object.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""OpenVINO with the options that it chooses by itself, for engines.py: a process that decodes as it is asked to.
+"""OpenVINO with its own options (besides the cache's precision, which the IR says), for engines.py.
 
 python benchmarks/openvino_own.py FOLDER PRECISION
 """

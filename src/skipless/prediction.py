@@ -365,7 +365,7 @@ class OpenStream:
             largest = rests[0].largest(passed_weights)
             if extra:
                 rests.append(Rest(torch.cat(extra, 1), self.extra_weights, dtype))
-            numbers = max([written, *(rest.matrix.abs().max().item() for rest in rests if rest.matrix.numel())])
+            numbers = max([written, *(max_abs(rest.matrix) for rest in rests if rest.matrix.numel())])
             fits = numbers <= torch.finfo(dtype).max
             errors[name] = self._fused(stream, rests, metric, name) if fits else lost
         return Way(basis.condition, largest, errors)
@@ -458,7 +458,7 @@ def _reach(left: Float[Tensor, "n d"], right: Float[Tensor, "d m"]) -> float:
     bound = (squares(left, 1).max() * squares(right, 0).max()).sqrt()
     if bound <= torch.finfo(torch.float16).max:
         return bound.item()
-    return max(product(left[rows], right, torch.float64).abs().max().item() for rows in slices(len(left)))
+    return max(max_abs(product(left[rows], right, torch.float64)) for rows in slices(len(left)))
 
 
 def _cast(affine: Affine, dtype: torch.dtype) -> Affine:

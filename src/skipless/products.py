@@ -86,12 +86,13 @@ def gram(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
             block = matrix[rows].to(dtype)
             total = torch.addmm(total, block.T, block)
         return total
-    (syrk,) = scipy.linalg.blas.get_blas_funcs(("syrk",), (total.numpy(),))
+    sums = total.numpy().T
+    (syrk,) = scipy.linalg.blas.get_blas_funcs(("syrk",), (sums,))
     for rows in slices(len(matrix)):
         block = matrix[rows].to(dtype)
         turned = _turned(block)
-        syrk(1, (block if turned else block.T).numpy(), 1, total.numpy().T, trans=turned, overwrite_c=1)
-    return _mirrored(total)
+        sums = syrk(1, (block if turned else block.T).numpy(), 1, sums, trans=turned, overwrite_c=1)
+    return _mirrored(torch.from_numpy(sums.T))
 
 
 def _mirrored(lower: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ def _mirrored(lower: Tensor) -> Tensor:
 
 
 def max_abs(matrix: Tensor) -> float:
-    """Max |X|, or NaN if there is one."""
+    """Max |X| of a matrix that is not empty, or NaN if there is one."""
     low, high = torch.aminmax(matrix.T if _turned(matrix) else matrix)
     return max(-low.item(), high.item())
 

@@ -413,7 +413,8 @@ def _round_block(
     """Round, first row to last, by halves; owed: what each row has to make up for; error: what it leaves.
 
     Both are fp32: small beside what they correct; coarse: upper in the precision in which many errors are passed
-    on at once. Even bf16's 2^-9 of what is owed is small beside what rounding a row adds.
+    on at once. Even bf16's 2^-9 of what is owed is small beside what rounding a row adds. In the end a few rows of owed
+    become what is wanted there, for which fp32 is enough, too, as it is rounded next.
     """
     size = len(exact)
     if size <= LEAF:
