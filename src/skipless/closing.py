@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from skipless.basis import choose, choose_rows
+from skipless.checkpoint.reader import not_finite
 from skipless.eliminate import Affine, close_rows, column_order, merge, modules, normalize_rows
+from skipless.errors import InputError
 from skipless.planning import Plan, Task
 from skipless.prediction import OpenStream, merged, passed_rows
 from skipless.products import HALF, max_abs, squares
@@ -30,9 +32,24 @@ class Done:
 
 
 def run_task(plan: Plan, task: Task, read: Callable[[str], torch.Tensor]) -> Done:
-    """Carry out one task, as its tensors are taken: read what a seam needs, close it, hand out what no other needs."""
+    """Carry out one task, as its tensors are taken: read what a seam needs, close it, hand out what no other needs.
+
+    Taking one raises InputError if casting it to a smaller dtype has overflowed.
+    """
     problems: list[str] = []
-    return Done(_close_all(plan, task, read, problems) if task.seams else _copy(plan, task, read), problems)
+    tensors = _close_all(plan, task, read, problems) if task.seams else _copy(plan, task, read)
+    return Done(_finite(tensors), problems)
+
+
+def _finite(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same, looked at where all threads are free for it, which they are not beside the next seam."""
+    for name, tensor in tensors:
+        if not_finite(tensor):
+            raise InputError(
+                f"{name}: expected numbers that {tensor.dtype} can hold, found an overflow; use --dtype float32"
+            )
+        yield name, tensor
+        del tensor
 
 
 def _copy(plan: Plan, task: Task, read: Callable[[str], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -15,6 +15,7 @@ from skipless import __version__
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.closing import Done, run_task
 from skipless.errors import InputError
+from skipless.machine import freed_memory_kept
 from skipless.planning import Plan
 
 # What each task gives, in any order; closed before its end, it stops what it has begun.
@@ -27,10 +28,11 @@ def run_local(plan: Plan, reader: CheckpointReader, todo: Sequence[int]) -> Resu
     """One task after the other in this process, while what the next one reads is fetched from the disk."""
     ahead, stopped = ThreadPoolExecutor(1, "reading"), Event()
     try:
-        for number, following in zip(todo, [*todo[1:], None], strict=False):
-            if following is not None:
-                ahead.submit(reader.warm, plan.tasks[following].reads, stopped.is_set)
-            yield number, run_task(plan, plan.tasks[number], reader.tensor)
+        with freed_memory_kept():
+            for number, following in zip(todo, [*todo[1:], None], strict=False):
+                if following is not None:
+                    ahead.submit(reader.warm, plan.tasks[following].reads, stopped.is_set)
+                yield number, run_task(plan, plan.tasks[number], reader.tensor)
     finally:
         stopped.set()
         ahead.shutdown(cancel_futures=True)

@@ -13,8 +13,9 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-# Rows that are brought to another precision at a time.
+# Rows that are brought to another precision at a time, and numbers that are while they are in the CPU's caches.
 ROWS = 4096
+CACHED = 2**19
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -119,7 +120,8 @@ def squares(matrix: Tensor, dim: int) -> Tensor:
     """Sums of squares along a dimension, in fp64."""
     turned = _turned(matrix)
     rows, along = (matrix.T, 1 - dim) if turned else (matrix, dim)
-    parts = [rows[part].double().square().sum(along) for part in slices(len(rows), 64)]
+    size = max(1, CACHED // max(1, rows.shape[1]))
+    parts = [rows[part].to(torch.float64, copy=True).square_().sum(along) for part in slices(len(rows), size)]
     if along == 1:
         return torch.cat([rows.new_zeros(0, dtype=torch.float64), *parts])
     return sum(parts, rows.new_zeros(rows.shape[1], dtype=torch.float64))

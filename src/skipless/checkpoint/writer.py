@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from skipless.checkpoint.headers import INDEX, SINGLE, read_header
-from skipless.checkpoint.reader import DTYPES, TensorInfo, not_finite, uncache
+from skipless.checkpoint.reader import DTYPES, TensorInfo, uncache
 from skipless.errors import InputError, StorageError
 
 # Bytes read at a time to hash them.
@@ -78,16 +78,9 @@ class CheckpointWriter:
             self._offsets[name] += len(header)
 
     def write(self, name: str, tensor: torch.Tensor) -> str:
-        """Put a tensor in its place, on disk, and return the SHA-256 of its bytes.
-
-        Raises InputError if casting it to a smaller dtype has overflowed.
-        """
+        """Put a tensor in its place, on disk, and return the SHA-256 of its bytes."""
         info = self.tensors[name]
         assert (tuple(tensor.shape), tensor.dtype) == (info.shape, info.dtype), name
-        if not_finite(tensor):
-            raise InputError(
-                f"{name}: expected numbers that {info.dtype} can hold, found an overflow; use --dtype float32"
-            )
         data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         with (self.folder / info.shard).open("r+b") as file:
             file.seek(self._offsets[name])
