@@ -31,7 +31,7 @@ from skipless.closing import Done, run_task
 from skipless.cost import cost
 from skipless.engines import Results, environment
 from skipless.errors import InputError, StorageError
-from skipless.machine import freed_memory_kept
+from skipless.machine import freed_memory_kept, resident_memory
 from skipless.planning import Plan
 
 # How often a task is run again when its worker is lost.
@@ -219,7 +219,8 @@ def carry_out(expected: Mapping[str, object], job: Sequence["ray.ObjectRef[Input
             )
     plan, reader = _opened(job[0])
     done = run_task(plan, plan.tasks[number], reader.tensor)
-    with freed_memory_kept():
+    needed = cost(plan, plan.tasks[number]).memory + plan.largest_output
+    with freed_memory_kept(resident_memory() + needed):
         for name, tensor in done.tensors:
             yield name, tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
             del tensor

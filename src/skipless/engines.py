@@ -14,8 +14,9 @@ import torch
 from skipless import __version__
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.closing import Done, run_task
+from skipless.cost import cost
 from skipless.errors import InputError
-from skipless.machine import freed_memory_kept
+from skipless.machine import freed_memory_kept, resident_memory
 from skipless.planning import Plan
 
 # What each task gives, in any order; closed before its end, it stops what it has begun.
@@ -27,8 +28,9 @@ Engine = Callable[[Plan, CheckpointReader, Sequence[int]], Results]
 def run_local(plan: Plan, reader: CheckpointReader, todo: Sequence[int]) -> Results:
     """One task after the other in this process, while what the next one reads is fetched from the disk."""
     ahead, stopped = ThreadPoolExecutor(1, "reading"), Event()
+    needed = max((cost(plan, plan.tasks[number]).memory for number in todo), default=0) + plan.largest_output
     try:
-        with freed_memory_kept():
+        with freed_memory_kept(resident_memory() + needed):
             for number, following in zip(todo, [*todo[1:], None], strict=False):
                 if following is not None:
                     ahead.submit(reader.warm, plan.tasks[following].reads, stopped.is_set)

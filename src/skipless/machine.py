@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from threading import Event, Thread
 
 import psutil
 import torch
@@ -24,6 +25,8 @@ PRECISIONS = ("float64", "float32", "bfloat16")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 OWN = {M_TRIM_THRESHOLD: 2**26, M_MMAP_MAX: 65536}
 KEPT = {M_TRIM_THRESHOLD: -1, M_MMAP_MAX: 0}
+# Seconds between looks at how much memory the process holds.
+INTERVAL = 0.05
 
 
 @dataclass(frozen=True)
@@ -86,20 +89,32 @@ def resident_memory() -> int:
 
 
 @contextmanager
-def freed_memory_kept() -> Iterator[None]:
+def freed_memory_kept(limit: int) -> Iterator[None]:
     """Let the memory of one large tensor be used for the next: given back, the system would have to clear it each time.
 
-    That is a tenth of a task's time. At the end it is given back. Where malloc is not glibc's, nothing is different.
+    That is a tenth of a task's time. What is free is given back at the end, and when the process holds more than
+    `limit` bytes. Where malloc is not glibc's, nothing is different.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):
         yield
         return
+    ended = Event()
+
+    def watch() -> None:
+        while not ended.wait(INTERVAL):
+            if resident_memory() > limit:
+                libc.malloc_trim(0)
+
     for parameter, value in KEPT.items():
         libc.mallopt(parameter, value)
+    watching = Thread(target=watch, name="watching memory", daemon=True)
+    watching.start()
     try:
         yield
     finally:
+        ended.set()
+        watching.join()
         for parameter, value in OWN.items():
             libc.mallopt(parameter, value)
         libc.malloc_trim(0)
