@@ -92,8 +92,8 @@ def resident_memory() -> int:
 def freed_memory_kept(limit: int) -> Iterator[None]:
     """Let the memory of one large tensor be used for the next: given back, the system would have to clear it each time.
 
-    That is a tenth of a task's time. What is free is given back at the end, and when the process holds more than
-    `limit` bytes. Where malloc is not glibc's, nothing is different.
+    What is free is given back at the end, and when the process holds more than `limit` bytes. Where malloc is not
+    glibc's, nothing is different.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):
