@@ -42,7 +42,7 @@ def run_task(plan: Plan, task: Task, read: Callable[[str], torch.Tensor]) -> Don
 
 
 def _finite(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same, looked at where all threads are free for it, which they are not beside the next seam."""
+    """The same, each looked at by this thread: the writing one would wait for threads that the next seam keeps busy."""
     for name, tensor in tensors:
         if not_finite(tensor):
             raise InputError(

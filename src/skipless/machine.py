@@ -20,8 +20,8 @@ SIZE, ROUNDS = 1536, 3
 # Bytes read to time the disk.
 READ = 2**27
 PRECISIONS = ("float64", "float32", "bfloat16")
-# Parameters of glibc's mallopt: how much is free at the heap's end before it is given back, and how many blocks may lie
-# outside the heap. Its own values, the first as it becomes with blocks as large as ours.
+# Parameters of glibc's mallopt: how much may be free at the heap's end before it is given back (-1: anything), and how
+# many blocks may lie outside the heap, each given back as it is freed. OWN: glibc's, the first as large blocks make it.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 OWN = {M_TRIM_THRESHOLD: 2**26, M_MMAP_MAX: 65536}
 KEPT = {M_TRIM_THRESHOLD: -1, M_MMAP_MAX: 0}
