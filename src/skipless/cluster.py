@@ -219,8 +219,7 @@ def carry_out(expected: Mapping[str, object], job: Sequence["ray.ObjectRef[Input
             )
     plan, reader = _opened(job[0])
     done = run_task(plan, plan.tasks[number], reader.tensor)
-    needed = cost(plan, plan.tasks[number]).memory + plan.largest_output
-    with freed_memory_kept(resident_memory() + needed):
+    with freed_memory_kept(resident_memory() + cost(plan, plan.tasks[number]).memory):
         for name, tensor in done.tensors:
             yield name, tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
             del tensor

@@ -43,6 +43,11 @@ def cost(plan: Plan, task: Task) -> Cost:
     return Cost(flops, _memory(plan, task))
 
 
+def needed(plan: Plan, task: Task) -> int:
+    """Bytes that a task adds to what the process holds: its own memory, and one tensor that waits to be written."""
+    return cost(plan, task).memory + plan.largest_output
+
+
 def steps(plan: Plan, task: Task) -> dict[str, tuple[str, float]]:
     """The task's steps in their order: name -> precision, FLOPs."""
     found: dict[str, tuple[str, float]] = {}

@@ -14,7 +14,7 @@ import torch
 from skipless import __version__
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.closing import Done, run_task
-from skipless.cost import cost
+from skipless.cost import needed
 from skipless.errors import InputError
 from skipless.machine import freed_memory_kept, resident_memory
 from skipless.planning import Plan
@@ -28,9 +28,9 @@ Engine = Callable[[Plan, CheckpointReader, Sequence[int]], Results]
 def run_local(plan: Plan, reader: CheckpointReader, todo: Sequence[int]) -> Results:
     """One task after the other in this process, while what the next one reads is fetched from the disk."""
     ahead, stopped = ThreadPoolExecutor(1, "reading"), Event()
-    needed = max((cost(plan, plan.tasks[number]).memory for number in todo), default=0) + plan.largest_output
+    most = max((needed(plan, plan.tasks[number]) for number in todo), default=0)
     try:
-        with freed_memory_kept(resident_memory() + needed):
+        with freed_memory_kept(resident_memory() + most):
             for number, following in zip(todo, [*todo[1:], None], strict=False):
                 if following is not None:
                     ahead.submit(reader.warm, plan.tasks[following].reads, stopped.is_set)

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from skipless.cost import Cost, cost
+from skipless.cost import Cost, cost, needed
 from skipless.errors import InputError
 from skipless.machine import Rates
 from skipless.planning import Plan
@@ -85,9 +85,9 @@ def estimate(plan: Plan, rates: Rates, held: int) -> Estimate:
 def check_memory(plan: Plan, held: int, limit: int) -> None:
     """Raise InputError if a task needs more than `limit` bytes, with the `held` ones that the process has already."""
     for task in plan.tasks:
-        needed = held + cost(plan, task).memory + plan.largest_output
-        if needed > limit:
+        found = held + needed(plan, task)
+        if found > limit:
             raise InputError(
                 f"{task.writes[0]}: expected at most {limit / 1e9:.1f} GB of memory, found that computing it takes "
-                f"{needed / 1e9:.1f} GB; use --max-memory, or a machine that has more"
+                f"{found / 1e9:.1f} GB; use --max-memory, or a machine that has more"
             )

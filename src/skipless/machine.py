@@ -1,4 +1,4 @@
-"""What this machine does a second, and how much memory it has. Measured, in about a second."""
+"""What this machine does a second, measured in about one, how much memory it has, and what becomes of freed memory."""
 
 import ctypes
 import resource
