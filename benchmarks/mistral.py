@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -49,9 +50,8 @@ MISTRAL = {
 }
 
 
-def make(folder: Path, layers: int) -> None:
+def make(folder: Path, config: Mapping[str, object]) -> None:
     """Random weights of unit gain, a tensor at a time."""
-    config = {**MISTRAL, "num_hidden_layers": layers}
     shapes = Architecture.from_config(config).tensors()
     folder.mkdir()
     write_json(folder / "config.json", config)
@@ -170,7 +170,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         source = Path(name) / "source"
         start = time.perf_counter()
-        make(source, arguments.layers)
+        make(source, {**MISTRAL, "num_hidden_layers": arguments.layers})
         size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
         print(f"made {size / 1e9:.1f} GB in {time.perf_counter() - start:.0f} s", flush=True)
         result = {"layers": arguments.layers, "bytes": size, "torch": torch.__version__, "limit": limit, "runs": {}}

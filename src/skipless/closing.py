@@ -4,7 +4,7 @@ Tensors are held as they were read, and what is made of them as it will be store
 forgotten after its last use.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,23 +15,27 @@ from skipless.eliminate import Affine, close_rows, column_order, merge, modules,
 from skipless.errors import InputError
 from skipless.planning import Plan, Task
 from skipless.prediction import OpenStream, merged, passed_rows
-from skipless.products import HALF, max_abs, squares
+from skipless.products import HALF, blocks, max_abs, slices, squares
 from skipless.rounding import round_stream
+from skipless.rows import Rows
 from skipless.seams import Seam
-from skipless.source import read_affine
+from skipless.source import Read, read_affine, read_by_rows
+
+# Bytes of a tensor that are copied at a time.
+COPIED = 2**26
 
 
 @dataclass(frozen=True)
 class Done:
-    """What a task gives: the tensors to write, and, once they have been taken, where storing them is expected to lose
-    too much.
+    """What a task gives: the tensors to write, each whole or some of its rows after the other, and, once they have been
+    taken, where storing them is expected to lose too much.
     """
 
     tensors: Iterator[tuple[str, torch.Tensor]]
     problems: list[str]
 
 
-def run_task(plan: Plan, task: Task, read: Callable[[str], torch.Tensor]) -> Done:
+def run_task(plan: Plan, task: Task, read: Read) -> Done:
     """Carry out one task, as its tensors are taken: read what a seam needs, close it, hand out what no other needs.
 
     Taking one raises InputError if casting it to a smaller dtype has overflowed.
@@ -52,21 +56,27 @@ def _finite(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, 
         del tensor
 
 
-def _copy(plan: Plan, task: Task, read: Callable[[str], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+def _copy(plan: Plan, task: Task, read: Read) -> Iterator[tuple[str, torch.Tensor]]:
     (name,) = task.writes
-    yield name, read(name).to(plan.outputs[name].dtype)
+    info, dtype = plan.inputs[name], plan.outputs[name].dtype
+    if info.bytes <= COPIED:
+        yield name, read(name).to(dtype)
+        return
+    for rows in slices(info.shape[0], max(1, COPIED // info.row_bytes)):
+        yield name, read(name, rows).to(dtype)
 
 
-def _close_all(
-    plan: Plan, task: Task, read: Callable[[str], torch.Tensor], problems: list[str]
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _close_all(plan: Plan, task: Task, read: Read, problems: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
     before, after = plan.modules
     affines: dict[str, Affine] = {}
     seen: set[str] = set()
     for seam, later in with_later(task):
         for name in seam.modules:
             if name in before and name not in seen:  # once: what an earlier seam has removed is no more
-                affines[name] = read_affine(before[name], after.get(name), read)
+                by_rows = task.by_rows and name in seam.writers
+                affines[name] = (
+                    read_by_rows(before[name], read) if by_rows else read_affine(before[name], after.get(name), read)
+                )
         seen.update(seam.modules)
         own = {name: affines.pop(name) for name in seam.modules if name in affines}
         remaining, order, problem = _close(plan, seam, own, later, read)
@@ -94,7 +104,7 @@ def _close(
     seam: Seam,
     affines: dict[str, Affine],
     later: frozenset[str],
-    read: Callable[[str], torch.Tensor],
+    read: Read,
 ) -> Closed:
     """Close one seam: the modules that remain, their order, and what is wrong.
 
@@ -126,16 +136,16 @@ def _close_stream(plan: Plan, seam: Seam, affines: dict[str, Affine], later: fro
     opened.release()
     for writer in seam.writers:
         del affines[writer]
+    condition = basis.condition
+    del basis
     if getattr(torch, name) in HALF:
         stream = round_stream(stream, opened.weights, opened.extra_weights, dtypes)
-    problem = opened.measure(way, basis, stream, dtypes, name).problem(way, name)
+    problem = opened.measure(way, condition, stream, dtypes, name).problem(way, name)
     widths = {name: weight.shape[1] for name, weight in opened.readers.items()}
     return modules(seam, way, stream, widths), column_order(stream), problem
 
 
-def _close_rows(
-    plan: Plan, seam: Seam, affines: Mapping[str, Affine], later: frozenset[str], read: Callable[[str], torch.Tensor]
-) -> Closed:
+def _close_rows(plan: Plan, seam: Seam, affines: Mapping[str, Affine], later: frozenset[str], read: Read) -> Closed:
     """Make rows of P, or of each head of V, the identity."""
     weight, mix = affines[seam.writers[0]].weight.double(), None
     if seam.kind == "values":
@@ -186,9 +196,25 @@ def _stored(plan: Plan, affines: dict[str, Affine]) -> Iterator[tuple[str, torch
     for name in list(affines):
         weight, bias = affines[name].weight, affines[name].bias
         del affines[name]
-        weight = weight if after[name].table or after[name].diagonal else weight.T
-        weight = weight.to(plan.outputs[f"{name}.weight"].dtype)
+        dtype, turned = plan.outputs[f"{name}.weight"].dtype, not (after[name].table or after[name].diagonal)
+        if isinstance(weight, Rows):
+            yield from ((f"{name}.weight", part) for part in _made(weight, dtype, turned))
+            continue
+        weight = (weight.T if turned else weight).to(dtype)
         yield f"{name}.weight", weight
         del weight
         if bias is not None:
             yield f"{name}.bias", bias.to(plan.outputs[f"{name}.bias"].dtype)
+
+
+def _made(weight: Rows, dtype: torch.dtype, turned: bool) -> Iterator[torch.Tensor]:
+    """Rows of a matrix as they are made, or, if stored transposed, all of it, in the place of what it is made of."""
+    if not turned:
+        yield from (weight[rows].to(dtype) for rows in blocks(weight))
+        return
+    whole = weight.origin
+    if whole is None or (tuple(whole.shape), whole.dtype) != (weight.shape, dtype):
+        whole = torch.empty(weight.shape[1], len(weight), dtype=dtype, device=weight.device).T
+    for rows in blocks(weight):
+        whole[rows] = weight[rows]
+    yield whole.T

@@ -64,13 +64,10 @@ def run(plan: Plan, reader: CheckpointReader, todo: Sequence[int], address: str 
     """
     if not todo:
         return
-    tasks = [Submission(plan, number, reader.device.type) for number in todo]
-    waiting = deque(sorted(tasks, key=lambda task: task.cost.total, reverse=True))
     running: list[Submission] = []
     with _connected(address):
-        for task in tasks:
-            if lack := task.lack():
-                raise StorageError(lack)
+        plan, tasks = _placed(plan, todo, reader.device.type)
+        waiting = deque(sorted(tasks, key=lambda task: task.cost.total, reverse=True))
         room = SHARE * ray.cluster_resources().get("object_store_memory", 0)
         job = ray.put(Input(plan, reader.place, reader.device.type, reader.fingerprint()))
         try:
@@ -85,6 +82,21 @@ def run(plan: Plan, reader: CheckpointReader, todo: Sequence[int], address: str 
         finally:
             for task in running:
                 task.cancel()
+
+
+def _placed(plan: Plan, todo: Sequence[int], device: str) -> tuple[Plan, list["Submission"]]:
+    """The tasks of these numbers, by rows where no machine has room for one otherwise, and the plan that says so.
+
+    Raises StorageError for one that no machine has room for even then.
+    """
+    tasks = [Submission(plan, number, device) for number in todo]
+    large = [plan.tasks[task.number] for task in tasks if task.lack()]
+    if large:
+        plan = plan.by_rows([task for task in large if plan.can_go_by_rows(task)])
+        tasks = [Submission(plan, number, device) for number in todo]
+    for lack in filter(None, (task.lack() for task in tasks)):
+        raise StorageError(lack)
+    return plan, tasks
 
 
 class Submission:
@@ -140,8 +152,12 @@ class Submission:
 
     def tensors(self, problems: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """What it gives, as it comes; at the end, what is wrong with it."""
-        for _ in self._outputs:
+        missing = {name: info.bytes for name, info in self._outputs.items()}
+        while missing:
             name, data = self.next()
+            missing[name] -= data.nbytes
+            if missing[name] <= 0:
+                del missing[name]
             yield name, _tensor(data, self._outputs[name])
             del data
         problems += self.next()
@@ -195,17 +211,17 @@ def _listed(resources: Mapping[str, float]) -> str:
 
 
 def _tensor(data: np.ndarray, info: TensorInfo) -> torch.Tensor:
-    """A tensor of these bytes, in Ray's shared memory: it cannot be changed."""
+    """A tensor of these bytes, or rows of it, in Ray's shared memory: it cannot be changed."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(data).view(info.dtype).reshape(info.shape)
+        return torch.from_numpy(data).view(info.dtype).reshape(-1, *info.shape[1:])
 
 
 # What a worker does.
 
 
 def carry_out(expected: Mapping[str, object], job: Sequence["ray.ObjectRef[Input]"], number: int) -> Iterator[Any]:
-    """Run one task and hand out each tensor's name and bytes, then its problems.
+    """Run one task and hand out names and bytes of tensors, or of rows of them, then its problems.
 
     expected: the driver's environment. Raises StorageError if this one, or the source as it is seen here, is
     another: elsewhere the task may succeed.

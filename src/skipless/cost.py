@@ -5,15 +5,17 @@ Of the terms, those of third order are counted. What depends on the numbers them
 moderate (rounding.MODERATE_REST), no Cholesky factorization has to be repeated, and pivoting needs no swaps.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from skipless.closing import kept_dtype, stream_dtypes, with_later
+from skipless.checkpoint.reader import TensorInfo
+from skipless.closing import COPIED, kept_dtype, stream_dtypes, with_later
 from skipless.planning import Plan, Task
 from skipless.prediction import PROBES
-from skipless.products import HALF, ROWS, precision
+from skipless.products import HALF, block_rows, precision
+from skipless.rounding import COLUMNS
 from skipless.seams import Seam
 
 # Beside what is counted: Python's own, vectors, and the buffers of BLAS.
@@ -43,26 +45,51 @@ def cost(plan: Plan, task: Task) -> Cost:
     return Cost(flops, _memory(plan, task))
 
 
-def needed(plan: Plan, task: Task) -> int:
-    """Bytes that a task adds to what the process holds: its own memory, and one tensor that waits to be written."""
-    return cost(plan, task).memory + plan.largest_output
+def needed(plan: Plan, tasks: Iterable[Task]) -> int:
+    """Bytes that carrying out tasks adds to what the process holds: the largest one's, and what waits to be written."""
+    return max((cost(plan, task).memory for task in tasks), default=0) + waiting(plan)
+
+
+def waiting(plan: Plan) -> int:
+    """Bytes of the largest that a task hands out at a time, one of which may wait to be written."""
+    return max(_piece(plan, task, name) for task in plan.tasks for name in task.writes)
+
+
+def _piece(plan: Plan, task: Task, name: str) -> int:
+    """Bytes of a tensor that a task hands out at a time."""
+    info = plan.outputs[name]
+    if not task.seams:
+        return _copied(plan.inputs[name]) * info.dtype.itemsize // plan.inputs[name].dtype.itemsize
+    if task.by_rows and _is_table(plan, name.rpartition(".")[0]):
+        return min(info.bytes, block_rows(info.shape[1]) * info.row_bytes)
+    return info.bytes
+
+
+def _copied(info: TensorInfo) -> int:
+    """Bytes of a tensor that are copied at a time."""
+    return min(info.bytes, max(COPIED, info.row_bytes))
+
+
+def _is_table(plan: Plan, name: str) -> bool:
+    module = plan.modules[0].get(name)
+    return module is not None and module.table
 
 
 def steps(plan: Plan, task: Task) -> dict[str, tuple[str, float]]:
     """The task's steps in their order: name -> precision, FLOPs."""
     found: dict[str, tuple[str, float]] = {}
     for number, (seam, later) in enumerate(with_later(task)):
-        for name, dtype, count in _seam_steps(plan, seam, later):
+        for name, dtype, count in _seam_steps(plan, task, seam, later):
             key = f"{seam.kind} seam: {name}" if len(task.seams) == 1 else f"{seam.kind} seam {number}: {name}"
             kind, before = found.get(key, (str(dtype).removeprefix("torch."), 0.0))
             found[key] = (kind, before + count)
     return found
 
 
-def _seam_steps(plan: Plan, seam: Seam, later: frozenset[str]) -> Iterator[Step]:
+def _seam_steps(plan: Plan, task: Task, seam: Seam, later: frozenset[str]) -> Iterator[Step]:
     way = seam.way(plan.basis)
     if seam.rest:
-        return _stream_steps(_Shapes.of(plan, seam, later))
+        return _stream_steps(_Shapes.of(plan, task, seam, later))
     if way == "rows":
         return _rows_steps(plan, seam)
     if way == "p":
@@ -74,7 +101,8 @@ def _seam_steps(plan: Plan, seam: Seam, later: frozenset[str]) -> Iterator[Step]
 class _Shapes:
     """Of a stream seam: rows of each writer, d, m; extra: further columns that read it (followers, duals).
 
-    half: whether all that is written is in half precision; rounded: whether some is; fixed: whether the rest is not.
+    half: whether all that is written is in half precision; rounded: whether some is; fixed: whether the rest is not;
+    by_rows: whether what the writers become is computed twice.
     """
 
     rows: tuple[int, ...]
@@ -85,9 +113,10 @@ class _Shapes:
     half: bool
     rounded: bool
     fixed: bool
+    by_rows: bool
 
     @classmethod
-    def of(cls, plan: Plan, seam: Seam, later: frozenset[str]) -> "_Shapes":
+    def of(cls, plan: Plan, task: Task, seam: Seam, later: frozenset[str]) -> "_Shapes":
 
         def width(name: str) -> int:
             return _size(plan, name) // seam.width
@@ -102,6 +131,7 @@ class _Shapes:
             half=all(dtype in HALF for dtype in dtypes.values()),
             rounded=any(dtype in HALF for dtype in dtypes.values()),
             fixed=dtypes["rest"] not in HALF,
+            by_rows=task.by_rows,
         )
 
     @property
@@ -125,7 +155,7 @@ def _stream_steps(s: _Shapes) -> Iterator[Step]:
         yield "choose columns", within, d**2 * (s.m - d / 3) + d**2 * s.r
     yield "factorize S", F64, 2 / 3 * d**3
     yield "R = S^-1 A", F64, 2.0 * d**2 * r
-    yield "X = O S", within, 2.0 * n * d**2
+    yield "X = O S", within, 2.0 * n * d**2 * (2 if s.by_rows and s.rounded else 1)
     if s.rounded:
         yield "G = X^T X", within, float(n * d**2)
         if not s.pivoted:
@@ -133,7 +163,7 @@ def _stream_steps(s: _Shapes) -> Iterator[Step]:
         widths = [width for width in (s.r, s.extra) if width]
         yield "factorize G", within, len(widths) * d**3 / 3
         for width in widths:
-            blocks = [min(ROWS, width - start) for start in range(0, width, ROWS)]
+            blocks = [min(COLUMNS, width - start) for start in range(0, width, COLUMNS)]
             yield "N", within, float(sum(b * b * d for b in blocks))
             yield "factorize N", within, 4 / 3 * sum(b**3 for b in blocks)
             yield "round R", F32, float(sum(b * d**2 + b * b * d for b in blocks))
@@ -179,14 +209,15 @@ def _dtype(plan: Plan, name: str) -> torch.dtype:
 def _memory(plan: Plan, task: Task) -> int:
     """Bytes at most: of the largest of the seams, with what is read for it and what earlier ones have left."""
     if not task.seams:
-        return OVERHEAD + 2 * sum(plan.inputs[name].bytes for name in task.reads)
+        (name,) = task.writes
+        return OVERHEAD + _copied(plan.inputs[name]) + _piece(plan, task, name)
     largest, left = 0.0, dict[str, float]()
     for seam, later in with_later(task):
         own = [name for name in seam.modules if name in plan.modules[0]]
         read = sum(plan.inputs[f"{name}.weight"].bytes for name in own if name not in left)
         held = read + sum(left.values()) + sum(plan.inputs[name].bytes for name in seam.mixed)
         if seam.rest:
-            needed = _stream_memory(plan, seam, _Shapes.of(plan, seam, later))
+            needed = _stream_memory(plan, seam, _Shapes.of(plan, task, seam, later))
         elif seam.way(plan.basis) == "p":
             needed = _merge_memory(plan, seam, later)
         else:  # in fp64: what it reads, and what it makes of it
@@ -208,31 +239,41 @@ def _merge_memory(plan: Plan, seam: Seam, later: frozenset[str]) -> float:
         within = precision(_dtype(plan, name), _dtype(plan, writer), kept)
         inner, rows = _size(plan, writer) / d, _size(plan, name) / d
         total += rows * inner * kept.itemsize
-        block = min(ROWS, rows) * (d + inner) * within.itemsize + _size(plan, writer) * within.itemsize
+        block = min(block_rows(d), rows) * (d + inner) * within.itemsize + _size(plan, writer) * within.itemsize
         most = max(most, block)
     return total + most
 
 
 def _stream_memory(plan: Plan, seam: Seam, s: _Shapes) -> float:
-    """The largest of the stages of closing.py; what was read is counted beside, and the writers go after O S."""
+    """The largest of the stages of closing.py; what was read is counted beside, and the writers go after O S.
+
+    By rows, neither tables nor X are held whole, but S is; and what has been read of the other writers stays.
+    """
     d, m, r, n, x = s.d, s.m, s.r + s.extra, s.n, s.within.itemsize
-    gone = sum(plan.inputs[f"{name}.weight"].bytes for name in seam.writers)
+    stored = {name: plan.inputs[f"{name}.weight"] for name in seam.writers}
+    made, gone, unread, result = n * d * x, sum(info.bytes for info in stored.values()), 0, n
+    if s.by_rows:
+        read = {name: info for name, info in stored.items() if not _is_table(plan, name)}
+        made, gone, unread = x * d * d, 0, gone - sum(info.bytes for info in read.values())
+        result = sum(
+            info.weights // d for name, info in read.items() if plan.outputs[f"{name}.weight"].dtype != info.dtype
+        )
     joined = d * m * max(_dtype(plan, name).itemsize for name in seam.readers)
     choose = joined + (2 * x * m * d + x * d * d if s.pivoted else 0)
     factors = 8 * d * d
     close = joined + factors + 16 * d * r
-    chunk = min(ROWS, max(s.rows)) * d * x
-    write = joined + factors + 8 * d * r + n * d * x + 2 * x * d * d + 2 * chunk
-    held = factors + 8 * d * r + n * d * x - gone
+    chunk = min(block_rows(d), max(s.rows)) * d * x
+    write = joined + factors + 8 * d * r + made + 2 * x * d * d + 2 * chunk
+    held = 8 * d * r + made - gone
     stages = [choose, joined + 2 * factors, close, write]
     if s.rounded:
-        root = (4 * x if s.pivoted else max(4 * x, x + 24)) * d * d
+        root = (4 * x if s.pivoted else max(4 * x, x + 16)) * d * d
         stages.append(held + x * d * d + root + (0 if s.pivoted else 16 * d * r))
-        widest = min(ROWS, max(s.r, s.extra))
+        widest = min(COLUMNS, max(s.r, s.extra))
         stages.append(held + 2 * x * d * d + 4 * d * d + 24 * d * widest + 20 * widest**2 + 2 * d * r)
         stages.append(held + 2 * d * r + 3 * x * d * r + 4 * x * d * d)
-        block = (x + 2 * x + 8 + 8) * d * min(ROWS, max(s.rows))
+        block = (x + 2 * x + 8 + 8 + (2 * x + 8 if s.by_rows else 0)) * d * min(block_rows(d), max(s.rows))
         size = 2 if s.half else 8
-        stages.append(held + 2 * d * r + n * d * size + 2 * x * d * d + 8 * d * d + block)
+        stages.append(held + 2 * d * r + result * d * size + 2 * x * d * d + 8 * d * d + block)
     stages.append(held + 8 * PROBES * (2 * d + 4 * m + 3 * s.extra) + x * d * max(d, m - d))
-    return max(stages)
+    return max(stages) - unread

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from skipless.basis import Basis, join
 from skipless.products import product
+from skipless.rows import Matrix
 from skipless.seams import Seam
 
 
@@ -33,7 +34,7 @@ class Affine:
     `one_hot`: its inputs are rows of the unit matrix, so every row can take a bias in.
     """
 
-    weight: Float[Tensor, "inputs outputs"] | Float[Tensor, "outputs"]
+    weight: Float[Matrix, "inputs outputs"] | Float[Tensor, "outputs"]
     bias: Float[Tensor, "outputs"] | None = None
     one_hot: bool = False
 

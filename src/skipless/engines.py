@@ -28,7 +28,7 @@ Engine = Callable[[Plan, CheckpointReader, Sequence[int]], Results]
 def run_local(plan: Plan, reader: CheckpointReader, todo: Sequence[int]) -> Results:
     """One task after the other in this process, while what the next one reads is fetched from the disk."""
     ahead, stopped = ThreadPoolExecutor(1, "reading"), Event()
-    most = max((needed(plan, plan.tasks[number]) for number in todo), default=0)
+    most = needed(plan, [plan.tasks[number] for number in todo])
     try:
         with freed_memory_kept(resident_memory() + most):
             for number, following in zip(todo, [*todo[1:], None], strict=False):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from skipless.cost import Cost, cost, needed
 from skipless.errors import InputError
 from skipless.machine import Rates
-from skipless.planning import Plan
+from skipless.planning import Plan, Task
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Estimate:
                 "writes": {name: self.plan.outputs[name].bytes for name in task.writes},
                 "flops": dict(found.flops),
                 "memory": found.memory,
+                "by_rows": task.by_rows,
             }
             for task, found in zip(self.plan.tasks, self.costs, strict=True)
         ]
@@ -77,17 +78,25 @@ class Estimate:
 
 
 def estimate(plan: Plan, rates: Rates, held: int) -> Estimate:
-    """What a plan costs where the process already holds `held` bytes. One tensor waits to be written meanwhile."""
-    costs = tuple(cost(plan, task) for task in plan.tasks)
-    return Estimate(plan, costs, rates, held + max(found.memory for found in costs) + plan.largest_output)
+    """What a plan costs where the process already holds `held` bytes."""
+    return Estimate(plan, tuple(cost(plan, task) for task in plan.tasks), rates, held + needed(plan, plan.tasks))
 
 
-def check_memory(plan: Plan, held: int, limit: int) -> None:
-    """Raise InputError if a task needs more than `limit` bytes, with the `held` ones that the process has already."""
-    for task in plan.tasks:
-        found = held + needed(plan, task)
-        if found > limit:
-            raise InputError(
-                f"{task.writes[0]}: expected at most {limit / 1e9:.1f} GB of memory, found that computing it takes "
-                f"{found / 1e9:.1f} GB; use --max-memory, or a machine that has more"
-            )
+def within_memory(plan: Plan, held: int, limit: int) -> Plan:
+    """The plan, with as many of its largest tasks by rows as it takes for a process that holds `held` bytes already to
+    stay within `limit`. Raises InputError if that is not enough.
+    """
+    least = plan.by_rows([task for task in plan.tasks if plan.can_go_by_rows(task)])
+    smaller: dict[int, list[Task]] = {}
+    for task, by_rows in zip(plan.tasks, least.tasks, strict=True):
+        if cost(least, by_rows).memory < (size := cost(plan, task).memory):
+            smaller.setdefault(size, []).append(task)
+    while held + needed(plan, plan.tasks) > limit and smaller:
+        plan = plan.by_rows(smaller.pop(max(smaller)))
+    found, largest = held + needed(plan, plan.tasks), max(plan.tasks, key=lambda task: cost(plan, task).memory)
+    if found > limit:
+        raise InputError(
+            f"{largest.writes[0]}: expected at most {limit / 1e9:.1f} GB of memory, found that computing it takes "
+            f"{found / 1e9:.1f} GB; use --max-memory, or a machine that has more"
+        )
+    return plan

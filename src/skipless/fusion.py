@@ -20,9 +20,10 @@ from skipless.checkpoint.reader import CheckpointReader
 from skipless.checkpoint.remote import RemotePlace, is_remote, open_reader
 from skipless.checkpoint.staging import LocalPlace, Place, Staging, staged
 from skipless.checkpoint.writer import CheckpointWriter, write_json
+from skipless.cost import waiting
 from skipless.engines import Engine, choose_engine, environment
 from skipless.errors import InputError
-from skipless.estimate import Estimate, check_memory, estimate
+from skipless.estimate import Estimate, estimate, within_memory
 from skipless.machine import available_memory, measure, resident_memory
 from skipless.planning import Plan, Task, prepare
 from skipless.request import AUTO, Request
@@ -135,22 +136,22 @@ def plan_fuse(
         raise InputError(f"{place}: expected a folder outside the source {source}, which stays as it is")
     place.check()
     reader = open_reader(source, device)
+    here = reader.device.type == "cpu" and engine == "local"
+    if max_memory is not None and not here:
+        raise InputError("max_memory: expected none with another engine or device than local and cpu; leave it out")
+    limit = resident_memory() + available_memory() if max_memory is None else max_memory
     begun = Manifest.load(place.unfinished) if resume else None
     if begun is not None and request.basis == AUTO:  # decided before, from the same weights (staged sees to that)
         decided = dataclasses.replace(request, basis=begun.job["basis"])
         plan = dataclasses.replace(prepare(reader, decided, max_shard_size), reason=begun.job["reason"])
     else:
-        plan = prepare(reader, request, max_shard_size)
+        plan = prepare(reader, request, max_shard_size, limit - resident_memory() if here else None)
     needed = plan.bytes[1] + sum((reader.folder / file).stat().st_size for file in reader.other_files())
     free = shutil.disk_usage(place.disk).free
     if begun is None and needed > free:
         raise InputError(f"{place}: expected {needed:,} bytes of free disk space, found {free:,}")
-    here = reader.device.type == "cpu" and engine == "local"
-    if max_memory is not None and not here:
-        raise InputError("max_memory: expected none with another engine or device than local and cpu; leave it out")
     if here:
-        held = resident_memory()
-        check_memory(plan, held, held + available_memory() if max_memory is None else max_memory)
+        plan = within_memory(plan, resident_memory(), limit)
     return Job(request, max_shard_size, chosen, place, reader, plan)
 
 
@@ -181,7 +182,7 @@ def _execute(job: Job, staging: Staging, progress: Callable[[Plan, Task | None],
             del manifest.done[number]
     todo = [number for number in range(len(plan.tasks)) if number not in manifest.done]
     with ThreadPoolExecutor(1, "writing") as thread, closing(job.engine(plan, job.reader, todo)) as results:
-        behind = Behind(thread, plan.largest_output)
+        behind = Behind(thread, waiting(plan))
         for number, done in results:
             digests: dict[str, str] = {}
             for name, tensor in done.tensors:
@@ -218,7 +219,9 @@ class Behind:
 
 
 def _write(writer: CheckpointWriter, name: str, tensor: torch.Tensor, digests: dict[str, str]) -> None:
-    digests[name] = writer.write(name, tensor)
+    digest = writer.write(name, tensor)
+    if digest is not None:
+        digests[name] = digest
 
 
 def _record(manifest: Manifest, number: int, task: Task, digests: dict[str, str], problems: list[str]) -> None:

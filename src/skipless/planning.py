@@ -7,7 +7,7 @@ memory together, and tasks are independent of each other, so that an engine may 
 import copy
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,7 +19,7 @@ from skipless.checkpoint.reader import CheckpointReader, TensorInfo
 from skipless.checkpoint.writer import plan_shards
 from skipless.errors import InputError
 from skipless.model.configuration_skipless import SkiplessConfig
-from skipless.prediction import Forecast, forecast
+from skipless.prediction import Forecast, forecast, forecast_memory
 from skipless.request import AUTO, Request
 from skipless.seams import Seam, closed
 from skipless.source import read_architecture, read_seam
@@ -33,11 +33,16 @@ AUTO_MAP = {
 
 @dataclass(frozen=True)
 class Task:
-    """Tensors that are read together, the seams to close on them (none: copy), and the tensors that come out."""
+    """Tensors that are read together, the seams to close on them (none: copy), and the tensors that come out.
+
+    by_rows: whether what the stream's writers become is computed twice, some rows at a time, because it does not fit in
+    memory; what comes out is the same, bit for bit.
+    """
 
     seams: tuple[Seam, ...]
     reads: tuple[str, ...]
     writes: tuple[str, ...]
+    by_rows: bool = dataclasses.field(default=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -77,11 +82,6 @@ class Plan:
         before, after = (sum(info.bytes for info in tensors.values()) for tensors in (self.inputs, self.outputs))
         return before, after
 
-    @property
-    def largest_output(self) -> int:
-        """Bytes of the largest tensor that is written."""
-        return max(info.bytes for info in self.outputs.values())
-
     @cached_property
     def shards(self) -> dict[str, int]:
         """The files of weights, in order, and the bytes of their tensors."""
@@ -94,6 +94,20 @@ class Plan:
         """Bytes that a task reads, and writes."""
         read = sum(self.inputs[name].bytes for name in task.reads)
         return read, sum(self.outputs[name].bytes for name in task.writes)
+
+    def can_go_by_rows(self, task: Task) -> bool:
+        """Whether a task need not hold a stream whole: it closes one seam, none of whose modules has a bias, or is tied
+        to another, and does not solve for the rest last.
+        """
+        if len(task.seams) != 1 or not task.seams[0].rest or task.seams[0].duals:
+            return False
+        biased = any(name.endswith(".bias") for name in (*task.reads, *task.writes))
+        return not biased and self.target.rest_dtype is None
+
+    def by_rows(self, chosen: Collection[Task]) -> "Plan":
+        """The same plan, with these tasks carried out by rows."""
+        tasks = (dataclasses.replace(task, by_rows=True) if task in chosen else task for task in self.tasks)
+        return dataclasses.replace(self, tasks=tuple(tasks))
 
     def moved(self, task: Task) -> int:
         """Bytes that a task reads and writes."""
@@ -115,14 +129,25 @@ class Plan:
         }
 
 
-def prepare(reader: CheckpointReader, request: Request, max_shard_size: int = 5 * 10**9) -> Plan:
-    """Choose the basis, if that is left open (which reads weights: Request.decide), and plan."""
+def prepare(
+    reader: CheckpointReader, request: Request, max_shard_size: int = 5 * 10**9, memory: int | None = None
+) -> Plan:
+    """Choose the basis, if that is left open (which reads weights: Request.decide), and plan.
+
+    Raises InputError if choosing takes more than `memory` bytes (None: whatever it takes).
+    """
     source = read_architecture(reader)
     ways = ("q", "pivoted")
 
     def foretell(seam: Seam) -> Forecast:
+        found = forecast_memory(seam, reader.tensors)
+        if memory is not None and found > memory:
+            raise InputError(
+                f"basis: expected at most {memory / 1e9:.1f} GB of memory, found that choosing one takes "
+                f"{found / 1e9:.1f} GB; use --basis q, --basis pivoted, or a machine that has more"
+            )
         dtypes = dict.fromkeys(request.stored(reader.tensors, seam, way) for way in ways)
-        return forecast(seam, read_seam(source, seam, reader.tensor), tuple(dtypes), ways)
+        return forecast(seam, read_seam(source, seam, reader.tensor, reader.tensor), tuple(dtypes), ways)
 
     basis, reason = request.decide(source, reader.tensors, _closing(source, request), foretell)
     return make_plan(reader, dataclasses.replace(request, basis=basis), reason, max_shard_size)

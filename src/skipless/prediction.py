@@ -16,9 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from skipless.basis import Basis, candidate, choose_rows, join
+from skipless.checkpoint.reader import TensorInfo
 from skipless.eliminate import Affine, Stream, close_rest, close_rows, close_stream
 from skipless.errors import InputError
-from skipless.products import HALF, max_abs, multiply, product, slices, squares
+from skipless.products import HALF, ROWS, blocks, max_abs, multiply, product, slices, squares
 from skipless.rounding import (
     Rest,
     along_rows,
@@ -33,11 +34,14 @@ from skipless.rounding import (
     shrink,
     subnormal_power,
 )
+from skipless.rows import Matrix
 from skipless.seams import Seam
 from skipless.tolerances import tolerance
 
 # Sampled errors: those of q, k or v, a sum over at least as many, are then right to a few per cent.
 PROBES = 512
+# Matrices in fp64, of S's size and of R's, that a forecast holds at most, as benchmarks/memory.py measures them.
+SQUARES, RESTS = 10, 6
 # While the scaled |R| stays below this, O* = O S may be off by fp32's 1e-7 where it is stored in half precision.
 LARGEST_REST = 1e3
 
@@ -124,6 +128,15 @@ def forecast(
     sample = product(_probes(len(writer), writer), writer, torch.float64)
     power = len(writer) * sum(_mean_square(product(sample, reader, torch.float64)) for reader in readers)
     return merged(seam, affines, dtypes, power, max(_reach(writer, reader) for reader in readers))
+
+
+def forecast_memory(seam: Seam, tensors: Mapping[str, TensorInfo]) -> int:
+    """Bytes that forecast holds for a stream seam whose modules have these tensors: all but a table that it takes by
+    rows, and in fp64 (d, d) and (d, r) matrices.
+    """
+    stored = {name: tensors[f"{name}.weight"] for name in seam.modules if f"{name}.weight" in tensors}
+    d, m = seam.width, sum(stored[name].weights for name in seam.readers) // seam.width
+    return 8 * d * (SQUARES * d + RESTS * (m - d)) + sum(info.bytes for info in stored.values())
 
 
 def merged(seam: Seam, affines: Mapping[str, Affine], dtypes: Sequence[str], power: float, largest: float) -> Forecast:
@@ -250,7 +263,7 @@ class OpenStream:
         return {
             name: sum(
                 (multiply(self.moment, part) * part).sum().item()
-                for columns in slices(reader.shape[1])
+                for columns in slices(reader.shape[1], ROWS)
                 for part in [reader[:, columns].double()]
             )
             for name, reader in self.outputs.items()
@@ -285,7 +298,7 @@ class OpenStream:
         return Forecast(self.seam, original, ways)
 
     def measure(
-        self, way: str, basis: Basis, stream: Stream, dtypes: Mapping[str, torch.dtype], judged: str
+        self, way: str, condition: float, stream: Stream, dtypes: Mapping[str, torch.dtype], judged: str
     ) -> Forecast:
         """What closing it by `way` has cost, on a sample of the writers' rows; `judged`: the dtype it counts as.
 
@@ -316,7 +329,7 @@ class OpenStream:
             powers["logits"] = _mean_square(logits)
         errors = {name: _relative(_mean_square(part), powers[name]) for name, part in lost.items()}
         original = {judged: self._original(judged, powers)}
-        return Forecast(self.seam, original, {way: Way(basis.condition, None, {judged: errors})})
+        return Forecast(self.seam, original, {way: Way(condition, None, {judged: errors})})
 
     def _times(self, x: Float[Tensor, "n d"], matrix: Float[Tensor, "d r"]) -> Float[Tensor, "n r"]:
         """X A as precisely as the seam was closed."""
@@ -348,7 +361,7 @@ class OpenStream:
             return Way(basis.condition, math.inf, dict.fromkeys(dtypes, lost))
         # without the writers' rows, which would take longest and of which `moment` says enough
         bare = {
-            name: dataclasses.replace(self.affines[name], weight=self.affines[name].weight[:0])
+            name: dataclasses.replace(self.affines[name], weight=self.affines[name].weight[0:0])
             for name in self.seam.writers
         }
         stream = close_stream(self.seam, {**self.affines, **bare}, basis)
@@ -453,12 +466,13 @@ def _noise(power: Float[Tensor, "d"], matrix: Float[Tensor, "d r"], floor: float
     return x * squares + power[:, None] * (squares + floor * (squares > 0))
 
 
-def _reach(left: Float[Tensor, "n d"], right: Float[Tensor, "d m"]) -> float:
+def _reach(left: Float[Matrix, "n d"], right: Float[Tensor, "d m"]) -> float:
     """Max |A B|; a bound of it where that is below the largest number of every dtype."""
-    bound = (squares(left, 1).max() * squares(right, 0).max()).sqrt()
+    power = max(squares(left[rows], 1).max() for rows in blocks(left))
+    bound = (power * squares(right, 0).max()).sqrt()
     if bound <= torch.finfo(torch.float16).max:
         return bound.item()
-    return max(max_abs(product(left[rows], right, torch.float64)) for rows in slices(len(left)))
+    return max(max_abs(product(left[rows], right, torch.float64)) for rows in blocks(left))
 
 
 def _cast(affine: Affine, dtype: torch.dtype) -> Affine:

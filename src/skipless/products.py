@@ -13,8 +13,11 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-# Rows that are brought to another precision at a time, and numbers that are while they are in the CPU's caches.
-ROWS = 4096
+from skipless.rows import Matrix, Rows
+
+# Of a matrix, rows that are worked on together: at most so many, with so many numbers.
+ROWS, BLOCK = 4096, 2**24
+# Numbers that are brought to another precision while they are in the CPU's caches.
 CACHED = 2**19
 HALF = (torch.bfloat16, torch.float16)
 
@@ -46,21 +49,23 @@ def multiply(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
         return out
 
 
-def product(left: Tensor, right: Tensor, dtype: torch.dtype, within: torch.dtype | None = None) -> Tensor:
-    """Left (n, d) @ right (d, m) in `dtype`, computed in `within` (None: precision()), ROWS rows at a time.
+def product(left: Matrix, right: Tensor, dtype: torch.dtype, within: torch.dtype | None = None) -> Tensor:
+    """Left (n, d) @ right (d, m) in `dtype`, computed in `within` (None: precision()), some rows at a time.
 
-    It is laid out as left is: where left's transpose is contiguous, so is the product's.
+    It is laid out as left is: where left's transpose is contiguous, so is the product's. That of Rows is Rows.
     """
     within = precision(left.dtype, right.dtype, dtype) if within is None else within
     (n, _), m = left.shape, right.shape[1]
     right = right.to(within)
+    if isinstance(left, Rows):
+        return left.map(lambda rows: product(rows, right, dtype, within), m, dtype)
     if _turned(left):
         result = torch.empty(m, n, dtype=dtype, device=left.device)
-        for rows in slices(n):
+        for rows in blocks(left):
             _into(result[:, rows], right.T, left.T[:, rows].to(within))
         return result.T
     result = torch.empty(n, m, dtype=dtype, device=left.device)
-    for rows in slices(n):
+    for rows in blocks(left):
         _into(result[rows], left[rows].to(within), right)
     return result
 
@@ -72,24 +77,34 @@ def _into(result: Tensor, left: Tensor, right: Tensor) -> None:
         result.copy_(multiply(left, right))
 
 
-def slices(n: int, size: int | None = None) -> Iterator[slice]:
-    """0 to n, `size` (ROWS) at a time."""
-    size = ROWS if size is None else size
+def slices(n: int, size: int) -> Iterator[slice]:
+    """0 to n, `size` at a time."""
     return (slice(start, min(n, start + size)) for start in range(0, n, size))
 
 
-def gram(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def blocks(matrix: Tensor | Rows) -> Iterator[slice]:
+    """The rows of a matrix that are worked on together."""
+    n, d = matrix.shape
+    return slices(n, block_rows(d))
+
+
+def block_rows(d: int) -> int:
+    """How many rows of d numbers are worked on together."""
+    return max(1, min(ROWS, BLOCK // max(1, d)))
+
+
+def gram(matrix: Matrix, dtype: torch.dtype | None = None) -> Tensor:
     """X^T X of X (n, d) in fp32 or fp64 (None: X's own)."""
     dtype = matrix.dtype if dtype is None else dtype
     total = torch.zeros(matrix.shape[1], matrix.shape[1], dtype=dtype, device=matrix.device)
     if not _numpy(total) or not total.numel():
-        for rows in slices(len(matrix)):
+        for rows in blocks(matrix):
             block = matrix[rows].to(dtype)
             total = torch.addmm(total, block.T, block)
         return total
     sums = total.numpy().T
     (syrk,) = scipy.linalg.blas.get_blas_funcs(("syrk",), (sums,))
-    for rows in slices(len(matrix)):
+    for rows in blocks(matrix):
         block = matrix[rows].to(dtype)
         turned = _turned(block)
         sums = syrk(1, (block if turned else block.T).numpy(), 1, sums, trans=turned, overwrite_c=1)

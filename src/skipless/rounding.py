@@ -20,7 +20,7 @@ all (a <= i, b <= j) before it.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,10 +29,11 @@ from torch import Tensor
 
 from skipless.eliminate import Affine, Stream, read
 from skipless.errors import InputError
-from skipless.products import HALF, ROWS, cholesky, gram, inverse, multiply, slices, solve_triangular, squares
+from skipless.products import HALF, blocks, cholesky, gram, inverse, multiply, solve_triangular, squares
+from skipless.rows import Matrix, Rows
 
-# Rows of X are rounded ROWS together, which bounds the working memory to 16 bytes x d x ROWS beside X and the result.
-# Within them, errors are passed on at once from so many columns, by bf16 products from so many on.
+# Within rows of X that are rounded together, errors are passed on at once from so many columns, by bf16 products from
+# so many on.
 LEAF, COARSE = 8, 256
 # Columns of R under one metric N: bounds N (a tied table's readers are as many as the FFN is wide).
 COLUMNS = 4096
@@ -153,9 +154,10 @@ def round_stream(
     writers, bias = {}, stream.rest.bias
     biases = {name: follower.bias for name, follower in stream.followers.items()}
     for (name, writer), after in zip(stream.writers.items(), rounded, strict=True):
-        writers[name] = dataclasses.replace(writer, weight=after[: len(writer.weight)])
         if writer.bias is None:
+            writers[name] = dataclasses.replace(writer, weight=after)
             continue
+        writers[name] = dataclasses.replace(writer, weight=after[: len(writer.weight)])
         stored = (after[-1] if as_rows else writer.bias.to(dtypes[name])).to(writer.bias.dtype)
         writers[name] = dataclasses.replace(writers[name], bias=stored)
         share = stream.bias_shares[name]
@@ -187,11 +189,11 @@ def noise_weights(power: Float[Tensor, "d"], readers: Sequence[Float[Tensor, "d 
 
 
 def round_seam(
-    writers: Sequence[Float[Tensor, "_ d"]],
+    writers: Sequence[Float[Matrix, "_ d"]],
     rests: Sequence[Rest],
     passed_weights: Float[Tensor, "d"],
     dtypes: Sequence[torch.dtype],
-) -> tuple[list[Float[Tensor, "_ d"]], list[Float[Tensor, "d _"]]]:
+) -> tuple[list[Float[Matrix, "_ d"]], list[Float[Tensor, "d _"]]]:
     """The writers (the stream is a sum of one row of each) and the rests as they are best stored.
 
     A rest in fp32 or fp64 is not rounded but re-solved, after everything else: R' = argmin || X' R' - X R ||.
@@ -219,7 +221,7 @@ def round_seam(
     lost = torch.cat([(part - now).to(precise) for part, now in zip(before, stored, strict=True)], 1)
     change = multiply(lost, moved)
     del after, lost, moved
-    rounded = [round_rows(writer, change, under, dtype) for writer, dtype in zip(writers, dtypes, strict=True)]
+    rounded = [round_rows(writer, change, under, dtype, power) for writer, dtype in zip(writers, dtypes, strict=True)]
     for k, rest in enumerate(rests):
         if rest.dtype not in HALF:
             stored[k] = solve_rest(writers, rounded, rest.matrix)
@@ -239,7 +241,7 @@ def _mean_diagonal(rests: Sequence[Rest], passed_weights: Tensor) -> Tensor:
     return passed_weights.mean() + sum(parts, passed_weights.new_zeros(())) / len(passed_weights)
 
 
-def left_by_solving(writers: Sequence[Float[Tensor, "_ d"]]) -> float:
+def left_by_solving(writers: Sequence[Float[Matrix, "_ d"]]) -> float:
     """Of a rest's squared errors, the part that solving for it last leaves: n rows of X span d of n dimensions."""
     rows = sum(len(writer) for writer in writers)
     return max(1 - writers[0].shape[1] / rows, LEAST_LEFT)
@@ -284,14 +286,14 @@ def along_rows(rest: Rest, passed_weights: Float[Tensor, "d"]) -> Metric:
     return factorize(repaired_metric(rest.matrix, passed_weights, rest.weights), (rest.matrix**2).mean(0))
 
 
-def moment(writers: Sequence[Float[Tensor, "_ d"]], dtype: torch.dtype = torch.float64) -> Float[Tensor, "d d"]:
+def moment(writers: Sequence[Float[Matrix, "_ d"]], dtype: torch.dtype = torch.float64) -> Float[Tensor, "d d"]:
     """G = E[x^T x] of a stream x that is the sum of one row of each writer, every row as likely as any other."""
     total, means = None, None
     for writer in writers:
         part = gram(writer, dtype).div_(len(writer))
         total = part if total is None else total.add_(part)
         if len(writers) > 1:
-            mean = writer.mean(0, dtype=dtype)
+            mean = _mean(writer, lambda rows: rows.sum(0, dtype=dtype))
             if means is not None:
                 total += torch.outer(means, mean) + torch.outer(mean, means)
             means = mean if means is None else means + mean
@@ -299,9 +301,14 @@ def moment(writers: Sequence[Float[Tensor, "_ d"]], dtype: torch.dtype = torch.f
     return total
 
 
-def mean_squares(writers: Sequence[Float[Tensor, "_ d"]]) -> Float[Tensor, "d"]:
+def mean_squares(writers: Sequence[Float[Matrix, "_ d"]]) -> Float[Tensor, "d"]:
     """What the writers' columns add to the stream's mean square."""
-    return torch.stack([squares(writer, 0) / len(writer) for writer in writers]).sum(0)
+    return torch.stack([_mean(writer, lambda rows: squares(rows, 0)) for writer in writers]).sum(0)
+
+
+def _mean(matrix: Float[Matrix, "n d"], sums: Callable[[Tensor], Tensor]) -> Float[Tensor, "d"]:
+    """Of all rows; sums: of a few of them."""
+    return torch.stack([sums(matrix[rows]) for rows in blocks(matrix)]).sum(0) / len(matrix)
 
 
 def joint_metric(rest: Tensor, passed_weights: Tensor, rest_weights: Tensor) -> Float[Tensor, "d d"]:
@@ -325,7 +332,7 @@ def solve_rest(exact: Sequence[Tensor], rounded: Sequence[Tensor], rest: Tensor)
     """
     owed, afters, lost = torch.zeros_like(rest), [], []
     for before, after in zip(exact, rounded, strict=True):
-        for rows in slices(len(after)):
+        for rows in blocks(after):
             now = after[rows].to(rest.dtype)
             gone = multiply(before[rows].to(rest.dtype) - now, rest)
             owed += multiply(now.T, gone) / len(after)
@@ -353,6 +360,7 @@ def _root(metric: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
         root = cholesky(damped)
         if root is not None:
             return root.to(metric.dtype)
+        del damped
         if dtype == torch.float64:
             damping = damping.double() * DAMPING_STEP
     raise InputError("weights: expected numbers whose squares can be summed, found larger ones; scale the model down")
@@ -372,27 +380,39 @@ def factorize(metric: Float[Tensor, "n n"], power: Float[Tensor, "n"]) -> Metric
 
 
 def round_rows(
-    matrix: Float[Tensor, "n d"], change: Float[Tensor, "d d"], metric: Metric, dtype: torch.dtype
-) -> Float[Tensor, "n d"]:
+    matrix: Float[Matrix, "n d"],
+    change: Float[Tensor, "d d"],
+    metric: Metric,
+    dtype: torch.dtype,
+    power: Float[Tensor, "d"],
+) -> Float[Matrix, "n d"]:
     """X + X change, rounded to `dtype` with feedback under `metric` if that is a half precision, else as precise as X.
 
-    The rows are independent of each other. Where X itself is no more precise than fp32, small terms may be in bf16.
+    The rows are independent of each other; those of Rows are rounded when they are asked for. Where X itself is no more
+    precise than fp32, small terms may be in bf16. power: mean squares of the stream's columns.
     """
     half, quick = dtype in HALF, matrix.dtype == torch.float32
-    result = torch.empty_like(matrix, dtype=dtype if half else matrix.dtype)
-    within = torch.bfloat16 if half and quick and _is_small(change, squares(matrix, 0), dtype) else matrix.dtype
+    kept = dtype if half else matrix.dtype
+    within = torch.bfloat16 if half and quick and _is_small(change, power, dtype) else matrix.dtype
     moved, upper = change[:, metric.order].T.to(within).contiguous(), metric.upper.float()
     coarse = upper.bfloat16() if quick and dtype == torch.bfloat16 else upper  # fp16 would feel it
-    buffers = torch.empty(2, len(upper), min(ROWS, len(matrix)), dtype=torch.float32, device=matrix.device)
-    for rows in slices(len(matrix)):
-        exact = matrix[rows].T
+
+    def rounded(exact: Tensor, into: Tensor) -> Tensor:
+        exact = exact.T
         block = exact[metric.order]
         block += multiply(moved, exact.to(within).contiguous())
         if half:
-            error, owed = buffers[:, :, : block.shape[1]]
+            error, owed = torch.empty_like(block, dtype=upper.dtype), torch.zeros_like(block, dtype=upper.dtype)
             exact, block = block, torch.empty_like(block, dtype=dtype)
-            _round_block(exact, block, upper, coarse, error, owed.zero_())
-        result.T[metric.order, rows] = block
+            _round_block(exact, block, upper, coarse, error, owed)
+        into.T[metric.order] = block
+        return into
+
+    if isinstance(matrix, Rows):
+        return matrix.map(lambda rows: rounded(rows, torch.empty_like(rows, dtype=kept)), matrix.shape[1], kept)
+    result = torch.empty_like(matrix, dtype=kept)
+    for rows in blocks(matrix):
+        rounded(matrix[rows], result[rows])
     return result
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 
@@ -13,7 +13,15 @@ from skipless.checkpoint.headers import Folder
 from skipless.checkpoint.reader import CheckpointReader, TensorInfo
 from skipless.eliminate import Affine
 from skipless.errors import InputError
+from skipless.products import block_rows, slices
+from skipless.rows import Rows, Which
 from skipless.seams import Seam
+
+
+class Read(Protocol):
+    """What gives a checkpoint's tensors by their names, or only rows (start, stop) of one."""
+
+    def __call__(self, name: str, rows: slice | None = None, /) -> torch.Tensor: ...
 
 
 class Reader(Protocol):
@@ -88,10 +96,18 @@ def read_architecture(reader: CheckpointReader) -> Architecture:
     return source
 
 
-def read_seam(source: Architecture, seam: Seam, read: Callable[[str], torch.Tensor]) -> dict[str, Affine]:
-    """Every module that a seam reads or rewrites."""
+def read_seam(
+    source: Architecture, seam: Seam, read: Callable[[str], torch.Tensor], read_rows: Read | None = None
+) -> dict[str, Affine]:
+    """Every module that a seam reads or rewrites. read_rows: to read tables that only write a stream, as Rows."""
     modules = {module.name: module for module in (*source.modules(), *source.norm_modules())}
-    return {name: read_affine(modules[name], None, read) for name in seam.modules if name in modules}
+    affines = {}
+    for name in (name for name in seam.modules if name in modules):
+        if read_rows and modules[name].table and name in seam.writers and seam.rest and not seam.duals:
+            affines[name] = read_by_rows(modules[name], read_rows)
+        else:
+            affines[name] = read_affine(modules[name], None, read)
+    return affines
 
 
 def read_affine(module: Module, closed: Module | None, read: Callable[[str], torch.Tensor]) -> Affine:
@@ -100,3 +116,33 @@ def read_affine(module: Module, closed: Module | None, read: Callable[[str], tor
     bias = read(f"{module.name}.bias").to(torch.float64) if module.bias else None
     one_hot = module.table and closed is not None and not closed.bias
     return Affine(weight if module.table or module.diagonal else weight.T, bias, one_hot)
+
+
+def read_by_rows(module: Module, read: Read) -> Affine:
+    """The map of a module without a bias, as Rows: of a table those that are asked for are read; another matrix is
+    held as it is stored.
+    """
+    name = f"{module.name}.weight"
+    if not module.table:
+        whole = read(name).T
+        return _by_rows(module, whole, whole.__getitem__, whole)
+    first = read(name, slice(0, 1))
+
+    def rows_of(which: Which) -> torch.Tensor:
+        if isinstance(which, slice):
+            return read(name, which)
+        found = first.new_empty(len(which), module.outputs)
+        for rows in slices(module.inputs, block_rows(module.outputs)):
+            places = ((which >= rows.start) & (which < rows.stop)).nonzero()[:, 0]
+            if len(places):
+                found[places] = read(name, rows)[which[places] - rows.start]
+        return found
+
+    return _by_rows(module, first, rows_of)
+
+
+def _by_rows(
+    module: Module, like: torch.Tensor, make: Callable[[Which], torch.Tensor], origin: torch.Tensor | None = None
+) -> Affine:
+    rows = Rows((module.inputs, module.outputs), like.dtype, like.device, make, origin)
+    return Affine(cast(torch.Tensor, rows))  # of which no more is asked for than rows

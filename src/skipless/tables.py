@@ -54,7 +54,8 @@ def plan_table(plan: Plan) -> Table:
 
 
 def _kind(task: Task) -> str:
-    return " + ".join(dict.fromkeys(f"close {seam.kind} seam" for seam in task.seams)) or "copy"
+    kind = " + ".join(dict.fromkeys(f"close {seam.kind} seam" for seam in task.seams)) or "copy"
+    return f"{kind} by rows" if task.by_rows else kind
 
 
 def work_table(estimate: Estimate) -> Table:

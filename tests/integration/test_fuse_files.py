@@ -142,8 +142,8 @@ def held(monkeypatch):
     sizes = {"now": 0, "most": 0}
     read = CheckpointReader.tensor
 
-    def counted(reader, name):
-        tensor = read(reader, name)
+    def counted(reader, *what):
+        tensor = read(reader, *what)
         size = tensor.nbytes
         sizes["now"] += size
         sizes["most"] = max(sizes.values())

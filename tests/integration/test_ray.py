@@ -14,8 +14,9 @@ from skipless import InputError, engines, fuse
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.checkpoint.staging import LocalPlace
 from skipless.checkpoint.writer import CheckpointWriter
+from skipless.cost import cost
 from skipless.errors import StorageError
-from tests.models import MANY_FILES, contents, edit_tensors
+from tests.models import MANY_FILES, build, contents, edit_tensors, save
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'skipless[ray]'")
 
@@ -93,6 +94,20 @@ def test_a_killed_workers_task_runs_again(source, tmp_path, two_workers, whole, 
     fuse(source, tmp_path / "fused", engine="ray", **MANY_FILES)
     assert len(list(seen.iterdir())) == 2  # two processes came to this point of the task: the first was killed
     assert contents(tmp_path / "fused") == whole
+
+
+def test_what_no_machine_has_room_for_goes_by_rows(tmp_path, two_workers, monkeypatch):
+    source = save(build(dtype=torch.bfloat16, vocab_size=50_000), tmp_path / "source")
+    plan = fuse(source, tmp_path / "whole", basis="q")
+    task, *_ = plan.tasks
+    room = int(ray.cluster_resources()["memory"])
+    monkeypatch.setattr(cluster, "WORKER", room - cost(plan, task).memory + 10**5)
+    seen = tmp_path / "seen"
+    seen.mkdir()
+    wrap(monkeypatch, lambda number, outputs: (seen / f"{number}-{outputs}").touch())
+    fuse(source, tmp_path / "fused", basis="q", engine="ray")
+    assert len(list(seen.glob("0-*"))) > 10 > len(task.writes) + 1
+    assert contents(tmp_path / "fused") == contents(tmp_path / "whole")
 
 
 def test_a_task_that_kills_every_worker(source, tmp_path, two_workers, whole, monkeypatch):

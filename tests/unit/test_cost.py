@@ -48,12 +48,15 @@ def test_merging_p_takes_what_is_counted(tmp_path, monkeypatch, dtype):
 
 @pytest.mark.parametrize("basis", ["q", "pivoted"])
 @pytest.mark.parametrize("shape", [(64, 6000), (256, 300)], ids=["many rows", "a large R"])
-def test_closing_a_stream_takes_what_is_counted(tmp_path, monkeypatch, basis, shape):
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_closing_a_stream_takes_what_is_counted(tmp_path, monkeypatch, basis, shape, by_rows):
     width, rows = shape
     reader, plan = plan_of(
         tmp_path, basis, hidden_size=width, intermediate_size=rows, num_hidden_layers=2, num_key_value_heads=4
     )
+    plan = plan.by_rows([task for task in plan.tasks if by_rows and plan.can_go_by_rows(task)])
     task = next(task for task in plan.tasks if task.seams and task.seams[0].layer == 1 and task.seams[0].rest)
+    assert task.by_rows == by_rows
     expected = 0.0
     for name, (_, flops) in steps(plan, task).items():
         step = name.removeprefix("stream seam: ")

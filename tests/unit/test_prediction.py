@@ -245,7 +245,7 @@ def test_a_sample_measures_what_the_whole_loses(tied, biased, name, way):
     dtypes = dict.fromkeys(("o", "rest", "last"), dtype)
     if dtype in HALF:
         stream = round_stream(stream, opened.weights, opened.extra_weights, dtypes)
-    measured = opened.measure(way, basis, stream, dtypes, name)
+    measured = opened.measure(way, basis.condition, stream, dtypes, name)
     expected = opened.forecast([name], {way: basis})
     for kind in (measured.original[name], measured.ways[way].errors[name]):
         assert set(kind) == {"q", "k", "v"} | ({"logits"} if tied else set())
@@ -255,4 +255,4 @@ def test_a_sample_measures_what_the_whole_loses(tied, biased, name, way):
     for module, error in expected.ways[way].errors[name].items():
         assert error / 2 < measured.ways[way].errors[name][module] < 2 * error
     spoiled = dataclasses.replace(stream, rest=Affine(1.1 * stream.rest.weight, stream.rest.bias))
-    assert opened.measure(way, basis, spoiled, dtypes, name).ways[way].errors[name]["k"] > 0.05
+    assert opened.measure(way, basis.condition, spoiled, dtypes, name).ways[way].errors[name]["k"] > 0.05

@@ -95,11 +95,11 @@ def test_rows_are_rounded_one_by_one(rows, columns, seed, dtype):
     values, change = draw(rows, columns, seed=seed), 0.1 * draw(columns, columns, seed=seed + 1)
     metric = factorize(metric_of(columns, seed), torch.ones(columns, dtype=torch.float64))
     nothing = factorize(torch.eye(rows, dtype=torch.float64), torch.ones(rows, dtype=torch.float64))
-    found = round_rows(values, change, metric, dtype)
+    found = round_rows(values, change, metric, dtype, power := (values**2).mean(0))
     expected = one_by_one(values + values @ change, nothing, metric, dtype)
     assert found.dtype == dtype
     assert (found != expected).double().mean() <= 0.02
-    untouched = round_rows(values, change, metric, torch.float32)
+    untouched = round_rows(values, change, metric, torch.float32, power)
     torch.testing.assert_close(untouched, values + values @ change, rtol=1e-12, atol=1e-12)
 
 
@@ -107,7 +107,7 @@ def test_rows_are_rounded_one_by_one(rows, columns, seed, dtype):
 def test_feedback_costs_the_pivots_and_a_plain_cast_the_diagonal(dtype):
     values, metric = draw(200, 64), metric_of(64)
     factors = factorize(metric, (values**2).mean(0))
-    found = round_rows(values, torch.zeros(64, 64).double(), factors, dtype).double()
+    found = round_rows(values, torch.zeros(64, 64).double(), factors, dtype, (values**2).mean(0)).double()
     unit, power = rounding_error(dtype) ** 2, (values**2).sum(0)
 
     def cost(rounded):

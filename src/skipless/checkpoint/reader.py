@@ -46,6 +46,11 @@ class TensorInfo:
         """Its size in the file."""
         return self.weights * self.dtype.itemsize
 
+    @property
+    def row_bytes(self) -> int:
+        """The size of one row of it: all that is of one index in the first dimension."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
 
 class CheckpointReader(Folder):
     """A model folder opened for reading. No tensor is read until `tensor` is called.
@@ -79,17 +84,21 @@ class CheckpointReader(Folder):
         for name in self._stamps:
             self._check_stamp(name, (self.folder / name).stat())
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """Read one tensor. Raises StorageError if it cannot be read, InputError if it holds NaN or infinity, or if its
-        file has changed since it was opened.
+    def tensor(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        """Read one tensor, or rows (start, stop) of it. Raises StorageError if it cannot be read, InputError if it
+        holds NaN or infinity, or if its file has changed since it was opened.
         """
         info = self.tensors[name]
-        tensor = torch.empty(info.shape, dtype=info.dtype)
-        count = self._read(name, tensor.reshape(-1).view(torch.uint8).numpy().data)
-        if count < info.bytes:
+        shape, start = info.shape, 0
+        if rows is not None:
+            shape = (rows.stop - rows.start, *info.shape[1:])
+            start = rows.start * info.row_bytes
+        tensor = torch.empty(shape, dtype=info.dtype)
+        count = self._read(name, start, tensor.reshape(-1).view(torch.uint8).numpy().data)
+        if count < tensor.nbytes:
             raise InputError(
-                f"{name}: expected {info.bytes:,} bytes in {self.folder / info.shard}, found {count:,}: the file was "
-                f"cut short while it was read; copy or download it again"
+                f"{name}: expected {tensor.nbytes:,} bytes in {self.folder / info.shard}, found {count:,}: the file "
+                f"was cut short while it was read; copy or download it again"
             )
         if bad := not_finite(tensor):
             raise InputError(
@@ -117,10 +126,11 @@ class CheckpointReader(Folder):
                 while left > 0 and not stop() and (count := file.readinto(block[: min(left, BLOCK)])):
                     left -= count
 
-    def _read(self, name: str, into: memoryview) -> int:
-        """Fill a buffer with a tensor's bytes; how many there were."""
+    def _read(self, name: str, start: int, into: memoryview) -> int:
+        """Fill a buffer with a tensor's bytes from `start` on; how many there were."""
         done = 0
         with self._opened(name) as file:
+            file.seek(start, os.SEEK_CUR)
             while done < len(into) and (count := file.readinto(into[done:])):
                 done += count
         return done

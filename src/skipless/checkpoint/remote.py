@@ -139,12 +139,12 @@ class RemoteReader(CheckpointReader):
         with _asking(f"{self.url}: could not be read"):
             return len(self._system.cat_file(f"{self._root}/{self.shards[0]}", 0, min(most, BLOCK)))
 
-    def _read(self, name: str, into: memoryview) -> int:
-        info, start = self.tensors[name], self.headers[name].start
+    def _read(self, name: str, start: int, into: memoryview) -> int:
+        info, start = self.tensors[name], self.headers[name].start + start
         self._check_version(info.shard)
         with _asking(f"{name}: could not be read from {self.url}"):
-            for done in range(0, info.bytes, BLOCK):
-                stop = min(done + BLOCK, info.bytes)
+            for done in range(0, len(into), BLOCK):
+                stop = min(done + BLOCK, len(into))
                 data = self._system.cat_file(f"{self._root}/{info.shard}", start + done, start + stop)
                 if len(data) != stop - done:
                     raise StorageError(
@@ -152,7 +152,7 @@ class RemoteReader(CheckpointReader):
                         f"connection was cut, or the server reads no ranges"
                     )
                 into[done:stop] = data
-        return info.bytes
+        return len(into)
 
     def warm(self, names: Iterable[str], stop: Callable[[], bool] = lambda: False) -> None:
         """Nothing: what is far away is in no cache of this system."""

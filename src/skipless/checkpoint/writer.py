@@ -1,7 +1,7 @@
 """Write the shards of a model folder as a stream of tensors.
 
 The shapes are known before the first tensor is, so each shard's header is written first and tensors go to their place
-in the file as they come: memory holds one tensor, whatever the shard's size.
+in the file as they come, whole or some rows at a time: memory holds no more, whatever the shard's size.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,6 +50,7 @@ class CheckpointWriter:
         self.folder, self.tensors = folder, tensors
         self._headers: dict[str, bytes] = {}
         self._offsets: dict[str, int] = {}
+        self._begun: dict[str, tuple[int, Any]] = {}  # of a tensor that comes in parts: bytes, SHA-256
         for shard in self.shards:
             self._begin(shard)
 
@@ -77,17 +79,26 @@ class CheckpointWriter:
         for name in names:
             self._offsets[name] += len(header)
 
-    def write(self, name: str, tensor: torch.Tensor) -> str:
-        """Put a tensor in its place, on disk, and return the SHA-256 of its bytes."""
+    def write(self, name: str, rows: torch.Tensor) -> str | None:
+        """Put a tensor, or the rows of it that come next, in their place, on disk; after the last ones, return the
+        SHA-256 of its bytes.
+        """
         info = self.tensors[name]
-        assert (tuple(tensor.shape), tensor.dtype) == (info.shape, info.dtype), name
-        data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        assert (rows.shape[1:], rows.dtype) == (info.shape[1:], info.dtype), name
+        done, found = self._begun.pop(name, (0, hashlib.sha256()))
+        data = rows.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         with (self.folder / info.shard).open("r+b") as file:
-            file.seek(self._offsets[name])
+            file.seek(self._offsets[name] + done)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        return hashlib.sha256(data).hexdigest()
+        done += len(data)
+        assert done <= info.bytes, name
+        found.update(data)
+        if done == info.bytes:
+            return found.hexdigest()
+        self._begun[name] = done, found
+        return None
 
     def digest(self, name: str) -> str:
         """The SHA-256 of the bytes that are in a tensor's place."""
