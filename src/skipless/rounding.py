@@ -29,7 +29,7 @@ from torch import Tensor
 
 from skipless.eliminate import Affine, Stream, read
 from skipless.errors import InputError
-from skipless.products import HALF, blocks, cholesky, gram, inverse, multiply, solve_triangular, squares
+from skipless.products import HALF, blocks, cholesky, gram, inverse, multiply, slices, solve_triangular, squares
 from skipless.rows import Matrix, Rows
 
 # Within rows of X that are rounded together, errors are passed on at once from so many columns, by bf16 products from
@@ -37,8 +37,9 @@ from skipless.rows import Matrix, Rows
 LEAF, COARSE = 8, 256
 # Columns of R under one metric N: bounds N (a tied table's readers are as many as the FFN is wide).
 COLUMNS = 4096
-# Side of the tiles that R is rounded in, along anti-diagonals: 2 (d + r) steps, each on up to r entries.
-TILE = 48
+# Side of the tiles that R is rounded in, along anti-diagonals: 2 (d + r) steps, each on up to r entries; and how many of
+# an anti-diagonal get what they owe from one product, as long as the longest of them needs.
+TILE, GROUP = 48, 12
 # While the scaled |R| stays below this, directions of X that fp32 cannot see (1e-7 of its power) do not matter in k or
 # v either: G may be summed in fp32, at twice the speed, and R need not be shrunk. (Pivoted bases keep |R| <= 1.05.)
 SMALL_REST = 2
@@ -480,11 +481,16 @@ def round_both_ways(
         first, last = max(0, diagonal - across + 1), min(down, diagonal + 1)
         p = torch.arange(first, last, device=device)
         q = diagonal - p
-        backwards = slice(across - 1 - diagonal + first, across - 1 - diagonal + last)
-        above = torch.bmm(lg[first:last, : last * TILE].mT, error[backwards, : last * TILE])
+        above, owed = torch.empty(2, last - first, TILE, TILE, dtype=torch.float32, device=device)
+        groups = [(first + tiles.start, first + tiles.stop, tiles) for tiles in slices(last - first, GROUP)]
+        backwards = across - 1 - diagonal
+        for start, stop, tiles in groups:
+            up = slice(0, (stop - 1) * TILE)
+            torch.bmm(lg[start:stop, up].mT, error[backwards + start : backwards + stop, up], out=above[tiles])
         mixed_tiles[p, :, q] = above
-        right = (diagonal - first + 1) * TILE
-        owed = torch.bmm(mixed[first:last, :, :right], ln[backwards, :right])
+        for start, stop, tiles in groups:
+            left = slice(0, (diagonal - start + 1) * TILE)
+            torch.bmm(mixed[start:stop, :, left], ln[backwards + start : backwards + stop, left], out=owed[tiles])
         rounded[p, q], wrong, gained = _round_tiles(exact[p, q], owed, own_g[p], own_n[q], dtype)
         error_tiles[across - 1 - q, p] = wrong
         mixed_tiles[p, :, q] = above + gained
