@@ -37,8 +37,8 @@ from skipless.rows import Matrix, Rows
 LEAF, COARSE = 8, 256
 # Columns of R under one metric N: bounds N (a tied table's readers are as many as the FFN is wide).
 COLUMNS = 4096
-# Side of the tiles that R is rounded in, along anti-diagonals: 2 (d + r) steps, each on up to r entries; and how many of
-# an anti-diagonal get what they owe from one product, as long as the longest of them needs.
+# Side of the tiles that R is rounded in, along anti-diagonals: 2 (d + r) steps, each on up to r entries; and how many
+# tiles get what they owe from one product, as long as the longest of them needs.
 TILE, GROUP = 48, 12
 # While the scaled |R| stays below this, directions of X that fp32 cannot see (1e-7 of its power) do not matter in k or
 # v either: G may be summed in fp32, at twice the speed, and R need not be shrunk. (Pivoted bases keep |R| <= 1.05.)
