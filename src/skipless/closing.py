@@ -213,8 +213,9 @@ def _made(weight: Rows, dtype: torch.dtype, turned: bool) -> Iterator[torch.Tens
         yield from (weight[rows].to(dtype) for rows in blocks(weight))
         return
     whole = weight.origin
-    if whole is None or (tuple(whole.shape), whole.dtype) != (weight.shape, dtype):
-        whole = torch.empty(weight.shape[1], len(weight), dtype=dtype, device=weight.device).T
+    assert whole is not None  # only tables are not in memory
+    if whole.dtype != dtype:
+        whole = torch.empty_like(whole, dtype=dtype)
     for rows in blocks(weight):
         whole[rows] = weight[rows]
     yield whole.T

@@ -152,15 +152,11 @@ class Submission:
 
     def tensors(self, problems: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """What it gives, as it comes; at the end, what is wrong with it."""
-        missing = {name: info.bytes for name, info in self._outputs.items()}
-        while missing:
-            name, data = self.next()
-            missing[name] -= data.nbytes
-            if missing[name] <= 0:
-                del missing[name]
+        while isinstance(found := self.next(), tuple):
+            name, data = found
             yield name, _tensor(data, self._outputs[name])
-            del data
-        problems += self.next()
+            del found, data
+        problems += found
 
     def next(self) -> Any:
         """The next that the worker hands out, once it is there."""

@@ -102,7 +102,7 @@ class _Shapes:
     """Of a stream seam: rows of each writer, d, m; extra: further columns that read it (followers, duals).
 
     half: whether all that is written is in half precision; rounded: whether some is; fixed: whether the rest is not;
-    by_rows: whether what the writers become is computed twice.
+    by_rows: whether what the writers become is computed for each use.
     """
 
     rows: tuple[int, ...]
@@ -155,7 +155,8 @@ def _stream_steps(s: _Shapes) -> Iterator[Step]:
         yield "choose columns", within, d**2 * (s.m - d / 3) + d**2 * s.r
     yield "factorize S", F64, 2 / 3 * d**3
     yield "R = S^-1 A", F64, 2.0 * d**2 * r
-    yield "X = O S", within, 2.0 * n * d**2 * (2 if s.by_rows and s.rounded else 1)
+    uses = 1 if not (s.by_rows and s.rounded) else 2 if len(s.rows) == 1 else 3  # G, the means of several, X + X change
+    yield "X = O S", within, 2.0 * n * d**2 * uses
     if s.rounded:
         yield "G = X^T X", within, float(n * d**2)
         if not s.pivoted:
@@ -247,14 +248,15 @@ def _merge_memory(plan: Plan, seam: Seam, later: frozenset[str]) -> float:
 def _stream_memory(plan: Plan, seam: Seam, s: _Shapes) -> float:
     """The largest of the stages of closing.py; what was read is counted beside, and the writers go after O S.
 
-    By rows, neither tables nor X are held whole, but S is; and what has been read of the other writers stays.
+    By rows, neither tables nor X are held whole, but for each writer S and what it is rounded with; and what has been
+    read of the other writers stays.
     """
     d, m, r, n, x = s.d, s.m, s.r + s.extra, s.n, s.within.itemsize
     stored = {name: plan.inputs[f"{name}.weight"] for name in seam.writers}
     made, gone, unread, result = n * d * x, sum(info.bytes for info in stored.values()), 0, n
     if s.by_rows:
         read = {name: info for name, info in stored.items() if not _is_table(plan, name)}
-        made, gone, unread = x * d * d, 0, gone - sum(info.bytes for info in read.values())
+        made, gone, unread = len(s.rows) * x * d * d, 0, gone - sum(info.bytes for info in read.values())
         result = sum(
             info.weights // d for name, info in read.items() if plan.outputs[f"{name}.weight"].dtype != info.dtype
         )
@@ -264,7 +266,7 @@ def _stream_memory(plan: Plan, seam: Seam, s: _Shapes) -> float:
     close = joined + factors + 16 * d * r
     chunk = min(block_rows(d), max(s.rows)) * d * x
     write = joined + factors + 8 * d * r + made + 2 * x * d * d + 2 * chunk
-    held = 8 * d * r + made - gone
+    held, size = 8 * d * r + made - gone, 2 if s.half else 8
     stages = [choose, joined + 2 * factors, close, write]
     if s.rounded:
         root = (4 * x if s.pivoted else max(4 * x, x + 16)) * d * d
@@ -273,7 +275,9 @@ def _stream_memory(plan: Plan, seam: Seam, s: _Shapes) -> float:
         stages.append(held + 2 * x * d * d + 4 * d * d + 24 * d * widest + 20 * widest**2 + 2 * d * r)
         stages.append(held + 2 * d * r + 3 * x * d * r + 4 * x * d * d)
         block = (x + 2 * x + 8 + 8 + (2 * x + 8 if s.by_rows else 0)) * d * min(block_rows(d), max(s.rows))
-        size = 2 if s.half else 8
-        stages.append(held + 2 * d * r + result * d * size + 2 * x * d * d + 8 * d * d + block)
+        under = 2 * x * d * d + 8 * d * d * (len(s.rows) if s.by_rows else 1)
+        stages.append(held + 2 * d * r + result * d * size + under + block)
+    elif s.by_rows:
+        stages.append(held + result * d * size + 3 * chunk)
     stages.append(held + 8 * PROBES * (2 * d + 4 * m + 3 * s.extra) + x * d * max(d, m - d))
     return max(stages) - unread

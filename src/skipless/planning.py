@@ -20,9 +20,10 @@ from skipless.checkpoint.writer import plan_shards
 from skipless.errors import InputError
 from skipless.model.configuration_skipless import SkiplessConfig
 from skipless.prediction import Forecast, forecast, forecast_memory
+from skipless.products import HALF
 from skipless.request import AUTO, Request
 from skipless.seams import Seam, closed
-from skipless.source import read_architecture, read_seam
+from skipless.source import read_architecture, read_seam, tables
 
 AUTO_MAP = {
     "AutoConfig": "configuration_skipless.SkiplessConfig",
@@ -35,8 +36,8 @@ AUTO_MAP = {
 class Task:
     """Tensors that are read together, the seams to close on them (none: copy), and the tensors that come out.
 
-    by_rows: whether what the stream's writers become is computed twice, some rows at a time, because it does not fit in
-    memory; what comes out is the same, bit for bit.
+    by_rows: whether what the stream's writers become is computed for each use, some rows at a time, because it does not
+    fit in memory; what comes out is the same, bit for bit.
     """
 
     seams: tuple[Seam, ...]
@@ -96,13 +97,14 @@ class Plan:
         return read, sum(self.outputs[name].bytes for name in task.writes)
 
     def can_go_by_rows(self, task: Task) -> bool:
-        """Whether a task need not hold a stream whole: it closes one seam, none of whose modules has a bias, or is tied
-        to another, and does not solve for the rest last.
+        """Whether a task need not hold a stream whole: it closes one seam of at most two writers (a MoE has more),
+        without biases and tied tables, and what it writes is all in half precision, or not at all.
         """
-        if len(task.seams) != 1 or not task.seams[0].rest or task.seams[0].duals:
+        if len(task.seams) != 1 or not task.seams[0].rest or task.seams[0].duals or len(task.seams[0].writers) > 2:
             return False
         biased = any(name.endswith(".bias") for name in (*task.reads, *task.writes))
-        return not biased and self.target.rest_dtype is None
+        written = (self.outputs[name] for name in task.writes)
+        return not biased and len({info.dtype in HALF for info in written if not info.is_index}) == 1
 
     def by_rows(self, chosen: Collection[Task]) -> "Plan":
         """The same plan, with these tasks carried out by rows."""
@@ -140,7 +142,7 @@ def prepare(
     ways = ("q", "pivoted")
 
     def foretell(seam: Seam) -> Forecast:
-        found = forecast_memory(seam, reader.tensors)
+        found = forecast_memory(seam, reader.tensors, tables(source, seam))
         if memory is not None and found > memory:
             raise InputError(
                 f"basis: expected at most {memory / 1e9:.1f} GB of memory, found that choosing one takes "

@@ -7,7 +7,7 @@ would take longer than the rounding itself, it is the mean of a sample.
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -130,13 +130,15 @@ def forecast(
     return merged(seam, affines, dtypes, power, max(_reach(writer, reader) for reader in readers))
 
 
-def forecast_memory(seam: Seam, tensors: Mapping[str, TensorInfo]) -> int:
-    """Bytes that forecast holds for a stream seam whose modules have these tensors: all but a table that it takes by
-    rows, and in fp64 (d, d) and (d, r) matrices.
+def forecast_memory(seam: Seam, tensors: Mapping[str, TensorInfo], by_rows: Collection[str]) -> int:
+    """Bytes that forecast holds for a stream seam whose modules have these tensors: all but what it takes by rows, and
+    in fp64 (d, d) matrices, and (d, r) ones of all columns that are not passed.
     """
     stored = {name: tensors[f"{name}.weight"] for name in seam.modules if f"{name}.weight" in tensors}
-    d, m = seam.width, sum(stored[name].weights for name in seam.readers) // seam.width
-    return 8 * d * (SQUARES * d + RESTS * (m - d)) + sum(info.bytes for info in stored.values())
+    d, readers = seam.width, (*seam.readers, *seam.followers, *seam.duals)
+    r = sum(stored[name].weights for name in readers) // d - d
+    held = sum(info.bytes for name, info in stored.items() if name not in by_rows)
+    return 8 * d * (SQUARES * d + RESTS * r) + held
 
 
 def merged(seam: Seam, affines: Mapping[str, Affine], dtypes: Sequence[str], power: float, largest: float) -> Forecast:

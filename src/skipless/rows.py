@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-# Which rows: consecutive ones, or those of these numbers.
+# Which rows: consecutive ones, from start to stop, or those of these numbers.
 Which = slice | Tensor
 
 

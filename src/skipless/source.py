@@ -13,7 +13,6 @@ from skipless.checkpoint.headers import Folder
 from skipless.checkpoint.reader import CheckpointReader, TensorInfo
 from skipless.eliminate import Affine
 from skipless.errors import InputError
-from skipless.products import block_rows, slices
 from skipless.rows import Rows, Which
 from skipless.seams import Seam
 
@@ -101,13 +100,20 @@ def read_seam(
 ) -> dict[str, Affine]:
     """Every module that a seam reads or rewrites. read_rows: to read tables that only write a stream, as Rows."""
     modules = {module.name: module for module in (*source.modules(), *source.norm_modules())}
+    rows = tables(source, seam)
     affines = {}
     for name in (name for name in seam.modules if name in modules):
-        if read_rows and modules[name].table and name in seam.writers and seam.rest and not seam.duals:
+        if read_rows is not None and name in rows:
             affines[name] = read_by_rows(modules[name], read_rows)
         else:
             affines[name] = read_affine(modules[name], None, read)
     return affines
+
+
+def tables(source: Architecture, seam: Seam) -> set[str]:
+    """The tables that write a stream and are not read transposed: of these, rows are enough."""
+    named = {module.name for module in source.modules() if module.table}
+    return named.intersection(seam.writers) if seam.rest and not seam.duals else set()
 
 
 def read_affine(module: Module, closed: Module | None, read: Callable[[str], torch.Tensor]) -> Affine:
@@ -131,12 +137,7 @@ def read_by_rows(module: Module, read: Read) -> Affine:
     def rows_of(which: Which) -> torch.Tensor:
         if isinstance(which, slice):
             return read(name, which)
-        found = first.new_empty(len(which), module.outputs)
-        for rows in slices(module.inputs, block_rows(module.outputs)):
-            places = ((which >= rows.start) & (which < rows.stop)).nonzero()[:, 0]
-            if len(places):
-                found[places] = read(name, rows)[which[places] - rows.start]
-        return found
+        return torch.cat([read(name, slice(row, row + 1)) for row in which.tolist()])
 
     return _by_rows(module, first, rows_of)
 

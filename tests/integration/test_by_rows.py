@@ -95,7 +95,7 @@ def test_the_largest_go_first_and_no_more_than_have_to(large):
         within_memory(plan, 0, cost.needed(least, least.tasks) - 1)
 
 
-def test_a_limit_is_kept_by_rows(large, tmp_path, monkeypatch):
+def test_what_a_limit_forbids_goes_by_rows(large, tmp_path, monkeypatch):
     """As the command line has it: the plan says so, and the result is the same."""
     plan = fuse(large, tmp_path / "whole", basis="q")
     monkeypatch.setattr(fusion, "resident_memory", lambda: 0)
@@ -109,19 +109,38 @@ def test_a_limit_is_kept_by_rows(large, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("fields", "options"),
+    ("fields", "options", "by_rows"),
     [
-        ({"attention_bias": True}, {}),
-        ({"tie_word_embeddings": True}, {}),
-        ({}, {"basis": "pivoted", "rest_dtype": "float32"}),
+        ({"attention_bias": True}, {}, [False, False, False]),
+        ({"tie_word_embeddings": True}, {}, [False, True, True]),
+        ({}, {"basis": "pivoted", "rest_dtype": "float32"}, [False, False, False]),
+        ({"ffn_type": "moe", "num_local_experts": 3, "num_experts_per_tok": 2}, {}, [True, False, False]),
     ],
-    ids=["biases", "tied", "a rest that is solved for last"],
+    ids=["biases", "tied", "a rest that is solved for last", "experts"],
 )
-def test_what_is_held_whole(tmp_path, fields, options):
+def test_what_is_held_whole(tmp_path, least, fields, options, by_rows):
     source = save(build(dtype=torch.bfloat16, **SIZES, **fields), tmp_path / "source")
-    plan = make_plan(CheckpointReader(source), Request(**{"basis": "q", **options}))
-    task = next(task for task in plan.tasks if TABLE in task.writes)
-    assert not plan.can_go_by_rows(task)
+    plan = fuse(source, tmp_path / "fused", **{"basis": "q", **options})
+    streams = [task for task in plan.tasks if any(seam.kind == "stream" for seam in task.seams)]
+    assert [task.by_rows for task in streams] == by_rows
+
+
+def test_readers_in_fp32_beside_writers_in_bf16_are_solved_for_last(source, tmp_path, least):
+    reader, names = CheckpointReader(source), [f"model.layers.1.self_attn.{name}_proj.weight" for name in "qkv"]
+    edit_tensors(source, **{name.replace(".", "__"): reader.tensor(name).float() for name in names})
+    plan = fuse(source, tmp_path / "fused", basis="q")
+    assert first_of(plan.tasks) == [TABLE, DOWN[1]]
+
+
+def test_two_linear_writers(tmp_path, monkeypatch):
+    """P and the FFN of a parallel layer."""
+    source = save(build(dtype=torch.bfloat16, block_type="parallel", **SIZES), tmp_path / "source")
+    options = {"basis": "pivoted", "remove": ("head",), "layers_open": (0, 1, 2)}
+    fuse(source, tmp_path / "whole", **options)
+    monkeypatch.setattr(fusion, "within_memory", lambda plan, held, limit: all_by_rows(plan))
+    plan = fuse(source, tmp_path / "by rows", **options)
+    assert [len(task.seams[0].writers) for task in plan.tasks if task.by_rows] == [2]
+    assert contents(tmp_path / "by rows") == contents(tmp_path / "whole")
 
 
 def test_a_fuse_goes_on_with_less_memory_or_more(source, tmp_path, monkeypatch):

@@ -116,6 +116,7 @@ class CheckpointWriter:
         digests: of every tensor, as `write` returned them. Raises StorageError naming the first tensor whose bytes are
         others.
         """
+        assert not self._begun, sorted(self._begun)
         for shard in self.shards:
             self._check(shard, digests)
         if len(self.shards) > 1:
