@@ -30,7 +30,7 @@ from skipless.architecture import Architecture
 from skipless.checkpoint.headers import INDEX
 from skipless.checkpoint.reader import CheckpointReader, uncache
 from skipless.checkpoint.writer import CheckpointWriter, plan_shards, write_json
-from skipless.cost import Cost, cost
+from skipless.cost import Cost, cost, least
 from skipless.machine import PRECISIONS, READ, measure
 from skipless.planning import Plan, make_plan
 from skipless.request import Request
@@ -179,13 +179,6 @@ def kinds(plan: Plan, costs: Iterable[Cost]) -> dict[str, dict[str, float]]:
     return {kind: dict(row) for kind, row in found.items()}
 
 
-def least_memory(plan: Plan) -> int:
-    """Bytes of the largest task, if all that can be done by rows is."""
-    least = plan.by_rows([task for task in plan.tasks if plan.can_go_by_rows(task)])
-    pairs = zip(plan.tasks, least.tasks, strict=True)
-    return max(min(cost(plan, task).memory, cost(least, by_rows).memory) for task, by_rows in pairs)
-
-
 def kind_lines(rows: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
     """One line for each kind, and one for all."""
     together: Counter[str] = Counter()
@@ -241,10 +234,11 @@ def main() -> None:
             print(f"\nbasis {basis}: {before:,} weights before, {after:,} after; planned in {took:.1f} s\n")
             rows = kinds(plan, costs)
             print("\n".join(kind_lines(rows)))
-            by_rows = least_memory(plan)
-            print(f"where that does not fit, by rows: {by_rows / 1e9:.1f} GB")
+            smaller = least(plan)
+            memory = max(cost(smaller, task).memory for task in smaller.tasks)
+            print(f"where that does not fit, by rows: {memory / 1e9:.1f} GB")
             found: dict[str, object] = {"weights": plan.weights, "bytes": plan.bytes, "kinds": rows}
-            found["memory_by_rows"] = by_rows
+            found["memory_by_rows"] = memory
             for name, machine in machines.items():
                 table = [times(machine, plan, costs, count) for count in COUNTS]
                 enough = machines_enough(machine, plan, costs)

@@ -28,7 +28,7 @@ from ray.exceptions import RayError, RayTaskError
 from skipless.checkpoint.reader import CheckpointReader, TensorInfo
 from skipless.checkpoint.remote import open_reader
 from skipless.closing import Done, run_task
-from skipless.cost import cost
+from skipless.cost import cost, least
 from skipless.engines import Results, environment
 from skipless.errors import InputError, StorageError
 from skipless.machine import freed_memory_kept, resident_memory
@@ -90,9 +90,10 @@ def _placed(plan: Plan, todo: Sequence[int], device: str) -> tuple[Plan, list["S
     Raises StorageError for one that no machine has room for even then.
     """
     tasks = [Submission(plan, number, device) for number in todo]
-    large = [plan.tasks[task.number] for task in tasks if task.lack()]
+    large = [task.number for task in tasks if task.lack()]
     if large:
-        plan = plan.by_rows([task for task in large if plan.can_go_by_rows(task)])
+        smaller = least(plan).tasks
+        plan = plan.by_rows([plan.tasks[number] for number in large if smaller[number].by_rows])
         tasks = [Submission(plan, number, device) for number in todo]
     for lack in filter(None, (task.lack() for task in tasks)):
         raise StorageError(lack)

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from skipless.cost import Cost, cost, needed
+from skipless.cost import Cost, cost, least, needed
 from skipless.errors import InputError
 from skipless.machine import Rates
 from skipless.planning import Plan, Task
@@ -86,15 +86,14 @@ def within_memory(plan: Plan, held: int, limit: int) -> Plan:
     """The plan, with as many of its largest tasks by rows as it takes for a process that holds `held` bytes already to
     stay within `limit`. Raises InputError if that is not enough.
     """
-    least = plan.by_rows([task for task in plan.tasks if plan.can_go_by_rows(task)])
     smaller: dict[int, list[Task]] = {}
-    for task, by_rows in zip(plan.tasks, least.tasks, strict=True):
-        if cost(least, by_rows).memory < (size := cost(plan, task).memory):
-            smaller.setdefault(size, []).append(task)
-    while held + needed(plan, plan.tasks) > limit and smaller:
+    for task, other in zip(plan.tasks, least(plan).tasks, strict=True):
+        if other.by_rows:
+            smaller.setdefault(cost(plan, task).memory, []).append(task)
+    while (found := held + needed(plan, plan.tasks)) > limit and smaller:
         plan = plan.by_rows(smaller.pop(max(smaller)))
-    found, largest = held + needed(plan, plan.tasks), max(plan.tasks, key=lambda task: cost(plan, task).memory)
     if found > limit:
+        largest = max(plan.tasks, key=lambda task: cost(plan, task).memory)
         raise InputError(
             f"{largest.writes[0]}: expected at most {limit / 1e9:.1f} GB of memory, found that computing it takes "
             f"{found / 1e9:.1f} GB; use --max-memory, or a machine that has more"

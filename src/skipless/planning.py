@@ -107,8 +107,9 @@ class Plan:
         return not biased and len({info.dtype in HALF for info in written if not info.is_index}) == 1
 
     def by_rows(self, chosen: Collection[Task]) -> "Plan":
-        """The same plan, with these tasks carried out by rows."""
-        tasks = (dataclasses.replace(task, by_rows=True) if task in chosen else task for task in self.tasks)
+        """The same plan, with those of these tasks by rows that can be."""
+        able = {task for task in chosen if self.can_go_by_rows(task)}
+        tasks = (dataclasses.replace(task, by_rows=True) if task in able else task for task in self.tasks)
         return dataclasses.replace(self, tasks=tuple(tasks))
 
     def moved(self, task: Task) -> int:
