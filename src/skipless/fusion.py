@@ -145,7 +145,7 @@ def plan_fuse(
         decided = dataclasses.replace(request, basis=begun.job["basis"])
         plan = dataclasses.replace(prepare(reader, decided, max_shard_size), reason=begun.job["reason"])
     else:
-        plan = prepare(reader, request, max_shard_size, limit - resident_memory() if here else None)
+        plan = prepare(reader, request, max_shard_size, resident_memory(), limit if here else None)
     needed = plan.bytes[1] + sum((reader.folder / file).stat().st_size for file in reader.other_files())
     free = shutil.disk_usage(place.disk).free
     if begun is None and needed > free:

@@ -133,20 +133,24 @@ class Plan:
 
 
 def prepare(
-    reader: CheckpointReader, request: Request, max_shard_size: int = 5 * 10**9, memory: int | None = None
+    reader: CheckpointReader,
+    request: Request,
+    max_shard_size: int = 5 * 10**9,
+    held: int = 0,
+    limit: int | None = None,
 ) -> Plan:
     """Choose the basis, if that is left open (which reads weights: Request.decide), and plan.
 
-    Raises InputError if choosing takes more than `memory` bytes (None: whatever it takes).
+    Raises InputError if choosing takes a process that holds `held` bytes already beyond `limit` (None: there is none).
     """
     source = read_architecture(reader)
     ways = ("q", "pivoted")
 
     def foretell(seam: Seam) -> Forecast:
-        found = forecast_memory(seam, reader.tensors, tables(source, seam))
-        if memory is not None and found > memory:
+        found = held + forecast_memory(seam, reader.tensors, tables(source, seam))
+        if limit is not None and found > limit:
             raise InputError(
-                f"basis: expected at most {memory / 1e9:.1f} GB of memory, found that choosing one takes "
+                f"basis: expected at most {limit / 1e9:.1f} GB of memory, found that choosing one takes "
                 f"{found / 1e9:.1f} GB; use --basis q, --basis pivoted, or a machine that has more"
             )
         dtypes = dict.fromkeys(request.stored(reader.tensors, seam, way) for way in ways)

@@ -222,6 +222,11 @@ def test_choosing_a_basis_takes_memory_too(source, tmp_path, monkeypatch):
     monkeypatch.setattr(fusion, "resident_memory", lambda: 0)
     with pytest.raises(InputError, match=r"basis: expected at most 0\.0 GB of memory, found that choosing one takes 0"):
         fuse(source, tmp_path / "fused", max_memory=10**4)
+    monkeypatch.setattr(fusion, "resident_memory", lambda: 3 * 10**8)
+    with pytest.raises(
+        InputError, match=r"basis: expected at most 0\.1 GB of memory, found that choosing one takes 0\.3"
+    ):
+        fuse(source, tmp_path / "fused", max_memory=10**8)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
