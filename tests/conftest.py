@@ -4,7 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models gain nothing from more, and busy machines make threads spin
-os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # of processes that tests start
 
 from jaxtyping import install_import_hook
 
@@ -12,13 +12,41 @@ install_import_hook(
     [f"skipless.{room}" for room in ("basis", "eliminate", "rounding", "prediction")], "beartype.beartype"
 )
 
+import logging
+
 import pytest
 from hypothesis import settings
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
-logging.disable_progress_bar()
+transformers_logging.disable_progress_bar()
 settings.register_profile("skipless", deadline=None, derandomize=True)
 settings.load_profile("skipless")
+
+
+class Deprecations(logging.Handler):
+    """What transformers logs, rather than warns of, when something deprecated is used."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.found = []
+
+    def emit(self, record):
+        if "deprecated" in record.getMessage():
+            self.found.append(record.getMessage())
+
+
+deprecations = Deprecations()
+transformers_logging.set_verbosity_warning()
+transformers_logging.disable_default_handler()
+transformers_logging.add_handler(deprecations)
+
+
+@pytest.fixture(autouse=True)
+def _no_deprecated_calls():
+    """Fails a test in which transformers logs that something is deprecated; warnings do so by pyproject.toml."""
+    deprecations.found.clear()
+    yield
+    assert not deprecations.found
 
 
 @pytest.fixture(autouse=True, scope="session")

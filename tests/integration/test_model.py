@@ -10,12 +10,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassClassValidationError
+from packaging.version import Version
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from skipless.model import SkiplessConfig, SkiplessForCausalLM, SkiplessModel
-from skipless.model.modeling_skipless import rotary_cos_sin
+from skipless.model.modeling_skipless import CACHE, rotary_cos_sin
 from tests.models import TINY, build, edit_tensors, load, random_ids, save
 from tests.tolerances import FP32, FP64
 
@@ -119,7 +121,7 @@ def decode(model: torch.nn.Module, ids: torch.Tensor, cuts: list[int], spoil_cac
     cache, pieces = None, []
     for start, end in pairwise([0, *cuts, ids.shape[1]]):
         output = model(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        cache = getattr(output, CACHE)
         pieces.append(output.logits)
         if spoil_cache:
             cache.layers[1].values[:, :, 0] += 1e-3
@@ -164,6 +166,46 @@ def test_greedy_tokens_are_the_same_with_every_cache(shaping, fields):
     assert torch.equal(tokens(model, ids, use_cache=True), expected)
     assert torch.equal(tokens(model, ids, cache_implementation="static"), expected)
     assert not torch.equal(tokens(build(seed=1, attention_shaping=shaping, **fields), ids), expected)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@torch.no_grad()
+def test_the_cache_has_two_names(name):
+    """transformers calls it cache from 5.24 on, and past_key_values before; here both do, in every release."""
+    model = build()
+    ids = random_ids(model)
+    cache = DynamicCache(config=model.config)
+    model(input_ids=ids[:, :-1], **{name: cache})
+    expected = logits(model, ids, use_cache=False)[:, -1:]
+    assert agree(logits(model, ids[:, -1:], **{name: cache}), expected)
+    assert cache.get_seq_length() == ids.shape[1]
+    assert not agree(logits(model, ids[:, -1:]), expected)
+    with pytest.raises(TypeError, match="two names of one argument"):
+        model(input_ids=ids, cache=cache, past_key_values=cache)
+
+
+def test_an_unknown_keyword_is_an_error():
+    model = build()
+    ids = random_ids(model)
+    for part in (model, model.model):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'bogus'"):
+            part(ids, bogus=3)
+    assert agree(logits(model, ids, output_attentions=False, num_items_in_batch=None), logits(model, ids))
+
+
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"),
+    reason="in transformers 5.5 its own Llama generates other tokens in continuous batching on a CPU",
+)
+@pytest.mark.parametrize("fields", [{}, CLOSED, PIVOTED], ids=["rope", "closed", "pivoted"])
+def test_continuous_batching_generates_the_same_tokens(fields):
+    model = build(dtype=torch.float32, **fields)
+    ids = random_ids(model)
+    options = GenerationConfig(max_new_tokens=10, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    found = model.generate_batch(inputs=ids.tolist(), generation_config=options, progress_bar=False)
+    expected = tokens(model, ids, use_cache=False)
+    assert sorted(output.generated_tokens for output in found.values()) == sorted(expected.tolist())
+    assert not torch.equal(tokens(spoil(model), ids.flip(1), use_cache=False), expected)
 
 
 # Batches of unequal sequences

@@ -8,9 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
+from skipless.model.modeling_skipless import ALL_PARALLEL_STYLES
 from tests.models import build, edit_tensors, load, random_ids, save
 from tests.tolerances import FP64
+
+OLD = Version(transformers.__version__) < Version("5.16")
+new = pytest.mark.skipif(OLD, reason="a skipless model's ranks need transformers 5.16 or newer")
 
 MHA = {"num_key_value_heads": 4}
 MODELS = {
@@ -100,6 +106,7 @@ def error(found, expected):
     return ((found - expected).abs().amax(-1) / expected.abs().amax(-1)).max().item()
 
 
+@new
 @pytest.mark.parametrize("name", MODELS)
 def test_two_ranks(models, ranks, name):
     logits, tokens = generate(models[name], random_ids(models[name]))
@@ -108,11 +115,13 @@ def test_two_ranks(models, ranks, name):
     assert ranks[name]["static"] == tokens
 
 
+@new
 def test_a_spoiled_share(models, ranks):
     logits, _ = generate(models["q"], random_ids(models["q"]))
     assert error(ranks["spoiled"]["logits"], logits) > 1000 * FP64
 
 
+@new
 @pytest.mark.parametrize("name", ["original", "q", "k", "v", "moe"])
 def test_a_rank_holds_half(models, ranks, name):
     """Of all matrices but a router, up to an odd row of the vocabulary."""
@@ -122,10 +131,17 @@ def test_a_rank_holds_half(models, ranks, name):
     assert ranks[name]["held"] - whole == pytest.approx(matrices / 2, abs=2 * model.config.hidden_size)
 
 
+@new
 def test_heads_that_do_not_divide(ranks):
     assert ranks["heads"] == {
         "error": "num_key_value_heads: expected a multiple of the 2 ranks of tensor parallelism, found 1"
     }
+
+
+def test_older_releases_of_transformers_are_refused_by_name():
+    for style in ("split_heads", "gather_heads"):
+        with pytest.raises(RuntimeError, match=r"transformers 5\.16 or newer"):
+            ALL_PARALLEL_STYLES[style].prepare_module_tp(None, None)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ class SkiplessConfig(PreTrainedConfig):
     """
 
     model_type = "skipless"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     vocab_size: int = 32000
     hidden_size: int = 4096

@@ -33,6 +33,34 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_skipless import SkiplessConfig
 
+# The cache's name in this release of transformers: "cache" from 5.24 on, "past_key_values" before.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+# Keywords of a forward that attention functions take, or whoever captures outputs; those of continuous batching
+# (transformers' PagedAttentionArgs) and of vLLM's backend among them.
+ATTENTION_KEYWORDS = frozenset(
+    {
+        *TransformersKwargs.__annotations__, "attention_instances", "block_table", "logits_indices",
+        "logits_processor_args", "max_seqlen_q", "max_seqlen_k", "read_index", "write_index",
+    }
+)  # fmt: skip
+# Keywords that only the loss takes.
+LOSS_KEYWORDS = frozenset({"num_items_in_batch", "ignore_index", "shift_labels"})
+
+
+def check_keywords(keywords: dict[str, Any], known: frozenset[str]) -> None:
+    """Refuse keywords that nothing here would read. Raises TypeError, as Python does for a function without **kwargs."""
+    for name in keywords:
+        if name not in known:
+            raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
+
+
+def one_cache(past_key_values: Any, cache: Any) -> Any:
+    """The cache, whichever of its two names it came by. Raises TypeError if it came by both."""
+    if past_key_values is not None and cache is not None:
+        raise TypeError("forward() got both past_key_values and cache, which are two names of one argument; pass one")
+    return past_key_values if cache is None else cache
+
 
 def rotary_cos_sin(
     position_ids: torch.Tensor, config: SkiplessConfig, dtype: torch.dtype
@@ -89,6 +117,11 @@ def alibi_mask(
     distance = torch.arange(mask.shape[-1], device=mask.device) - position_ids[:, None, :, None]
     biased = mask + (slopes[:, None, None] * distance).to(dtype)
     return biased.masked_fill(mask < 0, torch.finfo(dtype).min)
+
+
+def every_pair(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """A mask function (transformers.masking_utils) that hides nothing."""
+    return query >= 0
 
 
 class SkiplessNorm(nn.Module):
@@ -156,10 +189,14 @@ class Heads(nn.Identity):
 
 
 class HeadsParallel(TensorParallelLayer):
-    """The style of a tp_plan for Heads: from how they come to how they leave."""
+    """The style of a tp_plan for Heads: from how they come to how they leave. Needs transformers 5.16 or newer."""
 
     def __init__(self, before: Replicate | Shard, after: Replicate | Shard):
         self.before, self.after = before, after
+
+    def prepare_module_tp(self, *args: Any, **kwargs: Any) -> None:
+        """What releases of transformers before 5.16 call."""
+        raise RuntimeError("tensor parallelism: a skipless model needs transformers 5.16 or newer for it; update it")
 
     def install_forward(self, module: Heads, mesh: Any) -> nn.Module:
         if module.groups % mesh.size():
@@ -288,9 +325,9 @@ class SkiplessAttention(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        cache = kwargs.pop(CACHE, None)
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
         query, key, value = (states.view(hidden_shape).transpose(1, 2) for states in self.project(hidden_states))
@@ -305,8 +342,8 @@ class SkiplessAttention(nn.Module):
         if self.config.attention_shaping == "full":
             query = query.unflatten(1, (key.shape[1], -1))
             query = torch.cat((query, torch.zeros_like(query[:, :, :1])), 2).flatten(1, 2)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
         if self.config.position_type == "alibi" and attention_mask is not None:
             attention_mask = self.split_heads(attention_mask.movedim(1, -1)).movedim(-1, 1)
 
@@ -473,7 +510,7 @@ class SkiplessPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["SkiplessDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -544,25 +581,30 @@ class SkiplessModel(SkiplessPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
+        check_keywords(kwargs, ATTENTION_KEYWORDS)
+        if CACHE != "cache" and cache is not None and not isinstance(cache, Cache):
+            kwargs["cache"], cache = cache, None  # of continuous batching: here only attention functions know it
+        cache = one_cache(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + past
         create_mask = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
         attention_mask = create_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
-            allow_is_causal_skip=not self.alibi,
+            and_mask_function=every_pair if self.alibi else None,  # so that there is a mask, for ALiBi to be added to
+            **{CACHE: cache},
         )
         if self.alibi:
             attention_mask = alibi_mask(attention_mask, position_ids, self.config, inputs_embeds.dtype)
@@ -579,12 +621,12 @@ class SkiplessModel(SkiplessPreTrainedModel):
                 attention_mask=attention_mask,
                 position_embeddings=cos_sin,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **{CACHE: cache},
                 **kwargs,
             )
         hidden_states = apply(self.norm, hidden_states)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: cache})
 
 
 class SkiplessForCausalLM(SkiplessPreTrainedModel, GenerationMixin):
@@ -600,7 +642,7 @@ class SkiplessForCausalLM(SkiplessPreTrainedModel, GenerationMixin):
         self.lm_head = SkiplessHead(config)
         self.post_init()
         if config.head_removed:
-            del self._tp_plan["lm_head"]  # column_order places all of its outputs
+            self._tp_plan.pop("lm_head", None)  # column_order places all of its outputs
 
     @can_return_tuple
     def forward(
@@ -613,8 +655,10 @@ class SkiplessForCausalLM(SkiplessPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
+        for_loss = {name: kwargs.pop(name) for name in LOSS_KEYWORDS.intersection(kwargs)}
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -622,6 +666,7 @@ class SkiplessForCausalLM(SkiplessPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -631,13 +676,13 @@ class SkiplessForCausalLM(SkiplessPreTrainedModel, GenerationMixin):
             logits = cap * (logits / cap).tanh()
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **for_loss)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from skipless.errors import InputError
 from skipless.inference import load
+from skipless.model.modeling_skipless import CACHE
 
 
 class Grown:
@@ -22,7 +23,9 @@ class Grown:
         self.past = past
         self.present: list[torch.Tensor] = []
 
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, **_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a layer, with those of the tokens given; called layer by layer."""
         past_key, past_value = self.past[2 * layer_idx : 2 * layer_idx + 2]
         grown = torch.cat((past_key, key), 2), torch.cat((past_value, value), 2)
@@ -58,7 +61,7 @@ class Decoder(nn.Module):
         mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
         cache = Grown(past)
         outputs = self.model(
-            input_ids=input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache, use_cache=True
+            input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=True, **{CACHE: cache}
         )
         return outputs.logits, *cache.present
 

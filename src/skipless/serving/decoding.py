@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from skipless.errors import InputError
 from skipless.inference import greedy_config
+from skipless.model.modeling_skipless import CACHE
 from skipless.serving.worker import check_length
 
 # Weights are constants, and of oneDNN's kernels and inductor's own the faster is taken, quietly: which one that is, and
@@ -58,7 +59,7 @@ def _compiled_step(whole: Callable[..., Any], dynamic: bool | None) -> Callable[
     prepared: WeakSet[Cache] = WeakSet()
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+        ids, cache = kwargs.get("input_ids"), kwargs.get(CACHE)
         decodes = ids is not None and ids.shape[1] == 1 and cache is not None and cache.is_compileable
         if not decodes or torch.is_grad_enabled():
             return whole(*args, **kwargs)
