@@ -45,7 +45,7 @@ def build(seed: int = 0, dtype: torch.dtype = torch.float64, **fields: Any) -> S
         size = model(input_ids=random_ids(model), output_hidden_states=True).hidden_states[index].std()
         for name, weight in layer.mlp.named_parameters():
             if "down_proj" in name:
-                weight /= size
+                weight /= size or 1  # of units that are all dead, nothing
     return model.to(dtype)
 
 

@@ -116,7 +116,7 @@ def _close(
     if way == "rows":
         return _close_rows(plan, seam, affines, later, read)
     if way == "p":
-        return _merge(plan, seam, affines, later)
+        return _merge(plan, seam, affines, later, read)
     if way == "gain":
         return merge(seam, affines), None, None
     (norm,), (table,) = seam.writers, seam.readers
@@ -149,9 +149,7 @@ def _close_rows(plan: Plan, seam: Seam, affines: Mapping[str, Affine], later: fr
     """Make rows of P, or of each head of V, the identity."""
     weight, mix = affines[seam.writers[0]].weight.double(), None
     if seam.kind == "values":
-        mix = weight.new_full((plan.source.num_attention_heads,), not seam.mixed)
-        for name in seam.mixed:
-            mix += read(name) * (-1 if name.endswith(".gamma") else 1)
+        mix = _mix(seam, read, weight.new_ones(plan.source.num_attention_heads))
     bases = choose_rows(seam, weight)
     remaining, order = close_rows(seam, affines, bases, mix)
     dtypes = [plan.outputs[f"{name}.weight"].dtype for name in remaining if name not in later]
@@ -160,14 +158,28 @@ def _close_rows(plan: Plan, seam: Seam, affines: Mapping[str, Affine], later: fr
     return remaining, (order if seam.kind == "values" else order[0]).to(torch.int32), problem
 
 
+def _mix(seam: Seam, read: Read, ones: torch.Tensor) -> torch.Tensor:
+    """By what each query head's share of a bias of V is multiplied before it is read: alpha + beta - gamma where the
+    attention is shaped, and the branch's gain where the heads are scaled by it.
+    """
+    gains = {name: read(name).to(ones.dtype) for name in seam.mixed}
+    shaping = [-gain if name.endswith(".gamma") else gain for name, gain in gains.items() if ".self_attn." in name]
+    mix = sum(shaping, 0 * ones) if shaping else ones
+    for name, gain in gains.items():
+        if ".self_attn." not in name:
+            mix = mix * gain
+    return mix
+
+
 def _coarsest(dtypes: Iterable[torch.dtype]) -> str:
     return str(max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)).removeprefix("torch.")
 
 
-def _merge(plan: Plan, seam: Seam, affines: Mapping[str, Affine], later: frozenset[str]) -> Closed:
+def _merge(plan: Plan, seam: Seam, affines: Mapping[str, Affine], later: frozenset[str], read: Read) -> Closed:
     """Close a P-M seam by merging P."""
     dtypes = {name: kept_dtype(plan, name, later) for name in seam.readers}
-    remaining = merge(seam, affines, dtypes)
+    (scale,) = map(read, seam.mixed) if seam.mixed else (None,)
+    remaining = merge(seam, affines, dtypes, scale)
     weights = [affine.weight for affine in remaining.values()]
     name = _coarsest(plan.outputs[f"{name}.weight"].dtype for name in remaining)
     power = sum(squares(weight, 0).sum().item() for weight in weights)

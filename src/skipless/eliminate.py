@@ -47,21 +47,32 @@ class Affine:
         return dataclasses.replace(self, bias=bias if self.bias is None else self.bias + bias)
 
 
-def merge(
-    seam: Seam, affines: Mapping[str, Affine], dtypes: Mapping[str, torch.dtype] | None = None
-) -> dict[str, Affine]:
-    """Close a P-M seam, M* = P M, m* = p M + m (Fig. 2a), or a norm's gain: P is then a diagonal, its weight (d,).
+def past_norm(seam: Seam, affines: Mapping[str, Affine]) -> dict[str, Affine]:
+    """The readers M of a seam; of a redundant norm before them, which goes, diag(gain) M."""
+    readers = {name: affines[name] for name in seam.readers}
+    if seam.through not in affines:
+        return readers
+    gain = affines[seam.through].weight.double()[:, None]
+    return {name: dataclasses.replace(reader, weight=gain * reader.weight) for name, reader in readers.items()}
 
-    affines: those of seam.modules; returns the readers. Of a redundant norm between them, P diag(gain) takes P's place.
-    dtypes: in what each reader's weight is returned (fp64).
+
+def merge(
+    seam: Seam,
+    affines: Mapping[str, Affine],
+    dtypes: Mapping[str, torch.dtype] | None = None,
+    scale: Float[Tensor, "1"] | None = None,
+) -> dict[str, Affine]:
+    """Close a P-M seam, M* = P M, m* = a p M + m (Fig. 2a), or a norm's gain: P is then a diagonal, its weight (d,).
+
+    affines: those of seam.modules; returns the readers. dtypes: in what each reader's weight is returned (fp64).
+    scale: a, by which what P writes is multiplied before it is read (1), as the heads will be in its place.
     """
     (writer,) = (affines[name] for name in seam.writers)
-    gain = affines[seam.through].weight.double() if seam.through in affines else None
+    bias = writer.bias if writer.bias is None or scale is None else writer.bias * scale.to(writer.bias.dtype)
     merged = {}
-    for name in seam.readers:
-        reader, dtype = affines[name], torch.float64 if dtypes is None else dtypes[name]
-        weight = reader.weight if gain is None else gain[:, None] * reader.weight
-        carried = None if writer.bias is None else read(writer.bias, weight)
+    for name, reader in past_norm(seam, affines).items():
+        weight, dtype = reader.weight, torch.float64 if dtypes is None else dtypes[name]
+        carried = None if bias is None else read(bias, weight)
         if writer.weight.ndim == 1:
             moved = (writer.weight.double()[:, None] * weight).to(dtype)
         else:
@@ -94,12 +105,11 @@ def close_rows(
         kept.append(basis.solve(block[left].T).T)
         passed.append(block[basis.columns])
     chosen = torch.stack(passed)
-    carried = {}
+    readers, carried = past_norm(seam, affines), {}
     if mix is not None and first.bias is not None:  # the bias of each query head's value, on its way to the readers
         each = first.bias.view(seam.blocks, 1, size) * mix.view(seam.blocks, -1, 1)
-        carried = {name: read(each.flatten(), affines[name].weight) for name in seam.readers}
-    for name in seam.readers:
-        reader = affines[name]
+        carried = {name: read(each.flatten(), reader.weight) for name, reader in readers.items()}
+    for name, reader in readers.items():
         rows = reader.weight.double().unflatten(0, (seam.blocks, -1, size))
         weight = torch.einsum("brs,bgsf->bgrf", chosen, rows).flatten(0, 2)
         remaining[name] = dataclasses.replace(reader, weight=weight).with_bias(carried.get(name))

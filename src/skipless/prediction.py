@@ -17,7 +17,7 @@ from torch import Tensor
 
 from skipless.basis import Basis, candidate, choose_rows, join
 from skipless.checkpoint.reader import TensorInfo
-from skipless.eliminate import Affine, Stream, close_rest, close_rows, close_stream
+from skipless.eliminate import Affine, Stream, close_rest, close_rows, close_stream, past_norm
 from skipless.errors import InputError
 from skipless.products import HALF, ROWS, blocks, max_abs, multiply, product, slices, squares
 from skipless.rounding import (
@@ -124,7 +124,7 @@ def forecast(
         bare = {name: dataclasses.replace(affine, bias=None) for name, affine in affines.items()}  # weights count
         return passed_rows(seam, affines, close_rows(seam, bare, bases)[0], bases, dtypes)
     (writer,) = (affines[name].weight for name in seam.writers)
-    readers = [affines[name].weight for name in seam.readers]
+    readers = [reader.weight for reader in past_norm(seam, affines).values()]
     sample = product(_probes(len(writer), writer), writer, torch.float64)
     power = len(writer) * sum(_mean_square(product(sample, reader, torch.float64)) for reader in readers)
     return merged(seam, affines, dtypes, power, max(_reach(writer, reader) for reader in readers))
@@ -147,7 +147,7 @@ def merged(seam: Seam, affines: Mapping[str, Affine], dtypes: Sequence[str], pow
     power: sum of squares of all M*; largest: max |M*|, or a bound of it.
     """
     (writer,) = (affines[name].weight for name in seam.writers)
-    readers = [affines[name].weight for name in seam.readers]
+    readers = [reader.weight for reader in past_norm(seam, affines).values()]
     width = sum(reader.shape[1] for reader in readers)
     size = len(writer) * width
     p = squares(writer, 0)
@@ -184,10 +184,11 @@ def passed_rows(
         weight = torch.cat([found[name].weight for name in of], 1).double()
         return weight.unflatten(0, (seam.blocks, -1, seam.width)).transpose(1, 2).flatten(2)
 
+    unclosed = past_norm(seam, affines)
     before = [heads(affines[name].weight) for name in seam.writers]
     after = [heads(remaining[name].weight) for name in seam.writers if name in remaining]
     for name, readers in names.items():
-        read = rows(affines, readers)
+        read = rows(unclosed, readers)
         inner = read @ read.mT
         powers[name] = sum(((writer.mT @ writer) * inner).sum().item() for writer in before)
         squares[name] = (read, rows(remaining, readers))

@@ -41,7 +41,7 @@ class Seam:
     followers: further readers, which take in the basis and keep their shape (V, if its heads lose a block of their own;
         M, where it stands beside the attention).
     through: a norm between writer and readers that is redundant and goes with the seam.
-    mixed: the tensors by which the writer's output is shaped before it is read (arXiv:2311.01906).
+    mixed: the tensors by which the writer's output is shaped and scaled before it is read (arXiv:2311.01906).
     saves: weights (biases and indices not counted) that closing it removes.
     blocked: why the seam cannot be closed; None if it can.
     """
@@ -315,7 +315,10 @@ def _value_seam(architecture: Architecture, layer: int) -> Seam:
         identities={"rows": (f"{attention}.v_proj",)},
         order=f"{attention}.value_order",
         bias_takers=readers,
-        mixed=tuple(name for name in architecture.gain_tensors(layer) if name.startswith(attention)),
+        mixed=(
+            *(name for name in architecture.gain_tensors(layer) if name.startswith(attention)),
+            *(_attention_gain(architecture, layer) if architecture.p_removed else ()),
+        ),
         saves=heads * size**2,
         blocked=blocked,
     )
@@ -349,8 +352,6 @@ def _p_seam(architecture: Architecture, layer: int, parallel_removes: str) -> Se
                 f"norm_type {architecture.norm_type!r}: {norms[0]} stands between {o_proj} and {shown}, and is not "
                 f"linear; it is not redundant, as {reason}"
             )
-    elif architecture.attention_bias and architecture.residual_gains:
-        blocked = f"residual_gains: {o_proj} has a bias, which is scaled before it is read"
     width = architecture.ffn_read_width(layer)
     merged = architecture.p_fits
     return Seam(
@@ -363,9 +364,16 @@ def _p_seam(architecture: Architecture, layer: int, parallel_removes: str) -> Se
         order="" if merged else f"{_attention(layer)}.row_order",
         bias_takers=readers if merged else (),
         through=through,
+        mixed=_attention_gain(architecture, layer) if merged and architecture.attention_bias else (),
         saves=heads * d + (d - heads) * width if merged else d**2,
         blocked=blocked,
     )
+
+
+def _attention_gain(architecture: Architecture, layer: int) -> tuple[str, ...]:
+    """The trainable gain of the attention's branch, if there is one: what P writes, or, without P, the heads."""
+    name = f"model.layers.{layer}.attention_gain"
+    return (name,) if name in architecture.gain_tensors(layer) else ()
 
 
 def _parallel_p_seam(architecture: Architecture, layer: int, parallel_removes: str) -> Seam:

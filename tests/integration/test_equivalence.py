@@ -114,6 +114,22 @@ NAMED = {
         "q",
         {"remove": ("norms", "values", "p")},
     ),
+    "redundant norm, wide heads": (
+        {**REDUNDANT, "hidden_act": "relu", "head_dim": 12, "num_key_value_heads": 4, "attention_bias": True},
+        "q",
+        {"remove": ("p",)},
+    ),
+    "redundant norm, biases, gains": (
+        {**REDUNDANT, "hidden_act": "relu", "attention_bias": True, "residual_gains": True},
+        "q",
+        {"remove": ("p",)},
+    ),
+    "p's bias, gains": ({"attention_bias": True, "residual_gains": True}, "q", {"remove": ("p",)}),
+    "values' and p's bias, gains": (
+        {"attention_bias": True, "residual_gains": True, "attention_shaping": "full"},
+        "q",
+        {"remove": ("values", "p")},
+    ),
     "pivoted, nothing left of Q, K, V": (
         {"num_attention_heads": 2, "head_dim": 8, "num_key_value_heads": 1},
         "pivoted",

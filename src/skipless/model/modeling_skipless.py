@@ -49,7 +49,7 @@ LOSS_KEYWORDS = frozenset({"num_items_in_batch", "ignore_index", "shift_labels"}
 
 
 def check_keywords(keywords: dict[str, Any], known: frozenset[str]) -> None:
-    """Refuse keywords that nothing here would read. Raises TypeError, as Python does for a function without **kwargs."""
+    """Refuse keywords that nothing here reads: TypeError, as of a function without **kwargs."""
     for name in keywords:
         if name not in known:
             raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
