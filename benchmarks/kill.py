@@ -9,6 +9,7 @@ line is one JSON object.
 """
 
 import argparse
+import dataclasses
 import json
 import random
 import signal
@@ -23,7 +24,6 @@ import torch
 
 from skipless import engines, fuse
 from skipless.checkpoint.staging import LocalPlace
-from skipless.closing import Done
 from skipless.model import SkiplessConfig, SkiplessForCausalLM
 
 SHARD = 500_000
@@ -48,7 +48,7 @@ def child(source: Path, destination: Path, log: Path) -> None:
             with log.open("a") as file:
                 file.write(f"{plan.tasks.index(task)}\n")
 
-        return Done(tensors(), done.problems)
+        return dataclasses.replace(done, tensors=tensors())
 
     engines.run_task = noted
     fuse(source, destination, basis="pivoted", max_shard_size=SHARD, resume=True)

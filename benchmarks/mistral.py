@@ -11,6 +11,7 @@ last line is one JSON object.
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -132,7 +133,7 @@ def child(source: str, destination: str, basis: str, memory: str) -> None:
         begun, reading = time.perf_counter(), spent["read"]
         done = run_task(plan, task, read)
         begun += spent["read"] - reading
-        return closing.Done(tensors(begun, done), done.problems)
+        return dataclasses.replace(done, tensors=tensors(begun, done))
 
     engines.run_task = timed_task
     CheckpointReader.tensor = timed("read", tensor)

@@ -8,6 +8,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import skipless
 from skipless.errors import InputError
 from skipless.model import SkiplessForCausalLM
@@ -101,11 +103,17 @@ def fuse_what_goes(run: dict[str, Any], source: Path, fused: Path) -> str:
     return refusal
 
 
-def judge(fields: dict[str, Any], runs: Sequence[dict[str, Any]], seed: int, folder: Path) -> tuple[str, float | None]:
-    """Fuse a random model by each run in turn: what was refused, if all was, and the largest relative error of logits
-    in fp64.
+def judge(
+    fields: dict[str, Any],
+    runs: Sequence[dict[str, Any]],
+    seed: int,
+    folder: Path,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[str, float | None]:
+    """Fuse a random model, stored in `dtype`, by each run in turn: what was refused, if all was, and the largest error
+    of logits in fp64, relative to their token's largest.
     """
-    model: SkiplessForCausalLM = build(seed, **fields)
+    model: SkiplessForCausalLM = build(seed, dtype, **fields)
     source, error, refusal = save(model, folder / "source"), None, ""
     for number, run in enumerate(runs):
         fused = folder / f"fused{number}"

@@ -4,6 +4,7 @@ Tensors are held as they were read, and what is made of them as it will be store
 forgotten after its last use.
 """
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from skipless.checkpoint.reader import not_finite
 from skipless.eliminate import Affine, close_rows, column_order, merge, modules, normalize_rows
 from skipless.errors import InputError
 from skipless.planning import Plan, Task
-from skipless.prediction import OpenStream, merged, passed_rows
+from skipless.prediction import OpenStream, Outcome, merged, passed_rows
 from skipless.products import HALF, blocks, max_abs, slices, squares
 from skipless.rounding import round_stream
 from skipless.rows import Rows
@@ -28,11 +29,12 @@ COPIED = 2**26
 @dataclass(frozen=True)
 class Done:
     """What a task gives: the tensors to write, each whole or some of its rows after the other, and, once they have been
-    taken, where storing them is expected to lose too much.
+    taken, what became of its seams, and, where that is asked for, the SHA-256 of each tensor that it read.
     """
 
     tensors: Iterator[tuple[str, torch.Tensor]]
-    problems: list[str]
+    outcomes: list[Outcome]
+    sources: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def run_task(plan: Plan, task: Task, read: Read) -> Done:
@@ -40,9 +42,9 @@ def run_task(plan: Plan, task: Task, read: Read) -> Done:
 
     Taking one raises InputError if casting it to a smaller dtype has overflowed.
     """
-    problems: list[str] = []
-    tensors = _close_all(plan, task, read, problems) if task.seams else _copy(plan, task, read)
-    return Done(_finite(tensors), problems)
+    outcomes: list[Outcome] = []
+    tensors = _close_all(plan, task, read, outcomes) if task.seams else _copy(plan, task, read)
+    return Done(_finite(tensors), outcomes)
 
 
 def _finite(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -66,7 +68,7 @@ def _copy(plan: Plan, task: Task, read: Read) -> Iterator[tuple[str, torch.Tenso
         yield name, read(name, rows).to(dtype)
 
 
-def _close_all(plan: Plan, task: Task, read: Read, problems: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+def _close_all(plan: Plan, task: Task, read: Read, outcomes: list[Outcome]) -> Iterator[tuple[str, torch.Tensor]]:
     before, after = plan.modules
     affines: dict[str, Affine] = {}
     seen: set[str] = set()
@@ -79,10 +81,9 @@ def _close_all(plan: Plan, task: Task, read: Read, problems: list[str]) -> Itera
                 )
         seen.update(seam.modules)
         own = {name: affines.pop(name) for name in seam.modules if name in affines}
-        remaining, order, problem = _close(plan, seam, own, later, read)
+        remaining, order, outcome = _close(plan, seam, own, later, read)
         del own
-        if problem is not None:
-            problems.append(problem)
+        outcomes.append(outcome)
         affines |= {name: remaining.pop(name) for name in list(remaining) if name in later}
         yield from _stored(plan, remaining)
         if order is not None and seam.order in plan.outputs:
@@ -96,7 +97,7 @@ def with_later(task: Task) -> Iterator[tuple[Seam, frozenset[str]]]:
         yield seam, frozenset(name for name in seam.modules if last[name] > number)
 
 
-Closed = tuple[dict[str, Affine], torch.Tensor | None, str | None]
+Closed = tuple[dict[str, Affine], torch.Tensor | None, Outcome]
 
 
 def _close(
@@ -106,7 +107,7 @@ def _close(
     later: frozenset[str],
     read: Read,
 ) -> Closed:
-    """Close one seam: the modules that remain, their order, and what is wrong.
+    """Close one seam: the modules that remain, their order, and what closing it has cost.
 
     affines: modules that go or change may be taken out after their last use. later: modules yet to be rewritten.
     """
@@ -117,11 +118,13 @@ def _close(
         return _close_rows(plan, seam, affines, later, read)
     if way == "p":
         return _merge(plan, seam, affines, later, read)
+    dtype = _coarsest(plan.outputs[f"{name}.weight"].dtype for name in seam.readers)
+    outcome = Outcome(seam.kind, seam.layer, way, dtype, {}, {})
     if way == "gain":
-        return merge(seam, affines), None, None
+        return merge(seam, affines), None, outcome
     (norm,), (table,) = seam.writers, seam.readers
     rows = normalize_rows(affines[table], affines.get(norm), plan.source.norm_type, plan.source.norm_eps)
-    return {table: rows}, None, None
+    return {table: rows}, None, outcome
 
 
 def _close_stream(plan: Plan, seam: Seam, affines: dict[str, Affine], later: frozenset[str]) -> Closed:
@@ -140,9 +143,9 @@ def _close_stream(plan: Plan, seam: Seam, affines: dict[str, Affine], later: fro
     del basis
     if getattr(torch, name) in HALF:
         stream = round_stream(stream, opened.weights, opened.extra_weights, dtypes)
-    problem = opened.measure(way, condition, stream, dtypes, name).problem(way, name)
+    outcome = opened.measure(way, condition, stream, dtypes, name).outcome(way, name)
     widths = {name: weight.shape[1] for name, weight in opened.readers.items()}
-    return modules(seam, way, stream, widths), column_order(stream), problem
+    return modules(seam, way, stream, widths), column_order(stream), outcome
 
 
 def _close_rows(plan: Plan, seam: Seam, affines: Mapping[str, Affine], later: frozenset[str], read: Read) -> Closed:
@@ -154,8 +157,8 @@ def _close_rows(plan: Plan, seam: Seam, affines: Mapping[str, Affine], later: fr
     remaining, order = close_rows(seam, affines, bases, mix)
     dtypes = [plan.outputs[f"{name}.weight"].dtype for name in remaining if name not in later]
     name = _coarsest(dtypes or [torch.float64])
-    problem = passed_rows(seam, affines, remaining, bases, [name]).problem("rows", name)
-    return remaining, (order if seam.kind == "values" else order[0]).to(torch.int32), problem
+    outcome = passed_rows(seam, affines, remaining, bases, [name]).outcome("rows", name)
+    return remaining, (order if seam.kind == "values" else order[0]).to(torch.int32), outcome
 
 
 def _mix(seam: Seam, read: Read, ones: torch.Tensor) -> torch.Tensor:
@@ -183,7 +186,7 @@ def _merge(plan: Plan, seam: Seam, affines: Mapping[str, Affine], later: frozens
     weights = [affine.weight for affine in remaining.values()]
     name = _coarsest(plan.outputs[f"{name}.weight"].dtype for name in remaining)
     power = sum(squares(weight, 0).sum().item() for weight in weights)
-    return remaining, None, merged(seam, affines, [name], power, max(map(max_abs, weights))).problem("p", name)
+    return remaining, None, merged(seam, affines, [name], power, max(map(max_abs, weights))).outcome("p", name)
 
 
 def kept_dtype(plan: Plan, name: str, later: frozenset[str]) -> torch.dtype:

@@ -27,12 +27,13 @@ from ray.exceptions import RayError, RayTaskError
 
 from skipless.checkpoint.reader import CheckpointReader, TensorInfo
 from skipless.checkpoint.remote import open_reader
-from skipless.closing import Done, run_task
+from skipless.closing import Done
 from skipless.cost import cost, least
-from skipless.engines import Results, environment
+from skipless.engines import Results, environment, run_digested
 from skipless.errors import InputError, StorageError
 from skipless.machine import freed_memory_kept, resident_memory
 from skipless.planning import Plan
+from skipless.prediction import Outcome
 
 # How often a task is run again when its worker is lost.
 RETRIES = 3
@@ -76,8 +77,7 @@ def run(plan: Plan, reader: CheckpointReader, todo: Sequence[int], address: str 
                     running.append(waiting.popleft())
                     running[-1].submit(job)
                 task = _first(running)
-                problems: list[str] = []
-                yield task.number, Done(task.tensors(problems), problems)
+                yield task.number, task.done()
                 running.remove(task)
         finally:
             for task in running:
@@ -151,13 +151,19 @@ class Submission:
     def _needs(self) -> Mapping[str, float]:
         return {"CPU": self._cpus, "memory": self._memory} | ({"GPU": self._gpus} if self._gpus else {})
 
-    def tensors(self, problems: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """What it gives, as it comes; at the end, what is wrong with it."""
+    def done(self) -> Done:
+        """What it gives, as it comes."""
+        outcomes: list[Outcome] = []
+        sources: dict[str, str] = {}
+        return Done(self._tensors(outcomes, sources), outcomes, sources)
+
+    def _tensors(self, outcomes: list[Outcome], sources: dict[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
         while isinstance(found := self.next(), tuple):
             name, data = found
             yield name, _tensor(data, self._outputs[name])
             del found, data
-        problems += found
+        outcomes += found["outcomes"]
+        sources.update(found["sources"])
 
     def next(self) -> Any:
         """The next that the worker hands out, once it is there."""
@@ -218,7 +224,7 @@ def _tensor(data: np.ndarray, info: TensorInfo) -> torch.Tensor:
 
 
 def carry_out(expected: Mapping[str, object], job: Sequence["ray.ObjectRef[Input]"], number: int) -> Iterator[Any]:
-    """Run one task and hand out names and bytes of tensors, or of rows of them, then its problems.
+    """Run one task and hand out names and bytes of tensors, or of rows of them, then what else closing.Done has.
 
     expected: the driver's environment. Raises StorageError if this one, or the source as it is seen here, is
     another: elsewhere the task may succeed.
@@ -231,12 +237,12 @@ def carry_out(expected: Mapping[str, object], job: Sequence["ray.ObjectRef[Input
                 f"the result would not be the same, bit for bit"
             )
     plan, reader = _opened(job[0])
-    done = run_task(plan, plan.tasks[number], reader.tensor)
+    done = run_digested(plan, plan.tasks[number], reader)
     with freed_memory_kept(resident_memory() + cost(plan, plan.tasks[number]).memory):
         for name, tensor in done.tensors:
             yield name, tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
             del tensor
-    yield done.problems
+    yield {"outcomes": done.outcomes, "sources": done.sources}
 
 
 @lru_cache(1)

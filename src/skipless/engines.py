@@ -1,7 +1,8 @@
 """Who carries out a plan's tasks: this process, one after the other, or Ray's workers (cluster.py)."""
 
+import dataclasses
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
@@ -12,17 +13,31 @@ import scipy
 import torch
 
 from skipless import __version__
+from skipless.checkpoint.digests import Digests
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.closing import Done, run_task
 from skipless.cost import needed
 from skipless.errors import InputError
 from skipless.machine import freed_memory_kept, resident_memory
-from skipless.planning import Plan
+from skipless.planning import Plan, Task
 
 # What each task gives, in any order; closed before its end, it stops what it has begun.
 Results = Generator[tuple[int, Done], None, None]
 # Carries out the tasks of these numbers.
 Engine = Callable[[Plan, CheckpointReader, Sequence[int]], Results]
+
+
+def run_digested(plan: Plan, task: Task, reader: CheckpointReader) -> Done:
+    """Carry out one task, as closing.run_task does, and take the SHA-256 of what it reads."""
+    digests = Digests(reader, overwritten=task.by_rows)
+    done = run_task(plan, task, digests.read)
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        with digests:
+            yield from done.tensors
+            done.sources.update(digests.finish())
+
+    return dataclasses.replace(done, tensors=tensors())
 
 
 def run_local(plan: Plan, reader: CheckpointReader, todo: Sequence[int]) -> Results:
@@ -34,7 +49,7 @@ def run_local(plan: Plan, reader: CheckpointReader, todo: Sequence[int]) -> Resu
             for number, following in zip(todo, [*todo[1:], None], strict=False):
                 if following is not None:
                     ahead.submit(reader.warm, plan.tasks[following].reads, stopped.is_set)
-                yield number, run_task(plan, plan.tasks[number], reader.tensor)
+                yield number, run_digested(plan, plan.tasks[number], reader)
     finally:
         stopped.set()
         ahead.shutdown(cancel_futures=True)

@@ -1,4 +1,4 @@
-"""What a user can be told: input that cannot be used (exit code 2)."""
+"""What a user can be told: input that cannot be used (exit code 2), or that we have made a mistake (3)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +30,10 @@ def _shortened(text: str) -> str:
 
 class StorageError(InputError):
     """Reading or writing has failed, not what was read: another attempt may succeed."""
+
+
+class BugError(Exception):
+    """What came out is not what was promised, and no input is to blame (exit code 3)."""
 
 
 @contextmanager

@@ -5,9 +5,7 @@ import hashlib
 import logging
 import os
 import shutil
-from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,25 +13,27 @@ from typing import Any
 
 import torch
 
-from skipless.checkpoint.manifest import Manifest, Record
+from skipless.behind import Behind
+from skipless.checkpoint.manifest import Entry, Manifest
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.checkpoint.remote import RemotePlace, is_remote, open_reader
 from skipless.checkpoint.staging import LocalPlace, Place, Staging, staged
 from skipless.checkpoint.writer import CheckpointWriter, write_json
+from skipless.closing import Done
 from skipless.cost import waiting
 from skipless.engines import Engine, choose_engine, environment
 from skipless.errors import InputError
 from skipless.estimate import Estimate, estimate, within_memory
 from skipless.machine import available_memory, measure, resident_memory
+from skipless.model_files import MODEL_FILES, copy_model_files
 from skipless.planning import Plan, Task, prepare
+from skipless.prediction import Outcome
+from skipless.probe import check_fused
+from skipless.record import RECORD, write_record
 from skipless.request import AUTO, Request
 from skipless.seams import REMOVABLE
 
 logger = logging.getLogger("skipless")
-
-MODEL_FILES = tuple(
-    Path(__file__).parent / "model" / name for name in ("configuration_skipless.py", "modeling_skipless.py")
-)
 
 
 def fuse(
@@ -68,15 +68,20 @@ def fuse(
     request = Request(basis, dtype, rest_dtype, tuple(layers_open), tuple(remove), parallel_removes)
     job = plan_fuse(source, destination, request, max_shard_size, max_memory, engine, address, device, resume)
     plan, reader = job.plan, job.reader
-    problems: list[str] = []
     with staged(job.place, job.manifest(), resume) as staging:
         progress(plan, None)
         _copy_others(reader, staging.folder)
-        problems = _execute(job, staging, progress)
-        for model_file in MODEL_FILES:
-            shutil.copyfile(model_file, staging.folder / model_file.name)
+        shards = _execute(job, staging, progress)
+        copy_model_files(staging.folder)
         write_json(staging.folder / "config.json", plan.config)
+        entries = [entry for _, entry in sorted(staging.manifest.done.items())]
+        outcomes = [Outcome(**outcome) for entry in entries for outcome in entry.outcomes]
+        differences = check_fused(plan, reader, CheckpointReader(staging.folder), outcomes)
         reader.check_unchanged()
+        made = job.made() | {"check": {each.name: [each.error, each.limit] for each in differences}}
+        sources = {name: digest for entry in entries for name, digest in entry.sources.items()}
+        write_record(staging.folder, reader, made, sources, outcomes, shards)
+    problems = [outcome.problem for outcome in outcomes if outcome.problem is not None]
     if problems:
         logger.warning(
             "%s%s; run skipless verify, and if it says no, use --basis pivoted or a finer --dtype, or leave it open",
@@ -102,17 +107,23 @@ class Job:
         rates = measure(self.reader.sample, self.reader.device)
         return estimate(self.plan, rates, resident_memory())
 
+    def made(self) -> dict[str, Any]:
+        """By what and how the result is made."""
+        return {
+            "options": {**dataclasses.asdict(self.request), "max_shard_size": self.max_shard_size},
+            "device": str(self.reader.device),
+            "basis": self.plan.basis,
+            "reason": self.plan.reason,
+            "environment": environment(),
+        }
+
     def manifest(self) -> dict[str, Any]:
         """What must be the same for two runs to write the same bytes."""
         plan = self.plan
         return {
             "source": self.reader.place,
             "files": self.reader.fingerprint(),
-            "options": {**dataclasses.asdict(self.request), "max_shard_size": self.max_shard_size},
-            "device": str(self.reader.device),
-            "basis": plan.basis,
-            "reason": plan.reason,
-            "environment": environment(),
+            **self.made(),
             "outputs": hashlib.sha256(repr((plan.tasks, dict(plan.outputs), plan.config)).encode()).hexdigest(),
         }
 
@@ -161,7 +172,7 @@ def destination_place(destination: str | Path) -> Place:
 
 
 def _copy_others(reader: CheckpointReader, folder: Path) -> None:
-    ours = {file.name for file in MODEL_FILES}
+    ours = {RECORD, *(file.name for file in MODEL_FILES)}
     files = [file for file in reader.other_files() if str(file) not in ours]
     if code := [str(file) for file in files if file.suffix == ".py"]:
         logger.warning("copied %s: code of the source's, which trust_remote_code=True may run", ", ".join(code))
@@ -170,52 +181,31 @@ def _copy_others(reader: CheckpointReader, folder: Path) -> None:
         shutil.copyfile(reader.folder / file, folder / file)
 
 
-def _execute(job: Job, staging: Staging, progress: Callable[[Plan, Task | None], None]) -> list[str]:
-    """Carry out the tasks that are not done, writing behind them, and check what was written; what is wrong with it."""
+def _execute(job: Job, staging: Staging, progress: Callable[[Plan, Task | None], None]) -> dict[str, str]:
+    """Carry out the tasks that are not done, writing behind them, and read what was written again; SHA-256 by file."""
     plan = job.plan
     manifest = staging.manifest
     writer = CheckpointWriter(staging.folder, plan.outputs)
-    for number, record in list(manifest.done.items()):
-        if all(writer.digest(name) == digest for name, digest in record.digests.items()):
+    for number, entry in list(manifest.done.items()):
+        if all(writer.digest(name) == digest for name, digest in entry.digests.items()):
             progress(plan, plan.tasks[number])
         else:
             del manifest.done[number]
     todo = [number for number in range(len(plan.tasks)) if number not in manifest.done]
-    with ThreadPoolExecutor(1, "writing") as thread, closing(job.engine(plan, job.reader, todo)) as results:
-        behind = Behind(thread, waiting(plan))
-        for number, done in results:
-            digests: dict[str, str] = {}
-            for name, tensor in done.tensors:
-                behind.add(tensor.nbytes, _write, writer, name, tensor, digests)
-                del tensor
-            behind.add(0, _record, manifest, number, plan.tasks[number], digests, done.problems)
-            progress(plan, plan.tasks[number])
-        behind.finish()
-    writer.finish({name: digest for record in manifest.done.values() for name, digest in record.digests.items()})
-    return [problem for _, record in sorted(manifest.done.items()) for problem in record.problems]
-
-
-class Behind:
-    """Work done in order by another thread, beside what comes next; what waits for it holds at most `room` bytes, or is
-    one tensor.
-    """
-
-    def __init__(self, thread: ThreadPoolExecutor, room: int):
-        self._thread, self._room = thread, room
-        self._waiting: deque[tuple[int, Future[None]]] = deque()
-
-    def add(self, size: int, work: Callable[..., None], *arguments: object) -> None:
-        """Have something done that holds `size` bytes. Raises what earlier work has raised."""
-        while self._waiting and (
-            self._waiting[0][1].done() or size + sum(held for held, _ in self._waiting) > self._room
-        ):
-            self._waiting.popleft()[1].result()
-        self._waiting.append((size, self._thread.submit(work, *arguments)))
-
-    def finish(self) -> None:
-        """Wait for all of it."""
-        while self._waiting:
-            self._waiting.popleft()[1].result()
+    behind = Behind("writing", waiting(plan))
+    try:
+        with closing(job.engine(plan, job.reader, todo)) as results:
+            for number, done in results:
+                digests: dict[str, str] = {}
+                for name, tensor in done.tensors:
+                    behind.add(tensor.nbytes, _write, writer, name, tensor, digests)
+                    del tensor
+                behind.add(0, _journal, manifest, number, plan.tasks[number], digests, done)
+                progress(plan, plan.tasks[number])
+            behind.finish()
+    finally:
+        behind.close()
+    return writer.finish({name: digest for entry in manifest.done.values() for name, digest in entry.digests.items()})
 
 
 def _write(writer: CheckpointWriter, name: str, tensor: torch.Tensor, digests: dict[str, str]) -> None:
@@ -224,6 +214,6 @@ def _write(writer: CheckpointWriter, name: str, tensor: torch.Tensor, digests: d
         digests[name] = digest
 
 
-def _record(manifest: Manifest, number: int, task: Task, digests: dict[str, str], problems: list[str]) -> None:
+def _journal(manifest: Manifest, number: int, task: Task, digests: dict[str, str], done: Done) -> None:
     if digests.keys() == set(task.writes):  # else a write has failed, which is about to be noticed
-        manifest.record(number, Record(digests, tuple(problems)))
+        manifest.add(number, Entry(digests, done.sources, tuple(map(dataclasses.asdict, done.outcomes))))

@@ -19,17 +19,12 @@ from skipless.checkpoint.reader import CheckpointReader, TensorInfo
 from skipless.checkpoint.writer import plan_shards
 from skipless.errors import InputError
 from skipless.model.configuration_skipless import SkiplessConfig
+from skipless.model_files import AUTO_MAP
 from skipless.prediction import Forecast, forecast, forecast_memory
 from skipless.products import HALF
 from skipless.request import AUTO, Request
 from skipless.seams import Seam, closed
 from skipless.source import read_architecture, read_seam, tables
-
-AUTO_MAP = {
-    "AutoConfig": "configuration_skipless.SkiplessConfig",
-    "AutoModel": "modeling_skipless.SkiplessModel",
-    "AutoModelForCausalLM": "modeling_skipless.SkiplessForCausalLM",
-}
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,21 @@ class Way:
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """A seam that has been closed, by `way`, and stored in `dtype`. errors, original: as in Way and Forecast, in that
+    dtype (empty: where nothing is solved for); problem: why that loses too much, or None.
+    """
+
+    kind: str
+    layer: int
+    way: str
+    dtype: str
+    errors: Mapping[str, float]
+    original: Mapping[str, float]
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
 class Forecast:
     """What closing a seam will cost, by way and dtype, and `original`: what storing it unclosed costs by dtype alone.
 
@@ -80,6 +95,11 @@ class Forecast:
     seam: Seam
     original: Mapping[str, Mapping[str, float]]
     ways: Mapping[str, Way]
+
+    def outcome(self, way: str, dtype: str) -> Outcome:
+        """What has become of the seam, closed by `way` and stored in `dtype`."""
+        errors, problem = self.ways[way].errors[dtype], self.problem(way, dtype)
+        return Outcome(self.seam.kind, self.seam.layer, way, dtype, errors, self.original[dtype], problem)
 
     def problem(self, way: str, dtype: str) -> str | None:
         """Why closing the seam by `way` is not safe in `dtype`, or None: the error would exceed the tolerance."""

@@ -500,6 +500,8 @@ def _norm_seam(architecture: Architecture, norm: str, way: str, readers: tuple[s
     if way == "gain" and biased:
         blocked = f"norm_type 'layer': {norm} has a bias, and not all of its readers have one to take it in"
     layer = int(norm.split(".")[2]) if norm.startswith("model.layers.") else 0
+    if norm == "model.norm":
+        layer = architecture.num_hidden_layers
     identities: dict[str, tuple[str, ...]] = {way: (norm,)}
     return Seam("norms", layer, d, (norm,), readers, identities, d * (1 + biased), blocked=blocked)
 

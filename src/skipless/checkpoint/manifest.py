@@ -14,15 +14,18 @@ from typing import Any
 from skipless.errors import InputError
 
 JOB, JOURNAL = "job.json", "journal.jsonl"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
-class Record:
-    """A finished task: the SHA-256 of each of its tensors' bytes, and where storing them loses too much."""
+class Entry:
+    """A finished task: the SHA-256 of each of the tensors that it wrote and that it read, and what became of its seams
+    (prediction.Outcome, as JSON has it).
+    """
 
     digests: Mapping[str, str]
-    problems: tuple[str, ...]
+    sources: Mapping[str, str]
+    outcomes: tuple[Mapping[str, Any], ...]
 
 
 class Manifest:
@@ -30,7 +33,7 @@ class Manifest:
 
     def __init__(self, folder: Path, job: Mapping[str, Any]):
         self.folder, self.job = folder, job
-        self.done: dict[int, Record] = {}
+        self.done: dict[int, Entry] = {}
         self._size = 0  # bytes of the journal's whole lines
 
     @classmethod
@@ -62,7 +65,8 @@ class Manifest:
                 for line in file.read_bytes().splitlines(keepends=True):
                     if line.endswith(b"\n"):
                         fields = json.loads(line)
-                        manifest.done[fields["task"]] = Record(fields["tensors"], tuple(fields["problems"]))
+                        entry = Entry(fields["tensors"], fields["sources"], tuple(fields["outcomes"]))
+                        manifest.done[fields["task"]] = entry
                         manifest._size += len(line)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{file}: expected what a fuse writes there, found {error}; remove {folder}") from error
@@ -76,9 +80,9 @@ class Manifest:
                 f"again as it was, or remove {self.folder} to begin anew"
             )
 
-    def record(self, task: int, record: Record) -> None:
+    def add(self, task: int, entry: Entry) -> None:
         """Write down that a task's tensors are on disk."""
-        fields = {"task": task, "tensors": record.digests, "problems": record.problems}
+        fields = {"task": task, "tensors": entry.digests, "sources": entry.sources, "outcomes": entry.outcomes}
         line = json.dumps(fields).encode() + b"\n"
         with (self.folder / JOURNAL).open("ab") as file:
             file.truncate(self._size)
@@ -86,7 +90,7 @@ class Manifest:
             file.flush()
             os.fsync(file.fileno())
         self._size += len(line)
-        self.done[task] = record
+        self.done[task] = entry
 
 
 def sync(path: Path) -> None:

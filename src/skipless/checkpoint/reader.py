@@ -19,6 +19,8 @@ from skipless.errors import InputError, StorageError
 DTYPES: dict[str, torch.dtype] = {
     code: getattr(torch, name) for code, name in (SAFETENSORS_NAMES | INDEX_NAMES).items()
 }
+# Called with what has been read: a tensor's name, where in it the bytes begin, and the bytes.
+Seen = Callable[[str, int, memoryview], None]
 # Numbers looked at, and bytes read only to have them in the system's cache, at a time.
 BLOCK = 2**22
 
@@ -84,9 +86,11 @@ class CheckpointReader(Folder):
         for name in self._stamps:
             self._check_stamp(name, (self.folder / name).stat())
 
-    def tensor(self, name: str, rows: slice | None = None) -> torch.Tensor:
+    def tensor(self, name: str, rows: slice | None = None, seen: Seen | None = None) -> torch.Tensor:
         """Read one tensor, or rows (start, stop) of it. Raises StorageError if it cannot be read, InputError if it
         holds NaN or infinity, or if its file has changed since it was opened.
+
+        seen: called with the tensor's name, the place of the first byte in it, and the bytes.
         """
         info = self.tensors[name]
         shape, start = info.shape, 0
@@ -94,7 +98,8 @@ class CheckpointReader(Folder):
             shape = (rows.stop - rows.start, *info.shape[1:])
             start = rows.start * info.row_bytes
         tensor = torch.empty(shape, dtype=info.dtype)
-        count = self._read(name, start, tensor.reshape(-1).view(torch.uint8).numpy().data)
+        data = tensor.reshape(-1).view(torch.uint8).numpy().data
+        count = self._read(name, start, data)
         if count < tensor.nbytes:
             raise InputError(
                 f"{name}: expected {tensor.nbytes:,} bytes in {self.folder / info.shard}, found {count:,}: the file "
@@ -105,6 +110,8 @@ class CheckpointReader(Folder):
                 f"{name}: expected finite numbers, found {bad} of {tensor.numel()} NaN or infinite; the checkpoint is "
                 f"damaged or its training diverged"
             )
+        if seen is not None:
+            seen(name, start, data)
         return tensor.to(self.device)
 
     def sample(self, most: int) -> int:

@@ -9,11 +9,13 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from skipless.behind import Behind
 from skipless.checkpoint.headers import INDEX, SINGLE, read_header
 from skipless.checkpoint.reader import DTYPES, TensorInfo, uncache
 from skipless.errors import InputError, StorageError
@@ -110,32 +112,45 @@ class CheckpointWriter:
                 found.update(block)
         return found.hexdigest()
 
-    def finish(self, digests: Mapping[str, str]) -> None:
-        """Read everything again, from disk; if it is what was written, write the index, last.
+    def finish(self, digests: Mapping[str, str]) -> dict[str, str]:
+        """Read everything again, from disk; if it is what was written, write the index, last. SHA-256 of each shard.
 
         digests: of every tensor, as `write` returned them. Raises StorageError naming the first tensor whose bytes are
         others.
         """
         assert not self._begun, sorted(self._begun)
-        for shard in self.shards:
-            self._check(shard, digests)
+        found = {shard: self._check(shard, digests) for shard in self.shards}
         if len(self.shards) > 1:
             total = sum(info.bytes for info in self.tensors.values())
             weight_map = {name: info.shard for name, info in self.tensors.items()}
             write_json(self.folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        return found
 
-    def _check(self, shard: str, digests: Mapping[str, str]) -> None:
-        with (self.folder / shard).open("rb") as file:
+    def _check(self, shard: str, digests: Mapping[str, str]) -> str:
+        """The SHA-256 of a shard, each of whose tensors is hashed for itself, too, by another thread."""
+        whole, behind = hashlib.sha256(), Behind("hashing", BLOCK)
+        with (self.folder / shard).open("rb") as file, closing(behind):
             uncache(file.fileno())
-            if file.read(len(self._headers[shard])) != self._headers[shard]:
+            header = file.read(len(self._headers[shard]))
+            whole.update(header)
+            if header != self._headers[shard]:
                 raise StorageError(f"{shard}: expected the header that was written, found another; check the disk")
+            for name in (name for name, info in self.tensors.items() if info.shard == shard):
+                own, left = hashlib.sha256(), self.tensors[name].bytes
+                while left and (block := file.read(min(left, BLOCK))):
+                    left -= len(block)
+                    behind.add(len(block), own.update, block)
+                    whole.update(block)
+                behind.finish()
+                if own.hexdigest() != digests[name]:
+                    raise StorageError(
+                        f"{name}: expected in {shard} what was written, found other bytes; check the disk"
+                    )
         try:
             read_header(self.folder / shard)
         except InputError as error:
             raise StorageError(f"{error}; check the disk") from error
-        for name, info in self.tensors.items():
-            if info.shard == shard and self.digest(name) != digests[name]:
-                raise StorageError(f"{name}: expected in {shard} what was written, found other bytes; check the disk")
+        return whole.hexdigest()
 
 
 def write_json(file: Path, value: Mapping[str, object]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from skipless.checkpoint.headers import Folder
 from skipless.checkpoint.staging import LocalPlace
 from skipless.errors import InputError, extra
-from skipless.fusion import MODEL_FILES
+from skipless.model_files import MODEL_FILES
 
 # By what `export` is asked for: the module that writes it (with WEIGHTS and `write`).
 FORMATS = {"openvino": "skipless.serving.openvino", "onnx": "skipless.serving.onnx"}

@@ -1,0 +1,58 @@
+"""SHA-256 of what is read of a checkpoint, taken beside the work by another thread.
+
+The digest is of the very bytes that were used, so that a source that was changed while it was read can be told.
+"""
+
+import hashlib
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from skipless.behind import Behind
+from skipless.checkpoint.reader import CheckpointReader
+
+# Bytes that may wait to be hashed, unless they are one tensor's.
+ROOM = 2**26
+
+
+class Digests:
+    """Reads tensors of a checkpoint as `reader.tensor` does, and hashes those that it reads whole: at once, or rows in
+    their order, from the first to the last. Rows out of turn do not count.
+
+    overwritten: whether what is read may be written over soon; each read then waits until it is hashed.
+    """
+
+    def __init__(self, reader: CheckpointReader, overwritten: bool = False):
+        self._reader, self._overwritten = reader, overwritten
+        self._behind = Behind("hashing", ROOM)
+        self._begun: dict[str, tuple[int, Any]] = {}  # of a tensor: the next byte, SHA-256 so far
+        self._found: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._behind.close()
+
+    def read(self, name: str, rows: slice | None = None, /) -> torch.Tensor:
+        """Read one tensor, or rows of it."""
+        return self._reader.tensor(name, rows, self._take)
+
+    def _take(self, name: str, start: int, data: memoryview) -> None:
+        """Hash what has not been hashed of a tensor's bytes from `start` on, if that is what comes next."""
+        following, found = self._begun.get(name, (0, hashlib.sha256()))
+        stop = start + len(data)
+        if name in self._found or not start <= following < max(stop, 1):
+            return
+        self._behind.add(len(data), found.update, data[following - start :])
+        if self._overwritten:
+            self._behind.finish()
+        self._begun[name] = stop, found
+        if stop == self._reader.tensors[name].bytes:
+            self._found[name] = found
+
+    def finish(self) -> dict[str, str]:
+        """The digests of all tensors that were read whole, once they are there."""
+        self._behind.finish()
+        return {name: found.hexdigest() for name, found in self._found.items()}

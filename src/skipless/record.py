@@ -1,0 +1,121 @@
+"""skipless.json: where a fused folder comes from, how it was made, and the SHA-256 of all that is in it.
+
+It is written last, by fuse, and lies beside the weights for good: whoever has the folder can see at any time whether it
+is what was written (`skipless verify FOLDER`), and whoever has the source, too, of which bytes it was made. Who changes
+the folder can change the record: it tells damage and mixtures, not forgery.
+"""
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from skipless.checkpoint.headers import check_file, read_json_object
+from skipless.checkpoint.reader import CheckpointReader
+from skipless.checkpoint.writer import write_json
+from skipless.errors import InputError
+from skipless.prediction import Outcome
+
+RECORD = "skipless.json"
+FORMAT = 1
+# Bytes read at a time to hash them.
+BLOCK = 2**23
+
+
+def write_record(
+    folder: Path,
+    reader: CheckpointReader,
+    made: Mapping[str, Any],
+    sources: Mapping[str, str],
+    outcomes: Iterable[Outcome],
+    shards: Mapping[str, str],
+) -> None:
+    """Write down, in a folder that is complete otherwise, all that is known of it.
+
+    made: by what and how; sources: SHA-256 of the source's tensors, as they were read; shards: of the files of weights
+    in the folder.
+    """
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": shards.get(name)} for name in names}
+    for name, entry in files.items():
+        entry["sha256"] = entry["sha256"] or digest(folder / name)
+    record = {"format": FORMAT, **made, "source": {**_source(reader), "tensors": dict(sorted(sources.items()))}}
+    record |= {"seams": [dataclasses.asdict(outcome) for outcome in outcomes], "files": files}
+    write_json(folder / RECORD, record)
+
+
+def _source(reader: CheckpointReader) -> dict[str, Any]:
+    """What the source is called, and the SHA-256 of its files; of shards, of their headers, as the tensors' follow."""
+    others = ["config.json", *map(str, reader.other_files())]
+    found = {name: digest(reader.folder / name) for name in others}
+    headers = {shard: digest(reader.folder / shard, _header_bytes(reader.folder / shard)) for shard in reader.shards}
+    return {"name": reader.place.rstrip("/").rpartition("/")[2], "files": found, "headers": headers}
+
+
+def _header_bytes(shard: Path) -> int:
+    with shard.open("rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
+def digest(file: Path, size: int | None = None) -> str:
+    """SHA-256 of a file, or of its first `size` bytes."""
+    found, left = hashlib.sha256(), check_file(file, "a file") if size is None else size
+    with file.open("rb") as stream:
+        while left > 0 and (block := stream.read(min(BLOCK, left))):
+            left -= len(block)
+            found.update(block)
+    return found.hexdigest()
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """A folder's record, or None if it has none. Raises InputError, naming the field, for one not written by fuse."""
+    if not (folder / RECORD).exists():
+        return None
+    record = read_json_object(folder / RECORD)
+
+    def expect(condition: bool, field: str, what: str) -> None:
+        if not condition:
+            raise InputError(f"{folder / RECORD}: {field}: expected {what}, found another; remove it, or fuse again")
+
+    expect(record.get("format") == FORMAT, "format", str(FORMAT))
+    source, files = record.get("source", None), record.get("files", None)
+    expect(isinstance(source, dict), "source", "an object")
+    expect(isinstance(files, dict), "files", "an object")
+    assert isinstance(source, dict)
+    assert isinstance(files, dict)
+    for name in ("files", "headers", "tensors"):
+        expect(_digests(source.get(name)), f"source.{name}", "names and their SHA-256")
+    expect(all(isinstance(entry, dict) for entry in files.values()), "files", "objects")
+    expect(_digests({name: entry.get("sha256") for name, entry in files.items()}), "files", "names and their SHA-256")
+    expect(all(type(entry.get("bytes")) is int for entry in files.values()), "files", "their sizes in bytes")
+    expect(all(_inside(name) for name in files), "files", "names of files in this folder")
+    return record
+
+
+def _digests(found: Any) -> bool:
+    return isinstance(found, dict) and all(
+        isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) for value in found.values()
+    )
+
+
+def _inside(name: str) -> bool:
+    path = Path(name)
+    return not path.is_absolute() and ".." not in path.parts and name.isprintable()
+
+
+def differences(folder: Path, record: Mapping[str, Any]) -> Iterator[str]:
+    """Where a folder is no longer what the record says, in words."""
+    for name, entry in record["files"].items():
+        file = folder / name
+        if not file.exists():
+            yield f"{name}: expected as it was written, found no such file"
+        elif (size := check_file(file, "a file")) != entry["bytes"]:
+            yield f"{name}: expected {entry['bytes']:,} bytes, as it was written, found {size:,}"
+        elif digest(file) != entry["sha256"]:
+            yield f"{name}: expected the bytes that were written, found others"
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_file() and name not in record["files"] and name != RECORD:
+            yield f"{name}: expected no file that was not written with it, found one"

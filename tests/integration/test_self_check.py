@@ -1,0 +1,135 @@
+"""Before a fused folder gets its name, fuse compares what it wrote with the source; a bug publishes nothing."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from skipless import cli, closing, eliminate, fuse
+from skipless.checkpoint.reader import CheckpointReader
+from skipless.errors import BugError
+from skipless.probe import Inputs, Streamed, outputs
+from skipless.source import read_architecture
+from tests.models import build, save
+
+BUGS = {
+    "a redundant norm's gain dropped": (
+        {"norm_type": "rms", "norm_eps": 0.0, "hidden_act": "relu"},
+        {"remove": ("p",)},
+        lambda patch: patch.setattr(
+            eliminate, "past_norm", lambda seam, affines: {n: affines[n] for n in seam.readers}
+        ),
+    ),
+    "a branch's gain dropped": (
+        {"attention_bias": True, "residual_gains": True},
+        {"remove": ("p",)},
+        lambda patch: patch.setattr(
+            closing, "merge", lambda seam, affines, dtypes, scale: eliminate.merge(seam, affines)
+        ),
+    ),
+    "columns in another order": (
+        {},
+        {"basis": "pivoted"},
+        lambda patch: patch.setattr(closing, "column_order", lambda stream: eliminate.column_order(stream).flip(0)),
+    ),
+    "heads of V mixed up": (
+        {},
+        {"remove": ("values",)},
+        lambda patch: patch.setattr(
+            closing, "choose_rows", lambda seam, weight: list(reversed(eliminate_rows(seam, weight)))
+        ),
+    ),
+}
+eliminate_rows = closing.choose_rows
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize(("fields", "options", "bug"), BUGS.values(), ids=BUGS)
+def test_a_bug_publishes_nothing(tmp_path, monkeypatch, fields, options, bug, dtype):
+    source = save(build(**fields), tmp_path / "source")
+    fuse(source, tmp_path / "right", dtype=dtype, **options)
+    with monkeypatch.context() as patch:
+        bug(patch)
+        with pytest.raises(BugError, match=r"expected to differ from the source's by at most .* nothing was published"):
+            fuse(source, tmp_path / "wrong", dtype=dtype, **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["right", "source"]
+
+
+def test_the_command_says_that_it_is_a_bug(tmp_path, monkeypatch):
+    fields, options, bug = BUGS["columns in another order"]
+    source = save(build(**fields), tmp_path / "source")
+    bug(monkeypatch)
+    result = CliRunner().invoke(cli.main, ["fuse", str(source), str(tmp_path / "fused"), "--basis", options["basis"]])
+    assert result.exit_code == 3
+    assert "this is a bug in skipless" in result.stderr
+    assert not (tmp_path / "fused").exists()
+
+
+def test_what_is_streamed_is_what_the_model_gives(tmp_path):
+    """The same numbers as of a model that is loaded whole, whose hidden activations are its own."""
+    model = build(num_hidden_layers=1, attention_bias=True, mlp_bias=True, attention_shaping="full")
+    reader = CheckpointReader(save(model, tmp_path / "model"))
+    inputs = Inputs.drawn(read_architecture(reader))
+    found = outputs(reader.config, reader, inputs)
+    seen = []
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda _, __, output: seen.append(output.flatten(0, 1)))
+    with torch.no_grad():
+        model(input_ids=inputs.ids, position_ids=inputs.positions)
+    assert torch.allclose(found["0.m"][:, :48], seen[0], rtol=1e-12)
+    assert not torch.allclose(found["0.m"][:, 48:], seen[0], rtol=1e-3)  # the gate's
+
+
+def test_a_streamed_matrix_is_read_some_rows_at_a_time(monkeypatch):
+    from skipless import probe
+
+    monkeypatch.setattr(probe, "BLOCK", 64)
+    whole, read = torch.randn(10, 16), []
+
+    def rows_of(rows):
+        read.append(rows)
+        return whole if rows is None else whole[rows]
+
+    matrix, x = Streamed.of((10, 16), rows_of), torch.randn(3, 16, dtype=torch.float64)
+    assert torch.equal(torch.nn.functional.linear(x, matrix), x @ whole.double().T)
+    assert read == [slice(0, 4), slice(4, 8), slice(8, 10)]
+    read.clear()
+    which = torch.tensor([[3], [7]])
+    assert torch.equal(torch.nn.functional.embedding(which, matrix), whole.double()[which])
+    assert read == [slice(3, 4), slice(7, 8)]
+    assert (matrix.shape, matrix.dtype) == ((10, 16), torch.float64)
+    assert len(read) == 2
+    assert torch.equal(matrix + 0, whole.double())
+
+
+def test_the_record_has_every_output(tmp_path):
+    source = save(build(dtype=torch.bfloat16), tmp_path / "source")
+    fuse(source, tmp_path / "fused")
+    check = json.loads((tmp_path / "fused" / "skipless.json").read_text())["check"]
+    assert set(check) == {f"{layer}.{name}" for layer in range(3) for name in "qkvm"} | {"logits"}
+    assert all(error <= limit for error, limit in check.values())
+    assert any(error > 1e-4 for error, _ in check.values())  # bf16 was compared as it is stored
+
+
+def test_every_expert_counts(tmp_path):
+    """Also one to which no token would be sent."""
+    fields = {"ffn_type": "moe", "num_local_experts": 6, "num_experts_per_tok": 1}
+    model = build(**fields)
+    reader = CheckpointReader(save(model, tmp_path / "a"))
+    inputs = Inputs.drawn(read_architecture(reader), 2)
+    before = outputs(reader.config, reader, inputs)
+    for expert in range(6):
+        with torch.no_grad():
+            model.model.layers[1].mlp.experts[expert].up_proj.weight[3, 4] += 1e-3
+        spoiled = CheckpointReader(save(model, tmp_path / str(expert)))
+        after = outputs(spoiled.config, spoiled, inputs)
+        assert not torch.allclose(before["1.m"], after["1.m"], rtol=1e-9)
+        before = after
+
+
+def test_a_difference_that_is_no_number_does_not_pass():
+    from skipless.probe import Difference
+
+    assert Difference("logits", 0.1, 0.1).passed
+    assert not dataclasses.replace(Difference("logits", 0.1, 0.1), error=float("nan")).passed
