@@ -8,15 +8,19 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from pathlib import Path
 
+import torch
+
+from skipless.casting import underflows
 from skipless.counting import removable_as_is
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError
 from skipless.prediction import Forecast, Way, forecast, letter
 from skipless.request import AUTO, BASES, Request
 from skipless.seams import REMOVABLE, Seam
-from skipless.source import open_source, read_seam
+from skipless.source import Reader, open_source, read_seam
 from skipless.spectrum import Spectrum, spectrum
 
 
@@ -120,6 +124,18 @@ def audit(
         )
     progress(len(every), len(every))
 
+    @cache
+    def cast(dtype: str) -> dict[str, str]:
+        """Why matrices cannot be cast to a dtype, by their names."""
+        kept, read = dict.fromkeys(_matrices(reader), getattr(torch, dtype)), Whole(reader)
+        return {each.name: str(each) for each in underflows(reader.tensors, kept, read)}
+
+    def copied(request: Request) -> list[str]:
+        """The same, of those that no seam of a request rewrites."""
+        rewritten = {name for seam in request.seams(skipless) for name in seam.modules}
+        problems = {} if request.dtype is None else cast(request.dtype)
+        return [problem for name, problem in problems.items() if name.rpartition(".")[0] not in rewritten]
+
     def answer(request: Request) -> tuple[str, str, dict[Seam, str]]:
         """The basis, why, and the problems of a request, skips and norms left out."""
         asked = request.seams(skipless)
@@ -136,13 +152,14 @@ def audit(
 
     basis, reason, found = answer(request)
     blocked = _refusals(refusals[seam.kind, seam.layer] for seam in asked if not seam.refusal)
-    problems = (*_refusals(found), *(problem for seam, problem in found.items() if not seam.refusal))
+    lossy = copied(request)
+    problems = (*_refusals(found), *(problem for seam, problem in found.items() if not seam.refusal), *lossy)
     alternatives = []
     others = _others(request, [seam.layer for seam in found if seam.kind == "stream"])
-    for option, other in others if found and not blocked else ():
+    for option, other in others if problems and not blocked else ():
         with suppress(InputError):  # a basis that this model cannot have
             wanted = other.seams(skipless)  # without values, its stream seams are not the ones that were read
-            if wanted and audits.keys() >= set(wanted) and not answer(other)[2]:
+            if wanted and audits.keys() >= set(wanted) and not answer(other)[2] and not copied(other):
                 alternatives.append(option)
     return Audit(
         family=opened.family,
@@ -155,6 +172,21 @@ def audit(
         as_is=removable_as_is(source),
         parameters=sum(info.weights for info in reader.tensors.values() if not info.is_index),
     )
+
+
+def _matrices(reader: Reader) -> list[str]:
+    return [name for name, info in reader.tensors.items() if not info.is_index and len(info.shape) > 1]
+
+
+class Whole:
+    """Reads rows of a checkpoint's tensors, of each of which all is read at once, and kept until the next."""
+
+    def __init__(self, reader: Reader):
+        self._read = lru_cache(1)(reader.tensor)
+
+    def __call__(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        whole = self._read(name)
+        return whole if rows is None else whole[rows]
 
 
 def _refusals(asked: Iterable[Seam]) -> tuple[str, ...]:

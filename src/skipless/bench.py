@@ -72,13 +72,17 @@ class Speed:
 
 @dataclass(frozen=True)
 class Bench:
-    """What was measured, where and in what. bandwidth: bytes/s that torch reads, the median over rounds."""
+    """What was measured, where and in what. bandwidth: bytes/s that torch reads, the median over rounds.
+
+    broken_caches: of models whose cache changes what they generate, how.
+    """
 
     work: Work
     bandwidth: float
     speeds: tuple[Speed, ...]
     engine: str
     dtype: str
+    broken_caches: dict[str, str]
 
 
 def bench(
@@ -126,8 +130,11 @@ def measure(
 ) -> Bench:
     """Time models in turns, the order of which alternates, beside the bandwidth; ratios are those of a round."""
     done, total = 0, len(runners) * (rounds + 1)
-    for _, runner in runners:
+    broken: dict[str, str] = {}
+    for name, runner in runners:
         _turn(runner, work)  # warm up
+        if (problem := runner.broken_cache(work.context, work.tokens)) is not None:
+            broken[name] = problem
         progress(done := done + 1, total)
     buffer = torch.ones(min(LARGE, max(runner.bytes_per_token for _, runner in runners)) // 4)
     bandwidths = []
@@ -143,7 +150,7 @@ def measure(
         _speed(name, runner, work, found, turns[0], bandwidths)
         for (name, runner), found in zip(runners, turns, strict=True)
     )
-    return Bench(work, median(bandwidths), speeds, engine, dtype)
+    return Bench(work, median(bandwidths), speeds, engine, dtype, broken)
 
 
 @dataclass(frozen=True)

@@ -78,15 +78,18 @@ def demo(as_json: bool) -> None:
                 "weights_before": before,
                 "weights_after": after,
                 "same_tokens": result.same_tokens,
+                "caches": result.caches,
                 "bench": dataclasses.asdict(result.bench),
                 "verify": dataclasses.asdict(result.report),
             }
         )
     else:
         out.print(tables.report_table(result.report))
-        out.print(result.report.note)
+        out.print(result.report.note, soft_wrap=True, highlight=False, markup=False)
         out.print(tables.demo_table(result))
-    sys.exit(0 if result.report.same and result.same_tokens else 1)
+        for problem in filter(None, result.caches):
+            out.print(f"a broken cache: {problem}", soft_wrap=True, highlight=False, markup=False)
+    sys.exit(0 if result.report.same and result.same_tokens and not any(result.caches) else 1)
 
 
 @main.command("count")
@@ -232,6 +235,7 @@ def audit(model: Path, plot: Path | None, as_json: bool, **removal: Any) -> None
     options = parse_removal(**removal)
     if plot is not None:
         plotting.check(plot)
+    tell_of_other_model_files(model)
     with progress_bar("auditing") as progress:
         bar = progress.add_task("", total=None)
         found = auditing.audit(
@@ -387,14 +391,14 @@ def limit_command(model: str, check: bool, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("a", type=click.Path(path_type=Path))
-@click.argument("b", type=click.Path(path_type=Path))
+@click.argument("a", metavar="A", type=click.Path(path_type=Path))
+@click.argument("b", metavar="[B]", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--dtype",
     "dtypes",
     multiple=True,
     type=click.Choice(DTYPE_NAMES),
-    help="Dtypes to compare in, repeatable [default: float64, float32, bfloat16].",
+    help="Dtypes to run in beside float64 and the one B is stored in, repeatable [default: float32, bfloat16].",
 )
 @click.option("--prompt", help="Text to compare on and to continue, if A has a tokenizer.")
 @click.option(
@@ -405,27 +409,67 @@ def limit_command(model: str, check: bool, as_json: bool) -> None:
     help="Random tokens, and greedy tokens to generate.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random tokens.")
+@click.option("--full", is_flag=True, help="Run every token, every position, and a context beyond the window.")
 @as_json
 def verify(
-    a: Path, b: Path, dtypes: tuple[str, ...], prompt: str | None, tokens: int, seed: int, as_json: bool
+    a: Path,
+    b: Path | None,
+    dtypes: tuple[str, ...],
+    prompt: str | None,
+    tokens: int,
+    seed: int,
+    full: bool,
+    as_json: bool,
 ) -> None:
-    """Are A and B (made from A) the same function? Exit code 1 if they are not."""
+    """Are A and B (made from A) the same function? Exit code 1 if they are not.
+
+    Files are compared as data, tensors one by one, and both models are run. Of A alone, which fuse has written: is it
+    still what was written, by the SHA-256 in its skipless.json?
+    """
     from skipless import tables, verification
 
-    report = verification.verify(
-        a,
-        b,
-        dtypes=dtypes or verification.DEFAULT_DTYPES,
-        prompt=verification.DEFAULT_PROMPT if prompt is None else prompt,
-        tokens=tokens,
-        seed=seed,
-    )
+    if b is None:
+        changed = verification.verify_record(a)
+        if as_json:
+            print_json({"same": not changed, "differences": changed})
+        else:
+            for line in changed or (f"{a}: every file is as it was written",):
+                out.print(line, soft_wrap=True, highlight=False, markup=False)
+        sys.exit(1 if changed else 0)
+    with step_bar("verifying") as advance:
+        report = verification.verify(
+            a,
+            b,
+            dtypes=dtypes or verification.DEFAULT_DTYPES,
+            prompt=verification.DEFAULT_PROMPT if prompt is None else prompt,
+            tokens=tokens,
+            seed=seed,
+            full=full,
+            progress=advance,
+        )
     if as_json:
         print_json(dataclasses.asdict(report))
     else:
         out.print(tables.report_table(report))
-        out.print(report.note, soft_wrap=True)
+        for line in tables.report_lines(report):
+            out.print(line, soft_wrap=True, highlight=False, markup=False)
     sys.exit(0 if report.same else 1)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--dry-run", is_flag=True, help="Show what would change, and stop.")
+def refresh(folder: Path, dry_run: bool) -> None:
+    """Replace the model files that FOLDER carries for trust_remote_code by this version's, and show what changes.
+
+    A folder that an older version wrote needs it where transformers has moved on since. Weights stay as they are.
+    """
+    from skipless.model_files import refresh as run
+
+    changed = run(folder, click.echo, dry_run)
+    done = "would be" if dry_run else "are"
+    line = f"{folder}: the model files {done} this version's" if changed else f"{folder}: nothing to change"
+    err.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 @main.command()
@@ -469,13 +513,15 @@ def bench(
 ) -> None:
     """Time greedy decoding and prompts of models A, B, ... in turns, beside what the machine's memory allows.
 
-    Each model runs in a process of its own. Ratios are those of a round, and what is printed is their median.
+    Each model runs in a process of its own. Ratios are those of a round, and what is printed is their median. Exit code
+    1 if a model's cache is broken: what it then generates is another model's.
     """
     from skipless import bench as room
     from skipless import plotting, tables
 
     if plot is not None:
         plotting.check(plot)
+    tell_of_other_model_files(*models)
     work = room.Work(batches or (1,), context, tokens, prefill)
     with progress_bar("timing") as progress:
         bar = progress.add_task("", total=None)
@@ -497,6 +543,9 @@ def bench(
     else:
         out.print(tables.bench_line(found), soft_wrap=True, highlight=False, markup=False)
         out.print(tables.bench_table(found))
+        for name, problem in found.broken_caches.items():
+            out.print(f"a broken cache: {name}: {problem}", soft_wrap=True, highlight=False, markup=False)
+    sys.exit(1 if found.broken_caches else 0)
 
 
 @main.command()
@@ -521,10 +570,30 @@ def train(recipe: str, out_folder: Path, resume: bool, as_json: bool) -> None:
         out.print(f"held out: {result['held_out_loss']:.3f} nats a token, {result['bits_per_byte']:.3f} bits a byte")
 
 
+def tell_of_other_model_files(*folders: Path) -> None:
+    """Say of each folder whose model files are not this version's that they are not, in a line on stderr."""
+    from skipless.model_files import other_model_files
+
+    for folder in folders:
+        if folder.is_dir() and (others := other_model_files(folder)):
+            line = f"{folder}: {' and '.join(others)}: not this version's; to replace: skipless refresh {folder}"
+            err.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
 def progress_bar(verb: str) -> Progress:
     """A bar on stderr that goes when it is done, if that is a terminal."""
     columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
+
+
+@contextmanager
+def step_bar(verb: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr for work of named steps, called with what is done next, steps done, and their number."""
+    columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    bar = Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
+    number = bar.add_task("", total=None)
+    with bar:
+        yield lambda step, done, total: bar.update(number, description=step, completed=done, total=total)
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from skipless.checkpoint.reader import not_finite
 from skipless.eliminate import Affine, close_rows, column_order, merge, modules, normalize_rows
 from skipless.errors import InputError
 from skipless.planning import Plan, Task
-from skipless.prediction import OpenStream, Outcome, merged, passed_rows
-from skipless.products import HALF, blocks, max_abs, slices, squares
+from skipless.prediction import OpenStream, Outcome, measure_merged, passed_rows
+from skipless.products import HALF, blocks, slices
 from skipless.rounding import round_stream
 from skipless.rows import Rows
 from skipless.seams import Seam
@@ -183,10 +183,8 @@ def _merge(plan: Plan, seam: Seam, affines: Mapping[str, Affine], later: frozens
     dtypes = {name: kept_dtype(plan, name, later) for name in seam.readers}
     (scale,) = map(read, seam.mixed) if seam.mixed else (None,)
     remaining = merge(seam, affines, dtypes, scale)
-    weights = [affine.weight for affine in remaining.values()]
     name = _coarsest(plan.outputs[f"{name}.weight"].dtype for name in remaining)
-    power = sum(squares(weight, 0).sum().item() for weight in weights)
-    return remaining, None, merged(seam, affines, [name], power, max(map(max_abs, weights))).outcome("p", name)
+    return remaining, None, measure_merged(seam, affines, remaining, name).outcome("p", name)
 
 
 def kept_dtype(plan: Plan, name: str, later: frozenset[str]) -> torch.dtype:

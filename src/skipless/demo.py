@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from skipless.bench import Bench, Work, measure
 from skipless.fusion import fuse
-from skipless.inference import greedy_config, load, load_tokenizer
+from skipless.inference import generate, load, load_tokenizer
 from skipless.planning import Plan
 from skipless.serving.decoding import TorchRunner
 from skipless.verification import Report, verify
@@ -22,10 +21,11 @@ TOKENS = 72
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo found. bench: of the original and the fused model."""
+    """What the demo found. caches: what is wrong with either model's, original first; bench: of both."""
 
     text: str
     same_tokens: bool
+    caches: tuple[str | None, str | None]
     plan: Plan
     report: Report
     bench: Bench
@@ -36,8 +36,9 @@ def demo(say: Callable[[str], None]) -> Demo:
     tokenizer = load_tokenizer(BUNDLED)
     say("The bundled model, a skipless transformer trained on Python source, continues a prompt:")
     original = load(BUNDLED, torch.float32)
-    before = _continue(original, tokenizer)
-    text = tokenizer.decode(before)
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    before = generate(original, ids, TOKENS)
+    text = PROMPT + tokenizer.decode(before.tokens)
     say(text)
     with tempfile.TemporaryDirectory() as folder:
         fused_folder = Path(folder) / "fused"
@@ -46,15 +47,9 @@ def demo(say: Callable[[str], None]) -> Demo:
         say("Verifying it against the original ...")
         report = verify(BUNDLED, fused_folder, prompt=PROMPT)
         fused = load(fused_folder, torch.float32)
-        after = _continue(fused, tokenizer)
+        after = generate(fused, ids, TOKENS)
         say("Timing both, in turns ...")
         runners = [("original", TorchRunner(original)), ("fused", TorchRunner(fused))]
         bench = measure(runners, Work(context=16, tokens=64, prefill=0), rounds=15)
-    return Demo(text, bool(torch.equal(before, after)), plan, report, bench)
-
-
-def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """PROMPT and the TOKENS most likely tokens after it."""
-    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
-    output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy_config(TOKENS))
-    return output.sequences[0]
+    same, caches = bool(torch.equal(before.tokens, after.tokens)), (before.broken_cache(), after.broken_cache())
+    return Demo(text, same, caches, plan, report, bench)

@@ -5,7 +5,7 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from skipless.behind import Behind
+from skipless.casting import underflows
 from skipless.checkpoint.manifest import Entry, Manifest
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.checkpoint.remote import RemotePlace, is_remote, open_reader
@@ -22,13 +23,13 @@ from skipless.checkpoint.writer import CheckpointWriter, write_json
 from skipless.closing import Done
 from skipless.cost import waiting
 from skipless.engines import Engine, choose_engine, environment
-from skipless.errors import InputError
+from skipless.errors import BugError, InputError
 from skipless.estimate import Estimate, estimate, within_memory
 from skipless.machine import available_memory, measure, resident_memory
 from skipless.model_files import MODEL_FILES, copy_model_files
 from skipless.planning import Plan, Task, prepare
 from skipless.prediction import Outcome
-from skipless.probe import check_fused
+from skipless.probe import Difference, check_fused
 from skipless.record import RECORD, write_record
 from skipless.request import AUTO, Request
 from skipless.seams import REMOVABLE
@@ -76,7 +77,7 @@ def fuse(
         write_json(staging.folder / "config.json", plan.config)
         entries = [entry for _, entry in sorted(staging.manifest.done.items())]
         outcomes = [Outcome(**outcome) for entry in entries for outcome in entry.outcomes]
-        differences = check_fused(plan, reader, CheckpointReader(staging.folder), outcomes)
+        differences = _check(plan, reader, CheckpointReader(staging.folder), outcomes)
         reader.check_unchanged()
         made = job.made() | {"check": {each.name: [each.error, each.limit] for each in differences}}
         sources = {name: digest for entry in entries for name, digest in entry.sources.items()}
@@ -163,12 +164,32 @@ def plan_fuse(
         raise InputError(f"{place}: expected {needed:,} bytes of free disk space, found {free:,}")
     if here:
         plan = within_memory(plan, resident_memory(), limit)
+    for found in underflows(plan.inputs, _copied(plan), reader.tensor):
+        raise InputError(str(found))
     return Job(request, max_shard_size, chosen, place, reader, plan)
 
 
 def destination_place(destination: str | Path) -> Place:
     """Where DST is to be: at a path or a URL."""
     return RemotePlace(str(destination)) if is_remote(destination) else LocalPlace(Path(destination))
+
+
+def _copied(plan: Plan) -> dict[str, torch.dtype]:
+    """Tensors that no seam rewrites, and the dtypes that they are cast to."""
+    names = (name for task in plan.tasks if not task.seams for name in task.writes)
+    return {name: plan.outputs[name].dtype for name in names if not plan.outputs[name].is_index}
+
+
+def _check(
+    plan: Plan, source: CheckpointReader, fused: CheckpointReader, outcomes: Sequence[Outcome]
+) -> list[Difference]:
+    """As check_fused; what biases or gains that became zero have spoiled is no bug."""
+    try:
+        return check_fused(plan, source, fused, outcomes)
+    except BugError:
+        for found in underflows(plan.inputs, _copied(plan), source.tensor, vectors=True):
+            raise InputError(str(found)) from None
+        raise
 
 
 def _copy_others(reader: CheckpointReader, folder: Path) -> None:

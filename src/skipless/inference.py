@@ -1,8 +1,11 @@
-"""Load a model folder whole, and decode greedily."""
+"""Load a model folder whole, and decode greedily, with a cache and without."""
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -10,6 +13,12 @@ import skipless.model  # noqa: F401  (registers the AutoClasses)
 from skipless.checkpoint.headers import Folder
 from skipless.errors import InputError
 from skipless.quiet import no_library_bars
+
+# Logits that spread by less than this part of their size are all but equal.
+EVEN = 1e-3
+# By how much of their spread a cache may change a token's logits: rounding, also to fp32, in which transformers hands
+# them out. One that is broken changes them by more.
+CACHE_ERRORS = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.2, torch.bfloat16: 0.5}
 
 
 def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -55,6 +64,52 @@ def greedy_config(tokens: int) -> GenerationConfig:
         output_logits=True,
         return_dict_in_generate=True,
     )
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Greedy tokens after a prompt, and the logits that each was chosen by, (tokens, vocab): with a cache, and in one
+    pass of the same tokens without one.
+    """
+
+    tokens: torch.Tensor
+    logits: torch.Tensor
+    uncached: torch.Tensor
+
+    @property
+    def cache_error(self) -> float:
+        """The largest difference that the cache makes to a token's logits, relative to their spread."""
+        difference = (self.logits - self.uncached).double().abs().amax(-1)
+        error = (difference / spread(self.uncached.double())).max().item()
+        return error if math.isfinite(error) else math.inf
+
+    def broken_cache(self) -> str | None:
+        """What is wrong with the cache, or None: it changes the logits by more than their dtype's rounding."""
+        allowed = CACHE_ERRORS[self.logits.dtype]
+        numbers = self.uncached.float().isfinite().all()  # else there is nothing to compare, in fp32
+        if not numbers or self.cache_error <= allowed:
+            return None
+        return (
+            f"with a cache, the logits of a token are off by {self.cache_error:.1e} of their spread from those of one "
+            f"pass without it (at most {allowed:.0e} is rounding in {str(self.logits.dtype).removeprefix('torch.')}), "
+            f"with transformers {transformers.__version__}"
+        )
+
+
+def spread(logits: torch.Tensor) -> torch.Tensor:
+    """Of each token's logits (tokens, vocab), their standard deviation over the vocabulary, and, where they are all but
+    equal, a small part of the largest.
+    """
+    least = EVEN * logits.abs().amax(-1)
+    return logits.std(-1, correction=0).maximum(least).clamp(min=torch.finfo(logits.dtype).tiny)
+
+
+@torch.no_grad()
+def generate(model: PreTrainedModel, ids: torch.Tensor, tokens: int) -> Generated:
+    """Continue a prompt (1, length) greedily, by so many tokens, and run the same tokens once more without a cache."""
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy_config(tokens))
+    again = model(input_ids=output.sequences[:, :-1], use_cache=False, logits_to_keep=tokens).logits[0]
+    return Generated(output.sequences[0, ids.shape[1] :], torch.cat(output.logits).to(again.dtype), again)
 
 
 def _line(error: Exception) -> str:

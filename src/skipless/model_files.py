@@ -3,11 +3,12 @@
 import difflib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from skipless.checkpoint.headers import check_file
+from skipless.checkpoint.headers import MOST_CONFIG, check_file, read_json_object
 from skipless.errors import InputError
+from skipless.record import digest, read_record, replace_record
 
 MODEL_FILES = tuple(
     Path(__file__).parent / "model" / name for name in ("configuration_skipless.py", "modeling_skipless.py")
@@ -22,13 +23,45 @@ MOST = 10**6
 
 
 def copy_model_files(folder: Path) -> None:
-    """Put this version's files into a folder, in the place of others."""
-    for file in MODEL_FILES:
-        new = folder / f".{file.name}.new"
-        shutil.copyfile(file, new)
-        with new.open("rb") as written:
+    """Put this version's files into a folder, in the place of others: each whole or not at all."""
+    new = [folder / f".{file.name}.new" for file in MODEL_FILES]
+    for file, copy in zip(MODEL_FILES, new, strict=True):
+        copy.unlink(missing_ok=True)
+        shutil.copyfile(file, copy)
+        with copy.open("rb") as written:
             os.fsync(written.fileno())
-        new.replace(folder / file.name)
+    for file, copy in zip(MODEL_FILES, new, strict=True):
+        copy.replace(folder / file.name)
+
+
+def refresh(folder: Path, tell: Callable[[str], None], dry_run: bool = False) -> bool:
+    """Replace a skipless folder's model files by this version's, and what skipless.json says of them; whether anything
+    had to be. tell: called with each line of what changes, before it does; dry_run: stop then.
+
+    Raises InputError for another model's folder, and for one that carries no model files.
+    """
+    config = read_json_object(folder / "config.json", MOST_CONFIG)
+    if config.get("model_type") != "skipless":
+        raise InputError(
+            f"{folder}: expected a skipless model folder, found model_type {config.get('model_type')!r} in config.json"
+        )
+    if not any((folder / file.name).exists() for file in MODEL_FILES):
+        raise InputError(
+            f"{folder}: expected {' and '.join(file.name for file in MODEL_FILES)}, found neither; skipless itself "
+            f"runs this folder"
+        )
+    record = read_record(folder)
+    stale = other_model_files(folder)
+    for line in changes(folder):
+        tell(line)
+    told = {} if record is None else record["files"]
+    written = {file.name: {"bytes": file.stat().st_size, "sha256": digest(file)} for file in MODEL_FILES}
+    outdated = [name for name in written if record is not None and told.get(name) != written[name]]
+    if not dry_run and stale:
+        copy_model_files(folder)
+    if not dry_run and record is not None and outdated:
+        replace_record(folder, {**record, "files": {**told, **written}})
+    return bool(stale or outdated)
 
 
 def other_model_files(folder: Path) -> list[str]:

@@ -40,6 +40,8 @@ from skipless.tolerances import tolerance
 
 # Sampled errors: those of q, k or v, a sum over at least as many, are then right to a few per cent.
 PROBES = 512
+# The error of a merged matrix, of as many outputs as it has: of so few inputs it is right to a few per cent, too.
+MERGED_PROBES = 16
 # Matrices in fp64, of S's size and of R's, that a forecast holds at most, as benchmarks/memory.py measures them.
 SQUARES, RESTS = 10, 6
 # While the scaled |R| stays below this, O* = O S may be off by fp32's 1e-7 where it is stored in half precision.
@@ -87,9 +89,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What closing a seam will cost, by way and dtype, and `original`: what storing it unclosed costs by dtype alone.
+    """What closing a seam will cost, by way and dtype, and `original`: what rounding it unclosed costs by dtype alone.
 
-    The original's weights are taken to use all their bits: a bf16 checkpoint would lose nothing in bf16.
+    The original's weights are taken to use all their bits: a bf16 checkpoint would lose nothing in bf16. And none of
+    them is taken to be too small for the dtype, so that such numbers, where closing the seam makes them, count as loss.
     """
 
     seam: Seam
@@ -167,19 +170,37 @@ def merged(seam: Seam, affines: Mapping[str, Affine], dtypes: Sequence[str], pow
     power: sum of squares of all M*; largest: max |M*|, or a bound of it.
     """
     (writer,) = (affines[name].weight for name in seam.writers)
-    readers = [reader.weight for reader in past_norm(seam, affines).values()]
-    width = sum(reader.shape[1] for reader in readers)
-    size = len(writer) * width
-    p = squares(writer, 0)
-    m = torch.stack([squares(reader, 1) for reader in readers]).sum(0)
-    original, errors = {}, {}
+    size = len(writer) * sum(reader.weight.shape[1] for reader in past_norm(seam, affines).values())
+    errors = {}
     for dtype in dtypes:
         unit, floor = _precision(dtype)
-        own = ((p + floor * len(writer)) @ m + p @ (m + floor * width)).item()
-        original[dtype] = {"m": unit * _relative(own, power)}
         lost = math.inf if largest > torch.finfo(getattr(torch, dtype)).max else power + floor * size
         errors[dtype] = {"m": unit * _relative(lost, power)}
+    original = {dtype: _unmerged(seam, affines, dtype, power) for dtype in dtypes}
     return Forecast(seam, original, {way: Way(None, None, errors) for way in seam.identities})
+
+
+def measure_merged(seam: Seam, affines: Mapping[str, Affine], merged: Mapping[str, Affine], judged: str) -> Forecast:
+    """What merging has cost, on a sample of x. merged: the readers as they are stored; judged: the dtype that is."""
+    (writer,) = (affines[name].weight for name in seam.writers)
+    x = _probes(len(writer), writer)[:MERGED_PROBES]
+    written = product(x, writer, torch.float64)
+    power = lost = 0.0
+    for name, reader in past_norm(seam, affines).items():
+        exact = product(written, reader.weight, torch.float64)
+        power += len(writer) * _mean_square(exact)
+        lost += len(writer) * _mean_square(product(x, merged[name].weight, torch.float64) - exact)
+    errors = {judged: {"m": _relative(lost, power)}}
+    original = {judged: _unmerged(seam, affines, judged, power)}
+    return Forecast(seam, original, {way: Way(None, None, errors) for way in seam.identities})
+
+
+def _unmerged(seam: Seam, affines: Mapping[str, Affine], dtype: str, power: float) -> dict[str, float]:
+    """Relative error of x P M when P and every M are rounded to `dtype`; power: as for `merged`."""
+    (writer,) = (affines[name].weight for name in seam.writers)
+    m = torch.stack([squares(reader.weight, 1) for reader in past_norm(seam, affines).values()]).sum(0)
+    unit, _ = _precision(dtype)
+    return {"m": unit * _relative(2 * (squares(writer, 0) @ m).item(), power)}
 
 
 def passed_rows(
@@ -225,7 +246,7 @@ def passed_rows(
         unit, floor = _precision(dtype)
         fits = largest <= torch.finfo(getattr(torch, dtype)).max
         original[dtype] = {
-            name: unit * _relative(lost(before, read, 0.0, floor), powers[name]) for name, (read, _) in squares.items()
+            name: unit * _relative(lost(before, read, 0.0, 0.0), powers[name]) for name, (read, _) in squares.items()
         }
         errors[dtype] = {
             name: unit * _relative(lost(after, read, 1.0, floor) if fits else math.inf, powers[name])
@@ -363,15 +384,11 @@ class OpenStream:
 
     def _original(self, dtype: str, powers: Mapping[str, float]) -> dict[str, float]:
         """Relative errors of q, k, v (and logits) when the original's weights are rounded to `dtype`."""
-        power, (unit, floor) = self.power, _precision(dtype)
+        power, (unit, _) = self.power, _precision(dtype)
         for name in self.seam.writers:
             if (bias := self.affines[name].bias) is not None:
                 power = power + self.seam.bias_share(name) * bias.square()
-        x = power + floor * (power > 0)
-        lost = {
-            name: ((x + power) @ squares(reader, 1) + floor * power @ (reader != 0).sum(1).double()).item()
-            for name, reader in self.outputs.items()
-        }
+        lost = {name: (2 * power @ squares(reader, 1)).item() for name, reader in self.outputs.items()}
         for name in self.readers:
             if (bias := self.affines[name].bias) is not None:
                 lost[letter(name)] += bias.square().sum().item()

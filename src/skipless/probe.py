@@ -7,7 +7,7 @@ depends on the matrices of one layer or two, and its relative error is that of c
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
@@ -27,20 +27,22 @@ from skipless.source import Read
 
 # Tokens, each a sequence of its own. Errors are means over them and over an output's columns.
 TOKENS = 4
+# Of q, k and v's columns, how many random mixtures are made to compare rows of tables by.
+MIXTURES = 64
 # Numbers of a weight that are brought to fp64 at a time.
 BLOCK = 2**22
 # How much larger than what was forecast an error may be: forecasts are means, of inputs that are white.
 SLACK = 4.0
 # What fp64 may lose in any case, and what casting the weights of a layer costs, in rounding errors of their dtype.
 EXACT, CAST = 1e-9, 3.0
-# Of q, k and v, one this much smaller than the others is nothing.
-ZERO = 1e-6
+# Of q, k and v, one this much smaller than the others is nothing; a column is as large as this part of the mean one.
+ZERO, SMALL = 1e-6, 0.1
 
 
 class Streamed(torch.Tensor):
     """A matrix that stays in its file: linear layers and look-ups read it some rows at a time, all else reads it whole.
 
-    It stands in for a parameter; `read` gives its rows. Its own storage is empty (on the meta device).
+    It stands in for a parameter; `read` gives its rows, in fp64. Its own storage is empty (on the meta device).
     """
 
     read: Callable[[slice | None], torch.Tensor]
@@ -54,7 +56,7 @@ class Streamed(torch.Tensor):
 
     def whole(self) -> torch.Tensor:
         """All of it."""
-        return self.read(None).double()
+        return self.read(None)
 
     @classmethod
     def __torch_function__(
@@ -72,18 +74,46 @@ class Streamed(torch.Tensor):
 
 def _linear(x: torch.Tensor, weight: Streamed, bias: torch.Tensor | None = None) -> torch.Tensor:
     n, d = weight.shape
-    parts = [x @ weight.read(rows).double().T for rows in slices(n, max(1, BLOCK // max(1, d)))]
+    parts = [x @ weight.read(rows).T for rows in slices(n, max(1, BLOCK // max(1, d)))]
     result = torch.cat(parts, -1) if parts else x.new_zeros(*x.shape[:-1], 0)
     return result if bias is None else result + bias
 
 
 def _rows(table: Streamed, which: torch.Tensor) -> torch.Tensor:
-    rows = [table.read(slice(row, row + 1)).double() for row in which.flatten().tolist()]
+    rows = [table.read(slice(row, row + 1)) for row in which.flatten().tolist()]
     return torch.cat(rows).unflatten(0, which.shape)
 
 
-def streamed_model(config: Mapping[str, Any], reader: CheckpointReader) -> SkiplessForCausalLM:
-    """A checkpoint's model, in fp64, whose matrices stay in the file."""
+# What becomes of some rows of a tensor of this name before they are used.
+Change = Callable[[str, torch.Tensor], torch.Tensor]
+
+
+def exactly(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """As it is, in fp64."""
+    return tensor.double()
+
+
+def stored_as(dtype: torch.dtype, touched: Collection[str] | None = None) -> Change:
+    """What storing weights in a dtype does to them: rounding, or, where they have no more bits than it has, noise as
+    large, if they are those of these modules (None: of any).
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def changed(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if torch.finfo(tensor.dtype).eps < torch.finfo(dtype).eps:
+            return tensor.to(dtype).double()
+        if touched is not None and name.rpartition(".")[0] not in touched:
+            return tensor.double()
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        return tensor.double() * (1 + rounding_error(dtype) * noise)
+
+    return changed
+
+
+def streamed_model(
+    config: Mapping[str, Any], reader: CheckpointReader, change: Change = exactly
+) -> SkiplessForCausalLM:
+    """A checkpoint's model, in fp64, whose matrices stay in the file, and are changed as they are read."""
     with torch.device("meta"):
         model = SkiplessForCausalLM(SkiplessConfig.from_dict({**config, "dtype": "float64"})).eval()
     model.set_attn_implementation("eager")
@@ -97,15 +127,16 @@ def streamed_model(config: Mapping[str, Any], reader: CheckpointReader) -> Skipl
                 if name in module._buffers:
                     module._buffers[name] = reader.tensor(key).cpu()
                 elif len(info.shape) == 1:
-                    module._parameters[name] = nn.Parameter(reader.tensor(key).cpu().double(), requires_grad=False)
+                    weight = change(key, reader.tensor(key).cpu())
+                    module._parameters[name] = nn.Parameter(weight, requires_grad=False)
                 else:
-                    module._parameters[name] = Streamed.of(info.shape, _reading(reader, key))
+                    module._parameters[name] = Streamed.of(info.shape, _reading(reader, key, change))
     return model
 
 
-def _reading(reader: CheckpointReader, name: str) -> Callable[[slice | None], torch.Tensor]:
+def _reading(reader: CheckpointReader, name: str, change: Change) -> Callable[[slice | None], torch.Tensor]:
     read: Read = reader.tensor
-    return lambda rows: read(name, rows).cpu()
+    return lambda rows: change(name, read(name, rows).cpu())
 
 
 @dataclass(frozen=True)
@@ -124,9 +155,11 @@ class Inputs:
 
 
 @torch.no_grad()
-def outputs(config: Mapping[str, Any], reader: CheckpointReader, inputs: Inputs) -> dict[str, torch.Tensor]:
+def outputs(
+    config: Mapping[str, Any], reader: CheckpointReader, inputs: Inputs, change: Change = exactly
+) -> dict[str, torch.Tensor]:
     """What a checkpoint gives, (tokens, columns): "0.q" of layer 0, "0.m" of its FFN's input matrices, "logits"."""
-    model, found = streamed_model(config, reader), dict[str, torch.Tensor]()
+    model, found = streamed_model(config, reader, change), dict[str, torch.Tensor]()
     parts: dict[int, list[torch.Tensor]] = {}
     layers: Any = model.model.layers
     for index, layer in enumerate(layers):
@@ -145,6 +178,43 @@ def outputs(config: Mapping[str, Any], reader: CheckpointReader, inputs: Inputs)
     logits = model(input_ids=inputs.ids, position_ids=inputs.positions, use_cache=False).logits
     found |= {f"{index}.m": torch.cat(each, -1) for index, each in parts.items()}
     return found | {"logits": logits.flatten(0, 1)}
+
+
+@torch.no_grad()
+def table_reads(
+    config: Mapping[str, Any], reader: CheckpointReader, letters: str, change: Change = exactly
+) -> dict[str, torch.Tensor]:
+    """What layer 0 reads of each row of the tables, "tokens" and "positions": (rows, MIXTURES), random mixtures of the
+    columns of q, k (and v, by `letters`).
+    """
+    model: Any = streamed_model(config, reader, change).model
+    attention, generator = model.layers[0].self_attn, torch.Generator().manual_seed(1)
+    mixing: list[torch.Tensor] = []
+
+    def mixed(rows: torch.Tensor) -> torch.Tensor:
+        parts = [part for name, part in zip("qkv", attention.project(rows[None]), strict=True) if name in letters]
+        joined = torch.cat(parts, -1)[0]
+        if not mixing:
+            mixing.append(torch.randn(joined.shape[-1], MIXTURES, generator=generator, dtype=torch.float64))
+        return joined @ mixing[0]
+
+    d = model.config.hidden_size
+    offset = mixed(torch.zeros(1, d, dtype=torch.float64))
+    unit = torch.eye(d, dtype=torch.float64)
+    matrix = torch.cat([mixed(unit[rows]) - offset for rows in slices(d, MIXTURES)])
+    table, bias = model.embed_tokens.weight, model.embed_tokens.bias
+    tokens = []
+    for rows in slices(table.shape[0], max(1, BLOCK // d)):
+        read = table.read(rows) if bias is None else table.read(rows) + bias
+        for norm in (model.embed_norm, model.layers[0].input_layernorm):
+            read = read if norm is None else norm(read)
+        tokens.append(read @ matrix + offset)
+    found = {"tokens": torch.cat(tokens)}
+    if model.position_embeddings is not None:
+        table = model.position_embeddings.weight
+        parts = [table.read(rows) @ matrix for rows in slices(table.shape[0], max(1, BLOCK // d))]
+        found["positions"] = torch.cat(parts)
+    return found
 
 
 def _noting(project: Callable[..., Any], found: dict[str, torch.Tensor], index: int) -> Callable[..., Any]:
@@ -209,7 +279,15 @@ def _cast(plan: Plan) -> torch.dtype | None:
 def compare(
     before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], source: Architecture, target: Architecture
 ) -> Iterator[tuple[str, float]]:
-    """Relative errors of what two checkpoints give, wherever closing seams leaves the basis as it is.
+    """Relative errors of what two checkpoints give, wherever closing seams leaves the basis as it is."""
+    for name, error, _ in compare_columns(before, after, source, target):
+        yield name, error
+
+
+def compare_columns(
+    before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], source: Architecture, target: Architecture
+) -> Iterator[tuple[str, float, float]]:
+    """The same, and the largest relative error of a single column.
 
     Values have a basis of their own once their seams are closed; and where a redundant norm went, what the FFN reads is
     scaled, token by token.
@@ -223,8 +301,13 @@ def compare(
             found = found * (exact.norm(dim=-1, keepdim=True) / found.norm(dim=-1, keepdim=True))
         beside = [before[f"{layer}.{other}"].norm() for other in "qkv"] if kind in ("q", "k", "v") else []
         scale = max(exact.norm(), *(ZERO * norm for norm in beside)).item() if beside else exact.norm().item()
-        error = (found - exact).norm().item()
-        yield name, error / scale if scale else (0.0 if error == 0 else math.inf)
+        error = (found - exact).norm(dim=0)
+        if not scale:
+            yield name, *((0.0, 0.0) if not error.any() else (math.inf, math.inf))
+            continue
+        least = SMALL * scale / max(1, exact.shape[1]) ** 0.5
+        column = (error / exact.norm(dim=0).clamp(min=least)).max().item() if len(error) else 0.0
+        yield name, error.norm().item() / scale, column
 
 
 def limits(outcomes: Iterable[Outcome], source: Architecture, cast: torch.dtype | None) -> Callable[[str], float]:

@@ -7,6 +7,7 @@ the folder can change the record: it tells damage and mixtures, not forgery.
 
 import dataclasses
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -46,6 +47,15 @@ def write_record(
     write_json(folder / RECORD, record)
 
 
+def replace_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Put a record in the place of the one that a folder has: whole or not at all."""
+    new = folder / f".{RECORD}.new"
+    write_json(new, record)
+    with new.open("rb") as written:
+        os.fsync(written.fileno())
+    new.replace(folder / RECORD)
+
+
 def _source(reader: CheckpointReader) -> dict[str, Any]:
     """What the source is called, and the SHA-256 of its files; of shards, of their headers, as the tensors' follow."""
     others = ["config.json", *map(str, reader.other_files())]
@@ -59,10 +69,11 @@ def _header_bytes(shard: Path) -> int:
         return 8 + int.from_bytes(file.read(8), "little")
 
 
-def digest(file: Path, size: int | None = None) -> str:
-    """SHA-256 of a file, or of its first `size` bytes."""
+def digest(file: Path, size: int | None = None, start: int = 0) -> str:
+    """SHA-256 of a file, or of `size` bytes of it from `start` on."""
     found, left = hashlib.sha256(), check_file(file, "a file") if size is None else size
     with file.open("rb") as stream:
+        stream.seek(start)
         while left > 0 and (block := stream.read(min(BLOCK, left))):
             left -= len(block)
             found.update(block)

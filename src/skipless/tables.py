@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # so that counting loads no torch
     from skipless.limit import Limit
     from skipless.planning import Plan, Task
     from skipless.spectrum import Spectrum
-    from skipless.verification import Report
+    from skipless.verification import Loss, Report
 
 MEGABYTE = 10**6
 
@@ -183,25 +183,34 @@ def report_table(report: Report) -> Table:
     """The comparison, two lines a dtype: B, and what the dtype alone does to the original."""
     title = f"compared with A in fp64, on {report.tokens_seen:,} of {report.vocab_size:,} tokens"
     table = Table(title=title, box=box.SIMPLE_HEAD)
-    for column in ("run in", "", "logit error", "tolerance", "KL, nats", "top-1", "greedy", "verdict"):
-        table.add_column(column, justify="right" if column not in ("run in", "") else "left")
+    for column in ("run in", "", "error", "at most", "KL, nats", "top-1", "greedy", "verdict"):
+        table.add_column(column, justify="right" if column not in ("run in", "") else "left", no_wrap=True)
     for row in report.rows:
         verdict = ("[green]same[/]" if row.passed else "[red]differs[/]") if row.judged else "-"
-        error, own_error = f"{row.logit_error:.1e}", f"{row.own_logit_error:.1e}"
-        table.add_row(
-            row.dtype,
-            "B",
-            error,
-            f"{row.tolerance:.1e}",
-            f"{row.kl:.1e}",
-            f"{row.top1:.1%}",
-            f"{row.greedy:.0%}",
-            verdict,
-        )
-        table.add_row(
-            "", "A", own_error, "", f"{row.own_kl:.1e}", f"{row.own_top1:.1%}", f"{row.own_greedy:.0%}", "", style="dim"
-        )
+        table.add_row(row.dtype, "B", *_losses(row.b, f"{row.limit:.1e}"), verdict)
+        table.add_row("", "A", *_losses(row.a, ""), "", style="dim")
     return table
+
+
+def _losses(loss: Loss, limit: str) -> tuple[str, ...]:
+    return f"{loss.error:.1e}", limit, f"{loss.kl:.1e}", f"{loss.top1:.1%}", f"{loss.greedy:.0%}"
+
+
+def report_lines(report: Report) -> Iterator[str]:
+    """What was compared beside the runs, and the verdict, last."""
+    for line in (*report.data.function, *report.data.generation):
+        yield f"differs: {line}"
+    yield from report.data.notes
+    if report.tensors:
+        yield f"tensors: {len(report.tensors):,} are others than in A: {', '.join(report.tensors[:3])}"
+    for found in report.maps:
+        yield f"maps: {found.name}: off by {found.error:.1e}, may be {found.limit:.1e}"
+    if report.proved:
+        yield f"all {report.vocab_size:,} tokens, all positions and experts are covered by comparing tensors"
+    elif report.not_run:
+        yield f"not run (--full runs it): {'; '.join(report.not_run)}"
+    yield from report.caches
+    yield report.note
 
 
 def bench_line(bench: Bench) -> str:
@@ -265,8 +274,9 @@ def demo_table(demo: Demo) -> Table:
     )
     for row in demo.report.rows:
         if row.judged:
-            table.add_row(f"logit error in {row.dtype}", f"{row.own_logit_error:.1e}", f"{row.logit_error:.1e}", "")
+            table.add_row(f"logit error in {row.dtype}", f"{row.a.error:.1e}", f"{row.b.error:.1e}", "")
     table.add_row("generated tokens", "", "the same" if demo.same_tokens else "[red]different[/]", "")
+    table.add_row("cache", *("[red]broken[/]" if problem else "as without it" for problem in demo.caches), "")
     table.add_row(
         "tokens/s, batch 1",
         _rate(original.decoding[0].tokens_per_second),

@@ -14,7 +14,7 @@ from skipless import InputError, cli, fuse
 from skipless.bench import Work, bench, measure
 from skipless.serving import decoding
 from skipless.serving.decoding import TorchRunner, bytes_per_token, prepare_decoding
-from skipless.serving.worker import Worker
+from skipless.serving.worker import Worker, disagreement, sequence
 from skipless.shapes import write_shapes
 from tests.models import build, load, random_ids, save
 from tests.tolerances import FP32
@@ -34,6 +34,9 @@ class Metronome:
         self.asked.append((batch, prompt, tokens))
         step = next(self.steps)
         return [10 * step + step * number for number in range(tokens)]
+
+    def broken_cache(self, prompt, tokens):
+        return None
 
 
 def test_ratios_are_medians_of_rounds():
@@ -138,6 +141,55 @@ def test_when_tokens_come():
     assert bytes_per_token(tied) == 4 * tied.num_parameters()
     with pytest.raises(InputError, match=r"tokens: expected a prompt and tokens of at most 64 together, found 66"):
         runner.generate(1, 60, 6)
+
+
+class Forgetful(TorchRunner):
+    """A model whose cache loses what it is given while it decodes."""
+
+    def broken_cache(self, prompt, tokens):
+        from transformers.cache_utils import DynamicCache
+
+        update = DynamicCache.update
+
+        def forget(cache, key, value, layer, *args, **kwargs):
+            return update(cache, key, 0 * value if key.shape[2] == 1 else value, layer, *args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(DynamicCache, "update", forget)
+            return super().broken_cache(prompt, tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_broken_cache_is_named_beside_its_speed(dtype):
+    found = measure(
+        [("a", TorchRunner(build(dtype=dtype))), ("b", Forgetful(build(dtype=dtype)))],
+        Work(context=5, tokens=8, prefill=0),
+        rounds=1,
+    )
+    assert found.broken_caches.keys() == {"b"}
+    assert "with a cache, the logits of a token are off by" in found.broken_caches["b"]
+
+
+def test_a_broken_cache_of_an_engine_that_shows_tokens_alone():
+    def decode(prompt, tokens, seen=lambda ids: ids):
+        """The next token is the sum of those that are seen."""
+        ids = list(prompt)
+        for number in range(tokens):
+            ids.append(sum(ids if number == 0 else seen(ids)) % 97)
+        return ids[len(prompt) :]
+
+    prompt = sequence(20, 7)
+    assert disagreement(decode, prompt, 9) is None
+    problem = disagreement(lambda ids, tokens: decode(ids, tokens, lambda ids: ids[-1:]), prompt, 9)
+    assert problem == "of 8 tokens, 8 are others than a pass without it gives"
+
+
+def test_a_broken_cache_makes_the_answer_no(folders, monkeypatch):
+    monkeypatch.setattr(Worker, "broken_cache", lambda *_: "it forgets")
+    arguments = ["bench", str(folders[0]), "--rounds", "1", "--context", "5", "--tokens", "3", "--prefill", "0"]
+    result = CliRunner().invoke(cli.main, arguments)
+    assert result.exit_code == 1
+    assert result.stdout.splitlines()[-1] == f"a broken cache: {folders[0]}: it forgets"
 
 
 def test_shapes_are_those_that_fuse_leaves(tmp_path):

@@ -44,7 +44,7 @@ def test_fused_it_is_the_same_function(fused, dtype, tolerance):
     dtypes = ("float64", "float32" if dtype == "by q" else dtype)
     report = skipless.verify(BUNDLED, fused / dtype, dtypes=dtypes, prompt=PROMPT)
     assert report.same
-    assert all(row.logit_error <= tolerance and row.greedy == 1 for row in report.rows)
+    assert all(row.b.error <= tolerance and row.b.greedy == 1 for row in report.rows)
 
 
 def test_in_bf16_it_holds_up_by_any_basis_and_a_plain_cast_does_not(fused, tmp_path):

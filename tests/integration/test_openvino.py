@@ -168,6 +168,7 @@ def test_the_runner_decodes_and_counts(fused, exported, prompt):
         times = runner.generate(1, 7, 5)
         assert len(times) == 5
         assert 0 < times[0] < times[-1]
+        assert runner.broken_cache(7, 5) is None
         read[folder] = runner.bytes_per_token
     assert read[fused] == read[exported]
     for folder in (BUNDLED, fused):  # besides constants such as RoPE's frequencies

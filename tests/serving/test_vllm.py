@@ -164,6 +164,7 @@ def test_what_bench_sees(models, served):
     job, _ = models["pivoted, fully shaped, everything"]
     assert served["bench"]["bytes"] == bytes_per_token(load(Path(job["folder"]), torch.float32))
     assert [len(times) for times in served["bench"]["times"]] == [5, 1]
+    assert served["bench"]["broken_cache"] is None
     for times in served["bench"]["times"]:
         assert times[0] > 0
         assert times == sorted(times)

@@ -47,11 +47,12 @@ def generate(folder, prompts, **options):
 
 
 def bench(folder, works):
-    """What skipless bench is told: when tokens came."""
+    """What skipless bench is told: when tokens came, and what is wrong with the cache."""
     from skipless.serving.vllm import Runner  # not by those jobs that do without the plugin
 
     runner = Runner(Path(folder), "float32")
-    return {"bytes": runner.bytes_per_token, "times": [runner.generate(*work) for work in works]}
+    times = [runner.generate(*work) for work in works]
+    return {"bytes": runner.bytes_per_token, "times": times, "broken_cache": runner.broken_cache(5, 4)}
 
 
 def main(jobs):

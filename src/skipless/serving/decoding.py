@@ -15,9 +15,9 @@ from transformers import Cache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from skipless.errors import InputError
-from skipless.inference import greedy_config
+from skipless.inference import generate, greedy_config
 from skipless.model.modeling_skipless import CACHE
-from skipless.serving.worker import check_length
+from skipless.serving.worker import check_length, sequence
 
 # Weights are constants, and of oneDNN's kernels and inductor's own the faster is taken, quietly: which one that is, and
 # by how much, differs from CPU to CPU.
@@ -137,11 +137,17 @@ class TorchRunner:
     def generate(self, batch: int, prompt: int, tokens: int) -> list[float]:
         """Decode greedily after a prompt of this many tokens; when each token came, in seconds."""
         check_length(prompt, tokens, self.model.config.max_position_embeddings)
-        ids = (torch.arange(prompt) % self.model.config.vocab_size).repeat(batch, 1).to(self.model.device)
+        ids = torch.tensor([sequence(prompt, self.model.config.vocab_size)] * batch, device=self.model.device)
         config, watch = greedy_config(tokens), Watch()
         config.output_logits = False
         self.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=watch)
         return watch.times[1:]  # what came first is the prompt
+
+    def broken_cache(self, prompt: int, tokens: int) -> str | None:
+        """What is wrong with its cache, by the logits of each token."""
+        check_length(prompt, tokens, self.model.config.max_position_embeddings)
+        ids = torch.tensor([sequence(prompt, self.model.config.vocab_size)], device=self.model.device)
+        return generate(self.model, ids, tokens).broken_cache()
 
 
 class Watch(BaseStreamer):

@@ -22,6 +22,7 @@ from skipless.errors import InputError, StorageError
 from skipless.inference import load_tokenizer
 from skipless.quiet import errors_only
 from skipless.serving.decoder import Decoder, cache_names, example, load_decoder
+from skipless.serving.worker import disagreement, sequence
 
 MODEL = "openvino_model.xml"
 STORED = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -171,7 +172,16 @@ class Runner:
     def generate(self, batch: int, prompt: int, tokens: int) -> list[float]:
         """Seconds from the call to each of `tokens` tokens, of `batch` equal sequences after `prompt` tokens."""
         start = time.perf_counter()
-        return [time.perf_counter() - start for _ in self.decode(np.arange(prompt) % self.vocab_size, batch, tokens)]
+        ids = np.array(sequence(prompt, self.vocab_size))
+        return [time.perf_counter() - start for _ in self.decode(ids, batch, tokens)]
+
+    def broken_cache(self, prompt: int, tokens: int) -> str | None:
+        """What is wrong with its cache, by its tokens."""
+        return disagreement(
+            lambda ids, count: [int(token[0, 0]) for token in self.decode(np.array(ids), 1, count)],
+            sequence(prompt, self.vocab_size),
+            tokens,
+        )
 
     def decode(self, prompt: np.ndarray, batch: int, tokens: int) -> Iterator[np.ndarray]:
         """The next `tokens` tokens (batch, 1) each, after a prompt of ids."""

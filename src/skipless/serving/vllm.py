@@ -5,6 +5,7 @@ vLLM calls `register` in each of its processes (entry point `vllm.general_plugin
 
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdate
 import skipless.model  # noqa: F401  (registers the AutoClasses)
 from skipless.errors import InputError
 from skipless.serving.decoding import bytes_per_token
-from skipless.serving.worker import check_length
+from skipless.serving.worker import check_length, disagreement, sequence
 
 ARCHITECTURE = "SkiplessForCausalLM"
 CACHED_TOKENS = 16384  # of all sequences of a batch: Mistral-7B's take 2 GB in bf16
@@ -80,27 +81,41 @@ class Runner:
 
     def generate(self, batch: int, prompt: int, tokens: int) -> list[float]:
         """Decode greedily after a prompt of this many tokens; when each token came, in seconds."""
-        from vllm import SamplingParams
-        from vllm.inputs import TokensPrompt
-
         config = self.engine.vllm_config
         check_length(prompt, tokens, config.model_config.max_model_len)
         blocks = -(-(prompt + tokens) // config.cache_config.block_size)
         most = min(config.scheduler_config.max_num_seqs, config.cache_config.num_gpu_blocks // blocks)
         if batch > most:
             raise InputError(f"batch: expected at most {most} sequences of {prompt + tokens} tokens, found {batch}")
-        vocabulary = config.model_config.get_vocab_size()
-        sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        ids = [position % vocabulary for position in range(prompt)]
-        names = [str(number) for number in range(batch)]
-        times: list[float] = []
-        came = dict.fromkeys(names, 0)
+        ids = sequence(prompt, config.model_config.get_vocab_size())
         start = time.perf_counter()
-        for name in names:
+        times: list[float] = []
+        for came in self._decode(ids, batch, tokens):
+            now = time.perf_counter() - start
+            times += [now] * (min(map(len, came)) - len(times))
+        return times
+
+    def broken_cache(self, prompt: int, tokens: int) -> str | None:
+        """What is wrong with its cache, by its tokens."""
+        config = self.engine.vllm_config.model_config
+        check_length(prompt, tokens, config.max_model_len)
+
+        def decode(ids: list[int], count: int) -> list[int]:
+            *_, (found,) = self._decode(ids, 1, count)
+            return found
+
+        return disagreement(decode, sequence(prompt, config.get_vocab_size()), tokens)
+
+    def _decode(self, ids: list[int], batch: int, tokens: int) -> Iterator[list[list[int]]]:
+        """After each step of the engine, the tokens of each sequence so far."""
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        came: dict[str, list[int]] = {str(number): [] for number in range(batch)}
+        for name in came:
             self.engine.add_request(name, TokensPrompt(prompt_token_ids=ids), sampling)
         while self.engine.has_unfinished_requests():
             for output in self.engine.step():
-                came[output.request_id] = len(output.outputs[0].token_ids)
-            now = time.perf_counter() - start
-            times += [now] * (min(came.values()) - len(times))
-        return times
+                came[output.request_id] = list(output.outputs[0].token_ids)
+            yield list(came.values())

@@ -22,6 +22,8 @@ PRECISIONS = {
     "openvino": ("float32", "bfloat16", "int8", "int4"),
     "vllm": ("float32", "bfloat16", "float16"),
 }
+# A prompt and tokens after it, long enough to tell whether a cache is broken.
+LENGTHS = 64, 16
 
 
 class Runner(Protocol):
@@ -31,6 +33,29 @@ class Runner(Protocol):
 
     def generate(self, batch: int, prompt: int, tokens: int) -> list[float]:
         """Decode greedily, `batch` sequences at once, after `prompt` tokens each; seconds until each token came."""
+
+    def broken_cache(self, prompt: int, tokens: int) -> str | None:
+        """What is wrong with its cache, by decoding so much with it and without it; or None."""
+
+
+def sequence(length: int, vocab_size: int) -> list[int]:
+    """Tokens to begin with: each once, and again from the first."""
+    return [position % vocab_size for position in range(length)]
+
+
+def disagreement(decode: Callable[[list[int], int], list[int]], prompt: list[int], tokens: int) -> str | None:
+    """What is wrong with the cache of an engine that shows its tokens alone, or None: decoded with it, more than half
+    of them are others than those that a pass without it, of all before each, gives. At most LENGTHS are looked at.
+
+    decode: the greedy continuation of a prompt, by so many tokens; its first token comes of a pass without a cache.
+    """
+    prompt, tokens = prompt[: LENGTHS[0]], min(tokens, LENGTHS[1])
+    found = decode(prompt, tokens)
+    again = [decode(prompt + found[:number], 1)[0] for number in range(1, len(found))]
+    same = sum(one == other for one, other in zip(found[1:], again, strict=True))
+    if 2 * same >= len(again):
+        return None
+    return f"of {len(again)} tokens, {len(again) - same} are others than a pass without it gives"
 
 
 def check_length(prompt: int, tokens: int, limit: int) -> None:
@@ -83,12 +108,15 @@ class Worker:
 
     def generate(self, batch: int, prompt: int, tokens: int) -> list[float]:
         """As a Runner."""
-        assert self._process.stdin is not None
-        print(json.dumps({"batch": batch, "prompt": prompt, "tokens": tokens}), file=self._process.stdin, flush=True)
-        answer = self._answer()
+        answer = self._ask("generate", batch=batch, prompt=prompt, tokens=tokens)
         self.peak_memory: int = answer["peak_memory"]
-        times: list[float] = answer["times"]
+        times: list[float] = answer["found"]
         return times
+
+    def broken_cache(self, prompt: int, tokens: int) -> str | None:
+        """As a Runner."""
+        found: str | None = self._ask("broken_cache", prompt=prompt, tokens=tokens)["found"]
+        return found
 
     def close(self) -> None:
         """End the process."""
@@ -101,6 +129,11 @@ class Worker:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _ask(self, method: str, **arguments: int) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        print(json.dumps({"method": method, **arguments}), file=self._process.stdin, flush=True)
+        return self._answer()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -115,7 +148,7 @@ class Worker:
 
 
 def serve(load: Callable[[], Runner]) -> None:
-    """What the process does: load a Runner, then generate whatever it is asked to."""
+    """What the process does: load a Runner, then call whichever of its methods it is asked to."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -127,8 +160,9 @@ def serve(load: Callable[[], Runner]) -> None:
         model = load()
         answer(load_seconds=time.perf_counter() - start, bytes_per_token=model.bytes_per_token)
         for line in sys.stdin:
-            times = model.generate(**json.loads(line))
-            answer(times=times, peak_memory=peak_memory())
+            asked = json.loads(line)
+            found = getattr(model, asked.pop("method"))(**asked)
+            answer(found=found, peak_memory=peak_memory())
     except InputError as error:
         answer(error=str(error))
 
