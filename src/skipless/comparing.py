@@ -44,6 +44,8 @@ GENERATION_FILES = (
     "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.json",
     "chat_template.jinja",
 )  # fmt: skip
+# Files that loading a model may read; others, such as README.md, say nothing of what it computes.
+READ = frozenset({".safetensors", ".json", ".py", ".bin", ".pt", ".pth", ".gguf"})
 # Of generation_config.json, what says how it was made; of tokenizer_config.json, where it came from.
 MADE = frozenset({"transformers_version", "_from_model_config", "name_or_path"})
 # Bytes of a JSON file that is compared as such.
@@ -80,7 +82,9 @@ def compare_data(a: CheckpointReader, b: CheckpointReader) -> Data:
     if a.config.get("model_type") == "skipless" and (others := other_model_files(a.folder)):
         notes.append(f"A's {' and '.join(others)}: not this version's; skipless refresh {a.folder}")
     if (record := read_record(b.folder)) is not None:
-        function += [f"B's {line}, by its skipless.json" for line in differences(b.folder, record)]
+        for name, problem in differences(b.folder, record):
+            kind = generation if name in GENERATION_FILES else notes if Path(name).suffix not in READ else function
+            kind.append(f"B's {name}: {problem}, by its skipless.json")
         if other := _other_source(a, record):
             notes.append(f"by its skipless.json, B was made of another source than A: {other}")
     return Data(tuple(function), tuple(generation), tuple(notes))

@@ -48,8 +48,8 @@ class Estimate:
 
     @property
     def check(self) -> float:
-        """Seconds of reading what was written."""
-        return self.plan.bytes[1] / self.rates.disk
+        """Seconds of reading what was written, and then it and the source to compare them."""
+        return (sum(self.plan.bytes) + self.plan.bytes[1]) / self.rates.disk
 
     @property
     def seconds(self) -> float:

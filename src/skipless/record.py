@@ -116,17 +116,17 @@ def _inside(name: str) -> bool:
     return not path.is_absolute() and ".." not in path.parts and name.isprintable()
 
 
-def differences(folder: Path, record: Mapping[str, Any]) -> Iterator[str]:
-    """Where a folder is no longer what the record says, in words."""
+def differences(folder: Path, record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Where a folder is no longer what the record says: names of files, and what is wrong, in words."""
     for name, entry in record["files"].items():
         file = folder / name
         if not file.exists():
-            yield f"{name}: expected as it was written, found no such file"
+            yield name, "expected as it was written, found no such file"
         elif (size := check_file(file, "a file")) != entry["bytes"]:
-            yield f"{name}: expected {entry['bytes']:,} bytes, as it was written, found {size:,}"
+            yield name, f"expected {entry['bytes']:,} bytes, as it was written, found {size:,}"
         elif digest(file) != entry["sha256"]:
-            yield f"{name}: expected the bytes that were written, found others"
+            yield name, "expected the bytes that were written, found others"
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.is_file() and name not in record["files"] and name != RECORD:
-            yield f"{name}: expected no file that was not written with it, found one"
+            yield name, "expected no file that was not written with it, found one"

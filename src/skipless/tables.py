@@ -86,7 +86,7 @@ def work_lines(estimate: Estimate) -> Iterator[str]:
     yield (
         f"expected: {_duration(estimate.seconds)}: {_duration(estimate.arithmetic)} of arithmetic, beside which the "
         f"disk reads {_megabytes(read)} and writes {_megabytes(written)} ({_duration(estimate.disk)} at "
-        f"{estimate.rates.disk / 1e9:.1f} GB/s), and {_duration(estimate.check)} to read it again"
+        f"{estimate.rates.disk / 1e9:.1f} GB/s), and {_duration(estimate.check)} to read it again and compare it"
     )
     yield f"memory: at most {_megabytes(estimate.memory)}"
     yield f"files: {', '.join(f'{name} {_megabytes(size)}' for name, size in estimate.plan.shards.items())}"
@@ -204,7 +204,8 @@ def report_lines(report: Report) -> Iterator[str]:
     if report.tensors:
         yield f"tensors: {len(report.tensors):,} are others than in A: {', '.join(report.tensors[:3])}"
     for found in report.maps:
-        yield f"maps: {found.name}: off by {found.error:.1e}, may be {found.limit:.1e}"
+        where = "" if found.passed else f" ({found.name})"
+        yield f"maps around closed seams, {found.what}: off by {found.error:.1e}, may be {found.limit:.1e}{where}"
     if report.proved:
         yield f"all {report.vocab_size:,} tokens, all positions and experts are covered by comparing tensors"
     elif report.not_run:

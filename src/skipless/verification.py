@@ -13,6 +13,7 @@ Errors are judged by what A itself loses in the same storage and arithmetic.
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Map:
-    """The maps around closed seams: the output that is off by the largest part of what it may be."""
+    """The maps around closed seams, all columns of an output together, one column, or a row of a table: the one that is
+    off by the largest part of what it may be.
+    """
 
+    what: str
     name: str
     error: float
     limit: float
@@ -174,10 +178,18 @@ class _Reference:
         few = sum(ids.shape[0] * kept for ids, kept in inputs.sequences) * inputs.vocab_size <= MAX_LOGITS
         self._kept = [_logits(self._model, ids, kept) for ids, kept in inputs.batches()] if few else None
 
+    @cached_property
+    def spreads(self) -> list[Tensor]:
+        """Of each batch, that of each token's logits; not finite where these are not."""
+        return [spread(exact) for _, _, exact in self.logits()]
+
     def numbers(self) -> float:
         """For what part of the tokens the logits are finite."""
-        finite = torch.cat([exact.isfinite().all(-1) for _, _, exact in self.logits()])
-        return finite.double().mean().item()
+        return torch.cat(self.spreads).isfinite().double().mean().item()
+
+    def scale(self) -> float:
+        """The largest mean square of a batch's spreads."""
+        return max(size.square().mean().item() for size in self.spreads)
 
     def of(self, greedy: Sequence[Generated]) -> Sequence[Generated]:
         """What it generated of the same prompts as these."""
@@ -209,7 +221,7 @@ def verify_record(folder: str | Path) -> tuple[str, ...]:
             f"{folder}: expected skipless.json, which fuse leaves in what it writes, found none; compare it with the "
             f"model that it was made of: skipless verify A {folder}"
         )
-    return tuple(differences(Path(folder), record))
+    return tuple(f"{name}: {problem}" for name, problem in differences(Path(folder), record))
 
 
 def verify(
@@ -306,8 +318,8 @@ def _maps(related: Relation, a: CheckpointReader, b: CheckpointReader, stored: t
     for name, error, column in probe.compare_columns(exact, found, source, target):
         columns = min(exact[name].shape[1], source.hidden_size)
         limit = max(tolerance(stored, own[name] * _chance(columns)), probe.EXACT)
-        together.append(Map(name, error, limit))
-        single.append(Map(f"a column of {name}", column, SINGLE * limit))
+        together.append(Map("together", name, error, limit))
+        single.append(Map("one column", f"a column of {name}", column, SINGLE * limit))
     yield max(together, key=_share)
     yield max(single, key=_share)
     letters = "qkv" if source.values_removed == target.values_removed else "qk"
@@ -322,7 +334,7 @@ def _maps(related: Relation, a: CheckpointReader, b: CheckpointReader, stored: t
             size = size.clamp(min=0.1 * size.square().mean().sqrt()).clamp(min=torch.finfo(size.dtype).tiny)
             error = ((other[name] - before).norm(dim=1) / size).max().item()
             noise = ((lost[name] - before).norm(dim=1) / size).square().mean().sqrt().item()
-            yield Map(f"a row of {tables[name]}", error, SINGLE * max(tolerance(stored, noise), probe.EXACT))
+            yield Map("one row", f"a row of {tables[name]}", error, SINGLE * max(tolerance(stored, noise), probe.EXACT))
 
 
 def _chance(numbers: int) -> float:
@@ -358,9 +370,8 @@ def _inputs(a: CheckpointReader, b: CheckpointReader, prompt: str, tokens: int, 
     long = torch.randint(vocab_size, (1, length), generator=generator)
     width = min(tokens, limit)
     order = torch.randperm(vocab_size, generator=generator)
-    rows = max(1, (positions - kept) // width)
-    if full:
-        rows = max(rows, -(-vocab_size // width))
+    once = -(-vocab_size // width)
+    rows = once if full else min(once, max(1, (positions - kept) // width))
     walk = order.repeat(-(-rows * width // vocab_size))[: rows * width].view(rows, width)
     sequences = [(long, kept), (walk, width)]
     prompts = [walk[:1, : max(1, min(tokens, limit - tokens) // 4)]]
@@ -422,8 +433,8 @@ def _run(
     model = load(folder, dtype)
     change(model)
     errors, divergences, leads = [], [], []
-    for ids, kept, exact in reference.logits():
-        found, size = _logits(model, ids, kept), spread(exact)
+    for (ids, kept, exact), size in zip(reference.logits(), reference.spreads, strict=True):
+        found = _logits(model, ids, kept)
         errors.append((found - exact).square().mean(-1).sqrt() / size)
         target = exact.log_softmax(-1)
         divergences.append((target.exp() * (target - found.log_softmax(-1))).sum(-1))
@@ -514,8 +525,7 @@ def _judge(
     floor = max(TOLERANCES.get(kind, 0.0), TOLERANCES.get(stored, 0.0))
     limit = max(floor, factor * allowed.error)
     worst = SINGLE * max(floor, factor * allowed.worst)
-    scale = max((spread(exact).square().mean().item() for _, _, exact in reference.logits()), default=1.0)
-    kl = factor**2 * allowed.kl + (SINGLE * floor) ** 2 * scale + LEAST_KL
+    kl = factor**2 * allowed.kl + (SINGLE * floor) ** 2 * reference.scale() + LEAST_KL
     half = kind not in TOLERANCES or stored not in TOLERANCES
     passed = (
         loss.error <= limit

@@ -181,10 +181,10 @@ def test_weights_that_are_zero(source):
 @pytest.mark.parametrize(
     ("fields", "ways"),
     [
-        ({"num_key_value_heads": 4}, {"q", "k", "v", "pivoted"}),
-        ({"attention_bias": True, "tie_word_embeddings": True, "position_type": "learned"}, {"q", "pivoted"}),
-        ({"head_dim": 4}, {"pivoted"}),
-        ({"head_dim": 8, "num_attention_heads": 2, "num_key_value_heads": 1}, {"pivoted"}),
+        ({"num_key_value_heads": 4}, ("q", "k", "v", "pivoted")),
+        ({"attention_bias": True, "tie_word_embeddings": True, "position_type": "learned"}, ("q", "pivoted")),
+        ({"head_dim": 4}, ("pivoted",)),
+        ({"head_dim": 8, "num_attention_heads": 2, "num_key_value_heads": 1}, ("pivoted",)),
     ],
     ids=str,
 )
@@ -192,7 +192,7 @@ def test_other_architectures(fields, ways, tmp_path):
     source = save(build(**fields), tmp_path / "source")
     found = skipless.audit(source)
     assert found.safe
-    assert all(set(seam.ways) == ways for seam in found.seams if seam.kind == "stream")
+    assert all(set(seam.ways) == set(ways) for seam in found.seams if seam.kind == "stream")
     assert skipless.fuse(source, tmp_path / "fused").basis == found.basis
 
 

@@ -10,14 +10,9 @@ from click.testing import CliRunner
 import skipless
 from skipless import cli, model_files
 from skipless.checkpoint.reader import CheckpointReader
-from tests.models import build, load, save
+from tests.models import load
 
 OLD = "\n# an older version's last line\n"
-
-
-@pytest.fixture
-def source(tmp_path):
-    return save(build(dtype=torch.float32), tmp_path / "source")
 
 
 @pytest.fixture

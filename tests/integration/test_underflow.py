@@ -13,11 +13,6 @@ from tests.models import build, edit_tensors, save
 HEAD = "lm_head.weight"
 
 
-@pytest.fixture
-def source(tmp_path):
-    return save(build(dtype=torch.float32), tmp_path / "source")
-
-
 def scale(folder, factor, *names):
     reader = CheckpointReader(folder)
     edit_tensors(folder, **{name: factor * reader.tensor(name) for name in names})

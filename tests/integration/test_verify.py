@@ -310,6 +310,17 @@ def test_a_folder_is_checked_by_its_record_alone(source, tmp_path):
     assert "expected skipless.json, which fuse leaves in what it writes, found none" in result.stderr
 
 
+def test_a_file_that_says_nothing_of_the_function_is_a_note(source, tmp_path):
+    (source / "README.md").write_text("# a model")
+    skipless.fuse(source, tmp_path / "fused")
+    (tmp_path / "fused" / "README.md").write_text("# another model")
+    (tmp_path / "fused" / "LICENSE").write_text("")
+    report = skipless.verify(source, tmp_path / "fused", tokens=8)
+    assert report.same
+    assert [note.split(":")[0] for note in report.data.notes] == ["B's README.md", "B's LICENSE"]
+    assert run(tmp_path / "fused").exit_code == 1
+
+
 def test_the_record_says_of_what_it_was_made(source, tmp_path):
     skipless.fuse(source, tmp_path / "fused")
     record = json.loads((tmp_path / "fused" / "skipless.json").read_text())
