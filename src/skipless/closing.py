@@ -5,7 +5,7 @@ forgotten after its last use.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -30,11 +30,14 @@ COPIED = 2**26
 class Done:
     """What a task gives: the tensors to write, each whole or some of its rows after the other, and, once they have been
     taken, what became of its seams, and, where that is asked for, the SHA-256 of each tensor that it read.
+
+    confirm: given the SHA-256 of each tensor as it was written, raises StorageError if it is not what was computed.
     """
 
     tensors: Iterator[tuple[str, torch.Tensor]]
     outcomes: list[Outcome]
     sources: dict[str, str] = dataclasses.field(default_factory=dict)
+    confirm: Callable[[Mapping[str, str]], None] = lambda digests: None
 
 
 def run_task(plan: Plan, task: Task, read: Read) -> Done:

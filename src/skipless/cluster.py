@@ -1,10 +1,13 @@
 """Carry out a plan's tasks on the machines of a Ray cluster: each reads the source itself, and hands its tensors back.
 
 One process, the driver, writes them, as it does its own (fusion.py): no two machines write one file, and what is on
-disk is known in one place. It needs Ray (the extra "ray").
+disk is known in one place. Workers say what SHA-256 they have computed, and what is written must have it, too. Some
+tasks, drawn by lot, are carried out by two workers, who must agree. It needs Ray (the extra "ray").
 """
 
+import hashlib
 import logging
+import math
 import os
 import platform
 import signal
@@ -12,11 +15,12 @@ import socket
 import threading
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from random import SystemRandom
+from typing import Any, ClassVar
 
 import numpy as np
 import ray
@@ -24,23 +28,28 @@ import torch
 from ray._private import services
 from ray._private import worker as ray_worker
 from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from skipless.checkpoint.reader import CheckpointReader, TensorInfo
 from skipless.checkpoint.remote import open_reader
 from skipless.closing import Done
 from skipless.cost import cost, least
 from skipless.engines import Results, environment, run_digested
-from skipless.errors import InputError, StorageError
+from skipless.errors import DisagreementError, InputError, StorageError
 from skipless.machine import freed_memory_kept, resident_memory
 from skipless.planning import Plan
 from skipless.prediction import Outcome
 
 # How often a task is run again when its worker is lost.
 RETRIES = 3
+# One task in so many, and at least one, is carried out by two workers.
+CHECKED = 100
 # Seconds until an address does not answer, and after which we look whether there still is a machine for a task.
 PATIENCE = 10.0
 # Bytes that a worker holds before it does anything: Python, torch, scipy and Ray (0.44 GB).
 WORKER = 2**29
+# Nobody can foresee what it draws.
+LOTS = SystemRandom()
 # How much of Ray's object store the tensors of tasks in flight may take; what does not fit there goes to a disk.
 SHARE = 0.5
 
@@ -61,23 +70,31 @@ def run(plan: Plan, reader: CheckpointReader, todo: Sequence[int], address: str 
     address: the cluster's (host:port), "auto" (the one this machine is part of), or None: Ray as it is connected
     already, else RAY_ADDRESS, else a cluster of this machine alone for as long as it takes. Raises what the workers
     raise; InputError where there is no cluster, no machine in it that a task fits on, or one with other software or
-    another source; StorageError where workers are lost again and again.
+    another source; StorageError where workers are lost again and again, or what they gave arrives as something else;
+    DisagreementError where two workers give different tensors for one task.
     """
     if not todo:
         return
     running: list[Submission] = []
+    device = reader.device.type
     with _connected(address):
-        plan, tasks = _placed(plan, todo, reader.device.type)
+        plan, tasks = _placed(plan, todo, device)
         waiting = deque(sorted(tasks, key=lambda task: task.cost.total, reverse=True))
+        for task in LOTS.sample(tasks, math.ceil(len(tasks) / CHECKED)):
+            waiting.remove(task)
+            waiting.appendleft(SpotCheck(plan, task.number, device))
         room = SHARE * ray.cluster_resources().get("object_store_memory", 0)
-        job = ray.put(Input(plan, reader.place, reader.device.type, reader.fingerprint()))
+        job = ray.put(Input(plan, reader.place, device, reader.fingerprint()))
         try:
             while waiting or running:
                 while waiting and (not running or sum(task.gives for task in (*running, waiting[0])) <= room):
                     running.append(waiting.popleft())
                     running[-1].submit(job)
                 task = _first(running)
-                yield task.number, task.done()
+                if isinstance(task, SpotCheck):
+                    waiting.appendleft(Submission(plan, task.number, device, checked=task.next()))
+                else:
+                    yield task.number, task.done()
                 running.remove(task)
         finally:
             for task in running:
@@ -101,16 +118,25 @@ def _placed(plan: Plan, todo: Sequence[int], device: str) -> tuple[Plan, list["S
 
 
 class Submission:
-    """A task of the plan as a task of Ray. cost: what it costs; gives: bytes of its tensors."""
+    """A task of the plan as a task of Ray. cost: what it costs; gives: bytes of its tensors.
 
-    def __init__(self, plan: Plan, number: int, device: str):
-        self.number = number
+    checked: if two workers carry it out, what the first one has reported.
+    """
+
+    _variables: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, plan: Plan, number: int, device: str, checked: "Report | None" = None):
+        self.number, self._checked = number, checked
         self.cost = cost(plan, plan.tasks[number])
         self._outputs = {name: plan.outputs[name] for name in plan.tasks[number].writes}
         self.gives = sum(info.bytes for info in self._outputs.values())
         self._environment = environment()
         self._cpus, self._gpus = torch.get_num_threads(), int(device == "cuda")
         self._memory = WORKER + self.cost.memory
+
+    def _work(self) -> Callable[..., Iterator[Any]]:
+        """What a worker does."""
+        return carry_out
 
     @property
     def name(self) -> str:
@@ -124,28 +150,41 @@ class Submission:
             "OMP_NUM_THREADS": str(self._environment["threads"]),
             "OPENBLAS_NUM_THREADS": str(self._environment["blas_threads"]),
         }
-        remote = ray.remote(carry_out).options(
+        remote = ray.remote(self._work()).options(
             name=self.name,
             num_cpus=self._cpus,
             num_gpus=self._gpus,
             memory=self._memory,
             max_retries=RETRIES,
-            runtime_env={"env_vars": threads},
+            scheduling_strategy=self._where(),
+            runtime_env={"env_vars": threads | self._variables},
         )
         # In a list, it is not unpacked before carry_out has found that its software is the same.
         self.results: ray.ObjectRefGenerator = remote.remote(self._environment, [job], self.number)
 
     def lack(self) -> str:
         """Why no machine of the cluster can run it; or nothing."""
+        if self._machines():
+            return ""
         machines = [machine["Resources"] for machine in ray.nodes() if machine["Alive"]]
-        for machine in machines:
-            if all(machine.get(kind, 0) >= need for kind, need in self._needs.items()):
-                return ""
         most = {kind: max((machine.get(kind, 0) for machine in machines), default=0) for kind in self._needs}
         return (
             f"{self.name}: expected a machine in the Ray cluster with {_listed(self._needs)} for its task, found "
             f"{len(machines)} with at most {_listed(most)}; add one, or set OMP_NUM_THREADS lower"
         )
+
+    def _machines(self) -> list[str]:
+        """The nodes of the cluster that it fits on."""
+        return [
+            machine["NodeID"]
+            for machine in ray.nodes()
+            if machine["Alive"] and all(machine["Resources"].get(kind, 0) >= need for kind, need in self._needs.items())
+        ]
+
+    def _where(self) -> Any:
+        """Where Ray should run it: if another worker has, on another node, should there be one."""
+        others = [node for node in self._machines() if self._checked and node != self._checked.node]
+        return NodeAffinitySchedulingStrategy(LOTS.choice(others), soft=True) if others else "DEFAULT"
 
     @property
     def _needs(self) -> Mapping[str, float]:
@@ -155,15 +194,30 @@ class Submission:
         """What it gives, as it comes."""
         outcomes: list[Outcome] = []
         sources: dict[str, str] = {}
-        return Done(self._tensors(outcomes, sources), outcomes, sources)
+        return Done(self._tensors(outcomes, sources), outcomes, sources, self._confirm)
 
     def _tensors(self, outcomes: list[Outcome], sources: dict[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
+        left = {name: info.bytes for name, info in self._outputs.items()}
         while isinstance(found := self.next(), tuple):
             name, data = found
+            if len(data) > left.get(name, 0) or len(data) % self._outputs[name].row_bytes:
+                raise _changed(name, "its worker", f"{len(data):,} bytes that have no place")
+            left[name] -= len(data)
             yield name, _tensor(data, self._outputs[name])
             del found, data
-        outcomes += found["outcomes"]
-        sources.update(found["sources"])
+        self._report: Report = found
+        for name in filter(left.get, left):
+            raise _changed(name, self._report.worker, f"{left[name]:,} bytes too few")
+        if self._checked:
+            self._report.compare(self._checked, self.number)
+        outcomes += self._report.outcomes
+        sources.update(self._report.sources)
+
+    def _confirm(self, digests: Mapping[str, str]) -> None:
+        """Raise StorageError if tensors of these SHA-256 are not what the worker has computed."""
+        for name, found in digests.items():
+            if (expected := self._report.digests.get(name)) != found:
+                raise _changed(name, self._report.worker, f"SHA-256 {found} instead of {expected}")
 
     def next(self) -> Any:
         """The next that the worker hands out, once it is there."""
@@ -184,6 +238,23 @@ class Submission:
             ray.cancel(self.results)
 
 
+class SpotCheck(Submission):
+    """A task that two workers carry out, for the first of them, which hands out its Report alone.
+
+    The other one is asked as for any other task, and cannot know.
+    """
+
+    # Ray gives tasks of different environments different processes: this is how no worker checks itself.
+    _variables: ClassVar[dict[str, str]] = {"SKIPLESS_WORKER": "spot check"}
+
+    def __init__(self, plan: Plan, number: int, device: str):
+        super().__init__(plan, number, device)
+        self.gives = 0
+
+    def _work(self) -> Callable[..., Iterator[Any]]:
+        return carry_out_unsent
+
+
 def _first(running: Sequence[Submission]) -> Submission:
     """The first one whose next result is there. Raises StorageError when no machine is left that could give it."""
     while True:
@@ -193,6 +264,14 @@ def _first(running: Sequence[Submission]) -> Submission:
         for task in running:
             if lack := task.lack():
                 raise StorageError(lack)
+
+
+def _changed(name: str, worker: str, found: str) -> StorageError:
+    """What has arrived of a tensor is not what was sent."""
+    return StorageError(
+        f"{name}: expected to get what {worker} has computed, got {found}; check the memory of both machines and the "
+        f"network between them"
+    )
 
 
 def _cause(error: RayTaskError) -> Exception:
@@ -223,8 +302,31 @@ def _tensor(data: np.ndarray, info: TensorInfo) -> torch.Tensor:
 # What a worker does.
 
 
+@dataclass(frozen=True)
+class Report:
+    """What a worker says at the end of a task: what else closing.Done has, the SHA-256 of each tensor that it has
+    computed, and who it is: for people, and for Ray.
+    """
+
+    outcomes: list[Outcome]
+    sources: Mapping[str, str]
+    digests: Mapping[str, str]
+    worker: str
+    node: str
+
+    def compare(self, other: "Report", task: int) -> None:
+        """Raise DisagreementError if another worker has computed something else for the task of this number."""
+        for name, found in self.digests.items():
+            if (expected := other.digests.get(name)) != found:
+                raise DisagreementError(
+                    f"{name}: expected two workers to compute the same for task {task}, found SHA-256 {expected} by "
+                    f"{other.worker} and {found} by {self.worker}; one of them is wrong, or they are of two kinds, and "
+                    f"nothing that was done is kept: begin anew without the wrong machine, or with machines of one kind"
+                )
+
+
 def carry_out(expected: Mapping[str, object], job: Sequence["ray.ObjectRef[Input]"], number: int) -> Iterator[Any]:
-    """Run one task and hand out names and bytes of tensors, or of rows of them, then what else closing.Done has.
+    """Run one task and hand out names and bytes of tensors, or of rows of them, then a Report.
 
     expected: the driver's environment. Raises StorageError if this one, or the source as it is seen here, is
     another: elsewhere the task may succeed.
@@ -238,11 +340,30 @@ def carry_out(expected: Mapping[str, object], job: Sequence["ray.ObjectRef[Input
             )
     plan, reader = _opened(job[0])
     done = run_digested(plan, plan.tasks[number], reader)
+    digests = {name: hashlib.sha256() for name in plan.tasks[number].writes}
     with freed_memory_kept(resident_memory() + cost(plan, plan.tasks[number]).memory):
         for name, tensor in done.tensors:
-            yield name, tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            del tensor
-    yield {"outcomes": done.outcomes, "sources": done.sources}
+            data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            digests[name].update(data.data)
+            yield name, data
+            del tensor, data
+    yield Report(
+        done.outcomes,
+        done.sources,
+        {name: digest.hexdigest() for name, digest in digests.items()},
+        f"{platform.node()} (process {os.getpid()})",
+        ray.get_runtime_context().get_node_id(),
+    )
+
+
+def carry_out_unsent(
+    expected: Mapping[str, object], job: Sequence["ray.ObjectRef[Input]"], number: int
+) -> Iterator[Any]:
+    """Run one task and hand out the Report alone."""
+    for given in carry_out(expected, job, number):
+        if isinstance(given, Report):
+            yield given
+        del given
 
 
 @lru_cache(1)

@@ -32,6 +32,10 @@ class StorageError(InputError):
     """Reading or writing has failed, not what was read: another attempt may succeed."""
 
 
+class DisagreementError(InputError):
+    """What was computed twice is not the same: which is right is not known, and nothing can be kept."""
+
+
 class BugError(Exception):
     """What came out is not what was promised, and no input is to blame (exit code 3)."""
 

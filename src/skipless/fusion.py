@@ -237,4 +237,5 @@ def _write(writer: CheckpointWriter, name: str, tensor: torch.Tensor, digests: d
 
 def _journal(manifest: Manifest, number: int, task: Task, digests: dict[str, str], done: Done) -> None:
     if digests.keys() == set(task.writes):  # else a write has failed, which is about to be noticed
+        done.confirm(digests)
         manifest.add(number, Entry(digests, done.sources, tuple(map(dataclasses.asdict, done.outcomes))))

@@ -1,6 +1,10 @@
-"""Ray's workers write the same bytes as this process does, even if one is killed; what they find wrong is said here."""
+"""Ray's workers write the same bytes as this process does, even if one is killed; what they find wrong is said here,
+and what one of them does wrong is noticed.
+"""
 
+import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +19,7 @@ from skipless.checkpoint.reader import CheckpointReader
 from skipless.checkpoint.staging import LocalPlace
 from skipless.checkpoint.writer import CheckpointWriter
 from skipless.cost import cost
-from skipless.errors import StorageError
+from skipless.errors import DisagreementError, StorageError
 from tests.models import MANY_FILES, build, contents, edit_tensors, save
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'skipless[ray]'")
@@ -42,6 +46,45 @@ def wrap(monkeypatch, before):
             yield output
 
     monkeypatch.setattr(cluster, "carry_out", wrapped)
+
+
+def change_sent(monkeypatch, change):
+    """Let what workers hand out go through `change(name, data)` once they have hashed it."""
+    carry_out = cluster.carry_out
+
+    def wrapped(expected, job, number):
+        for output in carry_out(expected, job, number):
+            yield change(*output) if isinstance(output, tuple) else output
+
+    monkeypatch.setattr(cluster, "carry_out", wrapped)
+
+
+def change_computed(monkeypatch, wrong):
+    """Let workers compute something else for the tasks of which `wrong(number)` is true, unless they only check."""
+
+    def wrapped(expected, job, number):
+        honest = cluster.run_digested
+
+        def lying(plan, task, reader):
+            done = honest(plan, task, reader)
+            return dataclasses.replace(done, tensors=((name, tensor + 1) for name, tensor in done.tensors))
+
+        cluster.run_digested = lying if wrong(number) else honest
+        try:
+            yield from cluster.carry_out(expected, job, number)  # in a worker, where it is not wrapped
+        finally:
+            cluster.run_digested = honest
+
+    monkeypatch.setattr(cluster, "carry_out", wrapped)
+
+
+def watch_checks(monkeypatch):
+    """The reports that are compared, in pairs."""
+    compare, pairs = cluster.Report.compare, []
+    monkeypatch.setattr(
+        cluster.Report, "compare", lambda one, other, task: pairs.append((one, other)) or compare(one, other, task)
+    )
+    return pairs
 
 
 def stop_at_write(monkeypatch, number, once):
@@ -151,12 +194,88 @@ def test_a_stopped_driver_stops_its_workers_and_goes_on(source, tmp_path, two_wo
     run = cluster.Submission.submit
     monkeypatch.setattr(cluster.Submission, "submit", lambda task, job: ran.append(task) or run(task, job))
     plan = fuse(source, tmp_path / "fused", engine="ray", resume=True, **MANY_FILES)
-    assert len(ran) == len(plan.tasks) - len(lines)
+    left = len(plan.tasks) - len(lines)
+    assert sorted(type(task).__name__ for task in ran) == ["SpotCheck", *["Submission"] * left]
     assert contents(tmp_path / "fused") == whole
     deadline = time.monotonic() + 30
     while ray.available_resources().get("CPU") != 2:
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+WRONG = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda data: data ^ (data == data[0]), r"SHA-256 \w{64} instead of \w{64}"),
+        (lambda data: data[: len(data) // 2], r"1,536 bytes too few"),
+        (lambda data: data.repeat(2), r"6,144 bytes that have no place"),
+        (lambda data: data[1:], r"3,071 bytes that have no place"),
+    ],
+    ids=["other", "half", "twice", "shifted"],
+)
+def test_what_arrives_is_not_what_a_worker_sent(source, tmp_path, two_workers, whole, monkeypatch, change, found):
+    with monkeypatch.context() as patch:
+        change_sent(patch, lambda name, data: (name, change(data) if name == WRONG else data))
+        message = rf"^{WRONG}: expected to get what .* has computed, got {found}; check the memory"
+        with pytest.raises(StorageError, match=message):
+            fuse(source, tmp_path / "fused", engine="ray", **MANY_FILES)
+    assert not (tmp_path / "fused").exists()
+    resume = LocalPlace(tmp_path / "fused").unfinished.exists()
+    fuse(source, tmp_path / "fused", engine="ray", resume=resume, **MANY_FILES)
+    assert contents(tmp_path / "fused") == whole
+
+
+def test_a_tensor_that_nobody_asked_for(source, tmp_path, two_workers, monkeypatch):
+    change_sent(monkeypatch, lambda name, data: ("model.evil.weight", data))
+    with pytest.raises(StorageError, match=r"^model\.evil\.weight: expected to get what .* that have no place"):
+        fuse(source, tmp_path / "fused", engine="ray", **MANY_FILES)
+    assert not (tmp_path / "fused").exists()
+
+
+@pytest.mark.parametrize(
+    ("checked", "wrong"), [(cluster.CHECKED, lambda number: True), (1, lambda number: number == 3)], ids=["all", "one"]
+)
+def test_a_worker_that_computes_something_else(source, tmp_path, two_workers, monkeypatch, checked, wrong):
+    """By default all that is wrong is noticed by one task's being checked; one wrong task by its own."""
+    monkeypatch.setattr(cluster, "CHECKED", checked)
+    change_computed(monkeypatch, wrong)
+    with pytest.raises(DisagreementError) as error:
+        fuse(source, tmp_path / "fused", engine="ray", **MANY_FILES)
+    found = re.match(
+        r"model\.[\w.]+: expected two workers to compute the same for task (\d+), found SHA-256 (\w{64}) by .+ "
+        r"\(process (\d+)\) and (\w{64}) by .+ \(process (\d+)\); one of them is wrong",
+        str(error.value),
+    )
+    task, one, process, other, another = found.groups()
+    assert wrong(int(task))
+    assert one != other
+    assert process != another
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_nothing_is_kept_that_a_wrong_worker_may_have_done(source, tmp_path, two_workers, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at_write(patch, 8, source)
+        with pytest.raises(KeyboardInterrupt):
+            fuse(source, tmp_path / "fused", engine="ray", **MANY_FILES)
+    assert (LocalPlace(tmp_path / "fused").unfinished / "journal.jsonl").read_bytes()
+    change_computed(monkeypatch, lambda number: True)
+    with pytest.raises(DisagreementError):
+        fuse(source, tmp_path / "fused", engine="ray", resume=True, **MANY_FILES)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("checked", [cluster.CHECKED, 3, 1])
+def test_one_task_in_so_many_is_checked_by_another_worker(source, tmp_path, two_workers, whole, monkeypatch, checked):
+    pairs = watch_checks(monkeypatch)
+    monkeypatch.setattr(cluster, "CHECKED", checked)
+    plan = fuse(source, tmp_path / "fused", engine="ray", **MANY_FILES)
+    assert len(pairs) == -(-len(plan.tasks) // checked)
+    assert all(one.worker != other.worker for one, other in pairs)
+    assert contents(tmp_path / "fused") == whole
 
 
 @pytest.mark.parametrize(
@@ -247,4 +366,24 @@ def test_a_cluster_of_its_own(source, tmp_path, whole):
     assert begun
     assert not psutil.wait_procs(begun, timeout=30)[1]
     fuse(source, tmp_path / "fused", resume=True, **MANY_FILES)
+    assert contents(tmp_path / "fused") == whole
+
+
+def test_a_task_is_checked_on_another_machine(source, tmp_path, whole, monkeypatch):
+    """A cluster of two nodes, both of them processes of this machine."""
+    from ray.cluster_utils import Cluster
+
+    ray.shutdown()
+    pairs = watch_checks(monkeypatch)
+    monkeypatch.setattr(cluster, "CHECKED", 1)
+    nodes = {"num_cpus": 1, "object_store_memory": 10**8, "include_dashboard": False}
+    machines = Cluster(initialize_head=True, head_node_args=nodes)
+    try:
+        machines.add_node(num_cpus=1, object_store_memory=10**8)
+        plan = fuse(source, tmp_path / "fused", engine="ray", address=machines.address, **MANY_FILES)
+    finally:
+        ray.shutdown()
+        machines.shutdown()
+    assert len(pairs) == len(plan.tasks)
+    assert all(one.node != other.node for one, other in pairs)
     assert contents(tmp_path / "fused") == whole

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from filelock import FileLock, Timeout
 
 from skipless.checkpoint.manifest import JOB, JOURNAL, Manifest, sync
-from skipless.errors import BugError, InputError, StorageError
+from skipless.errors import BugError, DisagreementError, InputError, StorageError
 
 KEPT = "what is done is kept: go on with --resume"
 
@@ -98,10 +98,10 @@ def staged(place: Place, job: Mapping[str, Any], resume: bool) -> Iterator[Stagi
     """Where to write what will be at `place`; it gets its name, on disk, when the block ends.
 
     When the block fails because of its input (InputError), nothing that it has begun is left behind; because of a
-    mistake of ours (BugError), nothing at all. When something else comes between - the disk is full, the process is
-    stopped - what is done stays, and with `resume` and the same job the next call finds it. Raises InputError when the
-    place is taken or cannot be made, when another process is at it, when an unfinished one is there and `resume` is
-    false, or was for another job; StorageError when the disk fails.
+    mistake of ours (BugError), or of a worker (DisagreementError), nothing at all. When something else comes between -
+    the disk is full, the process is stopped - what is done stays, and with `resume` and the same job the next call
+    finds it. Raises InputError when the place is taken or cannot be made, when another process is at it, when an
+    unfinished one is there and `resume` is false, or was for another job; StorageError when the disk fails.
     """
     place.check()
     folder = place.unfinished
@@ -128,7 +128,7 @@ def staged(place: Place, job: Mapping[str, Any], resume: bool) -> Iterator[Stagi
         except BaseException as error:
             fault = isinstance(error, InputError) and not isinstance(error, StorageError)
             kept = manifest is not None and bool(manifest.done) and (before or not fault)
-            kept = kept and not isinstance(error, BugError)
+            kept = kept and not isinstance(error, BugError | DisagreementError)
             if not kept:
                 shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, OSError):
