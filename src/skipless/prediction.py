@@ -10,6 +10,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from skipless.basis import Basis, candidate, choose_rows, join
 from skipless.checkpoint.reader import TensorInfo
+from skipless.dtypes import DTYPE_NAMES
 from skipless.eliminate import Affine, Stream, close_rest, close_rows, close_stream, past_norm
 from skipless.errors import InputError
 from skipless.products import HALF, ROWS, blocks, max_abs, multiply, product, slices, squares
@@ -85,6 +87,26 @@ class Outcome:
     errors: Mapping[str, float]
     original: Mapping[str, float]
     problem: str | None = None
+
+    @classmethod
+    def read(cls, fields: Mapping[str, Any]) -> "Outcome":
+        """What dataclasses.asdict gave. Raises ValueError for anything else."""
+        if not {field.name for field in dataclasses.fields(cls)} == fields.keys():
+            raise ValueError("other fields")
+        found, problem = cls(**fields), fields["problem"]
+        numbers = [number for each in (found.errors, found.original) for number in _numbers(each)]
+        if found.dtype not in DTYPE_NAMES or not all(number >= 0 for number in numbers):
+            raise ValueError("no errors in a dtype")
+        if problem is not None and not (isinstance(problem, str) and problem.isprintable()):
+            raise ValueError("no problem in words")
+        return found
+
+
+def _numbers(errors: object) -> list[float]:
+    """The errors of q, k, v and so on. Raises ValueError for what is none."""
+    if not isinstance(errors, Mapping) or not all(type(number) in (int, float) for number in errors.values()):
+        raise ValueError("no errors by name")
+    return list(errors.values())
 
 
 @dataclass(frozen=True)
