@@ -153,11 +153,12 @@ def plan_fuse(
     written = place.unfinished if is_remote(destination) else destination
     if Path(os.path.realpath(written)).is_relative_to(os.path.realpath(source)):
         raise InputError(f"{place}: expected a folder outside the source {source}, which stays as it is")
-    _check_outside(Path(source), place)
+    _check_outside(place, [Path(source)])
     place.check()
     reader = open_reader(source, device)
-    for name in ("config.json", *reader.shards, *map(str, _others(reader))):
-        _check_outside(reader.folder / name, place)
+    _check_outside(
+        place, (reader.folder / name for name in ("config.json", *reader.shards, *map(str, _others(reader))))
+    )
     here = reader.device.type == "cpu" and engine == "local"
     if max_memory is not None and not here:
         raise InputError("max_memory: expected none with another engine or device than local and cpu; leave it out")
@@ -184,13 +185,15 @@ def destination_place(destination: str | Path) -> Place:
     return RemotePlace(str(destination)) if is_remote(destination) else LocalPlace(Path(destination))
 
 
-def _check_outside(path: Path, place: Place) -> None:
+def _check_outside(place: Place, paths: Iterable[Path]) -> None:
     """Raise InputError for a source, or a file of it, that lies where DST is in the making."""
-    if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(place.unfinished)):
-        raise InputError(
-            f"{path}: expected a source outside {place.unfinished}, where {place} is in the making; move it elsewhere, "
-            f"or choose another name for the new folder"
-        )
+    unfinished = os.path.realpath(place.unfinished)
+    for path in paths:
+        if Path(os.path.realpath(path)).is_relative_to(unfinished):
+            raise InputError(
+                f"{path}: expected a source outside {place.unfinished}, where {place} is in the making; move it "
+                f"elsewhere, or choose another name for the new folder"
+            )
 
 
 def _copied(plan: Plan) -> dict[str, torch.dtype]:
@@ -285,7 +288,8 @@ def _is_done(job: Job, task: Task, entry: Entry, writer: CheckpointWriter) -> bo
     except ValueError:
         return False
     return (
-        [(outcome.kind, outcome.layer) for outcome in outcomes] == [(seam.kind, seam.layer) for seam in task.seams]
+        [(outcome.kind, outcome.layer, outcome.way) for outcome in outcomes]
+        == [(seam.kind, seam.layer, seam.way(job.plan.basis)) for seam in task.seams]
         and (set(entry.digests), set(entry.sources)) == (set(task.writes), set(task.reads))
         and all(writer.digest(name) == digest for name, digest in entry.digests.items())
         and (

@@ -91,22 +91,21 @@ class Outcome:
     @classmethod
     def read(cls, fields: Mapping[str, Any]) -> "Outcome":
         """What dataclasses.asdict gave. Raises ValueError for anything else."""
-        if not {field.name for field in dataclasses.fields(cls)} == fields.keys():
+        if {field.name for field in dataclasses.fields(cls)} != fields.keys():
             raise ValueError("other fields")
-        found, problem = cls(**fields), fields["problem"]
-        numbers = [number for each in (found.errors, found.original) for number in _numbers(each)]
-        if found.dtype not in DTYPE_NAMES or not all(number >= 0 for number in numbers):
-            raise ValueError("no errors in a dtype")
-        if problem is not None and not (isinstance(problem, str) and problem.isprintable()):
-            raise ValueError("no problem in words")
-        return found
+        words = (fields[name] for name in ("kind", "way", "problem") if fields[name] is not None)
+        if not all(isinstance(word, str) and word.isprintable() for word in words):
+            raise ValueError("no words")
+        if type(fields["layer"]) is not int or fields["dtype"] not in DTYPE_NAMES:
+            raise ValueError("no layer, or no dtype")
+        if not all(map(_are_errors, (fields["errors"], fields["original"]))):
+            raise ValueError("no errors")
+        return cls(**fields)
 
 
-def _numbers(errors: object) -> list[float]:
-    """The errors of q, k, v and so on. Raises ValueError for what is none."""
-    if not isinstance(errors, Mapping) or not all(type(number) in (int, float) for number in errors.values()):
-        raise ValueError("no errors by name")
-    return list(errors.values())
+def _are_errors(found: object) -> bool:
+    """Whether something is the errors of q, k, v and so on, as JSON has them."""
+    return isinstance(found, dict) and all(type(error) in (int, float) and error >= 0 for error in found.values())
 
 
 @dataclass(frozen=True)

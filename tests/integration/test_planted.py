@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import socket
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from skipless.errors import InputError
 from tests.models import build, edit_tensors, save
 
 SMALL = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "vocab_size": 11}
-OPTIONS = {"basis": "q", "max_shard_size": 800}
+OPTIONS = {"basis": "q", "max_shard_size": 1000}
 
 pytestmark = pytest.mark.timeout(60)  # seconds; what hangs, hangs on opening
 
@@ -94,7 +95,7 @@ def resumed(source, stopped, whole, monkeypatch):
 
 def command(source, destination, *options):
     """What fuse says on the command line: one line of stderr."""
-    options = ["--basis", "q", "--max-shard-size", "800B", *options]
+    options = ["--basis", "q", "--max-shard-size", "0.001MB", *options]
     result = CliRunner().invoke(cli.main, ["fuse", str(source), str(destination), *options])
     assert (result.exit_code, result.stdout) == (2, ""), result.output
     line = result.stderr.removesuffix("\n")
@@ -187,10 +188,10 @@ def test_a_fuse_that_fails_removes_what_it_has_written_and_no_more(source, tmp_p
         (unfinished / "model" / "sub" / "mine.txt").write_text("mine") if task else None
 
     edit_tensors(copy, model__layers__1__self_attn__q_proj__weight=torch.ones(8, 8))  # singular
-    with pytest.raises(InputError, match="singular|condition"):
+    with pytest.raises(InputError, match=r"singular|condition"):
         fuse(copy, tmp_path / "fused", progress=planting, **OPTIONS)
     left = [path for path in unfinished.rglob("*") if path.is_file()]
-    assert {path.name for path in left} <= {"notes.txt", "mine.txt", "job.json"}
+    assert {path.name for path in left} <= {"notes.txt", "mine.txt", "job.json", "lock"}
     assert (unfinished / "notes.txt").read_text() == "mine"
 
 
@@ -290,10 +291,10 @@ def test_the_last_good_line_of_a_task_counts(source, stopped, whole, monkeypatch
 
 
 def test_bytes_that_are_no_text(source, stopped, whole, monkeypatch):
-    journal = stopped / "journal.jsonl"
+    journal, count = stopped / "journal.jsonl", len(lines(stopped))
     journal.write_bytes(b"\xff\xfe\x00\n" + journal.read_bytes() + bytes(1000))
     ran, tasks = resumed(source, stopped, whole, monkeypatch)
-    assert ran == tasks - (len(lines(stopped)) if stopped.exists() else 3)
+    assert ran == tasks - count
 
 
 def test_a_journal_of_100_gb(source, stopped, whole, monkeypatch):
@@ -451,12 +452,10 @@ def test_a_link_that_is_put_there_meanwhile_is_not_written_through(source, tmp_p
         if task is plan.tasks[0]:
             make(unfinished / "model" / name)
 
-    try:
+    copied = name in ("tokenizer.json", "modeling_skipless.py")  # before, so that the link is found at the end
+    with pytest.raises(InputError, match=f"{name}: expected ") if copied else nullcontext():
         fuse(source, tmp_path / "fused", progress=planting, **OPTIONS)
-    except InputError as error:  # of a copy, which is not made again
-        assert f"{name}: expected " in str(error)
-    else:
-        assert tree(tmp_path / "fused") == whole
+    assert copied or tree(tmp_path / "fused") == whole
     assert next(unfinished.rglob("precious")).read_text() == "theirs"
 
 

@@ -61,22 +61,17 @@ class Manifest:
 
         Raises InputError for a job that no fuse can have written; of the journal, what cannot be read does not count.
         """
-        file = folder / JOB
+        job = read_job(folder)
+        if job is None:
+            return None
+        manifest, file = cls(folder, job), folder / JOURNAL
         try:
-            job = parse_json(files.read(file, MOST_BYTES))
-            _check_job(job)
-            manifest = cls(folder, job)
-            file = folder / JOURNAL
             with files.reopen(file) as journal:
                 manifest._read(journal)
         except FileNotFoundError:
-            return None if file.name == JOB else manifest
+            pass
         except OSError as error:
             raise StorageError(f"{file}: could not be read: {error.strerror or error}") from error
-        except InputError:
-            raise
-        except ValueError as error:
-            raise InputError(f"{file}: expected what a fuse writes there, found {error}; remove {folder}") from error
         return manifest
 
     def _read(self, journal: files.File) -> None:
@@ -115,6 +110,23 @@ class Manifest:
             return files.reopen(self.folder / JOURNAL, writing=True)
         except FileNotFoundError:
             return files.create(self.folder / JOURNAL)
+
+
+def read_job(folder: Path) -> dict[str, Any] | None:
+    """The job in a folder, or None if there is none. Raises InputError for what no fuse can have written."""
+    file = folder / JOB
+    try:
+        job = parse_json(files.read(file, MOST_BYTES))
+        _check_job(job)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StorageError(f"{file}: could not be read: {error.strerror or error}") from error
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{file}: expected what a fuse writes there, found {error}; remove {folder}") from error
+    return job
 
 
 def _check_job(job: object) -> None:

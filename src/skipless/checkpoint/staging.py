@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from filelock import FileLock, Timeout
 
 from skipless.checkpoint import files
-from skipless.checkpoint.manifest import JOB, JOURNAL, Manifest
+from skipless.checkpoint.manifest import JOB, JOURNAL, Manifest, read_job
 from skipless.errors import BugError, InputError, StorageError
 
 logger = logging.getLogger("skipless")
@@ -159,17 +159,17 @@ def _begun(place: Place, job: Mapping[str, Any], written: Collection[Path], resu
 
 def _check_folder(folder: Path) -> None:
     """Raise InputError for a folder that no fuse has made, so that nothing of it is touched."""
+    ours = {LOCK, JOB, JOURNAL, files.beside(Path(JOB)).name}
     with suppress(FileNotFoundError):
         files.check_folder(folder)
         found = files.names(folder)
-        new = files.beside(Path(JOB)).name
-        if foreign := [name for name in found if JOB not in found and name not in (LOCK, new)]:
+        for name in ours.intersection(found):
+            files.check_own(folder / name)
+        if read_job(folder) is None and (others := set(found) - (ours - {JOURNAL})):
             raise InputError(
-                f"{folder}: expected an unfinished fuse, with its {JOB}, found none, but {foreign[0]!r}; move it "
+                f"{folder}: expected an unfinished fuse, with its {JOB}, found none, but {min(others)!r}; move it "
                 f"elsewhere, or choose another name for the new folder"
             )
-        for name in {LOCK, JOB, new, JOURNAL}.intersection(found):
-            files.check_own(folder / name)
 
 
 def _check_model(model: Path, written: Iterable[Path]) -> set[Path]:
@@ -236,7 +236,7 @@ def _locked(place: Place) -> Iterator[None]:
     except OSError as error:
         with suppress(OSError):
             files.remove_folder(folder)
-        raise InputError(f"{place.disk}: expected a folder that can be written, found: {error.strerror}") from error
+        raise StorageError(f"{place.disk}: expected a folder that can be written, found: {error.strerror}") from error
     try:
         yield
     finally:
