@@ -4,9 +4,10 @@
 
 First the largest files that are read at all, made to take as much memory as they can, each in a process of its own;
 then small checkpoints of several families, changed at random (tests/hostile.py): opened, their tensors read, counted,
-planned; one case in twenty is a fuse that was stopped, its job, journal or shards changed, and gone on with: to the same
-bytes, or refused. A case is a failure if it ends in anything but a result or an InputError, or takes longer than --limit; its
-seed makes it again (--cases 1 --seed N). Exit code 1 if there is one, or if memory is beyond its bound.
+planned. One case in twenty is a fuse that was stopped: its job, journal or shards are changed, and it is gone on with,
+to the same bytes or a refusal. A case is a failure if it ends in anything but a result or an InputError, or takes
+longer than --limit; its seed makes it again (--cases 1 --seed N). Exit code 1 if there is one, or if memory is beyond
+its bound.
 The last line is one JSON object.
 """
 
