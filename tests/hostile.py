@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -12,10 +13,14 @@ from typing import Any
 
 import gguf
 import numpy as np
+import pytest
+import torch
 
+from skipless import fuse
 from skipless.checkpoint import family
 from skipless.checkpoint.headers import INDEX, SINGLE
 from skipless.checkpoint.reader import CheckpointReader
+from skipless.checkpoint.staging import LocalPlace
 from skipless.counting import count, resolve
 from skipless.errors import LONGEST, InputError
 from skipless.limit import limit
@@ -23,6 +28,7 @@ from skipless.planning import make_plan
 from skipless.request import Request
 from skipless.seams import KINDS
 from skipless.source import open_source
+from tests.models import build, contents, save
 
 # File name -> its bytes.
 Files = dict[str, bytes]
@@ -279,6 +285,121 @@ def hostile_config(random: Random, data: bytes) -> bytes:
     else:
         return Raw(random.choice(VALUES)).encode("utf-8", "surrogatepass")
     return to_bytes(config)
+
+
+def hostile_journal(random: Random, data: bytes) -> bytes:
+    """A journal with other lines, fields, values or bytes."""
+    lines: list[Any] = [json.loads(line) for line in data.splitlines()]
+    at = random.randrange(len(lines))
+    line, other = lines[at], random.choice(lines)
+    way = random.choice(("bytes", "cut", "value", "value", "inner", "inner", "gone", "other", "line", "twice", "order"))
+    if way == "bytes":
+        return flipped(random, data, len(data))
+    if way == "cut":
+        return data[: random.randrange(len(data))] + random.choice((b"", b"\n", bytes(100), b"\xff\n"))
+    if way == "value":
+        line[random.choice((*line, "other"))] = Raw(random.choice(VALUES))
+    elif way == "inner":
+        field = random.choice(("tensors", "sources", "outcomes"))
+        inner = random.choice(line[field] or [{}]) if field == "outcomes" else line[field]
+        name = random.choice((*inner, *NAMES))
+        inner[name] = random.choice((Raw(random.choice(VALUES)), *other["tensors"].values()))
+    elif way == "gone":
+        line.pop(random.choice(list(line)))
+    elif way == "other":
+        name = random.choice(list(line))
+        line[name] = other[name]
+    elif way == "line":
+        lines[at] = Raw(random.choice(VALUES))
+    elif way == "twice":
+        lines[at] = Pairs([*line.items(), ("task", random.choice((other["task"], Raw(random.choice(VALUES)))))])
+    else:
+        lines = random.choices(lines, k=random.randint(0, 2 * len(lines)))
+    return b"".join(to_bytes(line) + b"\n" for line in lines)
+
+
+def hostile_job(random: Random, data: bytes) -> bytes:
+    """A job with other fields, values or bytes."""
+    job = json.loads(data)
+    way = random.choice(("bytes", "value", "value", "inner", "gone", "twice", "whole"))
+    name = random.choice(list(job))
+    if way == "bytes":
+        return flipped(random, data, len(data))
+    if way == "value":
+        job[random.choice((name, *NAMES))] = Raw(random.choice(VALUES))
+    elif way == "inner":
+        inner = job[random.choice(("options", "environment", "files"))]
+        inner[random.choice((*inner, *NAMES))] = Raw(random.choice(VALUES))
+    elif way == "gone":
+        del job[name]
+    elif way == "twice":
+        return to_bytes(Pairs([*job.items(), (name, Raw(random.choice(VALUES)))]))
+    else:
+        return Raw(random.choice(VALUES)).encode("utf-8", "surrogatepass")
+    return to_bytes(job)
+
+
+def hostile_shard(random: Random, data: bytes) -> bytes:
+    """A shard of which bytes have changed, or that ends elsewhere."""
+    return random.choice((flipped(random, data, len(data)), data[: random.randrange(len(data))], data + bytes(9), b""))
+
+
+class Unfinished:
+    """A fuse of a tiny model that was stopped between two tasks, and can be begun from there again and again."""
+
+    OPTIONS: dict[str, Any] = {"basis": "q", "max_shard_size": 1000}  # noqa: RUF012
+    PLANTED = ("model/evil.py", "model/zz.safetensors", "model/sub/x", "notes.txt", ".job.json.new", "model/.x.new")
+
+    def __init__(self, folder: Path):
+        tiny = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "vocab_size": 11}
+        self.source = save(build(dtype=torch.float32, **tiny), folder / "source")
+        self.destination = folder / "fused"
+        self.unfinished = LocalPlace(self.destination).unfinished
+        fuse(self.source, folder / "whole", **self.OPTIONS)
+        self.whole = contents(folder / "whole")
+
+        def stop(plan: Any, task: Any) -> None:
+            if task is plan.tasks[-1]:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            fuse(self.source, self.destination, progress=stop, **self.OPTIONS)
+        files = (path for path in self.unfinished.rglob("*") if path.is_file())
+        self.files = {str(path.relative_to(self.unfinished)): path.read_bytes() for path in files}
+        self.before = contents(self.source)
+
+    def changed(self, random: Random) -> Files:
+        """Its files, one or two of them hostile, or another one planted."""
+        files = dict(self.files)
+        for _ in range(random.choice((1, 1, 1, 2))):
+            name = random.choice(("journal.jsonl", "journal.jsonl", "job.json", "shard", "planted"))
+            if name == "planted":
+                files[random.choice(self.PLANTED)] = b"evil"
+                continue
+            if name == "shard":
+                name = random.choice([name for name in files if name.endswith("0.safetensors") or "-of-" in name])
+            change = {"journal.jsonl": hostile_journal, "job.json": hostile_job}.get(name, hostile_shard)
+            try:
+                files[name] = change(random, files[name])
+            except (ValueError, TypeError, AttributeError, IndexError, KeyError):  # changed beyond a second change
+                files[name] = flipped(random, files[name])
+        return files
+
+    def attempt(self, files: Files) -> str | None:
+        """Go on from these files; why it was refused, or None: it gave the same bytes. Neither touches the source."""
+        for folder in (self.unfinished, self.destination):
+            shutil.rmtree(folder, ignore_errors=True)
+        for name, data in files.items():
+            (self.unfinished / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.unfinished / name).write_bytes(data)
+        with clean() as refused:
+            fuse(self.source, self.destination, resume=True, **self.OPTIONS)
+        assert contents(self.source) == self.before
+        assert self.destination.exists() != bool(refused), refused
+        assert refused or contents(self.destination) == self.whole
+        for name in files.keys() & set(self.PLANTED) - {".job.json.new"}:
+            assert (self.unfinished / name).read_bytes() == b"evil", name
+        return refused[0] if refused else None
 
 
 BASES: dict[str, Files] = {

@@ -20,7 +20,7 @@ from skipless.checkpoint.reader import CheckpointReader
 from skipless.errors import InputError
 from skipless.model_files import other_model_files
 from skipless.products import slices
-from skipless.record import differences, digest, read_record
+from skipless.record import differences, digest, read_record, tensor_digest
 from skipless.seams import Seam, seams
 
 # Fields of a config that change neither what a model computes nor what it generates.
@@ -150,12 +150,6 @@ def _other_source(a: CheckpointReader, record: Mapping[str, Any]) -> str:
         if source["tensors"].get(name) != tensor_digest(a, name):
             return name
     return ""
-
-
-def tensor_digest(reader: CheckpointReader, name: str) -> str:
-    """SHA-256 of a tensor's bytes, as fuse's record has it."""
-    info = reader.tensors[name]
-    return digest(reader.folder / info.shard, info.bytes, reader.headers[name].start)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ import torch
 
 from skipless.behind import Behind
 from skipless.casting import underflows
-from skipless.checkpoint.manifest import Entry, Manifest
+from skipless.checkpoint import files
+from skipless.checkpoint.headers import INDEX
+from skipless.checkpoint.manifest import JOURNAL, Entry, Manifest
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.checkpoint.remote import RemotePlace, is_remote, open_reader
 from skipless.checkpoint.staging import LocalPlace, Place, Staging, staged
@@ -26,11 +28,11 @@ from skipless.engines import Engine, choose_engine, environment
 from skipless.errors import BugError, InputError
 from skipless.estimate import Estimate, estimate, within_memory
 from skipless.machine import available_memory, measure, resident_memory
-from skipless.model_files import MODEL_FILES, copy_model_files
+from skipless.model_files import MODEL_FILES
 from skipless.planning import Plan, Task, prepare
 from skipless.prediction import Outcome
 from skipless.probe import Difference, check_fused
-from skipless.record import RECORD, write_record
+from skipless.record import RECORD, tensor_digest, write_record
 from skipless.request import AUTO, Request
 from skipless.seams import REMOVABLE
 
@@ -69,11 +71,10 @@ def fuse(
     request = Request(basis, dtype, rest_dtype, tuple(layers_open), tuple(remove), parallel_removes)
     job = plan_fuse(source, destination, request, max_shard_size, max_memory, engine, address, device, resume)
     plan, reader = job.plan, job.reader
-    with staged(job.place, job.manifest(), resume) as staging:
+    with _resuming(job, resume), staged(job.place, job.manifest(), job.files(), resume) as staging:
         progress(plan, None)
         _copy_others(reader, staging.folder)
         shards = _execute(job, staging, progress)
-        copy_model_files(staging.folder)
         write_json(staging.folder / "config.json", plan.config)
         entries = [entry for _, entry in sorted(staging.manifest.done.items())]
         outcomes = [Outcome(**outcome) for entry in entries for outcome in entry.outcomes]
@@ -118,6 +119,12 @@ class Job:
             "environment": environment(),
         }
 
+    def files(self) -> tuple[Path, ...]:
+        """All that is written, relative to the new folder."""
+        shards = [*self.plan.shards, INDEX] if len(self.plan.shards) > 1 else [*self.plan.shards]
+        ours = map(Path, ("config.json", RECORD, *shards, *(file.name for file in MODEL_FILES)))
+        return (*ours, *_others(self.reader))
+
     def manifest(self) -> dict[str, Any]:
         """What must be the same for two runs to write the same bytes."""
         plan = self.plan
@@ -146,8 +153,12 @@ def plan_fuse(
     written = place.unfinished if is_remote(destination) else destination
     if Path(os.path.realpath(written)).is_relative_to(os.path.realpath(source)):
         raise InputError(f"{place}: expected a folder outside the source {source}, which stays as it is")
+    _check_outside(place, [Path(source)])
     place.check()
     reader = open_reader(source, device)
+    _check_outside(
+        place, (reader.folder / name for name in ("config.json", *reader.shards, *map(str, _others(reader))))
+    )
     here = reader.device.type == "cpu" and engine == "local"
     if max_memory is not None and not here:
         raise InputError("max_memory: expected none with another engine or device than local and cpu; leave it out")
@@ -174,6 +185,17 @@ def destination_place(destination: str | Path) -> Place:
     return RemotePlace(str(destination)) if is_remote(destination) else LocalPlace(Path(destination))
 
 
+def _check_outside(place: Place, paths: Iterable[Path]) -> None:
+    """Raise InputError for a source, or a file of it, that lies where DST is in the making."""
+    unfinished = os.path.realpath(place.unfinished)
+    for path in paths:
+        if Path(os.path.realpath(path)).is_relative_to(unfinished):
+            raise InputError(
+                f"{path}: expected a source outside {place.unfinished}, where {place} is in the making; move it "
+                f"elsewhere, or choose another name for the new folder"
+            )
+
+
 def _copied(plan: Plan) -> dict[str, torch.dtype]:
     """Tensors that no seam rewrites, and the dtypes that they are cast to."""
     names = (name for task in plan.tasks if not task.seams for name in task.writes)
@@ -192,14 +214,37 @@ def _check(
         raise
 
 
-def _copy_others(reader: CheckpointReader, folder: Path) -> None:
+def _others(reader: CheckpointReader) -> list[Path]:
+    """The files that are copied, but for those that fuse writes itself."""
     ours = {RECORD, *(file.name for file in MODEL_FILES)}
-    files = [file for file in reader.other_files() if str(file) not in ours]
-    if code := [str(file) for file in files if file.suffix == ".py"]:
+    return [file for file in reader.other_files() if str(file) not in ours]
+
+
+def _copy_others(reader: CheckpointReader, folder: Path) -> None:
+    found = _others(reader)
+    if code := [str(file) for file in found if file.suffix == ".py"]:
         logger.warning("copied %s: code of the source's, which trust_remote_code=True may run", ", ".join(code))
-    for file in files:
-        (folder / file.parent).mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(reader.folder / file, folder / file)
+    for file in found:
+        for parent in reversed(file.parents):
+            files.make_folder(folder / parent)
+        files.copy(reader.folder / file, folder / file)
+    for file in MODEL_FILES:
+        files.copy(file, folder / file.name)
+
+
+@contextmanager
+def _resuming(job: Job, resume: bool) -> Iterator[None]:
+    """Call a BugError by its likelier cause, if what an earlier process has left was gone on with."""
+    begun = Manifest.load(job.place.unfinished) if resume else None
+    try:
+        yield
+    except BugError as error:
+        if begun is None or not begun.done:
+            raise
+        raise InputError(
+            f"{error}; nor is anything kept: what was gone on with, or its journal, may not be what a fuse has "
+            f"written; begin anew"
+        ) from error
 
 
 def _execute(job: Job, staging: Staging, progress: Callable[[Plan, Task | None], None]) -> dict[str, str]:
@@ -207,11 +252,15 @@ def _execute(job: Job, staging: Staging, progress: Callable[[Plan, Task | None],
     plan = job.plan
     manifest = staging.manifest
     writer = CheckpointWriter(staging.folder, plan.outputs)
+    doubtful = manifest.unread
     for number, entry in list(manifest.done.items()):
-        if all(writer.digest(name) == digest for name, digest in entry.digests.items()):
+        if number < len(plan.tasks) and _is_done(job, plan.tasks[number], entry, writer):
             progress(plan, plan.tasks[number])
         else:
             del manifest.done[number]
+            doubtful += 1
+    if doubtful:
+        logger.warning("%d lines of %s do not agree with what is on disk: done again", doubtful, JOURNAL)
     todo = [number for number in range(len(plan.tasks)) if number not in manifest.done]
     behind = Behind("writing", waiting(plan))
     try:
@@ -227,6 +276,27 @@ def _execute(job: Job, staging: Staging, progress: Callable[[Plan, Task | None],
     finally:
         behind.close()
     return writer.finish({name: digest for entry in manifest.done.values() for name, digest in entry.digests.items()})
+
+
+def _is_done(job: Job, task: Task, entry: Entry, writer: CheckpointWriter) -> bool:
+    """Whether the journal says all of a task, and of the right one, and the disk says the same.
+
+    Of a remote source its files' versions were compared, and its tensors are not read again.
+    """
+    try:
+        outcomes = [Outcome.read(outcome) for outcome in entry.outcomes]
+    except ValueError:
+        return False
+    return (
+        [(outcome.kind, outcome.layer, outcome.way) for outcome in outcomes]
+        == [(seam.kind, seam.layer, seam.way(job.plan.basis)) for seam in task.seams]
+        and (set(entry.digests), set(entry.sources)) == (set(task.writes), set(task.reads))
+        and all(writer.digest(name) == digest for name, digest in entry.digests.items())
+        and (
+            is_remote(job.reader.place)
+            or all(tensor_digest(job.reader, name) == digest for name, digest in entry.sources.items())
+        )
+    )
 
 
 def _write(writer: CheckpointWriter, name: str, tensor: torch.Tensor, digests: dict[str, str]) -> None:

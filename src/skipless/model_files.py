@@ -2,10 +2,10 @@
 
 import difflib
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from skipless.checkpoint import files
 from skipless.checkpoint.headers import MOST_CONFIG, check_file, read_json_object
 from skipless.errors import InputError
 from skipless.record import digest, read_record, replace_record
@@ -24,14 +24,8 @@ MOST = 10**6
 
 def copy_model_files(folder: Path) -> None:
     """Put this version's files into a folder, in the place of others: each whole or not at all."""
-    new = [folder / f".{file.name}.new" for file in MODEL_FILES]
-    for file, copy in zip(MODEL_FILES, new, strict=True):
-        copy.unlink(missing_ok=True)
-        shutil.copyfile(file, copy)
-        with copy.open("rb") as written:
-            os.fsync(written.fileno())
-    for file, copy in zip(MODEL_FILES, new, strict=True):
-        copy.replace(folder / file.name)
+    for file in MODEL_FILES:
+        files.copy(file, folder / file.name, files.replace)
 
 
 def refresh(folder: Path, tell: Callable[[str], None], dry_run: bool = False) -> bool:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from skipless.basis import Basis, candidate, choose_rows, join
 from skipless.checkpoint.reader import TensorInfo
+from skipless.dtypes import DTYPE_NAMES
 from skipless.eliminate import Affine, Stream, close_rest, close_rows, close_stream, past_norm
 from skipless.errors import InputError
 from skipless.products import HALF, ROWS, blocks, max_abs, multiply, product, slices, squares
@@ -85,6 +87,25 @@ class Outcome:
     errors: Mapping[str, float]
     original: Mapping[str, float]
     problem: str | None = None
+
+    @classmethod
+    def read(cls, fields: Mapping[str, Any]) -> "Outcome":
+        """What dataclasses.asdict gave. Raises ValueError for anything else."""
+        if {field.name for field in dataclasses.fields(cls)} != fields.keys():
+            raise ValueError("other fields")
+        words = (fields[name] for name in ("kind", "way", "problem") if fields[name] is not None)
+        if not all(isinstance(word, str) and word.isprintable() for word in words):
+            raise ValueError("no words")
+        if type(fields["layer"]) is not int or fields["dtype"] not in DTYPE_NAMES:
+            raise ValueError("no layer, or no dtype")
+        if not all(map(_are_errors, (fields["errors"], fields["original"]))):
+            raise ValueError("no errors")
+        return cls(**fields)
+
+
+def _are_errors(found: object) -> bool:
+    """Whether something is the errors of q, k, v and so on, as JSON has them."""
+    return isinstance(found, dict) and all(type(error) in (int, float) and error >= 0 for error in found.values())
 
 
 @dataclass(frozen=True)

@@ -7,22 +7,20 @@ the folder can change the record: it tells damage and mixtures, not forgery.
 
 import dataclasses
 import hashlib
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from skipless.checkpoint import files
 from skipless.checkpoint.headers import check_file, read_json_object
 from skipless.checkpoint.reader import CheckpointReader
-from skipless.checkpoint.writer import write_json
+from skipless.checkpoint.writer import to_json, write_json
 from skipless.errors import InputError
 from skipless.prediction import Outcome
 
 RECORD = "skipless.json"
 FORMAT = 1
-# Bytes read at a time to hash them.
-BLOCK = 2**23
 
 
 def write_record(
@@ -39,21 +37,19 @@ def write_record(
     in the folder.
     """
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": shards.get(name)} for name in names}
-    for name, entry in files.items():
-        entry["sha256"] = entry["sha256"] or digest(folder / name)
+    written = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": shards.get(name) or digest(folder / name)}
+        for name in names
+        if name != RECORD  # that an earlier process has left
+    }
     record = {"format": FORMAT, **made, "source": {**_source(reader), "tensors": dict(sorted(sources.items()))}}
-    record |= {"seams": [dataclasses.asdict(outcome) for outcome in outcomes], "files": files}
+    record |= {"seams": [dataclasses.asdict(outcome) for outcome in outcomes], "files": written}
     write_json(folder / RECORD, record)
 
 
 def replace_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Put a record in the place of the one that a folder has: whole or not at all."""
-    new = folder / f".{RECORD}.new"
-    write_json(new, record)
-    with new.open("rb") as written:
-        os.fsync(written.fileno())
-    new.replace(folder / RECORD)
+    files.replace(folder / RECORD, [to_json(record)])
 
 
 def _source(reader: CheckpointReader) -> dict[str, Any]:
@@ -65,19 +61,24 @@ def _source(reader: CheckpointReader) -> dict[str, Any]:
 
 
 def _header_bytes(shard: Path) -> int:
-    with shard.open("rb") as file:
+    with files.opened(shard) as file:
         return 8 + int.from_bytes(file.read(8), "little")
 
 
 def digest(file: Path, size: int | None = None, start: int = 0) -> str:
     """SHA-256 of a file, or of `size` bytes of it from `start` on."""
-    found, left = hashlib.sha256(), check_file(file, "a file") if size is None else size
-    with file.open("rb") as stream:
+    found = hashlib.sha256()
+    with files.opened(file) as stream:
         stream.seek(start)
-        while left > 0 and (block := stream.read(min(BLOCK, left))):
-            left -= len(block)
+        for block in stream.blocks(size):
             found.update(block)
     return found.hexdigest()
+
+
+def tensor_digest(reader: CheckpointReader, name: str) -> str:
+    """SHA-256 of a tensor's bytes, as the record has it."""
+    info = reader.tensors[name]
+    return digest(reader.folder / info.shard, info.bytes, reader.headers[name].start)
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

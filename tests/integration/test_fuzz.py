@@ -53,6 +53,21 @@ def test_any_gguf_file(tmp_path, random):
     fuzz(tmp_path, "gguf", {"tiny.gguf": hostile.flipped}, random)
 
 
+@pytest.fixture(scope="module")
+def unfinished(tmp_path_factory):
+    return hostile.Unfinished(tmp_path_factory.mktemp("unfinished"))
+
+
+def test_what_is_changed_is_gone_on_with_before(unfinished):
+    assert unfinished.attempt(unfinished.files) is None
+
+
+@settings(FUZZED, max_examples=60)
+@given(random=RANDOMS)
+def test_any_unfinished_folder(unfinished, random):
+    unfinished.attempt(unfinished.changed(random))
+
+
 @FUZZED
 @given(data=st.binary(max_size=200), name=st.sampled_from(["config.json", INDEX, SINGLE]))
 def test_any_bytes(tmp_path, data, name):

@@ -34,6 +34,7 @@ MOST_TENSORS = 5 * 10**5
 MOST_FILES = 10**5
 
 FILE_TYPES = {
+    stat.S_IFREG: "a file",
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
@@ -236,9 +237,13 @@ def check_file(file: Path, expected: str) -> int:
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: expected {expected}, found: {getattr(error, 'strerror', error)}") from error
     if not stat.S_ISREG(found.st_mode):
-        kind = FILE_TYPES.get(stat.S_IFMT(found.st_mode), "something else")
-        raise InputError(f"{file}: expected {expected}, found {kind}; put a file in its place or remove it")
+        raise InputError(f"{file}: expected {expected}, found {kind(found)}; put a file in its place or remove it")
     return found.st_size
+
+
+def kind(found: os.stat_result) -> str:
+    """What something is that is no regular file, in words."""
+    return FILE_TYPES.get(stat.S_IFMT(found.st_mode), "something else")
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -268,9 +273,21 @@ class _JSONError(ValueError):
     """Text that is no JSON, or JSON that no model comes with."""
 
 
+def parse_json(text: bytes) -> Any:
+    """JSON of at most MOST_VALUES values, as `_parse` takes it. Raises ValueError."""
+    if (values := _values(text)) > MOST_VALUES:
+        raise _JSONError(f"up to {values:,} values")
+    return _parse(text)
+
+
+def _values(text: bytes) -> int:
+    """How many values JSON may hold, before it is parsed: very many may be within a few bytes."""
+    return sum(map(text.count, (b",", b"[", b"{")))
+
+
 def _check_values(text: bytes, file: Path) -> None:
-    """Raise InputError, before it is parsed, for JSON that holds very many values, as one may within a few bytes."""
-    if (values := sum(map(text.count, (b",", b"[", b"{")))) > MOST_VALUES:
+    """Raise InputError for JSON that holds more values than any that comes with a model."""
+    if (values := _values(text)) > MOST_VALUES:
         raise InputError(f"{file}: expected at most {MOST_VALUES:,} JSON values, found up to {values:,}; correct it")
 
 

@@ -5,16 +5,24 @@ line when a task's tensors are on disk, so that a process that is killed loses t
 """
 
 import json
-import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from skipless.errors import InputError
+from skipless.checkpoint import files
+from skipless.checkpoint.headers import MOST_INDEX, MOST_TENSORS, parse_json
+from skipless.errors import InputError, StorageError
 
 JOB, JOURNAL = "job.json", "journal.jsonl"
 FORMAT = 2
+# Bytes of job.json, or of a line of the journal; what follows a longer one does not count. Lines of the journal: each
+# is of a task that writes a tensor, and may have been done again.
+MOST_BYTES, MOST_LINES = MOST_INDEX, 2 * MOST_TENSORS
+# Characters of what job.json says of how the basis was chosen.
+MOST_REASON = 1000
 
 
 @dataclass(frozen=True)
@@ -29,48 +37,53 @@ class Entry:
 
 
 class Manifest:
-    """The job and the journal in `folder`. done: number of a task -> what it gave."""
+    """The job and the journal in `folder`. done: number of a task -> what it gave, by the last line that says so;
+    unread: how many whole lines say no such thing.
+    """
 
     def __init__(self, folder: Path, job: Mapping[str, Any]):
         self.folder, self.job = folder, job
         self.done: dict[int, Entry] = {}
+        self.unread = 0
         self._size = 0  # bytes of the journal's whole lines
 
     @classmethod
     def begin(cls, folder: Path, job: Mapping[str, Any]) -> "Manifest":
         """Write down a new job, whole or not at all."""
         job = {"format": FORMAT, **job}
-        new = folder / f"{JOB}.new"
-        with new.open("w", encoding="utf-8") as file:
-            json.dump(job, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        new.rename(folder / JOB)
-        sync(folder)
+        files.replace(folder / JOB, [json.dumps(job, indent=2).encode()])
+        files.sync(folder)
         return cls(folder, job)
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest | None":
-        """What is in `folder`, of which nothing is changed; None if nothing had been begun."""
-        file = folder / JOB
-        if not file.exists():
+        """What is in `folder`, of which nothing is changed; None if nothing had been begun.
+
+        Raises InputError for a job that no fuse can have written; of the journal, what cannot be read does not count.
+        """
+        job = read_job(folder)
+        if job is None:
             return None
+        manifest, file = cls(folder, job), folder / JOURNAL
         try:
-            job = json.loads(file.read_text(encoding="utf-8"))
-            if not isinstance(job, dict) or job.get("format") != FORMAT or not {"basis", "reason"} <= job.keys():
-                raise ValueError(f"another format than {FORMAT}")
-            manifest = cls(folder, job)
-            if (file := folder / JOURNAL).exists():
-                # a line that a kill has cut short does not count
-                for line in file.read_bytes().splitlines(keepends=True):
-                    if line.endswith(b"\n"):
-                        fields = json.loads(line)
-                        entry = Entry(fields["tensors"], fields["sources"], tuple(fields["outcomes"]))
-                        manifest.done[fields["task"]] = entry
-                        manifest._size += len(line)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise InputError(f"{file}: expected what a fuse writes there, found {error}; remove {folder}") from error
+            with files.reopen(file) as journal:
+                manifest._read(journal)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise StorageError(f"{file}: could not be read: {error.strerror or error}") from error
         return manifest
+
+    def _read(self, journal: files.File) -> None:
+        """Note what the journal's whole lines say: one that a kill has cut short is none."""
+        for line in islice(_lines(journal), MOST_LINES):
+            self._size += len(line) + 1
+            try:
+                task, entry = _entry(parse_json(line))
+            except ValueError:
+                self.unread += 1
+            else:
+                self.done[task] = entry
 
     def check(self, job: Mapping[str, Any]) -> None:
         """Raise InputError, naming the first difference, if this is not the same job."""
@@ -84,24 +97,74 @@ class Manifest:
         """Write down that a task's tensors are on disk."""
         fields = {"task": task, "tensors": entry.digests, "sources": entry.sources, "outcomes": entry.outcomes}
         line = json.dumps(fields).encode() + b"\n"
-        with (self.folder / JOURNAL).open("ab") as file:
-            file.truncate(self._size)
+        with self._journal() as file:
+            file.resize(self._size)
+            file.seek(self._size)
             file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+            file.sync()
         self._size += len(line)
         self.done[task] = entry
 
+    def _journal(self) -> files.File:
+        try:
+            return files.reopen(self.folder / JOURNAL, writing=True)
+        except FileNotFoundError:
+            return files.create(self.folder / JOURNAL)
 
-def sync(path: Path) -> None:
-    """See to it that a file, or a folder's list of files, is on disk; where folders cannot be, nothing."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
+
+def read_job(folder: Path) -> dict[str, Any] | None:
+    """The job in a folder, or None if there is none. Raises InputError for what no fuse can have written."""
+    file = folder / JOB
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        job = parse_json(files.read(file, MOST_BYTES))
+        _check_job(job)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StorageError(f"{file}: could not be read: {error.strerror or error}") from error
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{file}: expected what a fuse writes there, found {error}; remove {folder}") from error
+    return job
+
+
+def _check_job(job: object) -> None:
+    """Raise ValueError for what no fuse writes down as its job."""
+    if not isinstance(job, dict) or job.get("format") != FORMAT:
+        raise ValueError(f"another format than {FORMAT}")
+    for name in ("basis", "reason"):
+        value = job.get(name)
+        if not isinstance(value, str) or not value.isprintable() or len(value) > MOST_REASON:
+            raise ValueError(f"no {name}")
+
+
+def _lines(journal: files.File) -> Iterator[bytes]:
+    """Whole lines, up to the first one that is longer than any."""
+    rest = b""
+    for block in journal.blocks():
+        *whole, rest = (rest + block).split(b"\n")
+        yield from whole
+        if len(rest) > MOST_BYTES:
+            return
+
+
+def _entry(fields: object) -> tuple[int, Entry]:
+    """What a line of the journal says. Raises ValueError for what no fuse writes there."""
+    if not isinstance(fields, dict) or fields.keys() != {"task", "tensors", "sources", "outcomes"}:
+        raise ValueError("other fields")
+    task, tensors, sources, outcomes = (fields[name] for name in ("task", "tensors", "sources", "outcomes"))
+    if type(task) is not int or task < 0:
+        raise ValueError("no number of a task")
+    if not isinstance(outcomes, list) or not all(isinstance(outcome, dict) for outcome in outcomes):
+        raise ValueError("no outcomes")
+    if not all(isinstance(digests, dict) and all(map(_is_digest, digests.values())) for digests in (tensors, sources)):
+        raise ValueError("no tensors and their SHA-256")
+    return task, Entry(tensors, sources, tuple(outcomes))
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def _differences(then: object, now: object, name: str = "job") -> Iterator[tuple[str, object, object]]:

@@ -4,12 +4,14 @@ DST's parent / .DST.unfinished / lock            held while a process works on i
                                / job.json        for what job it was begun (manifest.py)
                                / journal.jsonl   what is on disk already
                                / model           what will be DST
+
+Where a job.json of ours is, the rest by these names is ours, too. Nothing else there is written, removed or published.
 """
 
 import errno
+import logging
 import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +19,13 @@ from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
-from skipless.checkpoint.manifest import JOB, JOURNAL, Manifest, sync
+from skipless.checkpoint import files
+from skipless.checkpoint.manifest import JOB, JOURNAL, Manifest, read_job
 from skipless.errors import BugError, DisagreementError, InputError, StorageError
 
+logger = logging.getLogger("skipless")
+
+LOCK, MODEL = "lock", "model"
 KEPT = "what is done is kept: go on with --resume"
 
 
@@ -68,7 +74,7 @@ class LocalPlace:
             except (OSError, ValueError) as error:
                 found = getattr(error, "strerror", None) or error
                 raise InputError(f"{path}: expected a name that a folder can have, found: {found}") from error
-        if (self.unfinished / JOB).exists() and not (self.unfinished / "model").exists() and self.path.exists():
+        if (self.unfinished / JOB).exists() and not (self.unfinished / MODEL).exists() and self.path.exists():
             raise InputError(f"{self}: expected a new folder, found it complete already; remove {self.unfinished}")
         if self.path.exists() or self.path.is_symlink():
             raise InputError(f"{self}: expected a new folder, found one that exists; choose another or remove it")
@@ -79,10 +85,10 @@ class LocalPlace:
 
     def publish(self, folder: Path) -> None:
         for path in (*folder.rglob("*"), folder):
-            sync(path)
-        folder.rename(self.path)
+            files.sync(path)
+        files.rename(folder, self.path)
         with suppress(OSError):  # a parent that may be written but not read
-            sync(self.path.parent)
+            files.sync(self.path.parent)
 
 
 @dataclass(frozen=True)
@@ -94,67 +100,134 @@ class Staging:
 
 
 @contextmanager
-def staged(place: Place, job: Mapping[str, Any], resume: bool) -> Iterator[Staging]:
+def staged(place: Place, job: Mapping[str, Any], written: Collection[Path], resume: bool) -> Iterator[Staging]:
     """Where to write what will be at `place`; it gets its name, on disk, when the block ends.
 
-    When the block fails because of its input (InputError), nothing that it has begun is left behind; because of a
-    mistake of ours (BugError), or of a worker (DisagreementError), nothing at all. When something else comes between -
-    the disk is full, the process is stopped - what is done stays, and with `resume` and the same job the next call
-    finds it. Raises InputError when the place is taken or cannot be made, when another process is at it, when an
-    unfinished one is there and `resume` is false, or was for another job; StorageError when the disk fails.
+    written: the files that the block writes, relative to the folder; another one there is neither published nor
+    removed. When the block fails because of its input (InputError), nothing that it has begun is left behind; because
+    of a mistake of ours (BugError), or of a worker (DisagreementError), nothing at all. When something else comes
+    between - the disk is full, the process is stopped - what is done stays, and with `resume` and the same job the next
+    call finds it. Raises InputError when the place is taken or cannot be made, when another process is at it, when an
+    unfinished one is there and `resume` is false, or was for another job, or is not ours; StorageError when the disk
+    fails.
     """
     place.check()
     folder = place.unfinished
     with _locked(place):
         place.check()  # another process may have finished meanwhile
-        manifest = Manifest.load(folder)
-        if manifest is not None:
-            if not resume:
-                raise InputError(
-                    f"{place}: expected nothing begun, found an unfinished fuse in {folder}; go on with --resume, or "
-                    f"remove it"
-                )
-            manifest.check(job)
+        manifest = _begun(place, job, written, resume)
         before = bool(manifest and manifest.done)
         try:
-            if manifest is None:  # what an earlier call could not remove
-                shutil.rmtree(folder / "model", ignore_errors=True)
-                (folder / JOURNAL).unlink(missing_ok=True)
-                manifest = Manifest.begin(folder, job)
-            (folder / "model").mkdir(exist_ok=True)
-            yield Staging(folder / "model", manifest)
-            place.publish(folder / "model")
-            shutil.rmtree(folder, ignore_errors=True)
+            manifest = manifest or Manifest.begin(folder, job)
+            files.make_folder(folder / MODEL)
+            yield Staging(folder / MODEL, manifest)
+            _check_whole(folder / MODEL, written)
+            place.publish(folder / MODEL)
         except BaseException as error:
             fault = isinstance(error, InputError) and not isinstance(error, StorageError)
             kept = manifest is not None and bool(manifest.done) and (before or not fault)
             kept = kept and not isinstance(error, BugError | DisagreementError)
             if not kept:
-                shutil.rmtree(folder, ignore_errors=True)
+                _discard(folder, written)
             if isinstance(error, OSError):
                 raise _storage_error(place, error, kept) from error
             if isinstance(error, StorageError) and kept:
                 raise StorageError(f"{error}; {KEPT}") from error
             raise
+        _discard(folder)
+    if os.path.lexists(folder):
+        logger.warning("%s: could not be removed, or holds files of others; remove it", folder)
 
 
-def _refuse_links(folder: Path) -> None:
-    """What is written must not end up elsewhere."""
-    for path in (folder, *folder.rglob("*")):
-        if path.is_symlink():
+def _begun(place: Place, job: Mapping[str, Any], written: Collection[Path], resume: bool) -> Manifest | None:
+    """What an earlier call has begun there of this job, or None. Raises InputError for anything else that is there."""
+    folder = place.unfinished
+    try:
+        manifest = Manifest.load(folder)
+        if manifest is None:
+            return None
+        if not resume:
             raise InputError(
-                f"{path}: expected no symbolic link there, found one to {path.readlink()}; remove {folder}"
+                f"{place}: expected nothing begun, found an unfinished fuse in {folder}; go on with --resume, or "
+                f"remove it"
             )
+        manifest.check(job)
+        _check_model(folder / MODEL, written)
+    except OSError as error:
+        raise _storage_error(place, error, kept=True) from error
+    return manifest
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise InputError for a folder that no fuse has made, so that nothing of it is touched."""
+    ours = {LOCK, JOB, JOURNAL, files.beside(Path(JOB)).name}
+    with suppress(FileNotFoundError):
+        files.check_folder(folder)
+        found = files.names(folder)
+        for name in ours.intersection(found):
+            files.check_own(folder / name)
+        if read_job(folder) is None and (others := set(found) - (ours - {JOURNAL})):
+            raise InputError(
+                f"{folder}: expected an unfinished fuse, with its {JOB}, found none, but {min(others)!r}; move it "
+                f"elsewhere, or choose another name for the new folder"
+            )
+
+
+def _check_model(model: Path, written: Iterable[Path]) -> set[Path]:
+    """Raise InputError for what the job does not write there, or not as a file of its own. What it has written."""
+    written = set(written)
+    folders = {folder for file in written for folder in file.parents}
+    found, left = set[Path](), [Path()]
+    with suppress(FileNotFoundError):
+        files.check_folder(model)
+        while left:
+            folder = left.pop()
+            for path in (folder / name for name in files.names(model / folder)):
+                if path in written:
+                    files.check_own(model / path)
+                    found.add(path)
+                elif path in folders:
+                    files.check_folder(model / path)
+                    left.append(path)
+                else:
+                    raise InputError(
+                        f"{model / path}: expected only what this fuse writes there, found another file or folder; "
+                        f"move it elsewhere"
+                    )
+    return found
+
+
+def _check_whole(model: Path, written: Collection[Path]) -> None:
+    """Raise StorageError unless the folder holds what the job writes, and nothing else."""
+    try:
+        missing = set(written) - _check_model(model, written)
+    except InputError as error:
+        raise StorageError(str(error)) from error
+    if missing:
+        raise StorageError(f"{model / min(missing)}: expected the file as it was written, found none")
+
+
+def _discard(folder: Path, written: Iterable[Path] = ()) -> None:
+    """Remove what a fuse has written there, and no more; job.json last, as without it nothing there is ours."""
+    folders = {parent for file in written for parent in file.parents if parent.name}
+    with suppress(OSError):
+        files.remove(folder / JOURNAL)
+        for file in written:
+            files.remove(folder / MODEL / file)
+        for parent in sorted(folders, key=lambda path: -len(path.parts)):
+            files.remove_folder(folder / MODEL / parent)
+        files.remove_folder(folder / MODEL)
+        files.remove(folder / JOB)
 
 
 @contextmanager
 def _locked(place: Place) -> Iterator[None]:
-    """The folder in the making, made if it is not there, with no other process at it."""
+    """The folder in the making, made if it is not there, with no other process at it; gone if nothing was begun."""
     folder = place.unfinished
-    _refuse_links(folder)
-    lock = FileLock(folder / "lock", timeout=0)
+    lock = FileLock(folder / LOCK, timeout=0)
     try:
-        folder.mkdir(exist_ok=True)
+        _check_folder(folder)
+        files.make_folder(folder)
         lock.acquire()
     except Timeout:
         raise InputError(
@@ -162,11 +235,17 @@ def _locked(place: Place) -> Iterator[None]:
             f"another folder"
         ) from None
     except OSError as error:
-        raise InputError(f"{place.disk}: expected a folder that can be written, found: {error.strerror}") from error
+        with suppress(OSError):
+            files.remove_folder(folder)
+        raise StorageError(f"{place.disk}: expected a folder that can be written, found: {error.strerror}") from error
     try:
-        _refuse_links(folder)
         yield
     finally:
+        with suppress(OSError):
+            if JOB not in files.names(folder):
+                files.remove(files.beside(folder / JOB))
+                files.remove(folder / LOCK)
+                files.remove_folder(folder)
         lock.release()
 
 
@@ -174,5 +253,6 @@ def _storage_error(place: Place, error: OSError, kept: bool) -> StorageError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # of copies, the source is named
     ours = full or error.filename is None or Path(error.filename).is_relative_to(place.unfinished)
     where = f"{place}: could not be written" if ours else f"{error.filename}: could not be read"
-    state = KEPT if kept else "nothing was left behind"
+    left = f"remove {place.unfinished}" if os.path.lexists(place.unfinished / JOB) else "nothing was left behind"
+    state = KEPT if kept else left
     return StorageError(f"{where}: {error.strerror or error}; {state}")

@@ -7,7 +7,6 @@ in the file as they come, whole or some rows at a time: memory holds no more, wh
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -16,12 +15,12 @@ from typing import Any
 import torch
 
 from skipless.behind import Behind
+from skipless.checkpoint import files
+from skipless.checkpoint.files import BLOCK
 from skipless.checkpoint.headers import INDEX, SINGLE, read_header
 from skipless.checkpoint.reader import DTYPES, TensorInfo, uncache
 from skipless.errors import InputError, StorageError
 
-# Bytes read at a time to hash them.
-BLOCK = 2**23
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -73,13 +72,19 @@ class CheckpointWriter:
         encoded = json.dumps(fields, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
         header = len(encoded).to_bytes(8, "little") + encoded
-        with (self.folder / shard).open("ab") as file:  # made if it is not there
-            file.truncate(len(header) + position)
-        with (self.folder / shard).open("r+b") as file:
+        with self._opened(shard) as file:
+            file.resize(len(header) + position)
             file.write(header)
         self._headers[shard] = header
         for name in names:
             self._offsets[name] += len(header)
+
+    def _opened(self, shard: str) -> files.File:
+        """A shard, new if there is none."""
+        try:
+            return files.reopen(self.folder / shard, writing=True)
+        except FileNotFoundError:
+            return files.create(self.folder / shard)
 
     def write(self, name: str, rows: torch.Tensor) -> str | None:
         """Put a tensor, or the rows of it that come next, in their place, on disk; after the last ones, return the
@@ -89,11 +94,10 @@ class CheckpointWriter:
         assert (rows.shape[1:], rows.dtype) == (info.shape[1:], info.dtype), name
         done, found = self._begun.pop(name, (0, hashlib.sha256()))
         data = rows.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        with (self.folder / info.shard).open("r+b") as file:
+        with files.reopen(self.folder / info.shard, writing=True) as file:
             file.seek(self._offsets[name] + done)
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            file.sync()
         done += len(data)
         assert done <= info.bytes, name
         found.update(data)
@@ -102,15 +106,16 @@ class CheckpointWriter:
         self._begun[name] = done, found
         return None
 
-    def digest(self, name: str) -> str:
-        """The SHA-256 of the bytes that are in a tensor's place."""
-        with (self.folder / self.tensors[name].shard).open("rb") as file:
+    def digest(self, name: str) -> str | None:
+        """The SHA-256 of the bytes that are in a tensor's place; None where all are zero, as before it is written."""
+        size = self.tensors[name].bytes
+        with files.reopen(self.folder / self.tensors[name].shard) as file:
             file.seek(self._offsets[name])
-            found, left = hashlib.sha256(), self.tensors[name].bytes
-            while left and (block := file.read(min(left, BLOCK))):
-                left -= len(block)
+            found, blank = hashlib.sha256(), size > 0
+            for block in file.blocks(size):
+                blank = blank and block.count(0) == len(block)
                 found.update(block)
-        return found.hexdigest()
+        return None if blank else found.hexdigest()
 
     def finish(self, digests: Mapping[str, str]) -> dict[str, str]:
         """Read everything again, from disk; if it is what was written, write the index, last. SHA-256 of each shard.
@@ -129,16 +134,15 @@ class CheckpointWriter:
     def _check(self, shard: str, digests: Mapping[str, str]) -> str:
         """The SHA-256 of a shard, each of whose tensors is hashed for itself, too, by another thread."""
         whole, behind = hashlib.sha256(), Behind("hashing", BLOCK)
-        with (self.folder / shard).open("rb") as file, closing(behind):
-            uncache(file.fileno())
+        with files.reopen(self.folder / shard) as file, closing(behind):
+            uncache(file.descriptor)
             header = file.read(len(self._headers[shard]))
             whole.update(header)
             if header != self._headers[shard]:
                 raise StorageError(f"{shard}: expected the header that was written, found another; check the disk")
             for name in (name for name, info in self.tensors.items() if info.shard == shard):
-                own, left = hashlib.sha256(), self.tensors[name].bytes
-                while left and (block := file.read(min(left, BLOCK))):
-                    left -= len(block)
+                own = hashlib.sha256()
+                for block in file.blocks(self.tensors[name].bytes):
                     behind.add(len(block), own.update, block)
                     whole.update(block)
                 behind.finish()
@@ -154,5 +158,10 @@ class CheckpointWriter:
 
 
 def write_json(file: Path, value: Mapping[str, object]) -> None:
-    """An object as indented JSON."""
-    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    """A new file: an object as indented JSON."""
+    files.write(file, [to_json(value)])
+
+
+def to_json(value: Mapping[str, object]) -> bytes:
+    """An object as indented JSON, in UTF-8."""
+    return f"{json.dumps(value, indent=2)}\n".encode()

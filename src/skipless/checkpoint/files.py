@@ -1,0 +1,203 @@
+"""The files of a folder in the making: every call to the system that makes, reads, changes or removes one.
+
+What is written is made new, in the place of what had its name: a link that somebody put there is not followed. What is
+gone on with, or believed, is a regular file without another name. Errors name the file.
+"""
+
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from skipless.checkpoint.headers import check_file, kind
+from skipless.errors import InputError
+
+# Bytes read at a time.
+BLOCK = 2**23
+# A FIFO is not waited for, and (on Windows) bytes are bytes.
+FLAGS = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+
+
+class File:
+    """An open file, without a buffer."""
+
+    def __init__(self, path: Path, flags: int):
+        self.path, self.descriptor = path, os.open(path, flags | FLAGS, 0o666)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            with self._naming():
+                os.close(self.descriptor)
+        except OSError:
+            if error is None:  # else that is to be heard of
+                raise
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Errors of a descriptor do not say of which file."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = error.filename or str(self.path)
+            raise
+
+    def read(self, size: int) -> bytes:
+        """So many bytes; fewer at the end."""
+        with self._naming():
+            found = os.read(self.descriptor, size)
+            while found and len(found) < size and (more := os.read(self.descriptor, size - len(found))):
+                found += more
+        return found
+
+    def blocks(self, size: int | None = None) -> Iterator[bytes]:
+        """So many bytes (None: all that follow), BLOCK at a time; fewer at the end."""
+        while size != 0 and (block := self.read(BLOCK if size is None else min(size, BLOCK))):
+            size = None if size is None else size - len(block)
+            yield block
+
+    def write(self, data: bytes | memoryview) -> None:
+        """All of it."""
+        left = memoryview(data)
+        with self._naming():
+            while left:
+                left = left[os.write(self.descriptor, left) :]
+
+    def seek(self, place: int) -> None:
+        """Read and write from there on."""
+        os.lseek(self.descriptor, place, os.SEEK_SET)
+
+    def resize(self, size: int) -> None:
+        """Cut it off, or let zeros follow."""
+        with self._naming():
+            os.ftruncate(self.descriptor, size)
+
+    def sync(self) -> None:
+        """See to it that what was written is on disk."""
+        with self._naming():
+            os.fsync(self.descriptor)
+
+
+def opened(path: Path) -> File:
+    """Any file, or symlink to one, that can be read without waiting. Raises InputError for what is none."""
+    check_file(path, "a file")
+    return File(path, os.O_RDONLY)
+
+
+def create(path: Path) -> File:
+    """A new file, in the place of what had its name."""
+    remove(path)
+    return File(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | NO_LINK)
+
+
+def reopen(path: Path, writing: bool = False) -> File:
+    """A file that we have made. Raises FileNotFoundError if there is none, InputError for what we cannot have made."""
+    check_own(path)
+    return File(path, (os.O_RDWR if writing else os.O_RDONLY) | NO_LINK)
+
+
+def read(path: Path, most: int) -> bytes:
+    """What is in a file that we have made. Raises as `reopen` does, and InputError for more than so many bytes."""
+    with reopen(path) as file:
+        found = file.read(most + 1)
+    if len(found) > most:
+        raise InputError(f"{path}: expected at most {most:,} bytes, found more; remove it")
+    return found
+
+
+def write(path: Path, parts: Iterable[bytes]) -> None:
+    """A new file of these bytes, in the place of what had its name."""
+    with create(path) as file:
+        for part in parts:
+            file.write(part)
+
+
+def replace(path: Path, parts: Iterable[bytes]) -> None:
+    """The same, whole or not at all, on disk."""
+    with create(beside(path)) as file:
+        for part in parts:
+            file.write(part)
+        file.sync()
+    os.replace(beside(path), path)
+
+
+def beside(path: Path) -> Path:
+    """Where a file is made that is to replace another."""
+    return path.with_name(f".{path.name}.new")
+
+
+def copy(path: Path, to: Path, put: Callable[[Path, Iterable[bytes]], None] = write) -> None:
+    """A new file of what is in another one."""
+    with opened(path) as file:
+        put(to, file.blocks())
+
+
+def remove(path: Path) -> None:
+    """Take a name of a file away, if there is one."""
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def rename(path: Path, to: Path) -> None:
+    """Give a file or folder another name."""
+    os.rename(path, to)
+
+
+def make_folder(path: Path) -> None:
+    """A folder, if there is none. Raises InputError if there is something else."""
+    try:
+        os.mkdir(path)
+    except FileExistsError:
+        check_folder(path)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove an empty folder, if there is one."""
+    with suppress(FileNotFoundError):
+        os.rmdir(path)
+
+
+def names(folder: Path) -> list[str]:
+    """What is in a folder."""
+    return sorted(os.listdir(folder))
+
+
+def sync(path: Path) -> None:
+    """See to it that a file, or a folder's list of files, is on disk; where folders cannot be, nothing."""
+    if os.name == "nt":
+        return
+    with File(path, os.O_RDONLY) as file:
+        file.sync()
+
+
+def check_own(path: Path) -> None:
+    """Raise InputError for anything but a regular file without another name; FileNotFoundError if there is nothing."""
+    found = os.lstat(path)
+    _refuse_link(path, found)
+    if not stat.S_ISREG(found.st_mode):
+        raise InputError(f"{path}: expected a file that a fuse has written, found {kind(found)}; remove it")
+    if found.st_nlink > 1:
+        raise InputError(
+            f"{path}: expected a file that a fuse has written, found one that has {found.st_nlink} names (hard "
+            f"links); remove this one"
+        )
+
+
+def check_folder(path: Path) -> None:
+    """Raise InputError for anything but a folder; FileNotFoundError if there is nothing."""
+    found = os.lstat(path)
+    _refuse_link(path, found)
+    if not stat.S_ISDIR(found.st_mode):
+        raise InputError(f"{path}: expected a folder, found {kind(found)}; remove it")
+
+
+def _refuse_link(path: Path, found: os.stat_result) -> None:
+    """What is written must not end up elsewhere."""
+    if stat.S_ISLNK(found.st_mode):
+        raise InputError(f"{path}: expected no symbolic link there, found one to {os.readlink(path)}; remove it")
