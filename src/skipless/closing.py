@@ -15,8 +15,8 @@ from skipless.checkpoint.reader import not_finite
 from skipless.eliminate import Affine, close_rows, column_order, merge, modules, normalize_rows
 from skipless.errors import InputError
 from skipless.planning import Plan, Task
-from skipless.prediction import OpenStream, Outcome, measure_merged, passed_rows
-from skipless.products import HALF, blocks, slices
+from skipless.prediction import FEW_PROBES, OpenStream, Outcome, merged, merged_power, passed_rows
+from skipless.products import HALF, blocks, max_abs, slices
 from skipless.rounding import round_stream
 from skipless.rows import Rows
 from skipless.seams import Seam
@@ -187,7 +187,9 @@ def _merge(plan: Plan, seam: Seam, affines: Mapping[str, Affine], later: frozens
     (scale,) = map(read, seam.mixed) if seam.mixed else (None,)
     remaining = merge(seam, affines, dtypes, scale)
     name = _coarsest(plan.outputs[f"{name}.weight"].dtype for name in remaining)
-    return remaining, None, measure_merged(seam, affines, remaining, name).outcome("p", name)
+    power = merged_power(seam, affines, FEW_PROBES)
+    largest = max(max_abs(affine.weight) for affine in remaining.values())
+    return remaining, None, merged(seam, affines, [name], power, largest).outcome("p", name)
 
 
 def kept_dtype(plan: Plan, name: str, later: frozenset[str]) -> torch.dtype:

@@ -42,8 +42,8 @@ from skipless.tolerances import tolerance
 
 # Sampled errors: those of q, k or v, a sum over at least as many, are then right to a few per cent.
 PROBES = 512
-# The error of a merged matrix, of as many outputs as it has: of so few inputs it is right to a few per cent, too.
-MERGED_PROBES = 16
+# The size of a merged matrix, of as many outputs as it has: of so few inputs it is right to a few per cent, too.
+FEW_PROBES = 16
 # Matrices in fp64, of S's size and of R's, that a forecast holds at most, as benchmarks/memory.py measures them.
 SQUARES, RESTS = 10, 6
 # While the scaled |R| stays below this, O* = O S may be off by fp32's 1e-7 where it is stored in half precision.
@@ -169,8 +169,7 @@ def forecast(
         return passed_rows(seam, affines, close_rows(seam, bare, bases)[0], bases, dtypes)
     (writer,) = (affines[name].weight for name in seam.writers)
     readers = [reader.weight for reader in past_norm(seam, affines).values()]
-    sample = product(_probes(len(writer), writer), writer, torch.float64)
-    power = len(writer) * sum(_mean_square(product(sample, reader, torch.float64)) for reader in readers)
+    power = merged_power(seam, affines, PROBES)
     return merged(seam, affines, dtypes, power, max(_reach(writer, reader) for reader in readers))
 
 
@@ -183,6 +182,14 @@ def forecast_memory(seam: Seam, tensors: Mapping[str, TensorInfo], by_rows: Coll
     r = sum(stored[name].weights for name in readers) // d - d
     held = sum(info.bytes for name, info in stored.items() if name not in by_rows)
     return 8 * d * (SQUARES * d + RESTS * r) + held
+
+
+def merged_power(seam: Seam, affines: Mapping[str, Affine], most: int) -> float:
+    """Sum of squares of all M* = P M, on a sample of so many white x: x P, and then M."""
+    (writer,) = (affines[name].weight for name in seam.writers)
+    written = product(_probes(len(writer), writer)[:most], writer, torch.float64)
+    readers = past_norm(seam, affines).values()
+    return len(writer) * sum(_mean_square(product(written, reader.weight, torch.float64)) for reader in readers)
 
 
 def merged(seam: Seam, affines: Mapping[str, Affine], dtypes: Sequence[str], power: float, largest: float) -> Forecast:
@@ -198,21 +205,6 @@ def merged(seam: Seam, affines: Mapping[str, Affine], dtypes: Sequence[str], pow
         lost = math.inf if largest > torch.finfo(getattr(torch, dtype)).max else power + floor * size
         errors[dtype] = {"m": unit * _relative(lost, power)}
     original = {dtype: _unmerged(seam, affines, dtype, power) for dtype in dtypes}
-    return Forecast(seam, original, {way: Way(None, None, errors) for way in seam.identities})
-
-
-def measure_merged(seam: Seam, affines: Mapping[str, Affine], merged: Mapping[str, Affine], judged: str) -> Forecast:
-    """What merging has cost, on a sample of x. merged: the readers as they are stored; judged: the dtype that is."""
-    (writer,) = (affines[name].weight for name in seam.writers)
-    x = _probes(len(writer), writer)[:MERGED_PROBES]
-    written = product(x, writer, torch.float64)
-    power = lost = 0.0
-    for name, reader in past_norm(seam, affines).items():
-        exact = product(written, reader.weight, torch.float64)
-        power += len(writer) * _mean_square(exact)
-        lost += len(writer) * _mean_square(product(x, merged[name].weight, torch.float64) - exact)
-    errors = {judged: {"m": _relative(lost, power)}}
-    original = {judged: _unmerged(seam, affines, judged, power)}
     return Forecast(seam, original, {way: Way(None, None, errors) for way in seam.identities})
 
 
