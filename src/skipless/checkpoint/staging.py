@@ -134,7 +134,7 @@ def staged(place: Place, job: Mapping[str, Any], written: Collection[Path], resu
             if isinstance(error, StorageError) and kept:
                 raise StorageError(f"{error}; {KEPT}") from error
             raise
-        _discard(folder)
+        _discard(folder, written)
     if os.path.lexists(folder):
         logger.warning("%s: could not be removed, or holds files of others; remove it", folder)
 
@@ -207,7 +207,7 @@ def _check_whole(model: Path, written: Collection[Path]) -> None:
         raise StorageError(f"{model / min(missing)}: expected the file as it was written, found none")
 
 
-def _discard(folder: Path, written: Iterable[Path] = ()) -> None:
+def _discard(folder: Path, written: Iterable[Path]) -> None:
     """Remove what a fuse has written there, and no more; job.json last, as without it nothing there is ours."""
     folders = {parent for file in written for parent in file.parents if parent.name}
     with suppress(OSError):
