@@ -556,7 +556,7 @@ def _check_bookkeeping(config: Mapping[str, Any]) -> None:
     """Raise InputError for a field of Bookkeeping that is none."""
     for name in config.keys() & BOOKKEEPING.keys():
         try:
-            validate_typed_dict(Bookkeeping, {name: config[name]})
+            validate_typed_dict(Bookkeeping, {name: config[name]})  # type: ignore[type-var]
         except StrictDataclassFieldValidationError:
             expected = BOOKKEEPING[name]
             kind = expected.__name__ if isinstance(expected, type) else str(expected).replace("typing.", "")

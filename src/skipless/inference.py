@@ -30,12 +30,7 @@ def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with no_library_bars():
             model, info = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                return_dict=True,
-                output_loading_info=True,
-                local_files_only=True,
-                trust_remote_code=False,
+                folder, dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=False
             )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, StrictDataclassError) as error:
         raise InputError(f"{folder}: expected a model that transformers loads, found: {_line(error)}") from error

@@ -115,9 +115,7 @@ def streamed_model(
 ) -> SkiplessForCausalLM:
     """A checkpoint's model, in fp64, whose matrices stay in the file, and are changed as they are read."""
     with torch.device("meta"):
-        model = SkiplessForCausalLM(
-            SkiplessConfig.from_dict({**config, "dtype": "float64", "return_dict": True})
-        ).eval()
+        model = SkiplessForCausalLM(SkiplessConfig.from_dict({**config, "dtype": "float64"})).eval()
     model.set_attn_implementation("eager")
     for prefix, module in model.named_modules():
         for name in list(module._parameters) + list(module._buffers):
