@@ -269,6 +269,12 @@ def audit(model: Path, plot: Path | None, as_json: bool, **removal: Any) -> None
     help="Who computes: this process, or the machines of a Ray cluster.",
 )
 @click.option("--address", help="Of the Ray cluster, or auto [default: one on this machine].")
+@click.option(
+    "--copy",
+    multiple=True,
+    metavar="PATTERN",
+    help="Copy these files of SRC, too, or folders with all in them, repeatable [default: tokenizer, licence, ...].",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan - tasks, files, memory, FLOPs, time - and stop.")
 @click.option("--resume", is_flag=True, help="Go on where the same command was stopped.")
 @as_json
@@ -279,6 +285,7 @@ def fuse(
     max_memory: str | None,
     engine: str,
     address: str | None,
+    copy: tuple[str, ...],
     dry_run: bool,
     resume: bool,
     as_json: bool,
@@ -294,7 +301,7 @@ def fuse(
     if dry_run:
         device = options.pop("device")
         planned = fusion.plan_fuse(
-            source, destination, Request(**options), size, memory, engine, address, device, resume
+            source, destination, Request(**options), size, memory, engine, address, device, resume, copy
         )
         plan, estimated = planned.plan, planned.estimate()
     else:
@@ -307,6 +314,7 @@ def fuse(
                     max_memory=memory,
                     engine=engine,
                     address=address,
+                    copy=copy,
                     resume=resume,
                     progress=advance,
                     **options,

@@ -16,6 +16,7 @@ import torch
 from skipless.behind import Behind
 from skipless.casting import underflows
 from skipless.checkpoint.manifest import Entry, Manifest
+from skipless.checkpoint.others import tell_left_out, unused
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.checkpoint.remote import RemotePlace, is_remote, open_reader
 from skipless.checkpoint.staging import LocalPlace, Place, Staging, staged
@@ -36,6 +37,9 @@ from skipless.seams import REMOVABLE
 
 logger = logging.getLogger("skipless")
 
+# What a fuse writes itself, whatever the source has by these names.
+OURS = {RECORD, *(file.name for file in MODEL_FILES)}
+
 
 def fuse(
     source: str | Path,
@@ -52,6 +56,7 @@ def fuse(
     engine: str = "local",
     address: str | None = None,
     device: str = "cpu",
+    copy: Iterable[str] = (),
     resume: bool = False,
     progress: Callable[[Plan, Task | None], None] = lambda plan, task: None,
 ) -> Plan:
@@ -60,18 +65,21 @@ def fuse(
     basis, dtype, rest_dtype, layers_open, remove, parallel_removes: what is asked for (request.Request). max_shard_size
     in bytes; max_memory: of this process, if it computes, in bytes (None: what is free). engine: "local", or "ray" with
     the cluster at `address` (None: one on this machine). device: where the algebra is done, "cpu" or a CUDA device
-    (their results differ in the last bits). resume: go on where an earlier call with the same arguments was stopped;
-    the result is the same, bit for bit. `progress` is called with None once the plan is made and then with each task
-    that is done. The result computes the same function (identities: arXiv:2404.12362, Fig. 1). Raises InputError for
-    anything that stands in the way; `destination` then does not exist. What is on disk when the disk fails or the
-    process is stopped is kept.
+    (their results differ in the last bits). copy: shell patterns of files of `source` that are copied along beside
+    tokenizer, licence and the like (checkpoint/others.py). resume: go on where an earlier call with the same arguments
+    was stopped; the result is the same, bit for bit. `progress` is called with None once the plan is made and then with
+    each task that is done. The result computes the same function (identities: arXiv:2404.12362, Fig. 1). Raises
+    InputError for anything that stands in the way; `destination` then does not exist. What is on disk when the disk
+    fails or the process is stopped is kept.
     """
     request = Request(basis, dtype, rest_dtype, tuple(layers_open), tuple(remove), parallel_removes)
-    job = plan_fuse(source, destination, request, max_shard_size, max_memory, engine, address, device, resume)
+    job = plan_fuse(
+        source, destination, request, max_shard_size, max_memory, engine, address, device, resume, tuple(copy)
+    )
     plan, reader = job.plan, job.reader
     with staged(job.place, job.manifest(), resume) as staging:
         progress(plan, None)
-        _copy_others(reader, staging.folder)
+        _copy_others(job, staging.folder)
         shards = _execute(job, staging, progress)
         copy_model_files(staging.folder)
         write_json(staging.folder / "config.json", plan.config)
@@ -81,7 +89,7 @@ def fuse(
         reader.check_unchanged()
         made = job.made() | {"check": {each.name: [each.error, each.limit] for each in differences}}
         sources = {name: digest for entry in entries for name, digest in entry.sources.items()}
-        write_record(staging.folder, reader, made, sources, outcomes, shards)
+        write_record(staging.folder, reader, made, sources, outcomes, shards, job.copy)
     problems = [outcome.problem for outcome in outcomes if outcome.problem is not None]
     if problems:
         logger.warning(
@@ -94,7 +102,10 @@ def fuse(
 
 @dataclass(frozen=True)
 class Job:
-    """A fuse that nothing stands in the way of: what was asked for, who does it, from where, to where, and how."""
+    """A fuse that nothing stands in the way of: what was asked for, who does it, from where, to where, and how.
+
+    copy: patterns of what is copied along beside the usual; copied: files of the source, all that is copied along.
+    """
 
     request: Request
     max_shard_size: int
@@ -102,6 +113,8 @@ class Job:
     place: Place
     reader: CheckpointReader
     plan: Plan
+    copy: tuple[str, ...]
+    copied: tuple[Path, ...]
 
     def estimate(self) -> Estimate:
         """What it will cost, by rates that are measured now."""
@@ -111,7 +124,11 @@ class Job:
     def made(self) -> dict[str, Any]:
         """By what and how the result is made."""
         return {
-            "options": {**dataclasses.asdict(self.request), "max_shard_size": self.max_shard_size},
+            "options": {
+                **dataclasses.asdict(self.request),
+                "max_shard_size": self.max_shard_size,
+                "copy": self.copy,
+            },
             "device": str(self.reader.device),
             "basis": self.plan.basis,
             "reason": self.plan.reason,
@@ -123,7 +140,7 @@ class Job:
         plan = self.plan
         return {
             "source": self.reader.place,
-            "files": self.reader.fingerprint(),
+            "files": self.reader.fingerprint(self.copy),
             **self.made(),
             "outputs": hashlib.sha256(repr((plan.tasks, dict(plan.outputs), plan.config)).encode()).hexdigest(),
         }
@@ -139,6 +156,7 @@ def plan_fuse(
     address: str | None = None,
     device: str = "cpu",
     resume: bool = False,
+    copy: tuple[str, ...] = (),
 ) -> Job:
     """All that a fuse will do, and everything refused that can be before the first write; arguments as for fuse."""
     chosen = choose_engine(engine, address)
@@ -148,6 +166,9 @@ def plan_fuse(
         raise InputError(f"{place}: expected a folder outside the source {source}, which stays as it is")
     place.check()
     reader = open_reader(source, device)
+    copied = [file for file in reader.other_files(copy) if str(file) not in OURS]
+    for pattern in unused(copy, copied):
+        raise InputError(f"copy: expected a pattern that names a file to copy, found {pattern!r}, which names none")
     here = reader.device.type == "cpu" and engine == "local"
     if max_memory is not None and not here:
         raise InputError("max_memory: expected none with another engine or device than local and cpu; leave it out")
@@ -158,7 +179,7 @@ def plan_fuse(
         plan = dataclasses.replace(prepare(reader, decided, max_shard_size), reason=begun.job["reason"])
     else:
         plan = prepare(reader, request, max_shard_size, resident_memory(), limit if here else None)
-    needed = plan.bytes[1] + sum((reader.folder / file).stat().st_size for file in reader.other_files())
+    needed = plan.bytes[1] + sum((reader.folder / file).stat().st_size for file in copied)
     free = shutil.disk_usage(place.disk).free
     if begun is None and needed > free:
         raise InputError(f"{place}: expected {needed:,} bytes of free disk space, found {free:,}")
@@ -166,7 +187,8 @@ def plan_fuse(
         plan = within_memory(plan, resident_memory(), limit)
     for found in underflows(plan.inputs, _copied(plan), reader.tensor):
         raise InputError(str(found))
-    return Job(request, max_shard_size, chosen, place, reader, plan)
+    tell_left_out([name for name in reader.left_out(copy) if name not in OURS])
+    return Job(request, max_shard_size, chosen, place, reader, plan, copy, tuple(copied))
 
 
 def destination_place(destination: str | Path) -> Place:
@@ -192,14 +214,10 @@ def _check(
         raise
 
 
-def _copy_others(reader: CheckpointReader, folder: Path) -> None:
-    ours = {RECORD, *(file.name for file in MODEL_FILES)}
-    files = [file for file in reader.other_files() if str(file) not in ours]
-    if code := [str(file) for file in files if file.suffix == ".py"]:
-        logger.warning("copied %s: code of the source's, which trust_remote_code=True may run", ", ".join(code))
-    for file in files:
+def _copy_others(job: Job, folder: Path) -> None:
+    for file in job.copied:
         (folder / file.parent).mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(reader.folder / file, folder / file)
+        shutil.copyfile(job.reader.folder / file, folder / file)
 
 
 def _execute(job: Job, staging: Staging, progress: Callable[[Plan, Task | None], None]) -> dict[str, str]:

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +32,18 @@ def write_record(
     sources: Mapping[str, str],
     outcomes: Iterable[Outcome],
     shards: Mapping[str, str],
+    copy: Collection[str] = (),
 ) -> None:
     """Write down, in a folder that is complete otherwise, all that is known of it.
 
     made: by what and how; sources: SHA-256 of the source's tensors, as they were read; shards: of the files of weights
-    in the folder.
+    in the folder; copy: what was copied along beside the usual (Folder.other_files).
     """
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     files = {name: {"bytes": (folder / name).stat().st_size, "sha256": shards.get(name)} for name in names}
     for name, entry in files.items():
         entry["sha256"] = entry["sha256"] or digest(folder / name)
-    record = {"format": FORMAT, **made, "source": {**_source(reader), "tensors": dict(sorted(sources.items()))}}
+    record = {"format": FORMAT, **made, "source": {**_source(reader, copy), "tensors": dict(sorted(sources.items()))}}
     record |= {"seams": [dataclasses.asdict(outcome) for outcome in outcomes], "files": files}
     write_json(folder / RECORD, record)
 
@@ -56,9 +57,9 @@ def replace_record(folder: Path, record: Mapping[str, Any]) -> None:
     new.replace(folder / RECORD)
 
 
-def _source(reader: CheckpointReader) -> dict[str, Any]:
+def _source(reader: CheckpointReader, copy: Collection[str]) -> dict[str, Any]:
     """What the source is called, and the SHA-256 of its files; of shards, of their headers, as the tensors' follow."""
-    others = ["config.json", *map(str, reader.other_files())]
+    others = ["config.json", *map(str, reader.other_files(copy))]
     found = {name: digest(reader.folder / name) for name in others}
     headers = {shard: digest(reader.folder / shard, _header_bytes(reader.folder / shard)) for shard in reader.shards}
     return {"name": reader.place.rstrip("/").rpartition("/")[2], "files": found, "headers": headers}

@@ -356,8 +356,8 @@ def test_what_may_not_be_read(sharded, name):
 
 def test_copies_stay_within_the_folder(source, tmp_path):
     (tmp_path / "secret").write_text("secret")
-    (source / "notes.txt").symlink_to(tmp_path / "secret")
-    refused(source, "notes.txt: expected a file in this folder, found a symlink to ", commands=COMMANDS[3:])
+    (source / "README.md").symlink_to(tmp_path / "secret")
+    refused(source, "README.md: expected a file in this folder, found a symlink to ", commands=COMMANDS[3:])
 
 
 def test_many_folders_within_each_other(source):
