@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -26,6 +25,7 @@ from skipless.cost import waiting
 from skipless.engines import Engine, choose_engine, environment
 from skipless.errors import BugError, InputError
 from skipless.estimate import Estimate, estimate, within_memory
+from skipless.log import logger
 from skipless.machine import available_memory, measure, resident_memory
 from skipless.model_files import MODEL_FILES, copy_model_files
 from skipless.planning import Plan, Task, prepare
@@ -34,8 +34,6 @@ from skipless.probe import Difference, check_fused
 from skipless.record import RECORD, write_record
 from skipless.request import AUTO, Request
 from skipless.seams import REMOVABLE
-
-logger = logging.getLogger("skipless")
 
 # What a fuse writes itself, whatever the source has by these names.
 OURS = {RECORD, *(file.name for file in MODEL_FILES)}

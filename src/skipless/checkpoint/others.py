@@ -4,10 +4,11 @@ A folder holds more than a model: caches, the history of a repository, pickles a
 not known to be wanted is left out, and said so.
 """
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import PurePath
+
+from skipless.log import logger
 
 # Weights in any format are never copied. Pickles are never opened either: they can run code.
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -34,16 +35,15 @@ WANTED: dict[str, tuple[str, ...]] = {
 # Names that a message lists.
 MOST_LISTED = 8
 
-logger = logging.getLogger("skipless")
-
 
 def is_copied(path: PurePath, copy: Iterable[str] = ()) -> bool:
     """Whether a file, by its path in the model folder, is copied along: if it is wanted, or `copy` names it.
 
     copy: shell patterns of files, or of folders with all that is in them: of names anywhere, or, with a /, of paths.
     What is hidden - a name with a dot before it, __pycache__ - is named by a pattern with the same first character.
+    Weights are never copied, nor names that do not print, which skipless.json could not hold.
     """
-    if _is_weights(path):
+    if _is_weights(path) or not str(path).isprintable():
         return False
     if any(names(pattern, path) for pattern in copy):
         return True
