@@ -15,6 +15,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from skipless import fuse
 from skipless.checkpoint import family
@@ -93,7 +94,9 @@ FIELDS = (
     "hidden_act", "qk_norm", "attention_bias", "tie_word_embeddings", "max_position_embeddings", "position_type",
     "block_type", "ffn_type", "residual", "attention_shaping", "sliding_window", "final_logit_softcapping", "dtype",
     "torch_dtype", "id2label", "label2id", "auto_map", "architectures", "eos_token_id", "initializer_range",
-    "problem_type", "n_inner", "mlp_only_layers", "decoder_sparse_step", "text_config", "unknown", "embedding_size",
+    "problem_type", "is_encoder_decoder", "return_dict", "chunk_size_feed_forward", "transformers_version",
+    "output_hidden_states", "use_cache", "pad_token_id", "bos_token_id",
+    "n_inner", "mlp_only_layers", "decoder_sparse_step", "text_config", "unknown", "embedding_size",
     "word_embed_proj_dim", "ffn_dim", "use_parallel_residual", "new_decoder_architecture", "num_kv_heads", "bias",
     "num_experts", "moe_intermediate_size",
 )  # fmt: skip
@@ -162,8 +165,8 @@ def valid(config: dict[str, Any], sharded: bool = False) -> Files:
     return files | {INDEX: to_bytes({"metadata": {}, "weight_map": places})}
 
 
-def valid_gguf() -> Files:
-    """A whole GGUF file of zeros, with a vocabulary."""
+def valid_gguf(alignment: int | None = None) -> Files:
+    """A whole GGUF file of zeros, with a vocabulary; alignment: of its tensors, in bytes (None: not said)."""
     tensors = promised({**LLAMA, "model_type": "gguf-llama", **GGUF_FIELDS})
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "tiny.gguf"
@@ -171,6 +174,8 @@ def valid_gguf() -> Files:
         for name, value in GGUF_FIELDS.items():
             if isinstance(value, int) and "." in name:
                 writer.add_uint32(name, value)
+        if alignment is not None:
+            writer.add_custom_alignment(alignment)
         writer.add_token_list(["a", "b", "c"])
         writer.add_token_scores([0.0, 1.0, 2.0])
         for name, (shape, _) in tensors.items():
@@ -446,9 +451,14 @@ def clean() -> Iterator[list[str]]:
 
 
 def attempt(path: Path, requests: Iterable[Request] = ()) -> str | None:
-    """Do with a checkpoint all that reads its description, and read its tensors; why it was refused, or None."""
+    """Do with a checkpoint all that reads its description, and read its tensors; why it was refused, or None.
+
+    Raises whatever transformers raises where it does not make the model of a skipless one that was not refused.
+    """
+    family_name = ""
     with clean() as refused:
         source = open_source(path)
+        family_name = source.family
         for name in source.reader.tensors:
             source.reader.tensor(name)
         count(path)
@@ -457,6 +467,9 @@ def attempt(path: Path, requests: Iterable[Request] = ()) -> str | None:
             reader.other_files()
             for request in requests:
                 make_plan(reader, request)
+    if family_name == "skipless" and not refused:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
     return refused[0] if refused else None
 
 

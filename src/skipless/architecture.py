@@ -10,7 +10,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Literal, Self, TypedDict
+
+from huggingface_hub.dataclasses import StrictDataclassFieldValidationError, validate_typed_dict
 
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError
@@ -59,16 +61,38 @@ SKIPLESS_NORMS = (*PRE_NORM, "model.embed_norm")
 # Activations that are positively homogeneous: act(s x) = s^k act(x) for s > 0, with k = 2 for the last and 1 else.
 HOMOGENEOUS = ("relu", "leaky_relu", "linear", "relu2")
 
-# config.json fields that change neither the tensors nor the seams.
-BOOKKEEPING = frozenset(
-    {
-        "model_type", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path",
-        "rope_parameters", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
-        "use_cache", "bos_token_id", "eos_token_id", "pad_token_id",
-        "initializer_range", "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward",
-        "is_encoder_decoder", "id2label", "label2id", "problem_type", "tie_last_hidden_states",
-    }
-)  # fmt: skip
+
+class Bookkeeping(TypedDict, total=False):
+    """config.json fields that change neither the tensors nor the seams, and what transformers takes them for."""
+
+    model_type: str
+    architectures: list[str] | None
+    auto_map: dict[str, Any]
+    dtype: str | None
+    torch_dtype: str | None
+    transformers_version: str | None
+    _name_or_path: str | None
+    rope_parameters: dict[str, Any] | None
+    sliding_window: int | None
+    attn_logit_softcapping: int | float | None
+    final_logit_softcapping: int | float | None
+    use_cache: bool
+    bos_token_id: int | None
+    eos_token_id: int | list[int] | None
+    pad_token_id: int | None
+    initializer_range: int | float
+    return_dict: bool
+    output_hidden_states: bool | None
+    output_attentions: bool | None
+    chunk_size_feed_forward: int
+    is_encoder_decoder: bool
+    id2label: dict[str, str] | None
+    label2id: dict[str, int] | None
+    problem_type: Literal["regression", "single_label_classification", "multi_label_classification", None]
+    tie_last_hidden_states: bool
+
+
+BOOKKEEPING = Bookkeeping.__annotations__
 
 # The shaped attention's gains, one per query head (arXiv:2311.01906).
 GAINS: dict[str | None, tuple[str, ...]] = {None: (), "value": ("alpha", "beta"), "full": ("alpha", "beta", "gamma")}
@@ -172,6 +196,7 @@ class Architecture:
         for name in config:
             if name not in fields and name not in BOOKKEEPING:
                 raise InputError(f"config.json: {name}: not a field of a skipless model; remove it if it means nothing")
+        _check_bookkeeping(config)
         for name in ("dtype", "torch_dtype"):
             if (dtype := config.get(name)) not in (None, *DTYPE_NAMES):
                 raise InputError(f"config.json: {name}: expected one of {', '.join(DTYPE_NAMES)}; found {dtype!r}")
@@ -525,6 +550,17 @@ class Architecture:
         for layer in range(self.num_hidden_layers):
             tensors |= self.gain_tensors(layer)
         return tensors | self.norm_tensors() | self.index_tensors()
+
+
+def _check_bookkeeping(config: Mapping[str, Any]) -> None:
+    """Raise InputError for a field of Bookkeeping that is none."""
+    for name in config.keys() & BOOKKEEPING.keys():
+        try:
+            validate_typed_dict(Bookkeeping, {name: config[name]})  # type: ignore[type-var]
+        except StrictDataclassFieldValidationError:
+            expected = BOOKKEEPING[name]
+            kind = expected.__name__ if isinstance(expected, type) else str(expected).replace("typing.", "")
+            raise InputError(f"config.json: {name}: expected {kind}, found {config[name]!r}; correct it") from None
 
 
 def _checked(name: str, field: "dataclasses.Field[Any]", value: Any) -> Any:

@@ -16,19 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from skipless import __version__
 from skipless.counting import WEIGHT_BYTES
 from skipless.dtypes import DTYPE_NAMES
-from skipless.errors import InputError, extra
+from skipless.errors import InputError, extra, printable
+from skipless.terminal import Terminal
 
 # Ctrl-C, as a shell counts it: 128 + SIGINT.
 INTERRUPTED = 130
 
-out = Console()
-err = Console(stderr=True)
+out = Terminal()
+err = Terminal(stderr=True)
 
 
 class Group(click.Group):
@@ -38,15 +38,19 @@ class Group(click.Group):
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that files are cleaned up
         try:
             return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise  # click's own: usage (exit code 2), --help
+        except click.ClickException as error:  # click's own: usage (exit code 2)
+            error.message = printable(error.message)  # type: ignore[misc]
+            raise
+        except (click.exceptions.Exit, click.Abort):
+            raise  # --help
         except KeyboardInterrupt:
             sys.exit(INTERRUPTED)
         except (InputError, OSError) as error:
-            err.print(f"skipless: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
+            err.print(f"skipless: {error}", style="red", soft_wrap=True)
             sys.exit(2)
-        except Exception:  # a traceback's usual exit code, 1, would say "not the same function"
-            traceback.print_exc()
+        except Exception as error:  # a traceback's usual exit code, 1, would say "not the same function"
+            for part in traceback.format_exception(error):  # of these, frames alone have several lines of ours
+                (err.print_lines if part.startswith("  File ") else err.print)(part.strip("\n"))
             err.print("skipless: this is a bug in skipless; please report it with the lines above", style="red")
             sys.exit(3)
 
@@ -70,7 +74,7 @@ def demo(as_json: bool) -> None:
     from skipless import demo as room
     from skipless import tables
 
-    result = room.demo(lambda line: err.print(line, highlight=False, markup=False, soft_wrap=True))
+    result = room.demo(err.print_lines)
     if as_json:
         before, after = result.plan.weights
         print_json(
@@ -85,10 +89,10 @@ def demo(as_json: bool) -> None:
         )
     else:
         out.print(tables.report_table(result.report))
-        out.print(result.report.note, soft_wrap=True, highlight=False, markup=False)
+        out.print(result.report.note, soft_wrap=True)
         out.print(tables.demo_table(result))
         for problem in filter(None, result.caches):
-            out.print(f"a broken cache: {problem}", soft_wrap=True, highlight=False, markup=False)
+            out.print(f"a broken cache: {problem}", soft_wrap=True)
     sys.exit(0 if result.report.same and result.same_tokens and not any(result.caches) else 1)
 
 
@@ -141,7 +145,7 @@ def count_command(
         raise InputError("count: expected --bandwidth and --flops together, or neither")
     if listed:
         known = room.table()
-        out.print(f"as of {known['date']}: {', '.join(known['models'])}", highlight=False)
+        out.print(f"as of {known['date']}: {', '.join(known['models'])}")
         return
     conditions = room.Conditions(
         dtype, cache_dtype, context, batch, bandwidth and bandwidth * 1e9, flops and flops * 1e12
@@ -164,7 +168,7 @@ def count_command(
     else:
         out.print(tables.count_table(rows))
         for note in notes:
-            out.print(note, soft_wrap=True, highlight=False, markup=False)
+            out.print(note, soft_wrap=True)
 
 
 def removal_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -249,7 +253,7 @@ def audit(model: Path, plot: Path | None, as_json: bool, **removal: Any) -> None
         for table in tables.audit_tables(found):
             out.print(table)
         for line in tables.audit_lines(found):
-            out.print(line, soft_wrap=True, highlight=False)
+            out.print(line, soft_wrap=True)
     sys.exit(0 if found.safe else 1)
 
 
@@ -269,6 +273,12 @@ def audit(model: Path, plot: Path | None, as_json: bool, **removal: Any) -> None
     help="Who computes: this process, or the machines of a Ray cluster.",
 )
 @click.option("--address", help="Of the Ray cluster, or auto [default: one on this machine].")
+@click.option(
+    "--copy",
+    multiple=True,
+    metavar="PATTERN",
+    help="Copy these files of SRC, too, or folders with all in them, repeatable [default: tokenizer, licence, ...].",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan - tasks, files, memory, FLOPs, time - and stop.")
 @click.option("--resume", is_flag=True, help="Go on where the same command was stopped.")
 @as_json
@@ -279,6 +289,7 @@ def fuse(
     max_memory: str | None,
     engine: str,
     address: str | None,
+    copy: tuple[str, ...],
     dry_run: bool,
     resume: bool,
     as_json: bool,
@@ -294,7 +305,7 @@ def fuse(
     if dry_run:
         device = options.pop("device")
         planned = fusion.plan_fuse(
-            source, destination, Request(**options), size, memory, engine, address, device, resume
+            source, destination, Request(**options), size, memory, engine, address, device, resume, copy
         )
         plan, estimated = planned.plan, planned.estimate()
     else:
@@ -307,6 +318,7 @@ def fuse(
                     max_memory=memory,
                     engine=engine,
                     address=address,
+                    copy=copy,
                     resume=resume,
                     progress=advance,
                     **options,
@@ -315,7 +327,7 @@ def fuse(
                 if fusion.destination_place(destination).unfinished.exists():
                     again = [word for word in sys.argv[1:] if word != "--resume"]
                     line = f"interrupted; go on with: skipless {shlex.join(again)} --resume"
-                    err.print(line, soft_wrap=True, markup=False)
+                    err.print(line, soft_wrap=True)
                 raise
     if as_json:
         print_json(plan.summary() | ({} if estimated is None else {"work": estimated.to_json()}))
@@ -324,15 +336,13 @@ def fuse(
     if estimated is not None:
         out.print(tables.work_table(estimated))
         for line in tables.work_lines(estimated):
-            out.print(line, soft_wrap=True, highlight=False)
+            out.print(line, soft_wrap=True)
     if plan.reason:
-        out.print(f"basis {plan.basis}: {plan.reason}", soft_wrap=True, markup=False)
+        out.print(f"basis {plan.basis}: {plan.reason}", soft_wrap=True)
     if plan.note:
-        out.print(plan.note, soft_wrap=True, highlight=False, markup=False)
+        out.print(plan.note, soft_wrap=True)
     if not dry_run:
-        out.print(
-            f"wrote {destination}; check it with: skipless verify {source} {destination}", soft_wrap=True, markup=False
-        )
+        out.print(f"wrote {destination}; check it with: skipless verify {source} {destination}", soft_wrap=True)
 
 
 @main.command()
@@ -356,7 +366,7 @@ def export(model: Path, destination: Path, to: str, weights: str, as_json: bool)
         print_json(dataclasses.asdict(found))
     else:
         line = f"wrote {destination} for {to}: weights in {weights}, {found.bytes / 1e6:,.1f} MB"
-        out.print(line, soft_wrap=True, highlight=False, markup=False)
+        out.print(line, soft_wrap=True)
 
 
 @main.command("limit")
@@ -386,7 +396,7 @@ def limit_command(model: str, check: bool, as_json: bool) -> None:
     else:
         out.print(tables.limit_table(found))
         for line in tables.limit_lines(found, certificate):
-            out.print(line, soft_wrap=True, highlight=False, markup=False)
+            out.print(line, soft_wrap=True)
     sys.exit(0 if certificate is None or certificate.holds else 1)
 
 
@@ -434,7 +444,7 @@ def verify(
             print_json({"same": not changed, "differences": changed})
         else:
             for line in changed or (f"{a}: every file is as it was written",):
-                out.print(line, soft_wrap=True, highlight=False, markup=False)
+                out.print(line, soft_wrap=True)
         sys.exit(1 if changed else 0)
     with step_bar("verifying") as advance:
         report = verification.verify(
@@ -452,7 +462,7 @@ def verify(
     else:
         out.print(tables.report_table(report))
         for line in tables.report_lines(report):
-            out.print(line, soft_wrap=True, highlight=False, markup=False)
+            out.print(line, soft_wrap=True)
     sys.exit(0 if report.same else 1)
 
 
@@ -466,10 +476,10 @@ def refresh(folder: Path, dry_run: bool) -> None:
     """
     from skipless.model_files import refresh as run
 
-    changed = run(folder, click.echo, dry_run)
+    changed = run(folder, lambda line: out.print(line, soft_wrap=True), dry_run)
     done = "would be" if dry_run else "are"
     line = f"{folder}: the model files {done} this version's" if changed else f"{folder}: nothing to change"
-    err.print(line, soft_wrap=True, highlight=False, markup=False)
+    err.print(line, soft_wrap=True)
 
 
 @main.command()
@@ -541,10 +551,10 @@ def bench(
     if as_json:
         print_json(dataclasses.asdict(found))
     else:
-        out.print(tables.bench_line(found), soft_wrap=True, highlight=False, markup=False)
+        out.print(tables.bench_line(found), soft_wrap=True)
         out.print(tables.bench_table(found))
         for name, problem in found.broken_caches.items():
-            out.print(f"a broken cache: {name}: {problem}", soft_wrap=True, highlight=False, markup=False)
+            out.print(f"a broken cache: {name}: {problem}", soft_wrap=True)
     sys.exit(1 if found.broken_caches else 0)
 
 
@@ -577,7 +587,7 @@ def tell_of_other_model_files(*folders: Path) -> None:
     for folder in folders:
         if folder.is_dir() and (others := other_model_files(folder)):
             line = f"{folder}: {' and '.join(others)}: not this version's; to replace: skipless refresh {folder}"
-            err.print(line, soft_wrap=True, highlight=False, markup=False)
+            err.print(line, soft_wrap=True)
 
 
 def progress_bar(verb: str) -> Progress:
@@ -589,7 +599,7 @@ def progress_bar(verb: str) -> Progress:
 @contextmanager
 def step_bar(verb: str) -> Iterator[Callable[[str, int, int], None]]:
     """A bar on stderr for work of named steps, called with what is done next, steps done, and their number."""
-    columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
     bar = Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
     number = bar.add_task("", total=None)
     with bar:

@@ -14,11 +14,16 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str):
-        super().__init__(_shortened("".join(map(_printed, _shortened(message)))))
+        super().__init__(_shortened(printable(_shortened(message))))
 
 
-def _printed(character: str) -> str:
-    return character if character.isprintable() else character.encode("unicode_escape").decode()
+def printable(text: str) -> str:
+    """Text from outside - a file's name, a value - as one line that cannot control a terminal: what does not print is
+    escaped.
+    """
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def _shortened(text: str) -> str:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ from skipless.casting import underflows
 from skipless.checkpoint import files
 from skipless.checkpoint.headers import INDEX
 from skipless.checkpoint.manifest import JOURNAL, Entry, Manifest
+from skipless.checkpoint.others import tell_left_out, unused
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.checkpoint.remote import RemotePlace, is_remote, open_reader
 from skipless.checkpoint.staging import LocalPlace, Place, Staging, staged
@@ -27,6 +27,7 @@ from skipless.cost import waiting
 from skipless.engines import Engine, choose_engine, environment
 from skipless.errors import BugError, InputError
 from skipless.estimate import Estimate, estimate, within_memory
+from skipless.log import logger
 from skipless.machine import available_memory, measure, resident_memory
 from skipless.model_files import MODEL_FILES
 from skipless.planning import Plan, Task, prepare
@@ -38,7 +39,8 @@ from skipless.rounding import rounding_error
 from skipless.seams import REMOVABLE
 from skipless.tolerances import tolerance
 
-logger = logging.getLogger("skipless")
+# What a fuse writes itself, whatever the source has by these names.
+OURS = {RECORD, *(file.name for file in MODEL_FILES)}
 
 
 def fuse(
@@ -56,6 +58,7 @@ def fuse(
     engine: str = "local",
     address: str | None = None,
     device: str = "cpu",
+    copy: Iterable[str] = (),
     resume: bool = False,
     progress: Callable[[Plan, Task | None], None] = lambda plan, task: None,
 ) -> Plan:
@@ -64,18 +67,21 @@ def fuse(
     basis, dtype, rest_dtype, layers_open, remove, parallel_removes: what is asked for (request.Request). max_shard_size
     in bytes; max_memory: of this process, if it computes, in bytes (None: what is free). engine: "local", or "ray" with
     the cluster at `address` (None: one on this machine). device: where the algebra is done, "cpu" or a CUDA device
-    (their results differ in the last bits). resume: go on where an earlier call with the same arguments was stopped;
-    the result is the same, bit for bit. `progress` is called with None once the plan is made and then with each task
-    that is done. The result computes the same function (identities: arXiv:2404.12362, Fig. 1). Raises InputError for
-    anything that stands in the way; `destination` then does not exist. What is on disk when the disk fails or the
-    process is stopped is kept.
+    (their results differ in the last bits). copy: shell patterns of files of `source` that are copied along beside
+    tokenizer, licence and the like (checkpoint/others.py). resume: go on where an earlier call with the same arguments
+    was stopped; the result is the same, bit for bit. `progress` is called with None once the plan is made and then with
+    each task that is done. The result computes the same function (identities: arXiv:2404.12362, Fig. 1). Raises
+    InputError for anything that stands in the way; `destination` then does not exist. What is on disk when the disk
+    fails or the process is stopped is kept.
     """
     request = Request(basis, dtype, rest_dtype, tuple(layers_open), tuple(remove), parallel_removes)
-    job = plan_fuse(source, destination, request, max_shard_size, max_memory, engine, address, device, resume)
+    job = plan_fuse(
+        source, destination, request, max_shard_size, max_memory, engine, address, device, resume, tuple(copy)
+    )
     plan, reader = job.plan, job.reader
     with _resuming(job, resume), staged(job.place, job.manifest(), job.files(), resume) as staging:
         progress(plan, None)
-        _copy_others(reader, staging.folder)
+        _copy_others(job, staging.folder)
         shards = _execute(job, staging, progress)
         write_json(staging.folder / "config.json", plan.config)
         entries = [entry for _, entry in sorted(staging.manifest.done.items())]
@@ -84,7 +90,7 @@ def fuse(
         reader.check_unchanged()
         made = job.made() | {"check": {each.name: [each.error, each.limit] for each in differences}}
         sources = {name: digest for entry in entries for name, digest in entry.sources.items()}
-        write_record(staging.folder, reader, made, sources, outcomes, shards)
+        write_record(staging.folder, reader, made, sources, outcomes, shards, job.copy)
     problems = [outcome.problem for outcome in outcomes if outcome.problem is not None]
     if problems:
         logger.warning(
@@ -97,7 +103,10 @@ def fuse(
 
 @dataclass(frozen=True)
 class Job:
-    """A fuse that nothing stands in the way of: what was asked for, who does it, from where, to where, and how."""
+    """A fuse that nothing stands in the way of: what was asked for, who does it, from where, to where, and how.
+
+    copy: patterns of what is copied along beside the usual; copied: files of the source, all that is copied along.
+    """
 
     request: Request
     max_shard_size: int
@@ -105,6 +114,8 @@ class Job:
     place: Place
     reader: CheckpointReader
     plan: Plan
+    copy: tuple[str, ...]
+    copied: tuple[Path, ...]
 
     def estimate(self) -> Estimate:
         """What it will cost, by rates that are measured now."""
@@ -114,7 +125,11 @@ class Job:
     def made(self) -> dict[str, Any]:
         """By what and how the result is made."""
         return {
-            "options": {**dataclasses.asdict(self.request), "max_shard_size": self.max_shard_size},
+            "options": {
+                **dataclasses.asdict(self.request),
+                "max_shard_size": self.max_shard_size,
+                "copy": self.copy,
+            },
             "device": str(self.reader.device),
             "basis": self.plan.basis,
             "reason": self.plan.reason,
@@ -125,14 +140,14 @@ class Job:
         """All that is written, relative to the new folder."""
         shards = [*self.plan.shards, INDEX] if len(self.plan.shards) > 1 else [*self.plan.shards]
         ours = map(Path, ("config.json", RECORD, *shards, *(file.name for file in MODEL_FILES)))
-        return (*ours, *_others(self.reader))
+        return (*ours, *self.copied)
 
     def manifest(self) -> dict[str, Any]:
         """What must be the same for two runs to write the same bytes."""
         plan = self.plan
         return {
             "source": self.reader.place,
-            "files": self.reader.fingerprint(),
+            "files": self.reader.fingerprint(self.copy),
             **self.made(),
             "outputs": hashlib.sha256(repr((plan.tasks, dict(plan.outputs), plan.config)).encode()).hexdigest(),
         }
@@ -148,6 +163,7 @@ def plan_fuse(
     address: str | None = None,
     device: str = "cpu",
     resume: bool = False,
+    copy: tuple[str, ...] = (),
 ) -> Job:
     """All that a fuse will do, and everything refused that can be before the first write; arguments as for fuse."""
     chosen = choose_engine(engine, address)
@@ -158,9 +174,10 @@ def plan_fuse(
     _check_outside(place, [Path(source)])
     place.check()
     reader = open_reader(source, device)
-    _check_outside(
-        place, (reader.folder / name for name in ("config.json", *reader.shards, *map(str, _others(reader))))
-    )
+    copied = [file for file in reader.other_files(copy) if str(file) not in OURS]
+    _check_outside(place, (reader.folder / name for name in ("config.json", *reader.shards, *map(str, copied))))
+    for pattern in unused(copy, copied):
+        raise InputError(f"copy: expected a pattern that names a file to copy, found {pattern!r}, which names none")
     here = reader.device.type == "cpu" and engine == "local"
     if max_memory is not None and not here:
         raise InputError("max_memory: expected none with another engine or device than local and cpu; leave it out")
@@ -171,7 +188,7 @@ def plan_fuse(
         plan = dataclasses.replace(prepare(reader, decided, max_shard_size), reason=begun.job["reason"])
     else:
         plan = prepare(reader, request, max_shard_size, resident_memory(), limit if here else None)
-    needed = plan.bytes[1] + sum((reader.folder / file).stat().st_size for file in reader.other_files())
+    needed = plan.bytes[1] + sum((reader.folder / file).stat().st_size for file in copied)
     free = shutil.disk_usage(place.disk).free
     if begun is None and needed > free:
         raise InputError(f"{place}: expected {needed:,} bytes of free disk space, found {free:,}")
@@ -179,7 +196,8 @@ def plan_fuse(
         plan = within_memory(plan, resident_memory(), limit)
     for found in underflows(plan.inputs, _copied(plan), reader.tensor):
         raise InputError(str(found))
-    return Job(request, max_shard_size, chosen, place, reader, plan)
+    tell_left_out([name for name in reader.left_out(copy) if name not in OURS])
+    return Job(request, max_shard_size, chosen, place, reader, plan, copy, tuple(copied))
 
 
 def destination_place(destination: str | Path) -> Place:
@@ -216,20 +234,11 @@ def _check(
         raise
 
 
-def _others(reader: CheckpointReader) -> list[Path]:
-    """The files that are copied, but for those that fuse writes itself."""
-    ours = {RECORD, *(file.name for file in MODEL_FILES)}
-    return [file for file in reader.other_files() if str(file) not in ours]
-
-
-def _copy_others(reader: CheckpointReader, folder: Path) -> None:
-    found = _others(reader)
-    if code := [str(file) for file in found if file.suffix == ".py"]:
-        logger.warning("copied %s: code of the source's, which trust_remote_code=True may run", ", ".join(code))
-    for file in found:
+def _copy_others(job: Job, folder: Path) -> None:
+    for file in job.copied:
         for parent in reversed(file.parents):
             files.make_folder(folder / parent)
-        files.copy(reader.folder / file, folder / file)
+        files.copy(job.reader.folder / file, folder / file)
     for file in MODEL_FILES:
         files.copy(file, folder / file.name)
 

@@ -4,7 +4,6 @@ A plan is pure (no tensor is read; a basis is chosen before, which may read some
 memory together, and tasks are independent of each other, so that an engine may run them in any order and anywhere.
 """
 
-import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -12,19 +11,17 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 
 from skipless.architecture import Architecture, Module
 from skipless.checkpoint.reader import CheckpointReader, TensorInfo
 from skipless.checkpoint.writer import plan_shards
 from skipless.errors import InputError
-from skipless.model.configuration_skipless import SkiplessConfig
 from skipless.model_files import AUTO_MAP
 from skipless.prediction import Forecast, forecast, forecast_memory
 from skipless.products import HALF
 from skipless.request import AUTO, Request
 from skipless.seams import Seam, closed
-from skipless.source import read_architecture, read_seam, tables
+from skipless.source import check_config, read_architecture, read_seam, tables
 
 
 @dataclass(frozen=True)
@@ -279,8 +276,5 @@ def _fused_config(config: Mapping[str, object], target: Architecture, dtype: str
         fields["dtype"] = dtype
     kept = {name: value for name, value in config.items() if not (dtype and name == "torch_dtype")}
     fused = {**kept, "architectures": ["SkiplessForCausalLM"], "auto_map": AUTO_MAP, **fields}
-    try:
-        SkiplessConfig.from_dict(copy.deepcopy(fused))
-    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, StrictDataclassError) as error:
-        raise InputError(f"config.json: {' '.join(str(error.__cause__ or error).split())}") from error
+    check_config(fused)
     return fused

@@ -8,7 +8,7 @@ the folder can change the record: it tells damage and mixtures, not forgery.
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,12 @@ def write_record(
     sources: Mapping[str, str],
     outcomes: Iterable[Outcome],
     shards: Mapping[str, str],
+    copy: Collection[str] = (),
 ) -> None:
     """Write down, in a folder that is complete otherwise, all that is known of it.
 
     made: by what and how; sources: SHA-256 of the source's tensors, as they were read; shards: of the files of weights
-    in the folder.
+    in the folder; copy: what was copied along beside the usual (Folder.other_files).
     """
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     written = {
@@ -42,7 +43,7 @@ def write_record(
         for name in names
         if name != RECORD  # that an earlier process has left
     }
-    record = {"format": FORMAT, **made, "source": {**_source(reader), "tensors": dict(sorted(sources.items()))}}
+    record = {"format": FORMAT, **made, "source": {**_source(reader, copy), "tensors": dict(sorted(sources.items()))}}
     record |= {"seams": [dataclasses.asdict(outcome) for outcome in outcomes], "files": written}
     write_json(folder / RECORD, record)
 
@@ -52,9 +53,9 @@ def replace_record(folder: Path, record: Mapping[str, Any]) -> None:
     files.replace(folder / RECORD, [to_json(record)])
 
 
-def _source(reader: CheckpointReader) -> dict[str, Any]:
+def _source(reader: CheckpointReader, copy: Collection[str]) -> dict[str, Any]:
     """What the source is called, and the SHA-256 of its files; of shards, of their headers, as the tensors' follow."""
-    others = ["config.json", *map(str, reader.other_files())]
+    others = ["config.json", *map(str, reader.other_files(copy))]
     found = {name: digest(reader.folder / name) for name in others}
     headers = {shard: digest(reader.folder / shard, _header_bytes(reader.folder / shard)) for shard in reader.shards}
     return {"name": reader.place.rstrip("/").rpartition("/")[2], "files": found, "headers": headers}

@@ -1,11 +1,13 @@
 """A checkpoint as the algebra sees it: an architecture, canonical tensors, and modules as maps."""
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from skipless.architecture import Architecture, Module
 from skipless.checkpoint import family, gguf_file
@@ -13,6 +15,8 @@ from skipless.checkpoint.headers import Folder
 from skipless.checkpoint.reader import CheckpointReader, TensorInfo
 from skipless.eliminate import Affine
 from skipless.errors import InputError
+from skipless.model.configuration_skipless import SkiplessConfig
+from skipless.quiet import errors_only
 from skipless.rows import Rows, Which
 from skipless.seams import Seam
 
@@ -92,7 +96,17 @@ def read_architecture(reader: CheckpointReader) -> Architecture:
             f"{source.num_hidden_layers}"
         )
     reader.check(source.tensors(), source.index_tensors())
+    check_config(reader.config)
     return source
+
+
+def check_config(config: Mapping[str, object]) -> None:
+    """Raise InputError, naming the field, for a skipless config.json that transformers would not load."""
+    try:
+        with errors_only("transformers"):
+            SkiplessConfig.from_dict(copy.deepcopy(dict(config)))
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, StrictDataclassError) as error:
+        raise InputError(f"config.json: {' '.join(str(error.__cause__ or error).split())}") from error
 
 
 def read_seam(

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from skipless.counting import Conditions, Count, Removal
 from skipless.dtypes import DTYPE_NAMES
+from skipless.errors import printable
 
 if TYPE_CHECKING:  # so that counting loads no torch
     from skipless.auditing import Audit, SeamAudit
@@ -140,7 +141,7 @@ def _loss_table(seams: Sequence[SeamAudit], dtypes: Sequence[str], title: str) -
         for way in ways:
             table.add_column({"p": "merged", "head": "pivoted"}.get(way, way), justify="right")
     for seam in seams:
-        cells = [str(seam.layer)]
+        cells: list[Text | str] = [str(seam.layer)]
         for dtype in dtypes:
             cells.append(f"{max(seam.original[dtype].values()):.1e}")
             cells += [_loss(seam, way, dtype) if way in seam.ways else "" for way in ways]
@@ -148,26 +149,26 @@ def _loss_table(seams: Sequence[SeamAudit], dtypes: Sequence[str], title: str) -
     return table
 
 
-def _loss(seam: SeamAudit, way: str, dtype: str) -> str:
+def _loss(seam: SeamAudit, way: str, dtype: str) -> Text | str:
     worst = max(error / (seam.original[dtype][name] or 1) for name, error in seam.ways[way].errors[dtype].items())
     text = f"{worst:.1f}x" if worst < 10 else f"{worst:.0f}x" if worst < 1e4 else f"{worst:.0e}x"
-    return f"[red]{text}[/]" if dtype in seam.problems[way] else text
+    return Text(text, "red") if dtype in seam.problems[way] else text
 
 
-def audit_lines(audit: Audit) -> Iterator[str]:
+def audit_lines(audit: Audit) -> Iterator[Text | str]:
     """What an audit comes to, in words."""
     if not any(seam.asked for seam in audit.seams):
         yield "nothing to remove: every seam of this model is closed already, or left open on request"
         return
     if audit.reason:
         yield f"basis {audit.basis}: {audit.reason}"
-    yield from (f"[red]not safe:[/] {escape(problem)}" for problem in audit.problems)
+    yield from (Text.assemble(("not safe:", "red"), f" {printable(problem)}") for problem in audit.problems)
     if audit.alternatives:
         yield f"safe instead: {' or '.join(audit.alternatives)}"
     if audit.safe:
-        yield "[green]safe to remove[/], with the same options: skipless fuse"
+        yield Text.assemble(("safe to remove", "green"), ", with the same options: skipless fuse")
     elif audit.problems != audit.if_skipless:
-        yield from (f"nor without skips and norms: {escape(problem)}" for problem in audit.if_skipless)
+        yield from (f"nor without skips and norms: {problem}" for problem in audit.if_skipless)
         if not audit.if_skipless:
             yield "a model with these matrices and without skips and norms could be rewritten safely"
     parts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in audit.as_is.items() if count)
@@ -186,7 +187,7 @@ def report_table(report: Report) -> Table:
     for column in ("run in", "", "error", "at most", "KL, nats", "top-1", "greedy", "verdict"):
         table.add_column(column, justify="right" if column not in ("run in", "") else "left", no_wrap=True)
     for row in report.rows:
-        verdict = ("[green]same[/]" if row.passed else "[red]differs[/]") if row.judged else "-"
+        verdict = (Text("same", "green") if row.passed else Text("differs", "red")) if row.judged else "-"
         table.add_row(row.dtype, "B", *_losses(row.b, f"{row.limit:.1e}"), verdict)
         table.add_row("", "A", *_losses(row.a, ""), "", style="dim")
     return table
@@ -228,7 +229,7 @@ def bench_table(bench: Bench) -> Table:
     speeds, work = bench.speeds, bench.work
     table = Table(title=f"{bench.engine}, {bench.dtype}, after {work.context} tokens", box=box.SIMPLE_HEAD)
     for column in ("", *(speed.name for speed in speeds)):
-        table.add_column(escape(column), justify="right" if column else "left", overflow="fold")
+        table.add_column(column, justify="right" if column else "left", overflow="fold")
 
     def add(name: str, values: Iterable[str]) -> None:
         table.add_row(name, *values)
@@ -276,8 +277,8 @@ def demo_table(demo: Demo) -> Table:
     for row in demo.report.rows:
         if row.judged:
             table.add_row(f"logit error in {row.dtype}", f"{row.a.error:.1e}", f"{row.b.error:.1e}", "")
-    table.add_row("generated tokens", "", "the same" if demo.same_tokens else "[red]different[/]", "")
-    table.add_row("cache", *("[red]broken[/]" if problem else "as without it" for problem in demo.caches), "")
+    table.add_row("generated tokens", "", "the same" if demo.same_tokens else Text("different", "red"), "")
+    table.add_row("cache", *(Text("broken", "red") if problem else "as without it" for problem in demo.caches), "")
     table.add_row(
         "tokens/s, batch 1",
         _rate(original.decoding[0].tokens_per_second),
@@ -293,7 +294,7 @@ def _megabytes(size: int) -> str:
 
 def count_rows(counts: Sequence[Count]) -> list[tuple[str, ...]]:
     """A table of counts: the models' names, then what is counted and each model's, in words; "" between groups."""
-    rows = [("", *(count.name for count in counts))]
+    rows = [("", *(printable(count.name) for count in counts))]
 
     def add(label: str, value: Callable[[Count], object]) -> None:
         found = [value(count) for count in counts]

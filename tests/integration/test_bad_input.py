@@ -238,8 +238,8 @@ def test_a_symlink_loop_and_a_folder_that_cannot_be_read(source, tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     refuse(tmp_path, destination="loop", message="loop: expected a new folder")
     (tmp_path / "loop").unlink()
-    (source / "dangling").symlink_to("nowhere")
-    refuse(tmp_path, message="dangling: expected a file to copy, found a symlink to nowhere, which does not exist")
+    (source / "LICENSE").symlink_to("nowhere")
+    refuse(tmp_path, message="LICENSE: expected a file to copy, found a symlink to nowhere, which does not exist")
 
 
 def test_unknown_field_and_unknown_value(source, tmp_path):

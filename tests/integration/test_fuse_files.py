@@ -6,13 +6,16 @@ import stat
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
 import skipless
+from skipless.checkpoint.others import is_copied
 from skipless.checkpoint.reader import CheckpointReader
+from skipless.comparing import GENERATION_FILES
 from skipless.planning import make_plan
 from skipless.request import Request
 from tests.models import build, edit_config, load, random_ids, save
@@ -66,7 +69,7 @@ def test_a_sharded_source_gives_the_same_result(source, tmp_path):
     assert all(torch.equal(a.tensor(name), b.tensor(name)) for name in a.tensors | b.tensors)
 
 
-def test_every_other_file_is_copied_byte_for_byte(source, tmp_path):
+def test_every_other_file_of_use_is_copied_byte_for_byte(source, tmp_path):
     (source / "tokenizer.json").write_bytes(b'{"not": "parsed"}\r\n')
     (source / "onnx").mkdir()
     (source / "onnx" / "LICENSE").write_bytes(b"\x00\xff")
@@ -75,11 +78,109 @@ def test_every_other_file_is_copied_byte_for_byte(source, tmp_path):
     assert all((source / name).read_bytes() == (tmp_path / "fused" / name).read_bytes() for name in copied)
 
 
-def test_code_beside_the_source_is_copied_and_said_so(source, tmp_path, caplog):
-    (source / "tokenization_own.py").write_text("raise SystemExit(1)")
+WANTED = {
+    "LICENSE", "License.MD", "NOTICE.txt", "README.md", "a.model", "added_tokens.json", "assets/logo.PNG",
+    "chat_template.jinja", "chat_template.json", "generation_config.json", "merges.txt", "preprocessor_config.json",
+    "special_tokens_map.json", "spiece.model", "templates/tool.jinja", "tokenizer.json", "tokenizer_config.json",
+    "vocab.json", "vocab.txt",
+}  # fmt: skip
+UNWANTED = {
+    "pickle.pickle", "scaler.joblib", "A.PKL", "weights.h5", "hook.so", "old.pyc", "tokenization_own.py", "run.sh",
+    "pytorch_model.bin", "adapter.safetensors", "vocab.pickle", "license.so", ".gitattributes", "onnx/config.json",
+    "onnx/model.onnx", "LICENSE.pkl",
+}  # fmt: skip
+HIDDEN = {
+    ".git/config", ".git/hooks/README.md", ".cache/huggingface/tokenizer.json", "__pycache__/a.pyc",
+    ".ipynb_checkpoints/README.md", "assets/.hidden/logo.png", "assets/__pycache__/logo.png",
+}  # fmt: skip
+
+
+def fill(folder, names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(name.encode())
+
+
+def files(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+WRITTEN = {
+    "config.json", "model.safetensors", "skipless.json", "configuration_skipless.py", "modeling_skipless.py"
+}  # fmt: skip
+
+
+def test_what_is_copied_is_on_a_list_and_what_is_left_out_is_said(source, tmp_path, caplog):
+    fill(source, WANTED | UNWANTED | HIDDEN)
     skipless.fuse(source, tmp_path / "fused")
-    assert "copied tokenization_own.py: code of the source's, which trust_remote_code=True may run" in caplog.text
-    assert (tmp_path / "fused" / "tokenization_own.py").read_text() == "raise SystemExit(1)"
+    assert files(tmp_path / "fused") == WANTED | WRITTEN
+    (line,) = [record.message for record in caplog.records if "not copied" in record.message]
+    folders = {".git/", ".cache/", "__pycache__/", ".ipynb_checkpoints/", "assets/.hidden/", "assets/__pycache__/"}
+    expected = sorted(UNWANTED | folders)
+    assert line == f"not copied: {', '.join(expected[:8])} and {len(expected) - 8} more; --copy PATTERN copies more"
+    record = json.loads((tmp_path / "fused" / "skipless.json").read_text())
+    assert record["source"]["files"].keys() == WANTED | {"config.json"}
+
+
+def test_nothing_is_said_where_nothing_is_left_out(source, tmp_path, caplog):
+    fill(source, WANTED)
+    skipless.fuse(source, tmp_path / "once", remove=("stream",))
+    skipless.fuse(tmp_path / "once", tmp_path / "twice", remove=("p",))
+    assert "not copied" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("patterns", "more"),
+    [
+        (["*.py"], {"tokenization_own.py"}),
+        (["*.p[iy]*", "h*.so"], {"pickle.pickle", "old.pyc", "vocab.pickle", "tokenization_own.py", "hook.so"}),
+        (["onnx"], {"onnx/model.onnx"}),
+        (["onnx/*.onnx"], {"onnx/model.onnx"}),
+        (["./onnx/", "run.sh"], {"onnx/model.onnx", "run.sh"}),
+        ([".git*"], {".gitattributes", ".git/config", ".git/hooks/README.md"}),
+        ([".git/hooks/*"], {".git/hooks/README.md"}),
+        (["__pycache__"], {"__pycache__/a.pyc", "assets/__pycache__/logo.png"}),
+        (["assets/.hidden"], {"assets/.hidden/logo.png"}),
+        (
+            ["*"],
+            UNWANTED - {"A.PKL", "LICENSE.pkl", "pytorch_model.bin", "adapter.safetensors", "onnx/config.json"}
+            - {".gitattributes"},
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_patterns_of_what_is_copied_too(source, tmp_path, patterns, more):
+    fill(source, WANTED | UNWANTED | HIDDEN)
+    reader = CheckpointReader(source)
+    assert {path.as_posix() for path in reader.other_files(patterns)} - WRITTEN == WANTED | more
+    skipless.fuse(source, tmp_path / "fused", copy=patterns)
+    assert files(tmp_path / "fused") == WANTED | WRITTEN | more
+    assert reader.fingerprint(patterns).keys() - WRITTEN == WANTED | more
+    record = json.loads((tmp_path / "fused" / "skipless.json").read_text())
+    assert record["options"]["copy"] == patterns
+    assert record["source"]["files"].keys() - WRITTEN == WANTED | more
+
+
+@pytest.mark.parametrize(
+    "pattern", ["x", "", "*.bin", "config.json", "modeling_*.py", "model.safetensors", "/etc/passwd", "../*", "git*"]
+)
+def test_a_pattern_that_names_nothing_to_copy(source, tmp_path, pattern):
+    fill(source, UNWANTED | HIDDEN)
+    with pytest.raises(skipless.InputError, match="copy: expected a pattern that names a file to copy, found "):
+        skipless.fuse(source, tmp_path / "fused", copy=["*.py", pattern])
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_hidden_folder_is_not_entered(source, monkeypatch):
+    fill(source, HIDDEN)
+    entered, listing = [], Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda path: entered.append(path.name) or listing(path))
+    CheckpointReader(source).other_files()
+    assert entered == ["source", "assets"]
+
+
+def test_all_that_generation_reads_is_copied():
+    assert [name for name in GENERATION_FILES if not is_copied(Path(name))] == []
 
 
 def test_config_keeps_what_fusing_does_not_change(source, tmp_path):

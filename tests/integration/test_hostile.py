@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from skipless import InputError, cli
-from skipless.architecture import Architecture
+from skipless.architecture import BOOKKEEPING, Architecture
 from skipless.checkpoint.gguf_file import GGUFReader
 from skipless.checkpoint.headers import INDEX, MOST_CONFIG, MOST_FILES, MOST_HEADER, MOST_INDEX, MOST_VALUES, SINGLE
 from skipless.checkpoint.reader import CheckpointReader
@@ -234,6 +234,15 @@ def test_any_value_of_any_field(base, tmp_path):
         ({"norms_removed": ["x\n"] * 10**5}, "norms_removed: expected names of norms of this model, found 'x\\n'"),
         ({"hidden_act": "x\x1b[2J"}, "hidden_act: expected a name, found 'x\\x1b[2J'"),
         ({"hidden_act": "x" * 10**6}, "hidden_act: expected a name, found 'xxx"),
+        ({"architectures": [1]}, "architectures: expected list[str] | None, found [1]; correct it"),
+        ({"problem_type": 5}, "problem_type: expected Literal['regression', 'single_label_classification', "),
+        ({"is_encoder_decoder": 1}, "is_encoder_decoder: expected bool, found 1; correct it"),
+        ({"return_dict": None}, "return_dict: expected bool, found None; correct it"),
+        ({"auto_map": 5}, "auto_map: expected dict[str, Any], found 5; correct it"),
+        (
+            {"id2label": {"0": "\x1b[2J"}, "label2id": 3},
+            "label2id: expected dict[str, int] | None, found 3; correct it",
+        ),
         ({"dtype": "moe"}, "dtype: expected one of float64, float32, bfloat16, float16; found 'moe'"),
         ({"x" * 10**6: 1}, "not a field of a skipless model"),
         ({"id2label": RAW("[" * 65 + "]" * 65)}, "more than 64 lists or objects within each other"),
@@ -247,6 +256,44 @@ def test_a_config(source, changes, message):
     (source / "config.json").write_bytes(hostile.to_bytes({**hostile.SKIPLESS, **changes}))
     commands = COMMANDS if "number of tensors" not in message and "model.embed" not in message else COMMANDS[2:]
     refused(source, message, commands=commands)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"is_encoder_decoder": True}, "is_encoder_decoder: expected one of False; found True, which is not supported"),
+        ({"return_dict": False}, "return_dict: expected one of True; found False, which is not supported"),
+        ({"id2label": {"a": "b"}}, "config.json: invalid literal for int() with base 10: 'a'"),
+        ({"initializer_range": 0.02}, "initializer_range: not a field of a skipless model, found 0.02; remove it"),
+    ],
+    ids=str,
+)
+def test_a_config_that_transformers_would_not_load(source, changes, message):
+    (source / "config.json").write_bytes(hostile.to_bytes({**hostile.SKIPLESS, **changes}))
+    refused(source, message, commands=COMMANDS[2:])
+    with pytest.raises(InputError):
+        load(source, None)
+
+
+OPENED = {
+    "is_encoder_decoder": {"false"},
+    "return_dict": {"true"},
+    "use_cache": {"true", "false"},
+    "problem_type": {"null"},
+    "auto_map": {"{}", '{"": null}'},
+}
+
+
+@pytest.mark.parametrize("name", sorted(BOOKKEEPING.keys() - {"model_type"}))
+def test_what_opens_transformers_builds(tmp_path, name):
+    files = hostile.valid(hostile.SKIPLESS)
+    opened = set()
+    for value in hostile.VALUES:
+        files["config.json"] = hostile.to_bytes({**hostile.SKIPLESS, name: RAW(value)})
+        if hostile.attempt(hostile.write(tmp_path / "case", files)) is None:
+            opened.add(value)
+    assert len(opened) < len(hostile.VALUES) / 2
+    assert opened == OPENED.get(name, opened)
 
 
 def test_too_many_layers_are_refused_before_anything_is_built_of_their_number(monkeypatch):
@@ -309,8 +356,8 @@ def test_what_may_not_be_read(sharded, name):
 
 def test_copies_stay_within_the_folder(source, tmp_path):
     (tmp_path / "secret").write_text("secret")
-    (source / "notes.txt").symlink_to(tmp_path / "secret")
-    refused(source, "notes.txt: expected a file in this folder, found a symlink to ", commands=COMMANDS[3:])
+    (source / "README.md").symlink_to(tmp_path / "secret")
+    refused(source, "README.md: expected a file in this folder, found a symlink to ", commands=COMMANDS[3:])
 
 
 def test_many_folders_within_each_other(source):
@@ -363,9 +410,9 @@ def test_a_pickle_beside_or_under_another_name(source):
     refused(source, WHOLE)
 
 
-def patched(place, data, offset=0):
+def patched(place, data, offset=0, base=hostile.BASES["gguf"]):
     """The small GGUF file with other bytes at a place, given by what stands before it."""
-    base = hostile.BASES["gguf"]["tiny.gguf"]
+    base = base["tiny.gguf"]
     start = (base.index(place) + len(place) if isinstance(place, bytes) else place) + offset
     return base[:start] + data + base[start + len(data) :]
 
@@ -403,6 +450,49 @@ def test_a_gguf_file(tmp_path, data, found):
     (tmp_path / "tiny.gguf").write_bytes(data)
     whole = ("tiny.gguf: expected a whole GGUF file, found", "copy or download it again")
     refused(tmp_path / "tiny.gguf", *whole, found, commands=COMMANDS[:3])
+
+
+K0, EMBEDDING = b"blk.0.attn_k.weight", b"token_embd.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "found"),
+    [
+        (
+            K0,
+            352,
+            "tiny.gguf: blk.0.attn_k.weight: expected after the end of blk.0.attn_q.weight at 608 bytes, found at 352",
+        ),
+        (
+            K0,
+            576,
+            "blk.0.attn_k.weight: expected after the end of blk.0.attn_q.weight at 608 bytes, found at 576: the two",
+        ),
+        (EMBEDDING, 32, "blk.0.attn_q.weight: expected after the end of token_embd.weight at 384 bytes, found at 352"),
+        (K0, 612, "blk.0.attn_k.weight: expected at a multiple of 32 bytes, as general.alignment says, found at 612"),
+    ],
+    ids=["the same", "the end", "the next", "aligned"],
+)
+def test_gguf_tensors_that_overlap_or_are_not_aligned(tmp_path, name, place, found):
+    (tmp_path / "tiny.gguf").write_bytes(patched(name, struct.pack("<Q", place), 24))
+    refused(tmp_path / "tiny.gguf", found, "copy or download it again", commands=COMMANDS[:3])
+
+
+def test_the_alignment_that_a_gguf_file_says(tmp_path):
+    base = hostile.valid_gguf(64)
+    path = hostile.write(tmp_path / "case", base)
+    assert hostile.attempt(path) is None
+    start = next(tensor for tensor in GGUFReader(path)._file.tensors if tensor.name == K0.decode())
+    place = int(start.data_offset - GGUFReader(path)._file.data_offset) + 32
+    path.write_bytes(patched(K0, struct.pack("<Q", place), 24, base))
+    refused(path, f"{K0.decode()}: expected at a multiple of 64 bytes", f"found at {place}", commands=COMMANDS[:3])
+
+
+@pytest.mark.parametrize("alignment", [0, 3])
+def test_an_alignment_that_is_none(tmp_path, alignment):
+    data = patched(b"general.alignment", struct.pack("<I", alignment), 4, hostile.valid_gguf(64))
+    (tmp_path / "tiny.gguf").write_bytes(data)
+    refused(tmp_path / "tiny.gguf", "tiny.gguf: ", "power of", commands=COMMANDS[:3])
 
 
 @pytest.mark.parametrize(

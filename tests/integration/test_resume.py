@@ -160,6 +160,7 @@ def test_without_resume_nothing_is_lost(source, tmp_path, stopped):
             {"max_shard_size": 30_000},
             "options.max_shard_size: expected 20000, as when this fuse was begun, found 30000",
         ),
+        ({"copy": ["generation*"]}, r"options.copy: expected \[\], as when .* found \[.generation\*.\]"),
     ],
     ids=str,
 )

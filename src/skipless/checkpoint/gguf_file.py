@@ -21,12 +21,14 @@ SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 STRING, ARRAY = 8, 9
 MOST_DIMENSIONS = 4
 
+AGAIN = "copy or download it again"
+
 
 class GGUFReader:
     """A GGUF file opened for reading; tensors are memory-mapped and dequantized on request, to fp32.
 
     config: the metadata, model_type "gguf-" and the architecture's name. Raises InputError for what is no whole GGUF
-    file, and if the package gguf is not there.
+    file, for tensors that overlap or are not aligned, and if the package gguf is not there.
     """
 
     def __init__(self, file: Path):
@@ -39,10 +41,9 @@ class GGUFReader:
         except ImportError:
             raise InputError(f"{file}: GGUF files need the [gguf] extra; pip install 'skipless[gguf]'") from None
         except Exception as error:  # the package raises whatever its parsing comes upon
-            raise InputError(
-                f"{file}: expected a whole GGUF file, found {error!r}; copy or download it again"
-            ) from error
+            raise InputError(f"{file}: expected a whole GGUF file, found {error!r}; {AGAIN}") from error
         self.path = file
+        _check_places(file, self._file)
         self._tensors = {tensor.name: tensor for tensor in self._file.tensors}
         shapes = {name: tuple(int(size) for size in tensor.shape[::-1]) for name, tensor in self._tensors.items()}
         self.headers = {name: Header(shape, "F32", file.name) for name, shape in shapes.items()}
@@ -83,6 +84,26 @@ class GGUFReader:
         if not np.isfinite(values).all():
             raise InputError(f"{name}: expected finite numbers, found NaN or infinite ones; the file is damaged")
         return torch.from_numpy(np.array(values, dtype=np.float32))
+
+
+def _check_places(path: Path, file: Any) -> None:
+    """Raise InputError for a tensor that is not where general.alignment says, or begins within another one."""
+    alignment, end, before = int(file.alignment), 0, ""
+    if alignment < 1 or alignment & (alignment - 1):
+        raise InputError(f"{path}: general.alignment: expected a power of 2, found {alignment}; {AGAIN}")
+    for tensor in sorted(file.tensors, key=lambda tensor: int(tensor.data_offset)):
+        start = int(tensor.data_offset) - int(file.data_offset)
+        if start % alignment:
+            raise InputError(
+                f"{path}: {tensor.name}: expected at a multiple of {alignment} bytes, as general.alignment says, found "
+                f"at {start:,}; {AGAIN}"
+            )
+        if start < end:
+            raise InputError(
+                f"{path}: {tensor.name}: expected after the end of {before} at {end:,} bytes, found at {start:,}: the "
+                f"two overlap; {AGAIN}"
+            )
+        end, before = start + int(tensor.n_bytes), tensor.name
 
 
 def _open(file: Path) -> Any:

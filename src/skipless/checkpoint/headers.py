@@ -4,19 +4,19 @@ import json
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from skipless.checkpoint.others import PICKLES, is_copied, is_entered
 from skipless.dtypes import INDEX_NAMES, SAFETENSORS_NAMES
 from skipless.errors import InputError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 # Bytes of what is read whole. Published configs have 0.1 MB at most, indices 20 MB; safetensors reads headers of up to
 # 100 MB, in which there would be more tensors than MOST_VALUES allows.
@@ -120,35 +120,54 @@ class Folder:
         """
         check_headers(self.headers, str(self.folder), "config.json", expected, indices, ignores)
 
-    def other_files(self) -> list[Path]:
-        """Everything beside config.json and weights in any format, relative to the folder, in a fixed order.
+    def other_files(self, copy: Collection[str] = ()) -> list[Path]:
+        """What is copied along, relative to the folder, in a fixed order: by what it is for, and `copy` (others.py).
 
         Raises InputError for a folder that cannot be read, and for what cannot be copied: anything but files, and a
         symlink out of the folder, but to the blobs of HuggingFace's cache.
         """
+        found = sorted(path for path, copied in self._others(copy) if copied)
+        for path in found:
+            self._check_copied(self.folder / path)
+        return found
+
+    def left_out(self, copy: Collection[str] = ()) -> list[str]:
+        """What else is in the folder, beside config.json and the weights: files, and folders with all in them."""
+        ours = {"config.json", INDEX, *self.shards}
+        return sorted(
+            f"{path.as_posix()}{'/' * (self.folder / path).is_dir()}"
+            for path, copied in self._others(copy)
+            if not copied and path.as_posix() not in ours
+        )
+
+    def _check_copied(self, file: Path) -> None:
+        check_file(file, "a file to copy")
         root = self.folder.resolve()
         inside = (root, root.parent.parent / "blobs") if root.parent.name == "snapshots" else (root,)
-        weights = ("config.json", "*.safetensors", "*.index.json", *PICKLES)
-        found: list[Path] = []
-        folders = [self.folder]
+        if not any(file.resolve().is_relative_to(place) for place in inside):
+            raise InputError(
+                f"{file}: expected a file in this folder, found a symlink to {file.resolve()}; put a copy in its "
+                f"place or remove it"
+            )
+
+    def _others(self, copy: Collection[str]) -> Iterator[tuple[Path, bool]]:
+        """Files, and folders that are not entered, relative to the folder, and whether they are copied."""
+        count, folders = 0, [self.folder]
         while folders:
             parent = folders.pop()
             if len(parent.parts) - len(self.folder.parts) > MOST_NESTED:
                 raise InputError(f"{parent}: expected at most {MOST_NESTED} folders within each other; remove it")
             for file in _files(parent):
-                if file.is_dir() and not file.is_symlink():
+                path = file.relative_to(self.folder)
+                if file.is_symlink() or not file.is_dir():
+                    yield path, is_copied(path, copy)
+                elif is_entered(path, copy):
                     folders.append(file)
-                elif not any(file.match(pattern) for pattern in weights):
-                    check_file(file, "a file to copy")
-                    if not any(file.resolve().is_relative_to(place) for place in inside):
-                        raise InputError(
-                            f"{file}: expected a file in this folder, found a symlink to {file.resolve()}; put a copy "
-                            f"in its place or remove it"
-                        )
-                    found.append(file.relative_to(self.folder))
-            if len(found) + len(folders) > MOST_FILES:
+                else:
+                    yield path, False
+                count += 1
+            if count > MOST_FILES:
                 raise InputError(f"{self.folder}: expected at most {MOST_FILES:,} other files; remove them")
-        return sorted(found)
 
 
 def check_headers(

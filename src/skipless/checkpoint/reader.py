@@ -3,7 +3,7 @@
 import io
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,9 +76,12 @@ class CheckpointReader(Folder):
         """What to call it, and open it by, anywhere."""
         return str(self.folder.resolve())
 
-    def fingerprint(self) -> dict[str, Any]:
-        """What tells this checkpoint from another, or from itself after a change: sizes and times of its files."""
-        others = {str(file): _stamp(self.folder / file) for file in self.other_files()}
+    def fingerprint(self, copy: Collection[str] = ()) -> dict[str, Any]:
+        """What tells this checkpoint from another, or from itself after a change: sizes and times of its files.
+
+        copy: what is copied along beside the usual (other_files).
+        """
+        others = {str(file): _stamp(self.folder / file) for file in self.other_files(copy)}
         return {name: list(stamp) for name, stamp in (self._stamps | others).items()}
 
     def check_unchanged(self) -> None:

@@ -7,7 +7,7 @@ they are, a range of bytes at a time.
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ from skipless.checkpoint.headers import (
     MOST_FILES,
     MOST_HEADER,
     MOST_INDEX,
-    PICKLES,
     ignores_nothing,
 )
 from skipless.checkpoint.manifest import JOB
+from skipless.checkpoint.others import PICKLES
 from skipless.checkpoint.reader import CheckpointReader, changed
 from skipless.errors import InputError, StorageError
 
@@ -121,7 +121,7 @@ class RemoteReader(CheckpointReader):
     def _version(info: Mapping[str, Any]) -> dict[str, str]:
         return {name: str(value) for name, value in info.items() if name in VERSIONS}
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self, copy: Collection[str] = ()) -> dict[str, Any]:
         return self._versions
 
     def check_unchanged(self) -> None:

@@ -23,6 +23,8 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "attention_shaping": (None, "value", "full"),
     "stream_basis": (None, "q", "k", "v", "pivoted"),
     "rest_dtype": (None, "float32"),
+    "is_encoder_decoder": (False,),
+    "return_dict": (True,),
 }
 
 # Where a norm may stand: on what Q, K, V read, on what M reads, on the embeddings and before the head.

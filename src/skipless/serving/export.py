@@ -8,9 +8,11 @@ from importlib import import_module
 from pathlib import Path
 
 from skipless.checkpoint.headers import Folder
+from skipless.checkpoint.others import tell_left_out
 from skipless.checkpoint.staging import LocalPlace
 from skipless.errors import InputError, extra
 from skipless.model_files import MODEL_FILES
+from skipless.record import RECORD
 
 # By what `export` is asked for: the module that writes it (with WEIGHTS and `write`).
 FORMATS = {"openvino": "skipless.serving.openvino", "onnx": "skipless.serving.onnx"}
@@ -30,7 +32,7 @@ def export(source: str | Path, destination: str | Path, *, to: str, weights: str
     """Write the skipless model folder `source` for the engine `to` (of FORMATS) into the new folder `destination`.
 
     weights: how to store them, of the format's WEIGHTS; a plain cast where fewer bits than the source has, so store in
-    half precision with `fuse` first. Every other file of the source - config.json, tokenizer, licence - is copied.
+    half precision with `fuse` first. What else fuse copies along - config.json, tokenizer, licence - is copied, too.
     Raises InputError for anything that stands in the way; `destination` then does not exist.
     """
     if to not in FORMATS:
@@ -44,8 +46,9 @@ def export(source: str | Path, destination: str | Path, *, to: str, weights: str
         raise InputError(f"{destination}: expected a folder outside the source {source}, which stays as it is")
     place = LocalPlace(destination)
     place.check()
-    ours = {file.name for file in MODEL_FILES}
-    others = [file for file in Folder(source).other_files() if file.name not in ours]
+    ours, opened = {RECORD, *(file.name for file in MODEL_FILES)}, Folder(source)
+    others = [file for file in opened.other_files() if str(file) not in ours]
+    tell_left_out([name for name in opened.left_out() if name not in ours])
     with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as beside:
         folder = Path(beside) / "model"
         folder.mkdir()
