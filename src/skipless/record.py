@@ -84,7 +84,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     """A folder's record, or None if it has none. Raises InputError, naming the field, for one not written by fuse."""
     if not (folder / RECORD).exists():
         return None
-    record = read_json_object(folder / RECORD)
+    record = read_json_object(folder / RECORD, folder=folder)
 
     def expect(condition: bool, field: str, what: str) -> None:
         if not condition:
@@ -122,7 +122,7 @@ def differences(folder: Path, record: Mapping[str, Any]) -> Iterator[tuple[str, 
         file = folder / name
         if not file.exists():
             yield name, "expected as it was written, found no such file"
-        elif (size := check_file(file, "a file")) != entry["bytes"]:
+        elif (size := check_file(file, "a file", folder)) != entry["bytes"]:
             yield name, f"expected {entry['bytes']:,} bytes, as it was written, found {size:,}"
         elif digest(file) != entry["sha256"]:
             yield name, "expected the bytes that were written, found others"
