@@ -70,7 +70,7 @@ def run(plan: Plan, reader: CheckpointReader, todo: Sequence[int], address: str 
         plan, tasks = _placed(plan, todo, reader.device.type)
         waiting = deque(sorted(tasks, key=lambda task: task.cost.total, reverse=True))
         room = SHARE * ray.cluster_resources().get("object_store_memory", 0)
-        job = ray.put(Input(plan, reader.place, reader.device.type, reader.fingerprint()))
+        job = ray.put(Input(plan, reader.place, reader.device.type, reader.shared_fingerprint()))
         try:
             while waiting or running:
                 while waiting and (not running or sum(task.gives for task in (*running, waiting[0])) <= room):
@@ -253,7 +253,7 @@ def _opened(reference: "ray.ObjectRef[Input]") -> tuple[Plan, CheckpointReader]:
         reader = open_reader(job.place, job.device)
     except InputError as error:
         raise StorageError(f"{error} (on {platform.node()}; all machines must see the same folder)") from error
-    for name, found in reader.fingerprint().items():
+    for name, found in reader.shared_fingerprint().items():
         if found != job.files.get(name):
             raise StorageError(
                 f"{job.place}: {name}: expected size and time {job.files.get(name)}, as where fuse was called, found "

@@ -5,7 +5,7 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 
 from skipless.behind import Behind
 from skipless.casting import underflows
+from skipless.checkpoint.digests import Digests
 from skipless.checkpoint.manifest import Entry, Manifest
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.checkpoint.remote import RemotePlace, is_remote, open_reader
@@ -77,10 +78,10 @@ def fuse(
         write_json(staging.folder / "config.json", plan.config)
         entries = [entry for _, entry in sorted(staging.manifest.done.items())]
         outcomes = [Outcome(**outcome) for entry in entries for outcome in entry.outcomes]
-        differences = _check(plan, reader, CheckpointReader(staging.folder), outcomes)
+        sources = _sources(entry.sources for entry in entries)
+        differences = _check(plan, reader, CheckpointReader(staging.folder), outcomes, sources)
         reader.check_unchanged()
         made = job.made() | {"check": {each.name: [each.error, each.limit] for each in differences}}
-        sources = {name: digest for entry in entries for name, digest in entry.sources.items()}
         write_record(staging.folder, reader, made, sources, outcomes, shards)
     problems = [outcome.problem for outcome in outcomes if outcome.problem is not None]
     if problems:
@@ -180,16 +181,35 @@ def _copied(plan: Plan) -> dict[str, torch.dtype]:
     return {name: plan.outputs[name].dtype for name in names if not plan.outputs[name].is_index}
 
 
+def _sources(read: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """The SHA-256 of each tensor of the source that was read. Raises InputError for one that has two."""
+    found: dict[str, str] = {}
+    for name, digest in (item for each in read for item in each.items()):
+        if found.setdefault(name, digest) != digest:
+            raise InputError(
+                f"{name}: expected the bytes that were read of it before, found others: the source has changed "
+                f"meanwhile; let nothing write to it, and begin anew"
+            )
+    return found
+
+
 def _check(
-    plan: Plan, source: CheckpointReader, fused: CheckpointReader, outcomes: Sequence[Outcome]
+    plan: Plan,
+    source: CheckpointReader,
+    fused: CheckpointReader,
+    outcomes: Sequence[Outcome],
+    sources: Mapping[str, str],
 ) -> list[Difference]:
-    """As check_fused; what biases or gains that became zero have spoiled is no bug."""
-    try:
-        return check_fused(plan, source, fused, outcomes)
-    except BugError:
-        for found in underflows(plan.inputs, _copied(plan), source.tensor, vectors=True):
-            raise InputError(str(found)) from None
-        raise
+    """As check_fused; what biases or gains that became zero have spoiled is no bug, nor what a changed source has."""
+    with Digests(source) as digests:
+        try:
+            return check_fused(plan, source.config, digests, fused, outcomes)
+        except BugError:
+            for found in underflows(plan.inputs, _copied(plan), source.tensor, vectors=True):
+                raise InputError(str(found)) from None
+            raise
+        finally:
+            _sources([sources, digests.finish()])
 
 
 def _copy_others(reader: CheckpointReader, folder: Path) -> None:

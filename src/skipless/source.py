@@ -33,6 +33,16 @@ class Reader(Protocol):
         """Read one. Raises InputError if it cannot be read, or holds NaN or infinity."""
 
 
+class RowReader(Protocol):
+    """The same of a skipless checkpoint, of whose tensors rows (start, stop) can be read alone."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    @property
+    def tensor(self) -> Read: ...
+
+
 @dataclass(frozen=True)
 class Source:
     """A checkpoint of any family that has been opened, its headers agreeing with its config."""
