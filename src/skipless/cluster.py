@@ -256,7 +256,7 @@ def _opened(reference: "ray.ObjectRef[Input]") -> tuple[Plan, CheckpointReader]:
     for name, found in reader.shared_fingerprint().items():
         if found != job.files.get(name):
             raise StorageError(
-                f"{job.place}: {name}: expected size and time {job.files.get(name)}, as where fuse was called, found "
+                f"{reader.name}: {name}: expected size and time {job.files.get(name)}, as where fuse was called, found "
                 f"{found} on {platform.node()}; share one folder, or copy it with the times of its files"
             )
     return job.plan, reader

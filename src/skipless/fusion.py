@@ -18,7 +18,7 @@ from skipless.casting import underflows
 from skipless.checkpoint.digests import Digests
 from skipless.checkpoint.manifest import Entry, Manifest
 from skipless.checkpoint.reader import CheckpointReader
-from skipless.checkpoint.remote import RemotePlace, is_remote, open_reader
+from skipless.checkpoint.remote import RemotePlace, located, open_reader, shown
 from skipless.checkpoint.staging import LocalPlace, Place, Staging, staged
 from skipless.checkpoint.writer import CheckpointWriter, write_json
 from skipless.closing import Done
@@ -123,7 +123,7 @@ class Job:
         """What must be the same for two runs to write the same bytes."""
         plan = self.plan
         return {
-            "source": self.reader.place,
+            "source": self.reader.name,
             "files": self.reader.fingerprint(),
             **self.made(),
             "outputs": hashlib.sha256(repr((plan.tasks, dict(plan.outputs), plan.config)).encode()).hexdigest(),
@@ -144,9 +144,8 @@ def plan_fuse(
     """All that a fuse will do, and everything refused that can be before the first write; arguments as for fuse."""
     chosen = choose_engine(engine, address)
     place = destination_place(destination)
-    written = place.unfinished if is_remote(destination) else destination
-    if Path(os.path.realpath(written)).is_relative_to(os.path.realpath(source)):
-        raise InputError(f"{place}: expected a folder outside the source {source}, which stays as it is")
+    if _is_within(place, located(source)):
+        raise InputError(f"{place}: expected a folder outside the source {shown(source)}, which stays as it is")
     place.check()
     reader = open_reader(source, device)
     here = reader.device.type == "cpu" and engine == "local"
@@ -172,7 +171,16 @@ def plan_fuse(
 
 def destination_place(destination: str | Path) -> Place:
     """Where DST is to be: at a path or a URL."""
-    return RemotePlace(str(destination)) if is_remote(destination) else LocalPlace(Path(destination))
+    found = located(destination)
+    return RemotePlace(found) if isinstance(found, str) else LocalPlace(found)
+
+
+def _is_within(place: Place, source: str | Path) -> bool:
+    """Whether what is to be at a place would be written into the source."""
+    if isinstance(source, str):
+        return f"{place}/".startswith(f"{shown(source).rstrip('/')}/")
+    written = place.path if isinstance(place, LocalPlace) else place.unfinished
+    return Path(os.path.realpath(written)).is_relative_to(os.path.realpath(source))
 
 
 def _copied(plan: Plan) -> dict[str, torch.dtype]:
@@ -219,7 +227,7 @@ def _copy_others(reader: CheckpointReader, folder: Path) -> None:
         logger.warning("copied %s: code of the source's, which trust_remote_code=True may run", ", ".join(code))
     for file in files:
         (folder / file.parent).mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(reader.folder / file, folder / file)
+        shutil.copyfile(reader.fetch(file), folder / file)
 
 
 def _execute(job: Job, staging: Staging, progress: Callable[[Plan, Task | None], None]) -> dict[str, str]:

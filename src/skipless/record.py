@@ -58,10 +58,10 @@ def replace_record(folder: Path, record: Mapping[str, Any]) -> None:
 
 def _source(reader: CheckpointReader) -> dict[str, Any]:
     """What the source is called, and the SHA-256 of its files; of shards, of their headers, as the tensors' follow."""
-    others = ["config.json", *map(str, reader.other_files())]
-    found = {name: digest(reader.folder / name) for name in others}
+    others = [Path("config.json"), *reader.other_files()]
+    found = {str(name): digest(reader.fetch(name)) for name in others}
     headers = {shard: digest(reader.folder / shard, _header_bytes(reader.folder / shard)) for shard in reader.shards}
-    return {"name": reader.place.rstrip("/").rpartition("/")[2], "files": found, "headers": headers}
+    return {"name": reader.name.rstrip("/").rpartition("/")[2], "files": found, "headers": headers}
 
 
 def _header_bytes(shard: Path) -> int:

@@ -76,6 +76,15 @@ class CheckpointReader(Folder):
         """What to call it, and open it by, anywhere."""
         return str(self.folder.resolve())
 
+    @property
+    def name(self) -> str:
+        """What to call it to anybody: its place without secrets."""
+        return self.place
+
+    def fetch(self, file: Path) -> Path:
+        """Where a file of other_files can be read."""
+        return self.folder / file
+
     def fingerprint(self) -> dict[str, Any]:
         """What tells this checkpoint from another, or from itself after a change: of each file, what _stamped gives."""
         others = {str(file): _stamp(self.folder / file) for file in self.other_files()}
