@@ -297,6 +297,7 @@ def fuse(
 ) -> None:
     """Write the skipless checkpoint SRC without the weights it does not need into the new folder DST."""
     from skipless import fusion, tables
+    from skipless.checkpoint.remote import shown
     from skipless.request import Request
 
     options, size = parse_removal(**removal), parse_size("--max-shard-size", max_shard_size)
@@ -325,7 +326,7 @@ def fuse(
                 )
             except (KeyboardInterrupt, SystemExit):
                 if fusion.destination_place(destination).unfinished.exists():
-                    again = [word for word in sys.argv[1:] if word != "--resume"]
+                    again = [shown(word) for word in sys.argv[1:] if word != "--resume"]
                     line = f"interrupted; go on with: skipless {shlex.join(again)} --resume"
                     err.print(line, soft_wrap=True)
                 raise
@@ -342,7 +343,10 @@ def fuse(
     if plan.note:
         out.print(plan.note, soft_wrap=True)
     if not dry_run:
-        out.print(f"wrote {destination}; check it with: skipless verify {source} {destination}", soft_wrap=True)
+        out.print(
+            f"wrote {shown(destination)}; check it with: skipless verify {shown(source)} {shown(destination)}",
+            soft_wrap=True,
+        )
 
 
 @main.command()

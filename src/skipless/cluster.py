@@ -84,7 +84,7 @@ def run(plan: Plan, reader: CheckpointReader, todo: Sequence[int], address: str 
             waiting.remove(task)
             waiting.appendleft(SpotCheck(plan, task.number, device))
         room = SHARE * ray.cluster_resources().get("object_store_memory", 0)
-        job = ray.put(Input(plan, reader.place, device, reader.fingerprint()))
+        job = ray.put(Input(plan, reader.place, device, reader.shared_fingerprint()))
         try:
             while waiting or running:
                 while waiting and (not running or sum(task.gives for task in (*running, waiting[0])) <= room):
@@ -374,10 +374,10 @@ def _opened(reference: "ray.ObjectRef[Input]") -> tuple[Plan, CheckpointReader]:
         reader = open_reader(job.place, job.device)
     except InputError as error:
         raise StorageError(f"{error} (on {platform.node()}; all machines must see the same folder)") from error
-    for name, found in reader.fingerprint().items():
+    for name, found in reader.shared_fingerprint().items():
         if found != job.files.get(name):
             raise StorageError(
-                f"{job.place}: {name}: expected size and time {job.files.get(name)}, as where fuse was called, found "
+                f"{reader.name}: {name}: expected size and time {job.files.get(name)}, as where fuse was called, found "
                 f"{found} on {platform.node()}; share one folder, or copy it with the times of its files"
             )
     return job.plan, reader

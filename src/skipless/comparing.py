@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig
 
 from skipless.architecture import Architecture
-from skipless.checkpoint.headers import MOST_CONFIG, check_file, read_json_object
+from skipless.checkpoint.headers import MOST_CONFIG, check_file, check_links, read_json_object
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.errors import InputError
 from skipless.model_files import other_model_files
@@ -70,6 +70,8 @@ def compare_data(a: CheckpointReader, b: CheckpointReader) -> Data:
     function: list[str] = []
     generation: list[str] = []
     notes: list[str] = []
+    for folder in (a.folder, b.folder):
+        check_links(folder)
     for name, before, after in _config_differences(a.folder, b.folder):
         line = f"config.json: {name}: {_shown(before)} in A, {_shown(after)} in B"
         (generation if name in SPECIAL_TOKENS else function).append(line)

@@ -205,7 +205,7 @@ def resolve(model: str | Path) -> tuple[str, str, Architecture]:
         file.check(layout.shapes, ignores=layout.ignores)
         return path.stem, found.model_types[0], architecture
     if path.is_dir():
-        config = read_json_object(path / "config.json")
+        config = read_json_object(path / "config.json", folder=path)
         if any(path.glob("*.safetensors")):
             family.check(Folder(path))
     elif path.suffix == ".json" or path.is_file():

@@ -30,7 +30,7 @@ Engine = Callable[[Plan, CheckpointReader, Sequence[int]], Results]
 def run_digested(plan: Plan, task: Task, reader: CheckpointReader) -> Done:
     """Carry out one task, as closing.run_task does, and take the SHA-256 of what it reads."""
     digests = Digests(reader, overwritten=task.by_rows)
-    done = run_task(plan, task, digests.read)
+    done = run_task(plan, task, digests.tensor)
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         with digests:

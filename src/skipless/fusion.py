@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,12 @@ import torch
 from skipless.behind import Behind
 from skipless.casting import underflows
 from skipless.checkpoint import files
+from skipless.checkpoint.digests import Digests
 from skipless.checkpoint.headers import INDEX
 from skipless.checkpoint.manifest import JOURNAL, Entry, Manifest
 from skipless.checkpoint.others import tell_left_out, unused
 from skipless.checkpoint.reader import CheckpointReader
-from skipless.checkpoint.remote import RemotePlace, is_remote, open_reader
+from skipless.checkpoint.remote import RemotePlace, located, open_reader, shown
 from skipless.checkpoint.staging import LocalPlace, Place, Staging, staged
 from skipless.checkpoint.writer import CheckpointWriter, write_json
 from skipless.closing import Done
@@ -86,10 +87,10 @@ def fuse(
         write_json(staging.folder / "config.json", plan.config)
         entries = [entry for _, entry in sorted(staging.manifest.done.items())]
         outcomes = [Outcome(**outcome) for entry in entries for outcome in entry.outcomes]
-        differences = _check(plan, reader, CheckpointReader(staging.folder), outcomes)
+        sources = _sources(entry.sources for entry in entries)
+        differences = _check(plan, reader, CheckpointReader(staging.folder), outcomes, sources)
         reader.check_unchanged()
         made = job.made() | {"check": {each.name: [each.error, each.limit] for each in differences}}
-        sources = {name: digest for entry in entries for name, digest in entry.sources.items()}
         write_record(staging.folder, reader, made, sources, outcomes, shards, job.copy)
     problems = [outcome.problem for outcome in outcomes if outcome.problem is not None]
     if problems:
@@ -146,7 +147,7 @@ class Job:
         """What must be the same for two runs to write the same bytes."""
         plan = self.plan
         return {
-            "source": self.reader.place,
+            "source": self.reader.name,
             "files": self.reader.fingerprint(self.copy),
             **self.made(),
             "outputs": hashlib.sha256(repr((plan.tasks, dict(plan.outputs), plan.config)).encode()).hexdigest(),
@@ -168,10 +169,11 @@ def plan_fuse(
     """All that a fuse will do, and everything refused that can be before the first write; arguments as for fuse."""
     chosen = choose_engine(engine, address)
     place = destination_place(destination)
-    written = place.unfinished if is_remote(destination) else destination
-    if Path(os.path.realpath(written)).is_relative_to(os.path.realpath(source)):
-        raise InputError(f"{place}: expected a folder outside the source {source}, which stays as it is")
-    _check_outside(place, [Path(source)])
+    found = located(source)
+    if _is_within(place, found):
+        raise InputError(f"{place}: expected a folder outside the source {shown(source)}, which stays as it is")
+    if isinstance(found, Path):
+        _check_outside(place, [found])
     place.check()
     reader = open_reader(source, device)
     copied = [file for file in reader.other_files(copy) if str(file) not in OURS]
@@ -194,15 +196,24 @@ def plan_fuse(
         raise InputError(f"{place}: expected {needed:,} bytes of free disk space, found {free:,}")
     if here:
         plan = within_memory(plan, resident_memory(), limit)
-    for found in underflows(plan.inputs, _copied(plan), reader.tensor):
-        raise InputError(str(found))
+    for lost in underflows(plan.inputs, _copied(plan), reader.tensor):
+        raise InputError(str(lost))
     tell_left_out([name for name in reader.left_out(copy) if name not in OURS])
     return Job(request, max_shard_size, chosen, place, reader, plan, copy, tuple(copied))
 
 
 def destination_place(destination: str | Path) -> Place:
     """Where DST is to be: at a path or a URL."""
-    return RemotePlace(str(destination)) if is_remote(destination) else LocalPlace(Path(destination))
+    found = located(destination)
+    return RemotePlace(found) if isinstance(found, str) else LocalPlace(found)
+
+
+def _is_within(place: Place, source: str | Path) -> bool:
+    """Whether what is to be at a place would be written into the source."""
+    if isinstance(source, str):
+        return f"{place}/".startswith(f"{shown(source).rstrip('/')}/")
+    written = place.path if isinstance(place, LocalPlace) else place.unfinished
+    return Path(os.path.realpath(written)).is_relative_to(os.path.realpath(source))
 
 
 def _check_outside(place: Place, paths: Iterable[Path]) -> None:
@@ -222,23 +233,42 @@ def _copied(plan: Plan) -> dict[str, torch.dtype]:
     return {name: plan.outputs[name].dtype for name in names if not plan.outputs[name].is_index}
 
 
+def _sources(read: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """The SHA-256 of each tensor of the source that was read. Raises InputError for one that has two."""
+    found: dict[str, str] = {}
+    for name, digest in (item for each in read for item in each.items()):
+        if found.setdefault(name, digest) != digest:
+            raise InputError(
+                f"{name}: expected the bytes that were read of it before, found others: the source has changed "
+                f"meanwhile; let nothing write to it, and begin anew"
+            )
+    return found
+
+
 def _check(
-    plan: Plan, source: CheckpointReader, fused: CheckpointReader, outcomes: Sequence[Outcome]
+    plan: Plan,
+    source: CheckpointReader,
+    fused: CheckpointReader,
+    outcomes: Sequence[Outcome],
+    sources: Mapping[str, str],
 ) -> list[Difference]:
-    """As check_fused; what biases or gains that became zero have spoiled is no bug."""
-    try:
-        return check_fused(plan, source, fused, outcomes)
-    except BugError:
-        for found in underflows(plan.inputs, _copied(plan), source.tensor, vectors=True):
-            raise InputError(str(found)) from None
-        raise
+    """As check_fused; what biases or gains that became zero have spoiled is no bug, nor what a changed source has."""
+    with Digests(source) as digests:
+        try:
+            return check_fused(plan, source.config, digests, fused, outcomes)
+        except BugError:
+            for found in underflows(plan.inputs, _copied(plan), source.tensor, vectors=True):
+                raise InputError(str(found)) from None
+            raise
+        finally:
+            _sources([sources, digests.finish()])
 
 
 def _copy_others(job: Job, folder: Path) -> None:
     for file in job.copied:
         for parent in reversed(file.parents):
             files.make_folder(folder / parent)
-        files.copy(job.reader.folder / file, folder / file)
+        files.copy(job.reader.fetch(file), folder / file)
     for file in MODEL_FILES:
         files.copy(file, folder / file.name)
 
@@ -305,7 +335,7 @@ def _is_done(job: Job, task: Task, entry: Entry, writer: CheckpointWriter) -> bo
         and (set(entry.digests), set(entry.sources)) == (set(task.writes), set(task.reads))
         and all(writer.digest(name) == digest for name, digest in entry.digests.items())
         and (
-            is_remote(job.reader.place)
+            isinstance(located(job.reader.place), str)
             or all(tensor_digest(job.reader, name) == digest for name, digest in entry.sources.items())
         )
     )

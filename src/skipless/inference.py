@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import skipless.model  # noqa: F401  (registers the AutoClasses)
-from skipless.checkpoint.headers import Folder
+from skipless.checkpoint.headers import Folder, check_links
 from skipless.errors import InputError
 from skipless.quiet import no_library_bars
 
@@ -27,6 +27,7 @@ def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     Raises InputError when the folder does not load, or its tensors are not exactly the model's.
     """
     Folder(folder)
+    check_links(folder)
     try:
         with no_library_bars():
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -48,6 +49,7 @@ def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load a model folder's tokenizer. Code in the folder is never run. Raises InputError when it does not load."""
+    check_links(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception

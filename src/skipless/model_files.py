@@ -34,7 +34,7 @@ def refresh(folder: Path, tell: Callable[[str], None], dry_run: bool = False) ->
 
     Raises InputError for another model's folder, and for one that carries no model files.
     """
-    config = read_json_object(folder / "config.json", MOST_CONFIG)
+    config = read_json_object(folder / "config.json", MOST_CONFIG, folder)
     if config.get("model_type") != "skipless":
         raise InputError(
             f"{folder}: expected a skipless model folder, found model_type {config.get('model_type')!r} in config.json"
@@ -61,22 +61,22 @@ def refresh(folder: Path, tell: Callable[[str], None], dry_run: bool = False) ->
 def other_model_files(folder: Path) -> list[str]:
     """Which of a folder's model files are not this version's, absent ones included; none if it has none at all."""
     here = [file for file in MODEL_FILES if (folder / file.name).exists()]
-    return [file.name for file in MODEL_FILES if here and _text(folder / file.name) != _text(file)]
+    return [file.name for file in MODEL_FILES if here and _text(folder / file.name, folder) != _text(file)]
 
 
 def changes(folder: Path) -> Iterator[str]:
     """What replacing a folder's model files by this version's would change, as the lines of a unified diff."""
     for file in MODEL_FILES:
-        before, after = (_text(path).splitlines() for path in (folder / file.name, file))
+        before, after = _text(folder / file.name, folder).splitlines(), _text(file).splitlines()
         names = f"{folder / file.name}", f"{folder / file.name} (skipless's)"
         yield from difflib.unified_diff(before, after, *names, lineterm="")
 
 
-def _text(file: Path) -> str:
-    """A file's text, of none nothing. Raises InputError for what is no text."""
+def _text(file: Path, folder: Path | None = None) -> str:
+    """A file's text, of none nothing; folder: as for check_file. Raises InputError for what is no text."""
     if not os.path.lexists(file):
         return ""
-    if (size := check_file(file, "a model file")) > MOST:
+    if (size := check_file(file, "a model file", folder)) > MOST:
         raise InputError(f"{file}: expected a model file of at most {MOST:,} bytes, found {size:,}; remove it")
     try:
         return file.read_text(encoding="utf-8")

@@ -16,14 +16,13 @@ import torch
 from torch import nn
 
 from skipless.architecture import Architecture
-from skipless.checkpoint.reader import CheckpointReader
 from skipless.errors import BugError
 from skipless.model import SkiplessConfig, SkiplessForCausalLM
 from skipless.planning import Plan
 from skipless.prediction import Outcome
 from skipless.products import slices
 from skipless.rounding import rounding_error
-from skipless.source import Read
+from skipless.source import RowReader
 
 # Tokens, each a sequence of its own. Errors are means over them and over an output's columns.
 TOKENS = 4
@@ -110,9 +109,7 @@ def stored_as(dtype: torch.dtype, touched: Collection[str] | None = None) -> Cha
     return changed
 
 
-def streamed_model(
-    config: Mapping[str, Any], reader: CheckpointReader, change: Change = exactly
-) -> SkiplessForCausalLM:
+def streamed_model(config: Mapping[str, Any], reader: RowReader, change: Change = exactly) -> SkiplessForCausalLM:
     """A checkpoint's model, in fp64, whose matrices stay in the file, and are changed as they are read."""
     with torch.device("meta"):
         model = SkiplessForCausalLM(SkiplessConfig.from_dict({**config, "dtype": "float64"})).eval()
@@ -134,9 +131,8 @@ def streamed_model(
     return model
 
 
-def _reading(reader: CheckpointReader, name: str, change: Change) -> Callable[[slice | None], torch.Tensor]:
-    read: Read = reader.tensor
-    return lambda rows: change(name, read(name, rows).cpu())
+def _reading(reader: RowReader, name: str, change: Change) -> Callable[[slice | None], torch.Tensor]:
+    return lambda rows: change(name, reader.tensor(name, rows).cpu())
 
 
 @dataclass(frozen=True)
@@ -156,7 +152,7 @@ class Inputs:
 
 @torch.no_grad()
 def outputs(
-    config: Mapping[str, Any], reader: CheckpointReader, inputs: Inputs, change: Change = exactly
+    config: Mapping[str, Any], reader: RowReader, inputs: Inputs, change: Change = exactly
 ) -> dict[str, torch.Tensor]:
     """What a checkpoint gives, (tokens, columns): "0.q" of layer 0, "0.m" of its FFN's input matrices, "logits"."""
     model, found = streamed_model(config, reader, change), dict[str, torch.Tensor]()
@@ -182,7 +178,7 @@ def outputs(
 
 @torch.no_grad()
 def table_reads(
-    config: Mapping[str, Any], reader: CheckpointReader, letters: str, change: Change = exactly
+    config: Mapping[str, Any], reader: RowReader, letters: str, change: Change = exactly
 ) -> dict[str, torch.Tensor]:
     """What layer 0 reads of each row of the tables, "tokens" and "positions": (rows, MIXTURES), random mixtures of the
     columns of q, k (and v, by `letters`).
@@ -250,14 +246,14 @@ class Difference:
 
 
 def check_fused(
-    plan: Plan, source: CheckpointReader, fused: CheckpointReader, outcomes: Iterable[Outcome]
+    plan: Plan, config: Mapping[str, Any], source: RowReader, fused: RowReader, outcomes: Iterable[Outcome]
 ) -> list[Difference]:
     """Compare what a plan's source and result give for a few tokens, and what that may be by the seams' forecasts.
 
     Raises BugError naming the first output that is off by more: what was written is another function.
     """
     inputs = Inputs.drawn(plan.source)
-    before, after = outputs(source.config, source, inputs), outputs(plan.config, fused, inputs)
+    before, after = outputs(config, source, inputs), outputs(plan.config, fused, inputs)
     limit = limits(outcomes, plan.source, _cast(plan))
     found = [Difference(name, error, limit(name)) for name, error in compare(before, after, plan.source, plan.target)]
     for difference in found:

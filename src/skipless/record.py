@@ -55,10 +55,10 @@ def replace_record(folder: Path, record: Mapping[str, Any]) -> None:
 
 def _source(reader: CheckpointReader, copy: Collection[str]) -> dict[str, Any]:
     """What the source is called, and the SHA-256 of its files; of shards, of their headers, as the tensors' follow."""
-    others = ["config.json", *map(str, reader.other_files(copy))]
-    found = {name: digest(reader.folder / name) for name in others}
+    others = [Path("config.json"), *reader.other_files(copy)]
+    found = {str(name): digest(reader.fetch(name)) for name in others}
     headers = {shard: digest(reader.folder / shard, _header_bytes(reader.folder / shard)) for shard in reader.shards}
-    return {"name": reader.place.rstrip("/").rpartition("/")[2], "files": found, "headers": headers}
+    return {"name": reader.name.rstrip("/").rpartition("/")[2], "files": found, "headers": headers}
 
 
 def _header_bytes(shard: Path) -> int:
@@ -86,7 +86,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     """A folder's record, or None if it has none. Raises InputError, naming the field, for one not written by fuse."""
     if not (folder / RECORD).exists():
         return None
-    record = read_json_object(folder / RECORD)
+    record = read_json_object(folder / RECORD, folder=folder)
 
     def expect(condition: bool, field: str, what: str) -> None:
         if not condition:
@@ -124,7 +124,7 @@ def differences(folder: Path, record: Mapping[str, Any]) -> Iterator[tuple[str, 
         file = folder / name
         if not file.exists():
             yield name, "expected as it was written, found no such file"
-        elif (size := check_file(file, "a file")) != entry["bytes"]:
+        elif (size := check_file(file, "a file", folder)) != entry["bytes"]:
             yield name, f"expected {entry['bytes']:,} bytes, as it was written, found {size:,}"
         elif digest(file) != entry["sha256"]:
             yield name, "expected the bytes that were written, found others"

@@ -37,6 +37,16 @@ class Reader(Protocol):
         """Read one. Raises InputError if it cannot be read, or holds NaN or infinity."""
 
 
+class RowReader(Protocol):
+    """The same of a skipless checkpoint, of whose tensors rows (start, stop) can be read alone."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    @property
+    def tensor(self) -> Read: ...
+
+
 @dataclass(frozen=True)
 class Source:
     """A checkpoint of any family that has been opened, its headers agreeing with its config."""
@@ -152,7 +162,8 @@ def read_by_rows(module: Module, read: Read) -> Affine:
         if isinstance(which, slice):
             return read(name, which)
         found = first.new_empty(len(which), module.outputs)
-        for place, row in enumerate(which.tolist()):
+        for place in which.argsort().tolist():  # by their places in the file
+            row = int(which[place])
             found[place] = read(name, slice(row, row + 1))[0]
         return found
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import struct
 
@@ -354,10 +355,60 @@ def test_what_may_not_be_read(sharded, name):
     refused(sharded, name, "Permission denied")
 
 
-def test_copies_stay_within_the_folder(source, tmp_path):
-    (tmp_path / "secret").write_text("secret")
-    (source / "README.md").symlink_to(tmp_path / "secret")
-    refused(source, "README.md: expected a file in this folder, found a symlink to ", commands=COMMANDS[3:])
+@pytest.mark.parametrize("name", ["config.json", INDEX, hostile.SHARDS[1], "tokenizer.json", "templates/notes.txt"])
+def test_a_symlink_out_of_the_folder(sharded, tmp_path, name):
+    """Whatever it leads to: there, it would be read."""
+    file, elsewhere = sharded / name, tmp_path / "elsewhere"
+    file.parent.mkdir(exist_ok=True)
+    file.touch()
+    file.rename(elsewhere)
+    file.symlink_to(elsewhere)
+    found = f"{file}: expected a file in this folder, found a symlink to {elsewhere}; put a copy in its place or"
+    opened = name.endswith((INDEX, ".safetensors")) or name == "config.json"
+    refused(sharded, found, commands=COMMANDS if opened else COMMANDS[3:])
+    other = hostile.write(tmp_path / "other", hostile.BASES["skipless, sharded"])
+    if "/" not in name:
+        refused(other, found, commands=[["verify", str(sharded)]])
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "skipless.json"])
+def test_a_symlink_within_the_folder_and_a_folder_that_is_one(source, tmp_path, name):
+    (source / "tokenizer.json").write_text("{}")
+    (source / "here").mkdir()
+    (source / name).touch()
+    (source / name).rename(source / "here" / "file")
+    (source / name).symlink_to("here/file")
+    (tmp_path / "link").symlink_to(source)
+    options = ["fuse", "--dry-run", "--basis", "q", str(tmp_path / "link"), str(tmp_path / "fused")]
+    result = CliRunner().invoke(cli.main, options)
+    assert result.exit_code == 0, result.output
+
+
+def test_folders_that_only_look_like_the_hub_cache(source, tmp_path):
+    """Symlinks lead to files right in blobs, from a snapshot of a cache's model."""
+    for folder, target in (
+        ("models--a--b/snapshots/0f", "models--a--b/blobs/deep/config"),
+        ("models--a--b/snapshots/0f", "models--c/blobs/config"),
+        ("models--a--b/others/0f", "models--a--b/blobs/config"),
+        ("home/snapshots/0f", "home/blobs/config"),
+    ):
+        shutil.copytree(source, tmp_path / "case" / folder)
+        (tmp_path / "case" / target).parent.mkdir(parents=True)
+        config = tmp_path / "case" / folder / "config.json"
+        config.rename(tmp_path / "case" / target)
+        config.symlink_to(tmp_path / "case" / target)
+        refused(config.parent, "config.json: expected a file in this folder, found a symlink to ")
+        shutil.rmtree(tmp_path / "case")
+
+
+def test_symlinks_that_refresh_and_the_loaders_would_follow(source, tmp_path):
+    (source / "configuration_skipless.py").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").write_text("secret")
+    found = "configuration_skipless.py: expected a file in this folder, found a symlink to "
+    refused(source, found, commands=[["refresh"]])
+    for loads in (lambda: load(source, None), lambda: load_tokenizer(source)):
+        with pytest.raises(InputError, match=found):
+            loads()
 
 
 def test_many_folders_within_each_other(source):

@@ -14,8 +14,9 @@ import torch
 from click.testing import CliRunner
 from filelock import FileLock
 
-from skipless import InputError, cli, closing, engines, fuse
+from skipless import InputError, cli, closing, engines, fuse, fusion, verify
 from skipless.checkpoint import files
+from skipless.checkpoint import reader as reader_module
 from skipless.checkpoint.manifest import Manifest
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.checkpoint.staging import LocalPlace
@@ -324,6 +325,85 @@ def test_a_source_that_changes_meanwhile(source, tmp_path, monkeypatch, change):
     with pytest.raises(InputError, match=rf"{file.name}: expected the file as it was .* found it changed meanwhile"):
         fuse(source, tmp_path / "fused", **MANY_FILES)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def edit_in_place(file, offset):
+    """Change a byte of a file and set its times to what they were: size, time and place are the same."""
+    before = file.stat()
+    with file.open("r+b") as stream:
+        stream.seek(offset)
+        (byte,) = stream.read(1)
+        stream.seek(offset)
+        stream.write(bytes([byte ^ 1]))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = file.stat()
+    assert (after.st_size, after.st_mtime_ns, after.st_ino) == (before.st_size, before.st_mtime_ns, before.st_ino)
+
+
+def last_byte(source, name):
+    reader = CheckpointReader(source)
+    return reader.headers[name].start + reader.tensors[name].bytes - 8
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "generation_config.json"])
+def test_a_source_edited_in_place_between_two_runs(source, tmp_path, stopped, name):
+    data = (source / name).read_bytes()
+    edit_in_place(source / name, len(data) - 1 if name == "model.safetensors" else data.rindex(b'0"'))  # a version
+    with pytest.raises(InputError, match=rf"files\.{name}: expected .*, as when this fuse was begun, found "):
+        fuse(source, tmp_path / "fused", resume=True, **MANY_FILES)
+    assert (stopped / "journal.jsonl").exists()
+
+
+def test_a_source_edited_in_place_while_it_is_read(source, tmp_path, monkeypatch):
+    run, edited = closing.run_task, []
+
+    def changing(plan, task, read):
+        if not edited:
+            edited.append(edit_in_place(source / "model.safetensors", last_byte(source, "lm_head.weight")))
+        return run(plan, task, read)
+
+    monkeypatch.setattr(engines, "run_task", changing)
+    with pytest.raises(InputError, match=r"model\.safetensors: expected the file as it was when its header was read"):
+        fuse(source, tmp_path / "fused", **MANY_FILES)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_tensor_that_tasks_have_read_differently():
+    assert fusion._sources([{"a": "1", "b": "2"}, {"b": "2", "c": "3"}]) == {"a": "1", "b": "2", "c": "3"}
+    with pytest.raises(InputError, match=r"^b: expected the bytes that were read of it before, found others"):
+        fusion._sources([{"a": "1", "b": "2"}, {"b": "3"}])
+
+
+@pytest.fixture
+def mixed(source, tmp_path, monkeypatch):
+    """A fuse whose source is changed before it goes on, where a file system keeps no times. Gives the tensor's name."""
+    monkeypatch.setattr(reader_module, "_stamped", lambda found: (found.st_size,))
+    name = "model.layers.0.mlp.down_proj.weight"
+    with monkeypatch.context() as patch:
+        stop_at_write(patch, 14, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            fuse(source, tmp_path / "fused", **MANY_FILES)
+    edit_in_place(source / "model.safetensors", last_byte(source, name))
+    return name
+
+
+def test_verify_tells_a_mixture(source, tmp_path, monkeypatch, mixed):
+    with monkeypatch.context() as patch:
+        patch.setattr(fusion, "_sources", lambda read: {name: digest for each in read for name, digest in each.items()})
+        fuse(source, tmp_path / "fused", resume=True, **MANY_FILES)
+    report = verify(source, tmp_path / "fused", tokens=8)
+    assert f"by its skipless.json, B was made of another source than A: {mixed}" in report.data.notes
+
+
+@pytest.mark.parametrize("much", [False, True])
+def test_a_mixture_is_noticed_by_the_last_check(source, tmp_path, mixed, much):
+    """And not taken for a bug, even if it is large."""
+    name = mixed
+    if much:
+        edit_in_place(source / "model.safetensors", last_byte(source, name) + 7)
+    with pytest.raises(InputError, match=rf"{name}: expected the bytes that were read of it before, found others"):
+        fuse(source, tmp_path / "fused", resume=True, **MANY_FILES)
+    assert not (tmp_path / "fused").exists()
 
 
 def test_the_cli_resumes(source, tmp_path, stopped, whole):

@@ -4,13 +4,14 @@ The digest is of the very bytes that were used, so that a source that was change
 """
 
 import hashlib
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 
 from skipless.behind import Behind
-from skipless.checkpoint.reader import CheckpointReader
+from skipless.checkpoint.reader import CheckpointReader, TensorInfo
 
 # Bytes that may wait to be hashed, unless they are one tensor's.
 ROOM = 2**26
@@ -35,8 +36,13 @@ class Digests:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._behind.close()
 
-    def read(self, name: str, rows: slice | None = None, /) -> torch.Tensor:
-        """Read one tensor, or rows of it."""
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """What the headers say of them."""
+        return self._reader.tensors
+
+    def tensor(self, name: str, rows: slice | None = None, /) -> torch.Tensor:
+        """Read one, or rows of it."""
         return self._reader.tensor(name, rows, self._take)
 
     def _take(self, name: str, start: int, data: memoryview) -> None:

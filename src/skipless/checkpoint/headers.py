@@ -69,7 +69,7 @@ class Folder:
         if not folder.is_dir():
             raise InputError(f"{folder}: expected a model folder, found {'a file' if folder.exists() else 'nothing'}")
         self.folder = folder
-        self.config = read_json_object(folder / "config.json")
+        self.config = read_json_object(folder / "config.json", folder=folder)
         self._weight_map: dict[str, str] | None = None
         self.shards = self._find_shards()
         self.headers: Mapping[str, Header] = self._read_headers()
@@ -81,7 +81,7 @@ class Folder:
                 raise InputError(
                     f"{self.folder}: expected one of {SINGLE} and {INDEX}, found both; remove the stale one"
                 )
-            self._weight_map = _weight_map(index)
+            self._weight_map = _weight_map(index, self.folder)
             return sorted(set(self._weight_map.values()))
         if os.path.lexists(self.folder / SINGLE):
             return [SINGLE]
@@ -97,7 +97,7 @@ class Folder:
         headers: dict[str, Header] = {}
         for shard in self.shards:
             expected = "a safetensors file" if self._weight_map is None else f"a shard that {INDEX} names"
-            for name, header in sorted(read_header(self.folder / shard, expected).items()):
+            for name, header in sorted(read_header(self.folder / shard, expected, self.folder).items()):
                 if name in headers:
                     raise InputError(f"{name}: expected once, found in {headers[name].shard} and {shard}")
                 headers[name] = header
@@ -123,12 +123,12 @@ class Folder:
     def other_files(self, copy: Collection[str] = ()) -> list[Path]:
         """What is copied along, relative to the folder, in a fixed order: by what it is for, and `copy` (others.py).
 
-        Raises InputError for a folder that cannot be read, and for what cannot be copied: anything but files, and a
-        symlink out of the folder, but to the blobs of HuggingFace's cache.
+        Raises InputError for a folder that cannot be read, and for what cannot be copied: anything but files, and
+        symlinks that are not followed (check_file).
         """
         found = sorted(path for path, copied in self._others(copy) if copied)
         for path in found:
-            self._check_copied(self.folder / path)
+            check_file(self.folder / path, "a file to copy", self.folder)
         return found
 
     def left_out(self, copy: Collection[str] = ()) -> list[str]:
@@ -139,16 +139,6 @@ class Folder:
             for path, copied in self._others(copy)
             if not copied and path.as_posix() not in ours
         )
-
-    def _check_copied(self, file: Path) -> None:
-        check_file(file, "a file to copy")
-        root = self.folder.resolve()
-        inside = (root, root.parent.parent / "blobs") if root.parent.name == "snapshots" else (root,)
-        if not any(file.resolve().is_relative_to(place) for place in inside):
-            raise InputError(
-                f"{file}: expected a file in this folder, found a symlink to {file.resolve()}; put a copy in its "
-                f"place or remove it"
-            )
 
     def _others(self, copy: Collection[str]) -> Iterator[tuple[Path, bool]]:
         """Files, and folders that are not entered, relative to the folder, and whether they are copied."""
@@ -198,13 +188,13 @@ def check_headers(
             )
 
 
-def read_header(file: Path, expected: str = "a safetensors file") -> dict[str, Header]:
-    """The tensors of a safetensors file. Raises InputError if it is none, or not whole.
+def read_header(file: Path, expected: str = "a safetensors file", folder: Path | None = None) -> dict[str, Header]:
+    """The tensors of a safetensors file; folder: as for check_file. Raises InputError if it is none, or not whole.
 
     safetensors checks the header; where each tensor starts, which it does not say, is then read from it.
     """
     try:
-        size = check_file(file, expected)
+        size = check_file(file, expected, folder)
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if MOST_HEADER < length <= size:
@@ -226,9 +216,11 @@ def read_header(file: Path, expected: str = "a safetensors file") -> dict[str, H
     }
 
 
-def read_json_object(file: Path, most: int = MOST_CONFIG) -> dict[str, Any]:
-    """A JSON file of at most `most` bytes that holds an object. Raises InputError naming the file."""
-    size = check_file(file, "a JSON file")
+def read_json_object(file: Path, most: int = MOST_CONFIG, folder: Path | None = None) -> dict[str, Any]:
+    """A JSON file of at most `most` bytes that holds an object; folder: as for check_file. Raises InputError naming the
+    file.
+    """
+    size = check_file(file, "a JSON file", folder)
     if size > most:
         raise InputError(f"{file}: expected a JSON file of at most {most:,} bytes, found {size:,}; correct it")
     try:
@@ -243,10 +235,12 @@ def read_json_object(file: Path, most: int = MOST_CONFIG) -> dict[str, Any]:
     return value
 
 
-def check_file(file: Path, expected: str) -> int:
+def check_file(file: Path, expected: str, folder: Path | None = None) -> int:
     """The size in bytes of a file that can be opened without waiting for anything.
 
-    Raises InputError for anything but a regular file or a symlink to one. expected: what it should be, in words.
+    folder: the model folder that it belongs to, or None for one that the user has named. Of a model folder, a symlink
+    is followed to a file in that folder, and from a snapshot in HuggingFace's cache to its blobs. Raises InputError for
+    any other, and for anything but a regular file. expected: what it should be, in words.
     """
     try:
         found = file.stat()
@@ -257,6 +251,8 @@ def check_file(file: Path, expected: str) -> int:
         raise InputError(f"{file}: expected {expected}, found: {getattr(error, 'strerror', error)}") from error
     if not stat.S_ISREG(found.st_mode):
         raise InputError(f"{file}: expected {expected}, found {kind(found)}; put a file in its place or remove it")
+    if folder is not None:
+        check_link(file, folder)
     return found.st_size
 
 
@@ -265,9 +261,32 @@ def kind(found: os.stat_result) -> str:
     return FILE_TYPES.get(stat.S_IFMT(found.st_mode), "something else")
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def check_link(file: Path, folder: Path) -> None:
+    """Raise InputError for a symlink that leads out of a model folder, but to the blobs of its cache."""
+    if not file.is_symlink():
+        return
+    target, root = Path(os.path.realpath(file)), Path(os.path.realpath(folder))
+    blobs = (place.parent.parent / "blobs" for place in (root, *root.parents) if _is_snapshot(place))
+    if not target.is_relative_to(root) and target.parent not in blobs:
+        raise InputError(
+            f"{file}: expected a file in this folder, found a symlink to {target}; put a copy in its place or remove it"
+        )
+
+
+def check_links(folder: Path) -> None:
+    """check_link for all that transformers opens in a model folder, which is at most one folder deep."""
+    for file in sorted((*folder.glob("*"), *folder.glob("*/*"))):
+        check_link(file, folder)
+
+
+def _is_snapshot(folder: Path) -> bool:
+    """Whether a folder is models--NAME/snapshots/REVISION, whose files are symlinks to models--NAME/blobs/HASH."""
+    return folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
+
+
+def _weight_map(index: Path, folder: Path) -> dict[str, str]:
     """Tensors and their shards, files beside the index. Raises InputError."""
-    found = read_json_object(index, MOST_INDEX).get("weight_map")
+    found = read_json_object(index, MOST_INDEX, folder).get("weight_map")
     if not isinstance(found, dict) or not found:
         raise InputError(f"{index}: weight_map: expected tensor names and their files, found none")
     for shard in found.values():

@@ -76,13 +76,26 @@ class CheckpointReader(Folder):
         """What to call it, and open it by, anywhere."""
         return str(self.folder.resolve())
 
+    @property
+    def name(self) -> str:
+        """What to call it to anybody: its place without secrets."""
+        return self.place
+
+    def fetch(self, file: Path) -> Path:
+        """Where a file of other_files can be read."""
+        return self.folder / file
+
     def fingerprint(self, copy: Collection[str] = ()) -> dict[str, Any]:
-        """What tells this checkpoint from another, or from itself after a change: sizes and times of its files.
+        """What tells this checkpoint from another, or from itself after a change: of each file, what _stamped gives.
 
         copy: what is copied along beside the usual (other_files).
         """
         others = {str(file): _stamp(self.folder / file) for file in self.other_files(copy)}
         return {name: list(stamp) for name, stamp in (self._stamps | others).items()}
+
+    def shared_fingerprint(self) -> dict[str, Any]:
+        """What of the fingerprint is the same of a copy, on another machine, that has kept the times of its files."""
+        return {name: stamp[:2] for name, stamp in self.fingerprint().items()}
 
     def check_unchanged(self) -> None:
         """Raise InputError if a file is no longer the one whose header was read."""
@@ -183,13 +196,15 @@ def not_finite(tensor: torch.Tensor) -> int:
     return sum(block.numel() - int(torch.isfinite(block).sum()) for block in suspect)
 
 
-def _stamp(file: Path) -> tuple[int, int]:
+def _stamp(file: Path) -> tuple[int, ...]:
     return _stamped(file.stat())
 
 
-def _stamped(found: os.stat_result) -> tuple[int, int]:
-    """Size, and nanoseconds of the last change."""
-    return found.st_size, found.st_mtime_ns
+def _stamped(found: os.stat_result) -> tuple[int, ...]:
+    """Size; nanoseconds of the last change of what is in it, as anybody can set them, and of any change, as nobody can;
+    and which file it is.
+    """
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
 def _info(name: str, header: Header) -> TensorInfo:

@@ -1,23 +1,21 @@
 """Model folders that are not on a disk: anything that fsspec reads and writes (s3://, gs://, hf://, memory://, ...).
 
-What describes a checkpoint is small, so it is fetched: config.json, the index, the other files, and of every shard the
-header, in front of as much emptiness as it has data. That folder is opened like any other; tensors are then read where
-they are, a range of bytes at a time.
+What describes a checkpoint is small, so it is fetched: config.json, the index, and of every shard the header, in front
+of as much emptiness as it has data; of other files, as much emptiness alone. That folder is opened like any other;
+tensors are then read where they are, a range of bytes at a time, and other files when they are copied.
 """
 
 import hashlib
+import logging
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
-
-import fsspec
 
 from skipless.checkpoint.headers import (
     INDEX,
     MOST_CONFIG,
-    MOST_FILES,
     MOST_HEADER,
     MOST_INDEX,
     ignores_nothing,
@@ -25,142 +23,176 @@ from skipless.checkpoint.headers import (
 from skipless.checkpoint.manifest import JOB
 from skipless.checkpoint.others import PICKLES
 from skipless.checkpoint.reader import CheckpointReader, changed
+from skipless.checkpoint.store import RANGE, Store, local_path, redacted
 from skipless.errors import InputError, StorageError
 
-# Bytes written to, or read from, another place at a time.
-BLOCK = 2**26
+logger = logging.getLogger("skipless")
+
+# Ranges of shards that are kept, so that tensors, or rows of them, that lie side by side are one request.
+KEPT = 4
+# Bytes that are read to see how fast that is.
+SAMPLE = 2**26
 # What tells one version of an object from another, as the various stores call it.
-VERSIONS = {"size", "ETag", "etag", "mtime", "last_modified", "LastModified", "updated", "created", "generation"}
-VERSIONS |= {"blob_id"}
-# Bytes of what is fetched whole.
+SIZE = "size"
+VERSIONS = {
+    SIZE, "ETag", "etag", "VersionId", "version_id", "versionId", "generation", "blob_id", "sha", "rev",
+    "ChecksumSHA256", "Content-MD5", "Digest", "md5Hash", "crc32c", "content_hash",
+    "mtime", "modified", "created", "updated", "modify", "last_modified", "LastModified", "Last-Modified",
+    "modifiedTime", "modificationTime", "last_write_time",
+}  # fmt: skip
+# Bytes of what is fetched whole: what describes the weights, and other files, one and all together. A tokenizer has up
+# to 40 MB, and the images of a card a few: what is larger is weights in another format, or no part of a model.
 BOUNDS = {"config.json": MOST_CONFIG, INDEX: MOST_INDEX}
+MOST_OTHER, MOST_OTHERS = 2**28, 2**30
 
 
-def is_remote(place: object) -> bool:
-    """Whether a place is a URL, not a path."""
-    return "://" in str(place)
+def located(place: object) -> str | Path:
+    """A place as a path; as a URL if it is one, but for this machine's own files."""
+    text = str(place)
+    return (local_path(text) or text) if "://" in text else Path(text)
 
 
-def open_place(url: str) -> tuple[Any, str]:
-    """The file system of a URL, and the path in it. Raises InputError if fsspec has none of that kind."""
-    try:
-        system, path = fsspec.core.url_to_fs(url)
-    except Exception as error:  # whatever the package for that kind of URL raises
-        raise InputError(f"{url}: expected a URL that fsspec opens, found: {_line(error)}") from error
-    return system, path.rstrip("/")
-
-
-@contextmanager
-def _asking(what: str) -> Iterator[None]:
-    """Raise what a store raises, of whatever kind, as a StorageError that says what was asked for."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        raise StorageError(f"{what}: {_line(error)}") from error
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def shown(place: object) -> str:
+    """What to call a place to anybody: a URL without secrets."""
+    return redacted(str(place)) if "://" in str(place) else str(place)
 
 
 class RemoteReader(CheckpointReader):
-    """A CheckpointReader of a folder at a URL; `folder` is a local one that holds all of it but the tensors."""
+    """A CheckpointReader of a folder at a URL; `folder` is a local one that holds what describes it."""
 
     def __init__(self, url: str, device: str = "cpu", ignores: Callable[[str], bool] = ignores_nothing):
-        self.url = url
-        self._system, self._root = open_place(url)
+        self._url, self._store = url, Store(url)
         self._local = tempfile.TemporaryDirectory(prefix="skipless-")
-        with _asking(f"{url}: could not be read"):
-            self._versions = self._fetch(Path(self._local.name))
+        self._fetched: set[Path] = set()
+        self._range = lru_cache(KEPT)(self._fetch_range)
         try:
+            self._versions = self._describe(Path(self._local.name))
             super().__init__(Path(self._local.name), device, ignores)
         except InputError as error:
-            raise InputError(str(error).replace(self._local.name, url)) from error
+            raise type(error)(str(error).replace(self._local.name, self.name)) from None
+        except OSError as error:
+            raise StorageError(f"{self.name}: could not be put into {self._local.name}: {error.strerror}") from error
+        if unmarked := [name for name in self._read_files if self._versions[name].keys() <= {SIZE}]:
+            logger.warning(
+                "%s/%s: its store tells a size, and no version, checksum or time: that the source changes while it is "
+                "read, or between two runs, may not be noticed",
+                self.name,
+                unmarked[0],
+            )
 
     @property
     def place(self) -> str:
-        return self.url
+        return self._url
 
-    def _fetch(self, folder: Path) -> dict[str, dict[str, str]]:
-        """Everything but the tensors into a local folder; what the store says of each file."""
+    @property
+    def name(self) -> str:
+        return self._store.name
+
+    @property
+    def _read_files(self) -> list[str]:
+        """The files that say what the model is, and its weights."""
+        return ["config.json", *([INDEX] if INDEX in self._versions else []), *self.shards]
+
+    def _describe(self, folder: Path) -> dict[str, dict[str, str]]:
+        """What describes the weights, and how large the other files are, into a local folder; the files' versions."""
         versions: dict[str, dict[str, str]] = {}
-        for path in self._system.find(self._root):
-            name = path.removeprefix(f"{self._root}/")
-            local, info = folder / name, self._info(path)
-            size = int(info["size"] or 0)
-            if not local.resolve().is_relative_to(folder.resolve()) or len(versions) >= MOST_FILES:
-                raise InputError(f"{self.url}: expected at most {MOST_FILES:,} files in this folder, found {name!r}")
+        for name, listed in self._store.files().items():
+            opened = name in BOUNDS or ("/" not in name and name.endswith(".safetensors"))
+            info = self._store.info(name) if opened or listed.get(SIZE) is None else listed
+            size, local = self._store.size(name, info), folder / name
             if size > BOUNDS.get(name, size):
-                raise InputError(f"{self.url}/{name}: expected at most {BOUNDS[name]:,} bytes, found {size:,}")
+                raise InputError(f"{self.name}/{name}: expected at most {BOUNDS[name]:,} bytes, found {size:,}")
             local.parent.mkdir(parents=True, exist_ok=True)
-            if name.endswith(".safetensors"):
-                self._fetch_header(path, size, local)
-            elif any(local.match(pattern) for pattern in PICKLES):
-                local.touch()  # never opened, here or there
-            else:
-                self._system.get_file(path, str(local))
-            versions[name] = self._version(info)
+            with local.open("wb") as file:
+                if name in BOUNDS:
+                    file.write(self._store.read(name, 0, size))
+                elif opened:
+                    file.write(self._header(name, size))
+                if not any(local.match(pattern) for pattern in PICKLES):  # which are never opened, here or there
+                    file.truncate(size)
+            versions[name] = _version(info)
         return versions
 
-    def _fetch_header(self, path: str, size: int, local: Path) -> None:
-        start = self._system.cat_file(path, 0, 8)
+    def _header(self, shard: str, size: int) -> bytes:
+        start = self._store.read(shard, 0, min(8, size))
         length = int.from_bytes(start, "little")
-        header = self._system.cat_file(path, 8, 8 + length) if length <= min(size, MOST_HEADER) else b""
-        with local.open("wb") as file:
-            file.write(start + header)
-            file.truncate(size)
+        return start + (self._store.read(shard, 8, 8 + length) if length <= min(size - 8, MOST_HEADER) else b"")
 
-    def _info(self, path: str) -> Mapping[str, Any]:
-        """What the store says of a file now."""
-        self._system.invalidate_cache()
-        return self._system.info(path)
+    def other_files(self, copy: Collection[str] = ()) -> list[Path]:
+        """As a local folder's. Raises InputError, too, for files that are too large to be fetched."""
+        found, total = super().other_files(copy), 0
+        for file in found:
+            total += (size := (self.folder / file).stat().st_size)
+            if size > MOST_OTHER or total > MOST_OTHERS:
+                raise InputError(
+                    f"{self.name}/{file}: expected files beside the weights of at most {MOST_OTHER:,} bytes, and "
+                    f"{MOST_OTHERS:,} in all, found one of {size:,}, and {total:,} so far; remove it, or download the "
+                    f"folder and give its path"
+                )
+        return found
 
-    @staticmethod
-    def _version(info: Mapping[str, Any]) -> dict[str, str]:
-        return {name: str(value) for name, value in info.items() if name in VERSIONS}
+    def fetch(self, file: Path) -> Path:
+        local = self.folder / file
+        if file not in self._fetched and file.as_posix() not in BOUNDS:
+            size = local.stat().st_size
+            with local.open("r+b") as stream:
+                for start in range(0, size, RANGE):
+                    stream.write(self._store.read(file.as_posix(), start, min(start + RANGE, size)))
+            self._fetched.add(file)
+        return local
 
     def fingerprint(self, copy: Collection[str] = ()) -> dict[str, Any]:
         return self._versions
 
+    def shared_fingerprint(self) -> dict[str, Any]:
+        return self._versions
+
     def check_unchanged(self) -> None:
-        for name in ("config.json", *self.shards):
+        for name in self._read_files:
             self._check_version(name)
 
     def _check_version(self, name: str) -> None:
-        with _asking(f"{self.url}/{name}: could not be read"):
-            now = self._version(self._info(f"{self._root}/{name}"))
-        if now != self._versions[name]:
-            raise changed(f"{self.url}/{name}")
+        if _version(self._store.info(name)) != self._versions[name]:
+            raise changed(f"{self.name}/{name}")
 
     def sample(self, most: int) -> int:
-        """Read the beginning of a shard where it is: at most BLOCK bytes."""
-        with _asking(f"{self.url}: could not be read"):
-            return len(self._system.cat_file(f"{self._root}/{self.shards[0]}", 0, min(most, BLOCK)))
+        """Read the beginning of a shard where it is: at most SAMPLE bytes."""
+        shard = self.shards[0]
+        most = min(most, SAMPLE, (self.folder / shard).stat().st_size)
+        return sum(len(self._store.read(shard, at, min(at + RANGE, most))) for at in range(0, most, RANGE))
 
     def _read(self, name: str, start: int, into: memoryview) -> int:
-        info, start = self.tensors[name], self.headers[name].start + start
-        self._check_version(info.shard)
-        with _asking(f"{name}: could not be read from {self.url}"):
-            for done in range(0, len(into), BLOCK):
-                stop = min(done + BLOCK, len(into))
-                data = self._system.cat_file(f"{self._root}/{info.shard}", start + done, start + stop)
-                if len(data) != stop - done:
-                    raise StorageError(
-                        f"{name}: expected {stop - done:,} bytes of {self.url}/{info.shard}, found {len(data):,}: the "
-                        f"connection was cut, or the server reads no ranges"
-                    )
-                into[done:stop] = data
-        return len(into)
+        shard, at, done = self.tensors[name].shard, self.headers[name].start + start, 0
+        while done < len(into):
+            number, offset = divmod(at + done, RANGE)
+            try:
+                part = self._range(shard, number)[offset : offset + len(into) - done]
+            except StorageError as error:
+                raise StorageError(f"{name}: {error}") from None
+            into[done : done + len(part)] = part
+            done += len(part)
+        return done
+
+    def _fetch_range(self, shard: str, number: int) -> memoryview:
+        """One of the ranges that a shard consists of, of the version whose header was read."""
+        start = number * RANGE
+        data = self._store.read(shard, start, min(start + RANGE, (self.folder / shard).stat().st_size))
+        self._check_version(shard)
+        return memoryview(data)
 
     def warm(self, names: Iterable[str], stop: Callable[[], bool] = lambda: False) -> None:
         """Nothing: what is far away is in no cache of this system."""
 
 
+def _version(info: Mapping[str, Any]) -> dict[str, str]:
+    """What of that which a store says of a file changes with what is in it."""
+    return {name: str(value) for name, value in info.items() if name in VERSIONS and value is not None}
+
+
 def open_reader(place: str | Path, device: str = "cpu") -> CheckpointReader:
     """A skipless model folder at a path or URL."""
-    return RemoteReader(str(place), device) if is_remote(place) else CheckpointReader(Path(place), device)
+    found = located(place)
+    return RemoteReader(found, device) if isinstance(found, str) else CheckpointReader(found, device)
 
 
 class RemotePlace:
@@ -170,17 +202,17 @@ class RemotePlace:
     """
 
     def __init__(self, url: str):
-        self.url = url
-        self._system, self._root = open_place(url)
+        self._store = Store(url)
 
     def __str__(self) -> str:
-        return self.url
+        return self._store.name
 
     @property
     def unfinished(self) -> Path:
         """Where it is in the making: here."""
-        number = hashlib.sha256(self.url.encode()).hexdigest()[:8]
-        return Path.cwd() / f".{self._root.rpartition('/')[2]}-{number}.unfinished"
+        name = self._store.name.rstrip("/")
+        number = hashlib.sha256(name.encode()).hexdigest()[:8]
+        return Path.cwd() / f".{name.rpartition('/')[2]}-{number}.unfinished"
 
     @property
     def disk(self) -> Path:
@@ -191,21 +223,25 @@ class RemotePlace:
         """Raise InputError if there is something already that no earlier call has begun to send, StorageError if that
         cannot be seen.
         """
-        begun = (self.unfinished / JOB).exists()
-        with _asking(f"{self.url}: could not be read"):
-            self._system.invalidate_cache()
-            exists = self._system.exists(f"{self._root}/config.json" if begun else self._root)
-        if exists:
-            raise InputError(f"{self.url}: expected a new folder, found one that exists; choose another or remove it")
+        if self._store.exists("config.json" if (self.unfinished / JOB).exists() else ""):
+            raise InputError(f"{self}: expected a new folder, found one that exists; choose another or remove it")
 
     def publish(self, folder: Path) -> None:
         """Send a folder, and read it again. Raises StorageError if other bytes come back."""
         files = (path for path in folder.rglob("*") if path.is_file())
-        with _asking(f"{self.url}: could not be written"):
-            for path in sorted(files, key=lambda path: path.name == "config.json"):
-                remote = f"{self._root}/{path.relative_to(folder).as_posix()}"
-                self._system.makedirs(remote.rpartition("/")[0], exist_ok=True)
-                self._system.put_file(str(path), remote)
-                with path.open("rb") as ours, self._system.open(remote, "rb", block_size=BLOCK) as theirs:
-                    if len({hashlib.file_digest(file, "sha256").digest() for file in (ours, theirs)}) > 1:
-                        raise StorageError(f"{self.url}: {path.name}: expected what was sent, found other bytes there")
+        for path in sorted(files, key=lambda path: path.name == "config.json"):
+            name = path.relative_to(folder).as_posix()
+            self._store.send(path, name)
+            if not self._is_there(path, name):
+                raise StorageError(f"{self}: {name}: expected what was sent, found other bytes there")
+
+    def _is_there(self, file: Path, name: str) -> bool:
+        """Whether the bytes of a file are what is at the place of that name."""
+        size = file.stat().st_size
+        if self._store.size(name, self._store.info(name)) != size:
+            return False
+        with file.open("rb") as ours:
+            return all(
+                ours.read(RANGE) == self._store.read(name, start, min(start + RANGE, size))
+                for start in range(0, size, RANGE)
+            )
