@@ -376,8 +376,11 @@ def test_a_tensor_that_tasks_have_read_differently():
 
 @pytest.fixture
 def mixed(source, tmp_path, monkeypatch):
-    """A fuse whose source is changed before it goes on, where a file system keeps no times. Gives the tensor's name."""
+    """A fuse whose source is changed before it goes on, where a file system keeps no times, and nobody reads again what
+    was read before. Gives the tensor's name.
+    """
     monkeypatch.setattr(reader_module, "_stamped", lambda found: (found.st_size,))
+    monkeypatch.setattr(fusion, "_is_done", lambda *_: True)
     name = "model.layers.0.mlp.down_proj.weight"
     with monkeypatch.context() as patch:
         stop_at_write(patch, 14, KeyboardInterrupt())
@@ -385,6 +388,19 @@ def mixed(source, tmp_path, monkeypatch):
             fuse(source, tmp_path / "fused", **MANY_FILES)
     edit_in_place(source / "model.safetensors", last_byte(source, name))
     return name
+
+
+def test_what_was_read_before_is_read_again(source, tmp_path, monkeypatch):
+    """Where a file system keeps no times: the task whose source has changed is done again, of what is there now."""
+    monkeypatch.setattr(reader_module, "_stamped", lambda found: (found.st_size,))
+    with monkeypatch.context() as patch:
+        stop_at_write(patch, 14, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            fuse(source, tmp_path / "fused", **MANY_FILES)
+    edit_in_place(source / "model.safetensors", last_byte(source, "model.layers.0.mlp.down_proj.weight"))
+    fuse(source, tmp_path / "fused", resume=True, **MANY_FILES)
+    fuse(source, tmp_path / "anew", **MANY_FILES)
+    assert contents(tmp_path / "fused") == contents(tmp_path / "anew")
 
 
 def test_verify_tells_a_mixture(source, tmp_path, monkeypatch, mixed):
