@@ -212,11 +212,12 @@ def _discard(folder: Path, written: Iterable[Path]) -> None:
     folders = {parent for file in written for parent in file.parents if parent.name}
     with suppress(OSError):
         files.remove(folder / JOURNAL)
-        for file in written:
-            files.remove(folder / MODEL / file)
-        for parent in sorted(folders, key=lambda path: -len(path.parts)):
-            files.remove_folder(folder / MODEL / parent)
-        files.remove_folder(folder / MODEL)
+        if MODEL in files.names(folder):  # else it has become DST
+            for file in written:
+                files.remove(folder / MODEL / file)
+            for parent in sorted(folders, key=lambda path: -len(path.parts)):
+                files.remove_folder(folder / MODEL / parent)
+            files.remove_folder(folder / MODEL)
         files.remove(folder / JOB)
 
 
