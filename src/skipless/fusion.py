@@ -253,7 +253,7 @@ def _check(
     sources: Mapping[str, str],
 ) -> list[Difference]:
     """As check_fused; what biases or gains that became zero have spoiled is no bug, nor what a changed source has."""
-    with Digests(source) as digests:
+    with Digests(source, overwritten=True) as digests:  # so that nothing waits in memory
         try:
             return check_fused(plan, source.config, digests, fused, outcomes)
         except BugError:
