@@ -22,6 +22,7 @@ from skipless import __version__
 from skipless.counting import WEIGHT_BYTES
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError, extra, printable
+from skipless.log import printable_logs
 from skipless.terminal import Terminal
 
 # Ctrl-C, as a shell counts it: 128 + SIGINT.
@@ -37,7 +38,8 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that files are cleaned up
         try:
-            return super().invoke(ctx)
+            with printable_logs():
+                return super().invoke(ctx)
         except click.ClickException as error:  # click's own: usage (exit code 2)
             error.message = printable(error.message)  # type: ignore[misc]
             raise

@@ -74,7 +74,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
     source = save(build(dtype=torch.float32, **SMALL), folder / "source")
     (source / "sub").mkdir()
-    (source / "sub" / "notes.txt").write_text("notes")
+    (source / "sub" / "notes.md").write_text("notes")
     fuse(source, folder / "whole", **OPTIONS)
 
     def stop(plan, task):

@@ -355,7 +355,7 @@ def test_what_may_not_be_read(sharded, name):
     refused(sharded, name, "Permission denied")
 
 
-@pytest.mark.parametrize("name", ["config.json", INDEX, hostile.SHARDS[1], "tokenizer.json", "templates/notes.txt"])
+@pytest.mark.parametrize("name", ["config.json", INDEX, hostile.SHARDS[1], "tokenizer.json", "templates/notes.md"])
 def test_a_symlink_out_of_the_folder(sharded, tmp_path, name):
     """Whatever it leads to: there, it would be read."""
     file, elsewhere = sharded / name, tmp_path / "elsewhere"

@@ -33,7 +33,7 @@ def made(tmp_path_factory):
     source = save(build(dtype=torch.float32, attention_bias=True, **SMALL), folder / "source")
     (source / "tokenizer.json").write_text("{}")
     (source / "sub").mkdir()
-    (source / "sub" / "notes.txt").write_text("notes")
+    (source / "sub" / "notes.md").write_text("notes")
     fuse(source, folder / "whole", **OPTIONS)
 
     def stop(plan, task):
@@ -367,7 +367,7 @@ def test_a_source_that_was_edited_meanwhile_with_its_times_restored(source, stop
         tensor = file.get_tensor(name)
     monkeypatch.setattr(
         "skipless.checkpoint.reader.CheckpointReader.fingerprint",
-        lambda reader: json.loads((stopped / "job.json").read_text() if stopped.exists() else "{}")["files"],
+        lambda reader, copy=(): json.loads((stopped / "job.json").read_text() if stopped.exists() else "{}")["files"],
     )
     copy = shutil.copytree(source, tmp_path / "copy")
     edit_tensors(copy, **{name.replace(".", "__"): tensor * 2})

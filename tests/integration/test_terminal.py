@@ -137,6 +137,17 @@ def test_what_is_logged_is_one_line_whatever_handles_it(caplog):
     assert [record.getMessage() for record in caplog.records] == [f"{printable(TITLE + FORGED)} of 3"]
 
 
+def test_what_other_libraries_log(tmp_path, run, monkeypatch, caplog):
+    def fuse(*_, **__):
+        logging.getLogger("transformers.some").warning("is %s\n", TITLE)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(fusion, "fuse", fuse)
+    run("fuse", "a", "b")
+    logging.getLogger("transformers.some").warning("after\n")
+    assert [record.getMessage() for record in caplog.records] == [f"is {printable(TITLE)}\\n", "after\n"]
+
+
 def test_a_table_shows_what_it_is_given(capsys):
     from skipless import tables
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from skipless.architecture import FOREIGN, Architecture
+from skipless.architecture import BOOKKEEPING, FOREIGN, Architecture
 from skipless.errors import InputError
 from skipless.model import SkiplessConfig
 from skipless.model.configuration_skipless import SUPPORTED
@@ -121,7 +121,7 @@ def test_the_model_file_supports_nothing_the_architecture_does_not_know():
         "ffn_type": {"num_local_experts": 4, "num_experts_per_tok": 2},
     }
     for name, values in SUPPORTED.items():
-        assert name in fields
+        assert name in fields | BOOKKEEPING.keys()
         for value in values:
             Architecture.from_config(config(**{name: value, **allowing.get(name, {})}))
     assert fields - FOREIGN <= set(SkiplessConfig(**TINY).to_dict())
