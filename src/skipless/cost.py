@@ -13,7 +13,7 @@ import torch
 from skipless.checkpoint.reader import TensorInfo
 from skipless.closing import COPIED, kept_dtype, stream_dtypes, with_later
 from skipless.planning import Plan, Task
-from skipless.prediction import PROBES
+from skipless.prediction import FEW_PROBES, PROBES
 from skipless.products import HALF, block_rows, precision
 from skipless.rounding import COLUMNS
 from skipless.seams import Seam
@@ -192,6 +192,8 @@ def _merge_steps(plan: Plan, seam: Seam, later: frozenset[str]) -> Iterator[Step
         kept = kept_dtype(plan, name, later)
         within = precision(_dtype(plan, name), _dtype(plan, writer), kept)
         yield f"P {name.rpartition('.')[2]}", within, 2.0 * _size(plan, writer) * _size(plan, name) / seam.width
+    probes = min(FEW_PROBES, _size(plan, writer) // seam.width)
+    yield "power", F64, 2.0 * probes * (_size(plan, writer) + sum(_size(plan, name) for name in seam.readers))
 
 
 def _rows_steps(plan: Plan, seam: Seam) -> Iterator[Step]:

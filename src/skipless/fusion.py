@@ -190,7 +190,9 @@ def plan_fuse(
         plan = dataclasses.replace(prepare(reader, decided, max_shard_size), reason=begun.job["reason"])
     else:
         plan = prepare(reader, request, max_shard_size, resident_memory(), limit if here else None)
-    needed = plan.bytes[1] + sum((reader.folder / file).stat().st_size for file in copied)
+    needed = plan.bytes[1] + sum(
+        file.stat().st_size for file in (*MODEL_FILES, *(reader.folder / each for each in copied))
+    )
     free = shutil.disk_usage(place.disk).free
     if begun is None and needed > free:
         raise InputError(f"{place}: expected {needed:,} bytes of free disk space, found {free:,}")

@@ -58,7 +58,7 @@ def test_an_estimate_adds_up(source, tmp_path):
     total = {name: sum(each.flops.get(name, 0) for each in costs) for name in RATES.flops}
     assert dict(found.flops) == {name: flops for name, flops in total.items() if flops}
     assert found.arithmetic == pytest.approx(sum(flops / RATES.flops[name] for name, flops in total.items()))
-    assert found.seconds == max(found.arithmetic, sum(plan.bytes) / 1e8) + plan.bytes[1] / 1e8
+    assert found.seconds == max(found.arithmetic, sum(plan.bytes) / 1e8) + (sum(plan.bytes) + plan.bytes[1]) / 1e8
 
 
 def test_too_little_memory_is_refused(source, tmp_path, monkeypatch):
