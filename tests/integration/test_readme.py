@@ -7,8 +7,6 @@ import pytest
 
 from tests.pages import README, ROOT, blocks, commands, run, shape
 
-# In one process, in turn: each command needs what those before it have left.
-pytestmark = pytest.mark.xdist_group("readme")
 BLOCKS = blocks(README, "console", "python")
 
 

@@ -7,8 +7,6 @@ import pytest
 
 from tests.pages import ROOT, SERVING, blocks, commands, run, shape
 
-# In one process, in turn: each command needs what those before it have left.
-pytestmark = pytest.mark.xdist_group("serving")
 PYTHON = [block for _, block in blocks(SERVING, "python")]
 STEPS = [step for _, block in blocks(SERVING, "console") for step in commands(block)]
 
