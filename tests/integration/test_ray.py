@@ -315,7 +315,7 @@ def test_workers_that_are_not_the_same(source, tmp_path, two_workers, monkeypatc
         with pytest.raises(InputError, match=r"skipless: expected '0\.0\.0', as where fuse was called, found '"):
             fuse(source, tmp_path / "fused", engine="ray", **MANY_FILES)
     with monkeypatch.context() as patch:
-        patch.setattr(CheckpointReader, "fingerprint", lambda reader: {"config.json": [1, 2]})
+        patch.setattr(CheckpointReader, "fingerprint", lambda *_: {"config.json": [1, 2]})
         with pytest.raises(
             InputError, match=r"source: config.json: expected size and time \[1, 2\], as where .* found"
         ):
