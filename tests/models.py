@@ -1,6 +1,7 @@
 """Tiny models, built in code: all weights, biases, gains and orders random, so that nothing cancels by being one."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ TINY: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+# As small as a model can be, for what fuses it hundreds of times, and options that give nearly each tensor a file.
+SMALL: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "vocab_size": 11}
+SMALL_FILES: dict[str, Any] = {"basis": "q", "max_shard_size": 1000}
 # Options of a fuse that writes many files, in bf16.
 MANY_FILES: dict[str, Any] = {"dtype": "bfloat16", "max_shard_size": 20_000}
 
@@ -56,16 +60,31 @@ def save(model: SkiplessForCausalLM, folder: Path, **options: Any) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The bytes of every file in a folder; of skipless.json, less forecasts and checks, whose last digits depend on how
-    many rows are computed at a time.
+    """The bytes of every file in a folder and those within; of skipless.json, less forecasts and checks, whose last
+    digits depend on how many rows are computed at a time.
     """
-    found = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
     if "skipless.json" in found:
         record = json.loads(found["skipless.json"])
         assert record.pop("seams"), folder
         assert record.pop("check"), folder
         found["skipless.json"] = json.dumps(record).encode()
     return found
+
+
+def stop_fuse(source: Path, destination: Path, number: int, **options: Any) -> Path:
+    """Begin a fuse, and stop it when the task of this number is done; where it is in the making."""
+    from skipless import fuse
+    from skipless.checkpoint.staging import LocalPlace
+
+    def stop(plan: Any, task: Any) -> None:
+        if task is plan.tasks[number]:
+            raise KeyboardInterrupt
+
+    with suppress(KeyboardInterrupt):
+        fuse(source, destination, progress=stop, **options)
+    assert not destination.exists()
+    return LocalPlace(destination).unfinished
 
 
 def random_ids(model: SkiplessForCausalLM, batch: int = 2, length: int = 11, seed: int = 1) -> torch.Tensor:

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Self, TypedDict
 
-from huggingface_hub.dataclasses import StrictDataclassFieldValidationError, validate_typed_dict
-
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError
 
@@ -554,6 +552,9 @@ class Architecture:
 
 def _check_bookkeeping(config: Mapping[str, Any]) -> None:
     """Raise InputError for a field of Bookkeeping that is none."""
+    # here: what counts another family's weights should not wait for it
+    from huggingface_hub.dataclasses import StrictDataclassFieldValidationError, validate_typed_dict
+
     for name in config.keys() & BOOKKEEPING.keys():
         try:
             validate_typed_dict(Bookkeeping, {name: config[name]})  # type: ignore[type-var]

@@ -127,7 +127,7 @@ def audit(
     @cache
     def cast(dtype: str) -> dict[str, str]:
         """Why matrices cannot be cast to a dtype, by their names."""
-        kept, read = dict.fromkeys(_matrices(reader), getattr(torch, dtype)), Whole(reader)
+        kept, read = dict.fromkeys(reader.tensors, getattr(torch, dtype)), _Whole(reader)
         return {each.name: str(each) for each in underflows(reader.tensors, kept, read)}
 
     def copied(request: Request) -> list[str]:
@@ -174,11 +174,7 @@ def audit(
     )
 
 
-def _matrices(reader: Reader) -> list[str]:
-    return [name for name, info in reader.tensors.items() if not info.is_index and len(info.shape) > 1]
-
-
-class Whole:
+class _Whole:
     """Reads rows of a checkpoint's tensors, of each of which all is read at once, and kept until the next."""
 
     def __init__(self, reader: Reader):

@@ -14,9 +14,10 @@ from skipless.checkpoint.reader import TensorInfo
 from skipless.products import block_rows, slices
 from skipless.rounding import rounding_error
 from skipless.source import Read
+from skipless.tolerances import dtype_name
 
-# A cast that loses more, in rounding errors of its dtype, loses small numbers.
-MOST = 3.0
+# What casting a tensor costs at most, in rounding errors of the dtype. One that loses more loses small numbers.
+CAST = 3.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ def underflows(
     """
     for name, dtype in after.items():
         info = before[name]
+        if info.is_index:
+            continue
         finer = torch.finfo(info.dtype).smallest_normal >= torch.finfo(dtype).smallest_normal
         if finer or vectors != (len(info.shape) < 2):
             continue
@@ -56,5 +59,5 @@ def underflows(
             lost += (found - exact)[found.isfinite()].square().sum().item()
             zeros += int(((found == 0) & (exact != 0)).sum())
         error = (lost / total) ** 0.5 if total else 0.0
-        if error > MOST * rounding_error(dtype):
-            yield Underflow(name, str(dtype).removeprefix("torch."), zeros / info.weights, error)
+        if error > CAST * rounding_error(dtype):
+            yield Underflow(name, dtype_name(dtype), zeros / info.weights, error)

@@ -5,7 +5,7 @@ forgotten after its last use.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from skipless.rounding import round_stream
 from skipless.rows import Rows
 from skipless.seams import Seam
 from skipless.source import Read, read_affine, read_by_rows
+from skipless.tolerances import coarsest, dtype_name
 
 # Bytes of a tensor that are copied at a time.
 COPIED = 2**26
@@ -121,7 +122,7 @@ def _close(
         return _close_rows(plan, seam, affines, later, read)
     if way == "p":
         return _merge(plan, seam, affines, later, read)
-    dtype = _coarsest(plan.outputs[f"{name}.weight"].dtype for name in seam.readers)
+    dtype = dtype_name(coarsest(plan.outputs[f"{name}.weight"].dtype for name in seam.readers))
     outcome = Outcome(seam.kind, seam.layer, way, dtype, {}, {})
     if way == "gain":
         return merge(seam, affines), None, outcome
@@ -134,7 +135,7 @@ def _close_stream(plan: Plan, seam: Seam, affines: dict[str, Affine], later: fro
     """Close a stream or head seam by the plan's basis and round it."""
     way = seam.way(plan.basis)
     dtypes = stream_dtypes(plan, seam, later)
-    name = _coarsest(dtypes.values())
+    name = dtype_name(coarsest(dtypes.values()))
     opened = OpenStream(seam, affines)
     quick = all(dtype in HALF for dtype in dtypes.values())
     basis = choose(seam, way, opened.readers, opened.weights, torch.float32 if quick else torch.float64)
@@ -159,7 +160,7 @@ def _close_rows(plan: Plan, seam: Seam, affines: Mapping[str, Affine], later: fr
     bases = choose_rows(seam, weight)
     remaining, order = close_rows(seam, affines, bases, mix)
     dtypes = [plan.outputs[f"{name}.weight"].dtype for name in remaining if name not in later]
-    name = _coarsest(dtypes or [torch.float64])
+    name = dtype_name(coarsest(dtypes or [torch.float64]))
     outcome = passed_rows(seam, affines, remaining, bases, [name]).outcome("rows", name)
     return remaining, (order if seam.kind == "values" else order[0]).to(torch.int32), outcome
 
@@ -177,16 +178,12 @@ def _mix(seam: Seam, read: Read, ones: torch.Tensor) -> torch.Tensor:
     return mix
 
 
-def _coarsest(dtypes: Iterable[torch.dtype]) -> str:
-    return str(max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)).removeprefix("torch.")
-
-
 def _merge(plan: Plan, seam: Seam, affines: Mapping[str, Affine], later: frozenset[str], read: Read) -> Closed:
     """Close a P-M seam by merging P."""
     dtypes = {name: kept_dtype(plan, name, later) for name in seam.readers}
     (scale,) = map(read, seam.mixed) if seam.mixed else (None,)
     remaining = merge(seam, affines, dtypes, scale)
-    name = _coarsest(plan.outputs[f"{name}.weight"].dtype for name in remaining)
+    name = dtype_name(coarsest(plan.outputs[f"{name}.weight"].dtype for name in remaining))
     power = merged_power(seam, affines, FEW_PROBES)
     largest = max(max_abs(affine.weight) for affine in remaining.values())
     return remaining, None, merged(seam, affines, [name], power, largest).outcome("p", name)

@@ -17,6 +17,7 @@ from skipless.prediction import FEW_PROBES, PROBES
 from skipless.products import HALF, block_rows, precision
 from skipless.rounding import COLUMNS
 from skipless.seams import Seam
+from skipless.tolerances import dtype_name
 
 # Beside what is counted: Python's own, vectors, and the buffers of BLAS.
 OVERHEAD = 96 * 2**20
@@ -88,7 +89,7 @@ def steps(plan: Plan, task: Task) -> dict[str, tuple[str, float]]:
     for number, (seam, later) in enumerate(with_later(task)):
         for name, dtype, count in _seam_steps(plan, task, seam, later):
             key = f"{seam.kind} seam: {name}" if len(task.seams) == 1 else f"{seam.kind} seam {number}: {name}"
-            kind, before = found.get(key, (str(dtype).removeprefix("torch."), 0.0))
+            kind, before = found.get(key, (dtype_name(dtype), 0.0))
             found[key] = (kind, before + count)
     return found
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from skipless.behind import Behind
-from skipless.casting import underflows
+from skipless.casting import CAST, underflows
 from skipless.checkpoint import files
 from skipless.checkpoint.digests import Digests
 from skipless.checkpoint.headers import INDEX
@@ -30,18 +30,15 @@ from skipless.errors import BugError, InputError
 from skipless.estimate import Estimate, estimate, within_memory
 from skipless.log import logger
 from skipless.machine import available_memory, measure, resident_memory
-from skipless.model_files import MODEL_FILES
+from skipless.model_files import MODEL_FILES, OURS
 from skipless.planning import Plan, Task, prepare
 from skipless.prediction import Outcome
-from skipless.probe import CAST, Difference, check_fused
-from skipless.record import RECORD, tensor_digest, write_record
+from skipless.probe import Difference, check_fused
+from skipless.record import tensor_digest, write_record
 from skipless.request import AUTO, Request
 from skipless.rounding import rounding_error
 from skipless.seams import REMOVABLE
 from skipless.tolerances import tolerance
-
-# What a fuse writes itself, whatever the source has by these names.
-OURS = {RECORD, *(file.name for file in MODEL_FILES)}
 
 
 def fuse(
@@ -80,7 +77,7 @@ def fuse(
         source, destination, request, max_shard_size, max_memory, engine, address, device, resume, tuple(copy)
     )
     plan, reader = job.plan, job.reader
-    with _resuming(job, resume), staged(job.place, job.manifest(), job.files(), resume) as staging:
+    with _resuming(job), staged(job.place, job.manifest(), job.files(), resume) as staging:
         progress(plan, None)
         _copy_others(job, staging.folder)
         shards = _execute(job, staging, progress)
@@ -107,6 +104,7 @@ class Job:
     """A fuse that nothing stands in the way of: what was asked for, who does it, from where, to where, and how.
 
     copy: patterns of what is copied along beside the usual; copied: files of the source, all that is copied along.
+    begun: whether an earlier process has done some of its tasks.
     """
 
     request: Request
@@ -117,6 +115,7 @@ class Job:
     plan: Plan
     copy: tuple[str, ...]
     copied: tuple[Path, ...]
+    begun: bool
 
     def estimate(self) -> Estimate:
         """What it will cost, by rates that are measured now."""
@@ -140,8 +139,7 @@ class Job:
     def files(self) -> tuple[Path, ...]:
         """All that is written, relative to the new folder."""
         shards = [*self.plan.shards, INDEX] if len(self.plan.shards) > 1 else [*self.plan.shards]
-        ours = map(Path, ("config.json", RECORD, *shards, *(file.name for file in MODEL_FILES)))
-        return (*ours, *self.copied)
+        return (*map(Path, ("config.json", *shards, *sorted(OURS))), *self.copied)
 
     def manifest(self) -> dict[str, Any]:
         """What must be the same for two runs to write the same bytes."""
@@ -201,7 +199,7 @@ def plan_fuse(
     for lost in underflows(plan.inputs, _copied(plan), reader.tensor):
         raise InputError(str(lost))
     tell_left_out([name for name in reader.left_out(copy) if name not in OURS])
-    return Job(request, max_shard_size, chosen, place, reader, plan, copy, tuple(copied))
+    return Job(request, max_shard_size, chosen, place, reader, plan, copy, tuple(copied), bool(begun and begun.done))
 
 
 def destination_place(destination: str | Path) -> Place:
@@ -232,7 +230,7 @@ def _check_outside(place: Place, paths: Iterable[Path]) -> None:
 def _copied(plan: Plan) -> dict[str, torch.dtype]:
     """Tensors that no seam rewrites, and the dtypes that they are cast to."""
     names = (name for task in plan.tasks if not task.seams for name in task.writes)
-    return {name: plan.outputs[name].dtype for name in names if not plan.outputs[name].is_index}
+    return {name: plan.outputs[name].dtype for name in names}
 
 
 def _sources(read: Iterable[Mapping[str, str]]) -> dict[str, str]:
@@ -276,13 +274,12 @@ def _copy_others(job: Job, folder: Path) -> None:
 
 
 @contextmanager
-def _resuming(job: Job, resume: bool) -> Iterator[None]:
+def _resuming(job: Job) -> Iterator[None]:
     """Call a BugError by its likelier cause, if what an earlier process has left was gone on with."""
-    begun = Manifest.load(job.place.unfinished) if resume else None
     try:
         yield
     except BugError as error:
-        if begun is None or not begun.done:
+        if not job.begun:
             raise
         raise InputError(
             f"{error}; nor is anything kept: what was gone on with, or its journal, may not be what a fuse has "

@@ -13,6 +13,7 @@ import skipless.model  # noqa: F401  (registers the AutoClasses)
 from skipless.checkpoint.headers import Folder, check_links
 from skipless.errors import InputError
 from skipless.quiet import no_library_bars
+from skipless.tolerances import dtype_name
 
 # Logits that spread by less than this part of their size are all but equal.
 EVEN = 1e-3
@@ -93,7 +94,7 @@ class Generated:
             return None
         return (
             f"with a cache, the logits of a token are off by {self.cache_error:.1e} of their spread from those of one "
-            f"pass without it (at most {allowed:.0e} is rounding in {str(self.logits.dtype).removeprefix('torch.')}), "
+            f"pass without it (at most {allowed:.0e} is rounding in {dtype_name(self.logits.dtype)}), "
             f"with transformers {transformers.__version__}"
         )
 

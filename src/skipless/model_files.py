@@ -8,11 +8,13 @@ from pathlib import Path
 from skipless.checkpoint import files
 from skipless.checkpoint.headers import MOST_CONFIG, check_file, read_json_object
 from skipless.errors import InputError
-from skipless.record import digest, read_record, replace_record
+from skipless.record import RECORD, digest, read_record, replace_record
 
 MODEL_FILES = tuple(
     Path(__file__).parent / "model" / name for name in ("configuration_skipless.py", "modeling_skipless.py")
 )
+# What a fuse writes itself, whatever the source has by these names.
+OURS = frozenset({RECORD, *(file.name for file in MODEL_FILES)})
 AUTO_MAP = {
     "AutoConfig": "configuration_skipless.SkiplessConfig",
     "AutoModel": "modeling_skipless.SkiplessModel",

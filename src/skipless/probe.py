@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from skipless.architecture import Architecture
+from skipless.casting import CAST
 from skipless.errors import BugError
 from skipless.model import SkiplessConfig, SkiplessForCausalLM
 from skipless.planning import Plan
@@ -23,6 +24,7 @@ from skipless.prediction import Outcome
 from skipless.products import slices
 from skipless.rounding import rounding_error
 from skipless.source import RowReader
+from skipless.tolerances import coarsest
 
 # Tokens, each a sequence of its own. Errors are means over them and over an output's columns.
 TOKENS = 4
@@ -33,7 +35,7 @@ BLOCK = 2**22
 # How much larger than what was forecast an error may be: forecasts are means, of inputs that are white.
 SLACK = 4.0
 # What fp64 may lose in any case, and what casting the weights of a layer costs, in rounding errors of their dtype.
-EXACT, CAST = 1e-9, 3.0
+EXACT = 1e-9
 # Of q, k and v, one this much smaller than the others is nothing; a column is as large as this part of the mean one.
 ZERO, SMALL = 1e-6, 0.1
 
@@ -269,7 +271,7 @@ def _cast(plan: Plan) -> torch.dtype | None:
     """The coarsest dtype to which a tensor is cast from a finer one, or None."""
     pairs = [(plan.inputs[name].dtype, info.dtype) for name, info in plan.outputs.items() if name in plan.inputs]
     cast = [after for before, after in pairs if torch.promote_types(before, after) != after]
-    return max(cast, key=lambda dtype: torch.finfo(dtype).eps, default=None)
+    return coarsest(cast) if cast else None
 
 
 def compare(

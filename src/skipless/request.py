@@ -4,14 +4,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-import torch
-
 from skipless.architecture import Architecture
 from skipless.checkpoint.reader import TensorInfo
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError
 from skipless.prediction import Forecast
 from skipless.seams import KINDS, PARALLEL_REMOVES, REMOVABLE, Seam, seams
+from skipless.tolerances import coarsest, dtype_name
 
 BASES = ("q", "k", "v", "pivoted")
 AUTO = "auto"
@@ -108,8 +107,7 @@ class Request:
         kept = [name for name in seam.modules if name not in gone]
         if gone == seam.readers and self.rest_dtype is None:
             kept.append(seam.readers[0])  # of whose dtype the rest is
-        dtypes = [tensors[f"{name}.weight"].dtype for name in kept]
-        return str(max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)).removeprefix("torch.")
+        return dtype_name(coarsest(tensors[f"{name}.weight"].dtype for name in kept))
 
     def decide(
         self,

@@ -29,7 +29,7 @@ from skipless.errors import InputError
 from skipless.inference import Generated, generate, load, load_tokenizer, spread
 from skipless.machine import available_memory
 from skipless.record import differences, read_record
-from skipless.tolerances import OWN_ERROR_FACTOR, TOLERANCES, tolerance
+from skipless.tolerances import OWN_ERROR_FACTOR, TOLERANCES, coarsest, dtype_name, tolerance
 
 # A dtype in which the original itself is so wrong that any other model would pass proves nothing.
 LARGEST_LIMIT = 0.5
@@ -92,20 +92,12 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Map:
+class Map(probe.Difference):
     """The maps around closed seams, all columns of an output together, one column, or a row of a table: the one that is
     off by the largest part of what it may be.
     """
 
     what: str
-    name: str
-    error: float
-    limit: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether it is what it may be."""
-        return self.error <= self.limit
 
 
 @dataclass(frozen=True)
@@ -248,7 +240,7 @@ def verify(
         if name not in DTYPE_NAMES:
             raise InputError(f"dtype: expected one of {', '.join(DTYPE_NAMES)}, found {name!r}")
     stored = _coarsest(second)
-    dtypes = tuple(dict.fromkeys(("float64", *dtypes, _name(stored))))
+    dtypes = tuple(dict.fromkeys(("float64", *dtypes, dtype_name(stored))))
     inputs = _inputs(first, second, prompt, tokens, seed, full)
     steps = _Steps(progress, 3 + 2 * len(dtypes))
 
@@ -271,7 +263,7 @@ def verify(
     nothing = Loss(0.0, 0.0, 0.0, 1.0, 0.0, 1.0)
     storage = nothing
     if not exact:
-        steps.next(f"running A as {_name(stored)} stores it")
+        steps.next(f"running A as {dtype_name(stored)} stores it")
         touched = None if related is None else related.touched
         storage = _run(a, torch.float64, reference, 0, _noise(first, stored, touched)).loss
     rows, generated = [], dict[str, Sequence[Generated]]({"A": reference.greedy})
@@ -294,18 +286,23 @@ def verify(
         for problem in [one.broken_cache() for one in each]
         if problem is not None
     )
-    numbers = reference.numbers()
-    return _report(data, related, tensors, maps, proved, inputs, numbers, rows, _name(stored), caches[:2])
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return _Evidence(
+        stored=dtype_name(stored),
+        data=data,
+        related=related,
+        tensors=tensors,
+        maps=maps,
+        proved=proved,
+        inputs=inputs,
+        numbers=reference.numbers(),
+        rows=tuple(rows),
+        caches=caches[:2],
+    ).report()
 
 
 def _coarsest(reader: CheckpointReader) -> torch.dtype:
     """Of the dtypes of its weights."""
-    stored = (info.dtype for info in reader.tensors.values() if not info.is_index)
-    return max(stored, key=lambda dtype: torch.finfo(dtype).eps)
+    return coarsest(info.dtype for info in reader.tensors.values() if not info.is_index)
 
 
 def _maps(related: Relation, a: CheckpointReader, b: CheckpointReader, stored: torch.dtype) -> Iterator[Map]:
@@ -318,8 +315,8 @@ def _maps(related: Relation, a: CheckpointReader, b: CheckpointReader, stored: t
     for name, error, column in probe.compare_columns(exact, found, source, target):
         columns = min(exact[name].shape[1], source.hidden_size)
         limit = max(tolerance(stored, own[name] * _chance(columns)), probe.EXACT)
-        together.append(Map("together", name, error, limit))
-        single.append(Map("one column", f"a column of {name}", column, SINGLE * limit))
+        together.append(Map(name, error, limit, "together"))
+        single.append(Map(f"a column of {name}", column, SINGLE * limit, "one column"))
     yield max(together, key=_share)
     yield max(single, key=_share)
     letters = "qkv" if source.values_removed == target.values_removed else "qk"
@@ -334,7 +331,8 @@ def _maps(related: Relation, a: CheckpointReader, b: CheckpointReader, stored: t
             size = size.clamp(min=0.1 * size.square().mean().sqrt()).clamp(min=torch.finfo(size.dtype).tiny)
             error = ((other[name] - before).norm(dim=1) / size).max().item()
             noise = ((lost[name] - before).norm(dim=1) / size).square().mean().sqrt().item()
-            yield Map("one row", f"a row of {tables[name]}", error, SINGLE * max(tolerance(stored, noise), probe.EXACT))
+            limit = SINGLE * max(tolerance(stored, noise), probe.EXACT)
+            yield Map(f"a row of {tables[name]}", error, limit, "one row")
 
 
 def _chance(numbers: int) -> float:
@@ -468,8 +466,8 @@ def _routes(model: PreTrainedModel) -> bool:
 @torch.no_grad()
 def _logits(model: PreTrainedModel, ids: Tensor, kept: int) -> Tensor:
     """Of the last `kept` tokens of each sequence, (sequences * kept, vocab), in fp64."""
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits[:, -kept:].flatten(0, 1).double()
+    logits: Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits
+    return logits.flatten(0, 1).double()
 
 
 def _equal_tokens(found: Sequence[Generated], expected: Sequence[Generated]) -> float:
@@ -537,96 +535,104 @@ def _judge(
     return Row(name, loss, own, limit, torch.finfo(kind).eps <= torch.finfo(stored).eps, passed)
 
 
-def _report(
-    data: Data,
-    related: Relation | None,
-    tensors: tuple[str, ...],
-    maps: tuple[Map, ...],
-    proved: bool,
-    inputs: _Inputs,
-    numbers: float,
-    rows: Sequence[Row],
-    stored: str,
-    caches: tuple[str, ...],
-) -> Report:
-    ran = all(row.passed for row in rows if row.judged)
-    # tensors that differ where no seam was closed may be another basis of the same function, if fp64 sees no difference
-    rebased = related is not None and not related.closed and bool(tensors)
-    covered = proved or ((related is None or rebased) and not inputs.not_run)
-    same = ran and covered and numbers == 1 and not (data.function or data.generation or caches)
-    note = _note(data, related, tensors, maps, proved, inputs, numbers, rows, stored, caches)
-    return Report(
-        same=same,
-        stored=stored,
-        data=data,
-        tensors=tensors,
-        maps=maps,
-        proved=proved,
-        caches=caches,
-        tokens_seen=inputs.tokens_seen,
-        vocab_size=inputs.vocab_size,
-        positions_seen=inputs.positions_seen,
-        not_run=inputs.not_run,
-        rows=tuple(rows),
-        note=note,
-    )
+@dataclass(frozen=True)
+class _Evidence:
+    """All that was found, of which the verdict is made. related: how B was made of A; numbers: for what part of the
+    tokens run A's logits are finite; the rest: as in Report.
+    """
 
+    stored: str
+    data: Data
+    related: Relation | None
+    tensors: tuple[str, ...]
+    maps: tuple[Map, ...]
+    proved: bool
+    inputs: _Inputs
+    numbers: float
+    rows: tuple[Row, ...]
+    caches: tuple[str, ...]
 
-def _note(
-    data: Data,
-    related: Relation | None,
-    tensors: tuple[str, ...],
-    maps: tuple[Map, ...],
-    proved: bool,
-    inputs: _Inputs,
-    numbers: float,
-    rows: Sequence[Row],
-    stored: str,
-    caches: tuple[str, ...],
-) -> str:
-    """The verdict in a sentence: what decides it first."""
-    failed = [row for row in rows if row.judged and not row.passed]
-    if numbers < 1:
-        return f"cannot be judged: A itself gives NaN or infinity in float64, for {1 - numbers:.1%} of the tokens run"
-    if caches:
-        return f"a broken cache, whatever the function: {caches[0]}"
-    if data.function:
-        return f"not the same function: {data.function[0]}"
-    if related is not None and related.closed and tensors:
-        return (
-            f"not the same function: {tensors[0]}: expected as in A, since no closed seam touches it, found other "
-            f"numbers{_more(tensors)}"
+    @property
+    def _failed(self) -> list[Row]:
+        return [row for row in self.rows if row.judged and not row.passed]
+
+    @property
+    def _closed(self) -> bool:
+        """Whether B is A less what fuse removes."""
+        return self.related is not None and bool(self.related.closed)
+
+    def report(self) -> Report:
+        """The verdict."""
+        # where no seam was closed, other tensors may be another basis of the same function, if fp64 sees no difference
+        rebased = self.related is not None and not self._closed and bool(self.tensors)
+        covered = self.proved or ((self.related is None or rebased) and not self.inputs.not_run)
+        differs = self.data.function or self.data.generation or self.caches
+        return Report(
+            same=not self._failed and covered and self.numbers == 1 and not differs,
+            stored=self.stored,
+            data=self.data,
+            tensors=self.tensors,
+            maps=self.maps,
+            proved=self.proved,
+            caches=self.caches,
+            tokens_seen=self.inputs.tokens_seen,
+            vocab_size=self.inputs.vocab_size,
+            positions_seen=self.inputs.positions_seen,
+            not_run=self.inputs.not_run,
+            rows=self.rows,
+            note=self._note(),
         )
-    if off := [each for each in maps if not each.passed]:
-        worst = max(off, key=_share)
-        return (
-            f"not the same function: {worst.name} is off by {worst.error:.1e}, where storing it in {stored} explains "
-            f"{worst.limit:.1e}"
-        )
-    if blind := [row for row in failed if not row.limit <= LARGEST_LIMIT]:
-        return (
-            f"cannot be judged: in {blind[0].dtype}, the original itself is too far from what it is in fp64; fuse with "
-            f"--dtype float32 or finer and verify that"
-        )
-    if failed and related is not None and not related.closed:
-        return f"not the same function: {tensors[0] if tensors else 'the model'} is another than A's{_more(tensors)}"
-    if failed and stored == "float64":
-        return "not the same function: in fp64, rounding cannot explain the difference"
-    if failed:
-        return (
-            f"not the same function as stored in {stored}; to tell rounding from a bug, fuse with --dtype float64 and "
-            f"verify that: fp64 leaves no room for rounding"
-        )
-    if data.generation:
-        return f"the same function, but not the same generation: {data.generation[0]}{_more(data.generation)}"
-    if not proved and inputs.not_run:
-        return f"the same on all that was run, which proves nothing of the rest; --full runs it: {inputs.not_run[0]}"
-    same_as = f"the same function as stored in {stored}"
-    if worse := [row for row in rows if not row.judged and not row.passed]:
-        names = " or ".join(row.dtype for row in worse)
-        factors = " and ".join(f"{row.b.error / max(row.a.error, 1e-300):.0f}" for row in worse)
-        same_as += f"; do not run it in {names}, where its error is {factors} times the original's"
-    return same_as
+
+    def _note(self) -> str:
+        """The verdict in a sentence: what decides it first."""
+        data, tensors, failed, stored = self.data, self.tensors, self._failed, self.stored
+        if self.numbers < 1:
+            part = f"{1 - self.numbers:.1%} of the tokens run"
+            return f"cannot be judged: A itself gives NaN or infinity in float64, for {part}"
+        if self.caches:
+            return f"a broken cache, whatever the function: {self.caches[0]}"
+        if data.function:
+            return f"not the same function: {data.function[0]}"
+        if self._closed and tensors:
+            return (
+                f"not the same function: {tensors[0]}: expected as in A, since no closed seam touches it, found other "
+                f"numbers{_more(tensors)}"
+            )
+        if off := [each for each in self.maps if not each.passed]:
+            worst = max(off, key=_share)
+            return (
+                f"not the same function: {worst.name} is off by {worst.error:.1e}, where storing it in {stored} "
+                f"explains {worst.limit:.1e}"
+            )
+        if blind := [row for row in failed if not row.limit <= LARGEST_LIMIT]:
+            return (
+                f"cannot be judged: in {blind[0].dtype}, the original itself is too far from what it is in fp64; fuse "
+                f"with --dtype float32 or finer and verify that"
+            )
+        if failed and self.related is not None and not self._closed:
+            return (
+                f"not the same function: {tensors[0] if tensors else 'the model'} is another than A's{_more(tensors)}"
+            )
+        if failed and stored == "float64":
+            return "not the same function: in fp64, rounding cannot explain the difference"
+        if failed:
+            return (
+                f"not the same function as stored in {stored}; to tell rounding from a bug, fuse with --dtype float64 "
+                f"and verify that: fp64 leaves no room for rounding"
+            )
+        if data.generation:
+            return f"the same function, but not the same generation: {data.generation[0]}{_more(data.generation)}"
+        if not self.proved and self.inputs.not_run:
+            return (
+                f"the same on all that was run, which proves nothing of the rest; --full runs it: "
+                f"{self.inputs.not_run[0]}"
+            )
+        same_as = f"the same function as stored in {stored}"
+        if worse := [row for row in self.rows if not row.judged and not row.passed]:
+            names = " or ".join(row.dtype for row in worse)
+            factors = " and ".join(f"{row.b.error / max(row.a.error, 1e-300):.0f}" for row in worse)
+            same_as += f"; do not run it in {names}, where its error is {factors} times the original's"
+        return same_as
 
 
 def _more(found: Sequence[str]) -> str:

@@ -18,10 +18,8 @@ from skipless import fuse, fusion
 from skipless.checkpoint import files
 from skipless.checkpoint.staging import KEPT, LocalPlace
 from skipless.errors import StorageError
-from tests.models import build, save
+from tests.models import SMALL, SMALL_FILES, build, save, stop_fuse
 
-SMALL = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "vocab_size": 11}
-OPTIONS = {"basis": "q", "max_shard_size": 1000}
 KILLED = 77
 # Calls that change what is on the disk: killed at another one, a process leaves what it leaves killed at the next.
 CHANGES = {"open", "write", "ftruncate", "mkdir", "unlink", "rmdir", "replace", "rename"}
@@ -75,15 +73,8 @@ def made(tmp_path_factory):
     source = save(build(dtype=torch.float32, **SMALL), folder / "source")
     (source / "sub").mkdir()
     (source / "sub" / "notes.md").write_text("notes")
-    fuse(source, folder / "whole", **OPTIONS)
-
-    def stop(plan, task):
-        if task is plan.tasks[-2]:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fuse(source, folder / "fused", progress=stop, **OPTIONS)
-    return source, tree(folder / "whole"), LocalPlace(folder / "fused").unfinished
+    fuse(source, folder / "whole", **SMALL_FILES)
+    return source, tree(folder / "whole"), stop_fuse(source, folder / "fused", -2, **SMALL_FILES)
 
 
 @pytest.fixture
@@ -102,7 +93,7 @@ def attempt(source, destination, faults, **options):
         if not child:
             try:
                 files.os = faults
-                fuse(source, destination, **OPTIONS, **options)
+                fuse(source, destination, **SMALL_FILES, **options)
                 os._exit(0)
             finally:
                 os._exit(1)
@@ -110,7 +101,7 @@ def attempt(source, destination, faults, **options):
         return None
     files.os = faults
     try:
-        fuse(source, destination, **OPTIONS, **options)
+        fuse(source, destination, **SMALL_FILES, **options)
     except StorageError as error:
         return str(error)
     finally:
@@ -157,7 +148,7 @@ def test_every_call(made, quick, tmp_path, fault, begun):
                 assert said.isprintable(), where
                 assert left or KEPT not in said, (where, said)
                 assert not unfinished.exists() or "nothing was left behind" not in said, (where, said)
-            fuse(source, destination, resume=left, **OPTIONS)
+            fuse(source, destination, resume=left, **SMALL_FILES)
             assert tree(destination) == whole, where
             assert not unfinished.exists(), where
             ends["gone on with" if left else "begun anew"] += 1

@@ -18,10 +18,9 @@ from safetensors import safe_open
 from skipless import cli, engines, fuse
 from skipless.checkpoint.staging import LocalPlace
 from skipless.errors import InputError
-from tests.models import build, edit_tensors, save
+from tests.models import SMALL, SMALL_FILES, build, contents, edit_tensors, save, stop_fuse
 
-SMALL = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "vocab_size": 11}
-OPTIONS = {"basis": "q", "max_shard_size": 1000}
+TWO_LAYERS = {**SMALL, "num_hidden_layers": 2}
 
 pytestmark = pytest.mark.timeout(60)  # seconds; what hangs, hangs on opening
 
@@ -30,19 +29,12 @@ pytestmark = pytest.mark.timeout(60)  # seconds; what hangs, hangs on opening
 def made(tmp_path_factory):
     """A source, what an uninterrupted fuse of it gives, and one that was stopped after three tasks."""
     folder = tmp_path_factory.mktemp("made")
-    source = save(build(dtype=torch.float32, attention_bias=True, **SMALL), folder / "source")
+    source = save(build(dtype=torch.float32, attention_bias=True, **TWO_LAYERS), folder / "source")
     (source / "tokenizer.json").write_text("{}")
     (source / "sub").mkdir()
     (source / "sub" / "notes.md").write_text("notes")
-    fuse(source, folder / "whole", **OPTIONS)
-
-    def stop(plan, task):
-        if task is plan.tasks[3]:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fuse(source, folder / "fused", progress=stop, **OPTIONS)
-    return source, tree(folder / "whole"), LocalPlace(folder / "fused").unfinished
+    fuse(source, folder / "whole", **SMALL_FILES)
+    return source, contents(folder / "whole"), stop_fuse(source, folder / "fused", 3, **SMALL_FILES)
 
 
 @pytest.fixture
@@ -60,15 +52,6 @@ def stopped(made, tmp_path):
     return shutil.copytree(made[2], LocalPlace(tmp_path / "fused").unfinished)
 
 
-def tree(folder):
-    """The bytes of every file, skipless.json's as tests.models.contents has them."""
-    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    record = json.loads(found["skipless.json"])
-    assert record.pop("seams")
-    assert record.pop("check")
-    return found | {"skipless.json": json.dumps(record).encode()}
-
-
 def everything(folder):
     """All that is in a folder: kinds, inodes, and the bytes of regular files."""
     found = {}
@@ -80,7 +63,7 @@ def everything(folder):
 
 
 def resume(source, stopped):
-    return fuse(source, stopped.parent / "fused", resume=True, **OPTIONS)
+    return fuse(source, stopped.parent / "fused", resume=True, **SMALL_FILES)
 
 
 def resumed(source, stopped, whole, monkeypatch):
@@ -88,7 +71,7 @@ def resumed(source, stopped, whole, monkeypatch):
     ran, run = [], engines.run_task
     monkeypatch.setattr(engines, "run_task", lambda plan, task, read: ran.append(task) or run(plan, task, read))
     plan = resume(source, stopped)
-    assert tree(stopped.parent / "fused") == whole
+    assert contents(stopped.parent / "fused") == whole
     assert not stopped.exists()
     return len(ran), len(plan.tasks)
 
@@ -135,7 +118,7 @@ def test_a_file_of_the_source_that_lies_there(source, tmp_path, name):
     (copy / name).symlink_to(unfinished / "lock")
     before = everything(tmp_path)
     with pytest.raises(InputError, match=f"{name}: expected "):
-        fuse(copy, tmp_path / "fused", **OPTIONS)
+        fuse(copy, tmp_path / "fused", **SMALL_FILES)
     assert everything(tmp_path) == before
 
 
@@ -174,7 +157,7 @@ def test_other_files_beside_it_stay(source, stopped, whole, name, caplog):
     (stopped / name).parent.mkdir(exist_ok=True)
     (stopped / name).write_text("mine")
     resume(source, stopped)
-    assert tree(stopped.parent / "fused") == whole
+    assert contents(stopped.parent / "fused") == whole
     assert [path for path in stopped.rglob("*") if path.is_file()] == [stopped / name]
     assert f"{stopped}: could not be removed, or holds files of others; remove it" in caplog.text
 
@@ -189,7 +172,7 @@ def test_a_fuse_that_fails_removes_what_it_has_written_and_no_more(source, tmp_p
 
     edit_tensors(copy, model__layers__1__self_attn__q_proj__weight=torch.ones(8, 8))  # singular
     with pytest.raises(InputError, match=r"singular|condition"):
-        fuse(copy, tmp_path / "fused", progress=planting, **OPTIONS)
+        fuse(copy, tmp_path / "fused", progress=planting, **SMALL_FILES)
     left = [path for path in unfinished.rglob("*") if path.is_file()]
     assert {path.name for path in left} <= {"notes.txt", "mine.txt", "job.json", "lock"}
     assert (unfinished / "notes.txt").read_text() == "mine"
@@ -356,8 +339,8 @@ def test_a_forged_tensor_with_its_hash_is_another_function(source, stopped, whol
     assert line.endswith("may not be what a fuse has written; begin anew")
     assert not stopped.exists()
     assert not (tmp_path / "fused").exists()
-    fuse(source, tmp_path / "fused", **OPTIONS)
-    assert tree(tmp_path / "fused") == whole
+    fuse(source, tmp_path / "fused", **SMALL_FILES)
+    assert contents(tmp_path / "fused") == whole
 
 
 def test_a_source_that_was_edited_meanwhile_with_its_times_restored(source, stopped, whole, tmp_path, monkeypatch):
@@ -376,9 +359,9 @@ def test_a_source_that_was_edited_meanwhile_with_its_times_restored(source, stop
     resume(copy, stopped)
     again = tmp_path / "again"
     monkeypatch.undo()
-    fuse(copy, again, **OPTIONS)
-    assert tree(tmp_path / "fused") == tree(again)
-    assert tree(again) != whole
+    fuse(copy, again, **SMALL_FILES)
+    assert contents(tmp_path / "fused") == contents(again)
+    assert contents(again) != whole
 
 
 def fifo(path):
@@ -442,7 +425,7 @@ def test_what_is_no_file_of_ours(source, stopped, whole, name, kind):
         assert precious.read_text() == "theirs"
         precious.rename(stopped.parent / "precious")
     resume(source, stopped)
-    assert tree(stopped.parent / "fused") == whole
+    assert contents(stopped.parent / "fused") == whole
 
 
 @pytest.mark.parametrize("make", [symlink, hard_link])
@@ -457,8 +440,8 @@ def test_a_link_that_is_put_there_meanwhile_is_not_written_through(source, tmp_p
 
     copied = name in ("tokenizer.json", "modeling_skipless.py")  # before, so that the link is found at the end
     with pytest.raises(InputError, match=f"{name}: expected ") if copied else nullcontext():
-        fuse(source, tmp_path / "fused", progress=planting, **OPTIONS)
-    assert copied or tree(tmp_path / "fused") == whole
+        fuse(source, tmp_path / "fused", progress=planting, **SMALL_FILES)
+    assert copied or contents(tmp_path / "fused") == whole
     assert next(unfinished.rglob("precious")).read_text() == "theirs"
 
 
@@ -480,13 +463,13 @@ def test_what_is_planted_is_not_published(source, stopped, whole, name, early):
     with pytest.raises(
         InputError, match="expected only what this fuse writes there, found another file or folder; move"
     ):
-        fuse(source, stopped.parent / "fused", resume=True, progress=planting, **OPTIONS)
+        fuse(source, stopped.parent / "fused", resume=True, progress=planting, **SMALL_FILES)
     assert planted.exists()
     assert not (stopped.parent / "fused").exists()
     elsewhere = stopped.parent / "elsewhere"
     (planted.parent if name.startswith("new/") else planted).rename(elsewhere)
     resume(source, stopped)
-    assert tree(stopped.parent / "fused") == whole
+    assert contents(stopped.parent / "fused") == whole
 
 
 @pytest.mark.parametrize(
@@ -510,20 +493,20 @@ def test_a_job_of_other_values(source, stopped, changes):
 
 def test_weights_that_are_all_zero_are_only_done_again(tmp_path):
     """A bias of zeros, as many a model has, looks like one that was never written."""
-    source = save(build(dtype=torch.float32, attention_bias=True, **SMALL), tmp_path / "source")
+    source = save(build(dtype=torch.float32, attention_bias=True, **TWO_LAYERS), tmp_path / "source")
     zero = {
         f"model__layers__{layer}__self_attn__{name}_proj__bias": torch.zeros(size)
         for layer in (0, 1)
         for name, size in (("k", 4), ("v", 4))
     }
     edit_tensors(source, **zero)
-    fuse(source, tmp_path / "whole", **OPTIONS)
+    fuse(source, tmp_path / "whole", **SMALL_FILES)
 
     def stop(plan, task):
         if task is plan.tasks[-1]:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fuse(source, tmp_path / "fused", progress=stop, **OPTIONS)
-    fuse(source, tmp_path / "fused", resume=True, **OPTIONS)
-    assert tree(tmp_path / "fused") == tree(tmp_path / "whole")
+        fuse(source, tmp_path / "fused", progress=stop, **SMALL_FILES)
+    fuse(source, tmp_path / "fused", resume=True, **SMALL_FILES)
+    assert contents(tmp_path / "fused") == contents(tmp_path / "whole")

@@ -7,6 +7,8 @@ import pytest
 
 from tests.pages import README, ROOT, blocks, commands, run, shape
 
+pytestmark = pytest.mark.alone
+
 BLOCKS = blocks(README, "console", "python")
 
 

@@ -7,6 +7,8 @@ import pytest
 
 from tests.pages import ROOT, SERVING, blocks, commands, run, shape
 
+pytestmark = pytest.mark.alone
+
 PYTHON = [block for _, block in blocks(SERVING, "python")]
 STEPS = [step for _, block in blocks(SERVING, "console") for step in commands(block)]
 

@@ -426,6 +426,7 @@ def test_few_positions(tmp_path):
     assert skipless.verify(tmp_path / "source", tmp_path / "fused").same
 
 
+@pytest.mark.alone
 def test_the_bundled_pair_takes_less_than_a_minute(tmp_path):
     """20 s on two quiet cores (benchmarks/verdicts.py); one core of a busy machine takes longer."""
     from skipless.demo import BUNDLED

@@ -177,6 +177,7 @@ def test_options_that_make_no_sense():
     assert "--bandwidth and --flops together" in run("gpt2", "--bandwidth", 10).stderr
 
 
+@pytest.mark.alone
 def test_counting_is_quick_and_light():
     code = """if True:
         import sys

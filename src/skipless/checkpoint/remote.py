@@ -6,7 +6,6 @@ tensors are then read where they are, a range of bytes at a time, and other file
 """
 
 import hashlib
-import logging
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import lru_cache
@@ -25,8 +24,7 @@ from skipless.checkpoint.others import PICKLES
 from skipless.checkpoint.reader import CheckpointReader, changed
 from skipless.checkpoint.store import RANGE, Store, local_path, redacted
 from skipless.errors import InputError, StorageError
-
-logger = logging.getLogger("skipless")
+from skipless.log import logger
 
 # Ranges of shards that are kept, so that tensors, or rows of them, that lie side by side are one request.
 KEPT = 4

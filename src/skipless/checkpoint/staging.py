@@ -9,7 +9,6 @@ Where a job.json of ours is, the rest by these names is ours, too. Nothing else 
 """
 
 import errno
-import logging
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,8 +21,7 @@ from filelock import FileLock, Timeout
 from skipless.checkpoint import files
 from skipless.checkpoint.manifest import JOB, JOURNAL, Manifest, read_job
 from skipless.errors import BugError, DisagreementError, InputError, StorageError
-
-logger = logging.getLogger("skipless")
+from skipless.log import logger
 
 LOCK, MODEL = "lock", "model"
 KEPT = "what is done is kept: go on with --resume"

@@ -11,8 +11,7 @@ from skipless.checkpoint.headers import Folder
 from skipless.checkpoint.others import tell_left_out
 from skipless.checkpoint.staging import LocalPlace
 from skipless.errors import InputError, extra
-from skipless.model_files import MODEL_FILES
-from skipless.record import RECORD
+from skipless.model_files import OURS
 
 # By what `export` is asked for: the module that writes it (with WEIGHTS and `write`).
 FORMATS = {"openvino": "skipless.serving.openvino", "onnx": "skipless.serving.onnx"}
@@ -46,9 +45,9 @@ def export(source: str | Path, destination: str | Path, *, to: str, weights: str
         raise InputError(f"{destination}: expected a folder outside the source {source}, which stays as it is")
     place = LocalPlace(destination)
     place.check()
-    ours, opened = {RECORD, *(file.name for file in MODEL_FILES)}, Folder(source)
-    others = [file for file in opened.other_files() if str(file) not in ours]
-    tell_left_out([name for name in opened.left_out() if name not in ours])
+    opened = Folder(source)
+    others = [file for file in opened.other_files() if str(file) not in OURS]
+    tell_left_out([name for name in opened.left_out() if name not in OURS])
     with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as beside:
         folder = Path(beside) / "model"
         folder.mkdir()
