@@ -92,7 +92,7 @@ def audit(
     """
     opened = open_source(Path(model), device)
     source, reader = opened.architecture, opened.reader
-    skipless = source.skipless()
+    skipless = source if source.norm_type == "none" else source.skipless()
     request = Request(basis, dtype, rest_dtype, tuple(layers_open), tuple(remove), parallel_removes)
     asked = request.seams(skipless)
     every = [seam for seam in request.every(skipless) if seam.kind in {*REMOVABLE, *request.remove}]

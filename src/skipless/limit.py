@@ -6,11 +6,11 @@ come scalings within the layers. Letters as in arXiv:2404.12362; certificate.py 
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from skipless.architecture import HOMOGENEOUS, PRE_NORM, Architecture
 from skipless.errors import InputError
+from skipless.graph import Space, graph
 from skipless.seams import KINDS, Seam, reasons, seams
 
 
@@ -30,21 +30,6 @@ class Limit:
     def removable(self) -> int:
         """All terms."""
         return sum(self.terms.values())
-
-
-@dataclass(frozen=True)
-class _Space:
-    """A space of d dimensions between layers: the norms through which it is read, whether a tied table writes or reads
-    it, the inputs of its writers, whether something reads it without a norm, and whether it holds rows of the table
-    alone.
-    """
-
-    normed: tuple[str, ...]
-    bare: bool
-    written_tied: bool
-    read_tied: bool
-    writer_inputs: int
-    looked_up: bool
 
 
 def limit(architecture: Architecture) -> Limit:
@@ -67,7 +52,8 @@ def closable(architecture: Architecture) -> list[Seam]:
     """The seams that one fuse closes when it is asked for all kinds that can be asked for together."""
     kinds = list(KINDS)
     while True:
-        every = [seam for seam in seams(architecture, values="values" in kinds or None) if seam.kind in kinds]
+        found = seams(architecture, values="values" in kinds or None)
+        every = [seam for seam in found if seam.kind in kinds and seam.taken not in kinds]
         blocked = {seam.kind for seam in every if seam.blocked}
         if not blocked:
             return every
@@ -140,82 +126,52 @@ def _foldable(a: Architecture, norm: str) -> bool:
 
 def _spaces(a: Architecture) -> int:
     """Of all spaces between layers, the dimensions of their groups."""
-    d, total, tied = a.hidden_size, 0, []
-    for space in _find_spaces(a):
+    d, total, tied, inputs = a.hidden_size, 0, [], {module.name: module.inputs for module in a.modules()}
+    spaces = graph(a).spaces
+    for space in spaces:
         if space.written_tied and space.read_tied:  # the table written with is the one read with
             total += 0 if a.has_norm("model.norm") else _rotations(a, space)
         elif space.written_tied or space.read_tied:
             tied.append(space)
         else:
             total += _changes(a, space)
-        if a.norm_type == "layer" and not space.bare:  # what it adds to all components alike is not seen
-            total += space.writer_inputs
+        if a.norm_type == "layer" and not _bare(space):  # what it adds to all components alike is not seen
+            total += sum(inputs[port.module] for port in space.writers)
     if tied:  # one group for the table's both ends
-        total += 0 if any(space.read_tied and space.normed for space in tied) else min(_changes(a, s) for s in tied)
+        seen = any(space.read_tied and _normed(space) for space in tied)
+        total += 0 if seen else min(_changes(a, space) for space in tied)
     for layer in range(a.num_hidden_layers):
         if a.p_alone and a.query_width < d:  # beside d^2, as P is narrower than the stream
             total += d * a.query_width + (d - a.query_width) * a.ffn_read_width(layer) - d**2
     return total
 
 
-def _changes(a: Architecture, space: _Space) -> int:
+def _normed(space: Space) -> bool:
+    """Whether something reads it through a norm."""
+    return any(port.norms for port in space.readers)
+
+
+def _bare(space: Space) -> bool:
+    """Whether something reads it without a norm."""
+    return not all(port.norms for port in space.readers)
+
+
+def _changes(a: Architecture, space: Space) -> int:
     """Dimensions of GL(d), or of the rotations that the norms allow."""
     d = a.hidden_size
-    if not space.normed:
+    if not _normed(space):
         return d**2
-    if space.looked_up:  # normalized rows are a table like any other; layer-normalized ones have no mean
+    writers = [port.module for port in space.writers]
+    if writers == ["model.embed_tokens"] and len(space.places) == 1 and not _bare(space):
+        # normalized rows are a table like any other; layer-normalized ones have no mean
         return d**2 if a.norm_type == "rms" else d * (d - 1)
     return _rotations(a, space)
 
 
-def _rotations(a: Architecture, space: _Space) -> int:
+def _rotations(a: Architecture, space: Space) -> int:
     """O(d), or, if a layer norm reads the space, of the rotations that leave the mean alone."""
-    d = a.hidden_size - (bool(space.normed) and a.norm_type == "layer")
+    d = a.hidden_size - (_normed(space) and a.norm_type == "layer")
     return d * (d - 1) // 2
-
-
-def _find_spaces(a: Architecture) -> Iterable[_Space]:
-    """Places between matrices, s_i before layer i (s_L: the head) and y_i after its attention, as skips join them."""
-    layers, serial = a.num_hidden_layers, a.block_type == "serial"
-    places = [("s", i) for i in range(layers + 1)] + ([("y", i) for i in range(layers)] if serial else [])
-    joined = {place: place for place in places}
-
-    def root(place: tuple[str, int]) -> tuple[str, int]:
-        while joined[place] != place:
-            place = joined[place]
-        return place
-
-    for i in range(layers):
-        if serial and a.residual in ("attention", "both"):
-            joined[root(("y", i))] = root(("s", i))
-        if serial and a.residual in ("ffn", "both"):
-            joined[root(("s", i + 1))] = root(("y", i))
-        if not serial and a.residual == "both":
-            joined[root(("s", i + 1))] = root(("s", i))
-    readers: dict[tuple[str, int], list[str | None]] = {place: [] for place in places}
-    inputs = dict.fromkeys(places, 0)
-    inputs["s", 0] = a.vocab_size + (a.max_position_embeddings if a.position_type == "learned" else 0)
-    for i in range(layers):
-        names = [f"model.layers.{i}.{name}" for name in ("input_layernorm", "post_attention_layernorm")]
-        first, second = (name if a.has_norm(name) else None for name in names)
-        readers["s", i].append(first)
-        readers["y" if serial else "s", i].append(second if serial or second else first)
-        inputs["y" if serial else "s", i if serial else i + 1] += a.query_width
-        inputs["s", i + 1] += sum(a.ffn_width(i) for _ in a.experts(i))
-    readers["s", layers].append("model.norm" if a.has_norm("model.norm") else None)
-    spaces: dict[tuple[str, int], list[tuple[str, int]]] = {}
-    for place in places:
-        spaces.setdefault(root(place), []).append(place)
-    for members in spaces.values():
-        found = [reader for place in members for reader in readers[place]]
-        yield _Space(
-            normed=tuple(name for name in found if name is not None),
-            bare=None in found,
-            written_tied=a.tie_word_embeddings and ("s", 0) in members,
-            read_tied=a.tie_word_embeddings and ("s", layers) in members,
-            writer_inputs=sum(inputs[place] for place in members),
-            looked_up=members == [("s", 0)] and None not in found and a.position_type != "learned",
-        )
 
 
 def _unknown(a: Architecture) -> str:

@@ -303,9 +303,10 @@ class OpenStream:
         self.outputs = {letter(name): reader for name, reader in self.readers.items()}
         if duals:
             self.outputs["logits"] = duals[0] if len(duals) == 1 else torch.cat(duals, 1)
-        self.followers = {
-            name: [other for other in seam.followers if letter(other) == name] for name in map(letter, seam.followers)
-        }
+        self.followers: dict[str, list[str]] = {}
+        for name in seam.followers:  # of other layers, too, where skips join their streams
+            what = letter(name)
+            self.followers.setdefault(f"later {what}" if what in self.outputs else what, []).append(name)
         for name, others in self.followers.items():
             self.outputs[name] = join([affines[other].weight for other in others])
 

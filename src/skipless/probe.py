@@ -18,6 +18,7 @@ from torch import nn
 from skipless.architecture import Architecture
 from skipless.casting import CAST
 from skipless.errors import BugError
+from skipless.graph import graph
 from skipless.model import SkiplessConfig, SkiplessForCausalLM
 from skipless.planning import Plan
 from skipless.prediction import Outcome
@@ -318,7 +319,10 @@ def limits(outcomes: Iterable[Outcome], source: Architecture, cast: torch.dtype 
     for outcome in outcomes:
         rounded = CAST * rounding_error(getattr(torch, outcome.dtype))
         worst = max(outcome.errors.values(), default=rounded)
-        for at in {outcome.layer, source.num_hidden_layers if "logits" in outcome.errors else outcome.layer}:
+        first = outcome.layer
+        if outcome.kind in ("stream", "head"):  # M of the layer before may read what the seam closes
+            first = graph(source).before(first).places[0].layer
+        for at in {first, source.num_hidden_layers if "logits" in outcome.errors else first}:
             squares[at] = squares.get(at, 0.0) + worst**2
     own = 0.0 if cast is None else (CAST * rounding_error(cast)) ** 2
     alone = source.residual == "none" and source.block_type == "serial" and source.ffn_type != "moe"

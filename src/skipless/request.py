@@ -63,8 +63,7 @@ class Request:
             for seam in self.every(source)
             if seam.kind in self.remove and not (seam.kind == "stream" and seam.layer in self.layers_open)
         ]
-        if source.block_type == "parallel" and {"stream", "p"} <= set(self.remove):  # one of the two (self.note)
-            asked = [seam for seam in asked if not self._spared(seam)]
+        asked = [seam for seam in asked if seam.taken not in self.remove]  # their weights go elsewhere (self.note)
         if self.basis == "v" and {"stream", "values"} <= set(self.remove):
             raise InputError(
                 "basis: expected one without v with --remove stream,values, as heads of V cannot be the stream and "
@@ -83,13 +82,13 @@ class Request:
         """All open seams, as they are when what is asked for is closed."""
         return seams(source, self.parallel_removes, "values" in self.remove or None)
 
-    def _spared(self, seam: Seam) -> bool:
-        """Whether a parallel model's seam stays open, because what `parallel_removes` says goes in its place."""
-        return seam.kind == "p" if self.parallel_removes == "readers" else seam.kind == "stream" and seam.layer > 0
-
     def note(self, source: Architecture) -> str:
-        """What a parallel model cannot give up of what was asked for, and why; or nothing."""
-        if source.block_type != "parallel" or not {"stream", "p"} <= set(self.remove):
+        """What of what was asked for stays, as its weights go elsewhere, and why; or nothing."""
+        spared = [seam for seam in self.every(source) if seam.kind in self.remove and seam.taken in self.remove]
+        if source.block_type != "parallel" or source.residual != "none":
+            kinds = " and ".join(dict.fromkeys(seam.kind for seam in spared))
+            return f"{kinds} seams stay, in {len(spared)} places: {spared[0].blocked}" if spared else ""
+        if not {"stream", "p"} <= set(self.remove):
             return ""
         d, layers = source.hidden_size, source.num_hidden_layers
         kept = "P" if self.parallel_removes == "readers" else "Q, K and V of the layers after the first"

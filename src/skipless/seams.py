@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from skipless.architecture import HOMOGENEOUS, Architecture
+from skipless.graph import Port, Space, graph
 
 KINDS = ("norms", "stream", "values", "p", "head")
 # What is removed unless something else is asked for.
@@ -43,7 +44,8 @@ class Seam:
     through: a norm between writer and readers that is redundant and goes with the seam.
     mixed: the tensors by which the writer's output is shaped and scaled before it is read (arXiv:2311.01906).
     saves: weights (biases and indices not counted) that closing it removes.
-    blocked: why the seam cannot be closed; None if it can.
+    blocked: why the seam cannot be closed; None if it can. taken: if that is because the space's weights go elsewhere,
+    the kind of seam that they go with.
     """
 
     kind: str
@@ -62,6 +64,7 @@ class Seam:
     mixed: tuple[str, ...] = ()
     blocked: str | None = None
     blocks: int = 1
+    taken: str = ""
 
     def way(self, basis: str) -> str:
         """How it is closed when stream seams are closed by `basis`; seams of other kinds have only one way."""
@@ -84,8 +87,8 @@ class Seam:
 
     def bias_share(self, writer: str) -> float:
         """What part of this writer's bias is in the stream, of experts' on average: their weights sum to 1."""
-        takers = [name for name in self.writers if name in self.bias_takers]
-        return 1 / len(takers) if writer in takers else 1.0
+        layer, _, expert = writer.partition(".experts.")
+        return 1 / sum(name.startswith(f"{layer}.experts.") for name in self.writers) if expert else 1.0
 
 
 def seams(architecture: Architecture, parallel_removes: str = "readers", values: bool | None = None) -> list[Seam]:
@@ -160,57 +163,66 @@ def _attention(layer: int) -> str:
     return f"model.layers.{layer}.self_attn"
 
 
-def _outputs(architecture: Architecture, layer: int) -> tuple[str, ...]:
-    """What a layer writes its output with."""
-    outputs = tuple(f"{ffn}.down_proj" for ffn in architecture.experts(layer))
-    attends = architecture.block_type == "parallel"
-    return (*outputs, f"{_attention(layer)}.o_proj") if attends else outputs
-
-
 def _joined(names: Sequence[str]) -> str:
     """Names in a sentence; of many, the first."""
     return " and ".join(names) if len(names) < 3 else f"{names[0]} and others"
 
 
-def _stream_blocked(architecture: Architecture, layer: int, readers: str) -> str | None:
-    """What stands between the output of layer - 1 and what reads it in layer (the head's: the number of layers)."""
-    before, after = f"model.layers.{layer - 1}", f"model.layers.{layer}"
-    parallel = architecture.block_type == "parallel"
-    if architecture.residual != "none":
-        return (
-            f"residual {architecture.residual!r}: a skip connection carries the stream past layer {layer}'s matrices, "
-            f"so its basis cannot be chosen there alone"
-        )
-    norms = [f"{before}.ffn_output_norm", f"{before}.ffn_stream_norm"] if layer else ["model.embed_norm"]
-    if layer == architecture.num_hidden_layers:
-        norms.append("model.norm")
-    else:
-        norms.append(f"{after}.input_layernorm")
-    if parallel:
-        norms += [f"{before}.attention_output_norm", f"{after}.post_attention_layernorm"]
-    writers = _outputs(architecture, layer - 1) if layer else ("model.embed_tokens", "model.position_embeddings")
-    for norm in norms:
-        if architecture.has_norm(norm):
+def _names(ports: Iterable[Port]) -> tuple[str, ...]:
+    return tuple(port.module for port in ports)
+
+
+def _not_linear(architecture: Architecture, space: Space) -> str | None:
+    """The norm that stands between a space and what writes or reads it, or None."""
+    for norm, port in space.norms:
+        if len(space.places) > 1:
+            first, last = (place.layer for place in (space.places[0], space.places[-1]))
             return (
-                f"norm_type {architecture.norm_type!r}: {norm} stands between {_joined(writers)} and {readers}, and is "
-                f"not linear"
+                f"residual {architecture.residual!r} and norm_type {architecture.norm_type!r}: skip connections join "
+                f"the stream from layer {first} to {last} into one space, with one basis, and {norm} stands between it "
+                f"and {port.module}, and is not linear"
             )
-    if parallel and layer and architecture.p_removed:
+        reads = port in space.readers
+        writers, readers = _names(space.writers), graph(architecture).through(norm) if reads else _names(space.readers)
         return (
-            f"p_removed: the heads of layer {layer - 1} are added to the stream as they are, which fixes its basis; of "
-            f"each stream seam d^2 weights go, of Q, K, V or of P, not of both"
+            f"norm_type {architecture.norm_type!r}: {norm} stands between "
+            f"{_joined(writers if reads else (port.module,))} and {_joined(readers)}, and is not linear"
         )
-    if architecture.attention_bias and layer and architecture.residual_gains:
+    return None
+
+
+def _given_up(architecture: Architecture, space: Space) -> str:
+    """What a space that skip connections join gives up, and where: in words."""
+    first = space.layers[0]
+    by = f"Q, K and V of layer {first}" if first < architecture.num_hidden_layers else "the head"
+    return (
+        f"residual {architecture.residual!r}: skip connections join what {_joined(_names(space.writers))} write into "
+        f"one space, which gives up hidden_size^2 = {architecture.hidden_size**2:,} weights once, of {by}"
+    )
+
+
+def _heads_pass(architecture: Architecture, space: Space) -> str | None:
+    """Why a space that P has been removed from has a basis that cannot be chosen, or None."""
+    attention = [port for port in space.writers if port.module.endswith(".o_proj")]
+    if not architecture.p_removed or not attention or len(space.writers) == 1:
+        return None
+    return (
+        f"p_removed: the heads of layer {attention[0].module.split('.')[2]} are added to the stream as they are, which "
+        f"fixes its basis; of each stream seam d^2 weights go, of Q, K, V or of P, not of both"
+    )
+
+
+def _bias_stays(architecture: Architecture, space: Space, takers: Sequence[str]) -> str | None:
+    """Why a bias cannot move into what is written at a space's first place, or None."""
+    if not architecture.attention_bias:
+        return None
+    written = any(name.startswith("model.layers.") for name in takers)
+    if architecture.residual_gains and (written or len(space.places) > 1):
         return (
             "residual_gains: attention_bias is true, and a layer's output, with the bias that would move into it, is "
             "scaled before it is read"
         )
-    if (
-        architecture.attention_bias
-        and layer
-        and architecture.has_experts(layer - 1)
-        and not architecture.norm_topk_prob
-    ):
+    if any(".experts." in name for name in takers) and not architecture.norm_topk_prob:
         return (
             "norm_topk_prob false: attention_bias is true, and routing weights that do not sum to 1 would scale the "
             "bias that moves into the experts"
@@ -218,45 +230,51 @@ def _stream_blocked(architecture: Architecture, layer: int, readers: str) -> str
     return None
 
 
-def _stream_seam(architecture: Architecture, layer: int, values: bool, parallel_removes: str) -> Seam:
-    """Seam i of identities "stream": written by the embeddings (i = 0) or O of layer i - 1, read by Q, K, V.
+def _takers(space: Space) -> tuple[str, ...]:
+    """Of what is written at a space's first place, what takes a bias in: not positions, nor P beside the FFN."""
+    names = _names(space.starts)
+    return tuple(name for name in names if not name.endswith((".o_proj", "position_embeddings"))) or names
 
-    In a parallel layer P writes it, too, and M reads it.
+
+def _stream_seam(architecture: Architecture, layer: int, values: bool, parallel_removes: str) -> Seam:
+    """Of the space that Q, K, V of a layer read: they become the identity, or d columns of theirs do.
+
+    What else reads it (M, in a parallel layer or past a skip) takes the basis in.
     """
-    attention, last = _attention(layer), architecture.num_hidden_layers - 1
-    parallel, tied = architecture.block_type == "parallel", architecture.tie_word_embeddings
+    attention, parallel = _attention(layer), architecture.block_type == "parallel"
+    found = graph(architecture)
+    space = found.before(layer)
+    writers, takers, taken = _names(space.writers), _takers(space), ""
     duals: tuple[str, ...] = ()
-    if layer:
-        writers = _outputs(architecture, layer - 1)
-        takers = writers[:-1] if parallel else writers
-    else:
-        writers = ("model.project_in" if architecture.embedding_size else "model.embed_tokens",)
-        takers = writers
-        if architecture.position_type == "learned":
-            writers += ("model.position_embeddings",)
-        if tied and not architecture.embedding_size:
-            duals = _outputs(architecture, last)
-    blocked = _stream_blocked(architecture, layer, "q, k, v_proj")
-    if blocked is None and duals:
-        blocked = _tied_blocked(architecture)
+    blocked = _not_linear(architecture, space) or _heads_pass(architecture, space)
+    if blocked is None and layer != space.layers[0]:
+        blocked, taken = _given_up(architecture, space), "stream"
+    blocked = blocked or _bias_stays(architecture, space, takers)
+    if blocked is None and architecture.attention_bias and "lm_head" in _names(space.readers):
+        blocked = "attention_bias: a bias of Q would move into the stream that lm_head reads, which has none to undo it"
+    if space.written_tied and not architecture.embedding_size:
+        last = found.before(architecture.num_hidden_layers)
+        duals = _names(last.writers) if last is not space else ()
+        blocked = blocked or _tied(architecture, space, last)
     if blocked is None and parallel and layer and parallel_removes == "p":
-        blocked = "--parallel-removes p: its d^2 weights go from P of the layer before"
+        blocked, taken = "--parallel-removes p: its d^2 weights go from P of the layer before", "p"
     if blocked is None and architecture.values_removed:
         blocked = (
             "values_removed: v_proj passes inputs of the stream through, which fixes its basis; close both at once"
         )
     d, widths = architecture.hidden_size, dict(architecture.projections)
-    taken = {name: width for name, width in widths.items() if not (name == "v" and values)}
+    chosen = {name: width for name, width in widths.items() if not (name == "v" and values)}
     identities: dict[str, tuple[str, ...]] = {
-        name: (f"{attention}.{name}_proj",) for name, width in taken.items() if width == d
+        name: (f"{attention}.{name}_proj",) for name, width in chosen.items() if width == d
     }
-    readers = tuple(f"{attention}.{name}_proj" for name in taken)
-    if sum(taken.values()) >= d:
+    readers = tuple(f"{attention}.{name}_proj" for name in chosen)
+    if sum(chosen.values()) >= d:
         identities["pivoted"] = readers
     elif blocked is None:
         blocked = (
-            f"{', '.join(list(taken)[:-1])} and {list(taken)[-1]}_proj of layer {layer} having {sum(taken.values())} "
-            f"outputs together, fewer than hidden_size ({d}): no {d} of them can stand for the stream"
+            f"{', '.join(list(chosen)[:-1])} and {list(chosen)[-1]}_proj of layer {layer} having "
+            f"{sum(chosen.values())} outputs together, fewer than hidden_size ({d}): no {d} of them can stand for the "
+            f"stream"
         )
     return Seam(
         kind="stream",
@@ -270,19 +288,34 @@ def _stream_seam(architecture: Architecture, layer: int, values: bool, parallel_
         saves=d**2,
         bias_takers=takers,
         duals=duals,
-        followers=(
-            *(f"{attention}.{name}_proj" for name in widths if name not in taken),
-            *(architecture.ffn_readers(layer) if parallel else ()),
-        ),
+        followers=tuple(name for name in _names(space.readers) if name not in readers),
         blocked=blocked,
+        taken=taken,
     )
 
 
-def _tied_blocked(architecture: Architecture) -> str | None:
+def _tied(architecture: Architecture, first: Space, last: Space) -> str | None:
     """Why the last layer cannot make up for what the first stream seam does to a tied head, or None."""
-    last = architecture.num_hidden_layers
-    reason = _stream_blocked(architecture, last, "the head")
-    return reason and f"tie_word_embeddings: the table is the head, too, and there is {reason}"
+    if first is last:
+        reason: str | None = (
+            f"residual {architecture.residual!r}, by which skip connections join what it writes and what it reads into "
+            f"one space"
+        )
+    elif len(last.places) > 1:
+        others = [name for name in _names(last.readers) if name != "model.embed_tokens"]
+        reason = (
+            f"residual {architecture.residual!r}, by which {_joined(others)} would have to take in the inverse of what "
+            f"the table does"
+        )
+    else:
+        reason = (
+            _not_linear(architecture, last)
+            or _heads_pass(architecture, last)
+            or _bias_stays(architecture, last, _names(last.starts))
+        )
+    return reason and (
+        f"tie_word_embeddings: the table is the head, too, and there is {reason}; leave it open with --layers-open 0"
+    )
 
 
 def _value_seam(architecture: Architecture, layer: int) -> Seam:
@@ -325,29 +358,25 @@ def _value_seam(architecture: Architecture, layer: int) -> Seam:
 
 
 def _p_seam(architecture: Architecture, layer: int, parallel_removes: str) -> Seam:
-    """Written by P, read by M (and the gate; router and experts): M* = P M.
+    """Of the space that P writes. Where it writes it alone, it merges into what reads it (M, the gate; router and
+    experts): M* = P M.
 
     Where P is wider than the stream (D > d) and merging would cost weights, d of its rows become the identity instead;
-    so they do in a parallel layer, where P's output is added to the FFN's and read by the layer after.
+    so they do where something else writes the space, too.
     """
     d, heads = architecture.hidden_size, architecture.query_width
-    o_proj = f"{_attention(layer)}.o_proj"
-    if architecture.block_type == "parallel":
-        return _parallel_p_seam(architecture, layer, parallel_removes)
-    readers = architecture.ffn_readers(layer)
-    shown = " and ".join(readers) if len(readers) < 3 else f"model.layers.{layer}.mlp's router and experts"
+    o_proj, space = f"{_attention(layer)}.o_proj", graph(architecture).after_attention(layer)
+    if len(space.writers) > 1:
+        return _joined_p_seam(architecture, layer, space, parallel_removes)
+    readers = _names(space.readers)
     norms, through = architecture.norms_after_attention(layer), ""
     blocked = None
-    if architecture.residual != "none":
-        blocked = (
-            f"residual {architecture.residual!r}: a skip connection joins or leaves the stream between {o_proj} and "
-            f"{shown}"
-        )
-    elif norms:
+    if norms:
         reason = _norm_matters(architecture, layer, norms)
         if reason is None:
             through = norms[0]
         else:
+            shown = _joined(readers) if len(readers) < 3 else f"model.layers.{layer}.mlp's router and experts"
             blocked = (
                 f"norm_type {architecture.norm_type!r}: {norms[0]} stands between {o_proj} and {shown}, and is not "
                 f"linear; it is not redundant, as {reason}"
@@ -376,40 +405,23 @@ def _attention_gain(architecture: Architecture, layer: int) -> tuple[str, ...]:
     return (name,) if name in architecture.gain_tensors(layer) else ()
 
 
-def _parallel_p_seam(architecture: Architecture, layer: int, parallel_removes: str) -> Seam:
-    """P of a parallel layer, made the identity at the stream seam of the layer after."""
-    d, heads, after = architecture.hidden_size, architecture.query_width, layer + 1
+def _joined_p_seam(architecture: Architecture, layer: int, space: Space, parallel_removes: str) -> Seam:
+    """Of a space that P writes together with others: its rows, if it gives up no columns of what reads it."""
+    d, heads, layers = architecture.hidden_size, architecture.query_width, architecture.num_hidden_layers
     o_proj = f"{_attention(layer)}.o_proj"
-    if after == architecture.num_hidden_layers:
-        readers: tuple[str, ...] = ("lm_head",)
-    else:
-        readers = tuple(f"{_attention(after)}.{name}_proj" for name in architecture.projections)
-        readers += architecture.ffn_readers(after)
-    writers = (o_proj, *(f"{ffn}.down_proj" for ffn in architecture.experts(layer)))
-    blocked = _stream_blocked(architecture, after, _joined(readers))
-    if blocked is None and parallel_removes != "p":
+    writers = (o_proj, *(name for name in _names(space.writers) if name != o_proj))
+    readers, taken = _names(space.readers), ""
+    blocked = _not_linear(architecture, space)
+    if blocked is None and len(space.places) > 1:
+        blocked, taken = _given_up(architecture, space), "stream"
+    elif blocked is None and parallel_removes != "p":
+        taken = "stream"
         blocked = (
             f"block_type 'parallel': {o_proj}'s output is added to the FFN's, and nothing reads it alone. Each of the "
-            f"{architecture.num_hidden_layers + 1} stream seams gives up hidden_size^2 = {d**2:,} weights, of Q, K, V "
-            f"that read it or of P that writes it, not of both: rewriting cannot remove Q and P; choose with "
-            f"--parallel-removes readers or p"
+            f"{layers + 1} stream seams gives up hidden_size^2 = {d**2:,} weights, of Q, K, V that read it or of P "
+            f"that writes it, not of both: rewriting cannot remove Q and P; choose with --parallel-removes readers or p"
         )
-    elif (
-        blocked is None
-        and architecture.stream_basis is not None
-        and architecture.layers_open != tuple(range(1, architecture.num_hidden_layers))
-    ):
-        blocked = f"stream_basis {architecture.stream_basis!r}: of its stream seams Q, K, V have given up d^2 weights"
-    elif blocked is None and architecture.values_removed and after < architecture.num_hidden_layers:
-        blocked = "values_removed: v_proj passes inputs of the stream through, which fixes its basis; close P first"
-    elif blocked is None and heads < d:
-        blocked = (
-            f"heads * head_dim ({heads}) being less than hidden_size ({d}): {heads} rows cannot stand for the stream"
-        )
-    elif blocked is None and architecture.tie_word_embeddings:
-        blocked = "tie_word_embeddings: what reads the last layer's output is the table, which is written with, too"
-    elif blocked is None and architecture.head_removed:
-        blocked = "head_removed: logits are outputs of the last layer as they are, which fixes its basis"
+    blocked = blocked or _bias_stays(architecture, space, writers[1:]) or _rows_stay(architecture, layer)
     return Seam(
         kind="p",
         layer=layer,
@@ -421,12 +433,30 @@ def _parallel_p_seam(architecture: Architecture, layer: int, parallel_removes: s
         bias_takers=writers[1:] if heads == d else (),
         saves=d**2,
         blocked=blocked,
+        taken=taken,
     )
 
 
+def _rows_stay(architecture: Architecture, layer: int) -> str | None:
+    """Why the rows of a parallel layer's P cannot become the identity, or None."""
+    d, heads, layers = architecture.hidden_size, architecture.query_width, architecture.num_hidden_layers
+    if architecture.stream_basis and architecture.layers_open != tuple(range(1, layers)):
+        return f"stream_basis {architecture.stream_basis!r}: of its stream seams Q, K, V have given up d^2 weights"
+    if architecture.values_removed and layer + 1 < layers:
+        return "values_removed: v_proj passes inputs of the stream through, which fixes its basis; close P first"
+    if heads < d:
+        return f"heads * head_dim ({heads}) being less than hidden_size ({d}): {heads} rows cannot stand for the stream"
+    if architecture.tie_word_embeddings:
+        return "tie_word_embeddings: what reads the last layer's output is the table, which is written with, too"
+    if architecture.head_removed:
+        return "head_removed: logits are outputs of the last layer as they are, which fixes its basis"
+    return None
+
+
 def _head_seam(architecture: Architecture, parallel_removes: str) -> Seam:
-    """Between the last layer's output and lm_head, of whose columns d become the identity (identities 4)."""
+    """Of the space that lm_head reads, of whose columns d become the identity (identities 4)."""
     d, last = architecture.hidden_size, architecture.num_hidden_layers
+    space, taken = graph(architecture).before(last), ""
     blocked = None
     if architecture.tie_word_embeddings:
         blocked = "tie_word_embeddings: lm_head is the table of the embeddings"
@@ -437,21 +467,24 @@ def _head_seam(architecture: Architecture, parallel_removes: str) -> Seam:
             f"vocab_size {architecture.vocab_size}: no more than hidden_size ({d}) logits, and no row would be left"
         )
     elif architecture.block_type == "parallel" and parallel_removes == "p" and not architecture.p_removed:
-        blocked = "--parallel-removes p: its d^2 weights go from P of the last layer"
+        blocked, taken = "--parallel-removes p: its d^2 weights go from P of the last layer", "p"
     else:
-        blocked = _stream_blocked(architecture, last, "lm_head")
-    outputs = _outputs(architecture, last - 1)
+        blocked = _not_linear(architecture, space) or _heads_pass(architecture, space)
+        if blocked is None and space.layers[0] < last:
+            blocked, taken = _given_up(architecture, space), "stream"
     return Seam(
         kind="head",
         layer=last,
         width=d,
-        writers=outputs,
+        writers=_names(space.writers),
         readers=("lm_head",),
         identities={"head": ("lm_head",)},
         rest="lm_head",
         order="lm_head.column_order",
         saves=d**2,
+        followers=tuple(name for name in _names(space.readers) if name != "lm_head"),
         blocked=blocked,
+        taken=taken,
     )
 
 
@@ -511,27 +544,22 @@ def _table_norm(architecture: Architecture) -> str | None:
     plain = architecture.position_type != "learned" and not architecture.embedding_size
     if architecture.tie_word_embeddings or not plain:
         return None
-    if architecture.has_norm("model.embed_norm"):
-        return "model.embed_norm"
-    first, alone = "model.layers.0.input_layernorm", architecture.residual in ("none", "ffn")
-    if architecture.block_type == "parallel" and architecture.has_norm("model.layers.0.post_attention_layernorm"):
-        alone = False
-    return first if alone and architecture.has_norm(first) else None
+    space, first = graph(architecture).before(0), "model.layers.0.input_layernorm"
+    if written := space.writers[0].norms:
+        return written[0]
+    alone = len(space.places) == 1 and all(port.norms == (first,) for port in space.readers)
+    return first if alone else None
 
 
 def _norm_readers(architecture: Architecture, norm: str) -> tuple[str, ...]:
     """The matrices that read a norm's output and nothing else; none for norms that something else reads, too."""
-    if norm == "model.norm":
-        return () if architecture.tie_word_embeddings or architecture.embedding_size else ("lm_head",)
     prefix, _, name = norm.rpartition(".")
-    if name == "post_attention_layernorm":
-        clean = not (architecture.p_removed and architecture.p_merged)
-        return architecture.ffn_readers(int(prefix.split(".")[2])) if clean else ()
-    if name != "input_layernorm":
+    if norm == "model.norm" and (architecture.tie_word_embeddings or architecture.embedding_size):
         return ()
-    layer = int(prefix.split(".")[2])
-    if architecture.stream_closed(layer) or architecture.values_removed:
+    if name == "post_attention_layernorm" and architecture.p_removed and architecture.p_merged:
+        return ()
+    if name == "input_layernorm" and (
+        architecture.stream_closed(int(prefix.split(".")[2])) or architecture.values_removed
+    ):
         return ()  # some of q, k and v are the norm's output as it is
-    readers = tuple(f"{_attention(layer)}.{letter}_proj" for letter in architecture.projections)
-    beside = architecture.block_type == "parallel" and not architecture.has_norm(f"{prefix}.post_attention_layernorm")
-    return (*readers, *architecture.ffn_readers(layer)) if beside else readers
+    return graph(architecture).through(norm)

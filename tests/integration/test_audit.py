@@ -111,16 +111,29 @@ def test_too_few_independent_columns_for_any_basis(source):
 
 
 def test_what_blocks_a_seam_is_said(source):
-    edit_config(source, residual="both")
+    edit_config(source, residual="both", norm_type="rms", norms=["model.norm"])
+    edit_tensors(source, model__norm__weight=torch.ones(32))
     result = run(source)
     assert result.exit_code == 1
-    assert "not safe: the stream seam of layer 0 is blocked by residual 'both'" in result.stdout
+    assert "not safe: the stream seam of layer 0 is blocked by residual 'both' and norm_type 'rms'" in result.stdout
     assert "condition numbers" in result.stdout
     found = json.loads(run(source, "--json").stdout)
     assert len(found["problems"]) == 2
     assert not found["if_skipless"]
     assert all(seam["blocked"] and seam["ways"] for seam in found["seams"])
     assert "could be rewritten safely" in result.stdout
+
+
+@pytest.mark.parametrize("residual", ["attention", "ffn", "both"])
+def test_skips_alone_block_nothing(residual, tmp_path):
+    """What is foretold is of the model as it is: P's weights, which stay, are no problem."""
+    save(build(residual=residual), tmp_path / "source")
+    found = skipless.audit(tmp_path / "source")
+    assert found.safe
+    asked = [(seam.kind, seam.layer) for seam in found.seams if seam.asked]
+    assert asked == [("stream", layer) for layer in range(1 if residual == "both" else 3)]
+    plan = skipless.fuse(tmp_path / "source", tmp_path / "fused")
+    assert [(seam.kind, seam.layer) for task in plan.tasks for seam in task.seams] == asked
 
 
 def test_a_seam_that_was_not_asked_for_may_be_blocked(tmp_path):

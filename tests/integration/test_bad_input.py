@@ -259,18 +259,20 @@ def test_config_is_not_a_json_object(source, tmp_path, text):
     ("changes", "parts"),
     [
         ({"norm_type": "rms"}, ["the stream seam of layer 0 is blocked by norm_type 'rms'", "input_layernorm"]),
-        ({"residual": "both"}, ["the stream seam of layer 0 is blocked by residual 'both'", "skip connection"]),
+        (
+            {"norm_type": "rms", "residual": "both"},
+            ["the stream seam of layer 0 is blocked by residual 'both' and norm_type 'rms'", "skip connections join"],
+        ),
     ],
     ids=str,
 )
 def test_norms_and_skips(source, tmp_path, changes, parts):
     edit_config(source, **changes)
-    if "norm_type" in changes:
-        norms = [
-            "model__norm",
-            *(f"model__layers__{i}__{n}_layernorm" for i in range(3) for n in ("input", "post_attention")),
-        ]
-        edit_tensors(source, **{f"{norm}__weight": torch.ones(32) for norm in norms})
+    norms = [
+        "model__norm",
+        *(f"model__layers__{i}__{n}_layernorm" for i in range(3) for n in ("input", "post_attention")),
+    ]
+    edit_tensors(source, **{f"{norm}__weight": torch.ones(32) for norm in norms})
     refuse(tmp_path, message=parts)
 
 

@@ -131,9 +131,18 @@ def test_a_seam_left_open_can_be_closed_later():
             "model.layers.1.input_layernorm stands between model.layers.0.mlp.down_proj and",
         ),
         ({"norm_type": "layer"}, "p", "model.layers.1.post_attention_layernorm stands between"),
-        ({"residual": "both"}, "stream", "residual 'both': a skip connection carries the stream past layer 1"),
-        ({"residual": "ffn"}, "stream", "residual 'ffn'"),
-        ({"residual": "attention"}, "p", "residual 'attention': a skip connection joins or leaves the stream between"),
+        ({"residual": "both"}, "stream", "residual 'both': skip connections join what model.embed_tokens and others"),
+        ({"residual": "ffn"}, "p", r"one space, which gives up hidden_size\^2 = 1,024 weights once, .* of layer 2"),
+        (
+            {"residual": "attention"},
+            "p",
+            r"one space, which gives up hidden_size\^2 = 1,024 weights once, .* of layer 1",
+        ),
+        (
+            {"residual": "both", "norm_type": "rms"},
+            "stream",
+            "join the stream from layer 0 to 3 into one space, .* model.layers.0.input_layernorm stands between it and",
+        ),
     ],
 )
 def test_a_blocked_seam_says_why(fields, kind, reason):
