@@ -18,11 +18,12 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 import skipless
-from skipless import tables
-from skipless.bench import Work, bench
+from skipless.bundled import BUNDLED
 from skipless.checkpoint.reader import CheckpointReader
-from skipless.demo import BUNDLED, PROMPT
+from skipless.cli import tables
+from skipless.cli.demo import PROMPT
 from skipless.inference import greedy_config, load
+from skipless.serving.bench import Work, bench
 
 GREEDY_TOKENS = 256
 console = Console(width=100)

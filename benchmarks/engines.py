@@ -24,10 +24,10 @@ import torch
 from rich.console import Console
 from transformers import MistralConfig, MistralForCausalLM
 
-from skipless import tables
-from skipless.bench import Bench, Work, measure
+from skipless.cli import tables
+from skipless.serving.bench import Bench, Work, measure
+from skipless.serving.shapes import write_shapes
 from skipless.serving.worker import Worker
-from skipless.shapes import write_shapes
 
 SHAPE = "mistral-7b"
 WORK = Work(batches=(1,), context=128, tokens=32, prefill=0)

@@ -18,7 +18,8 @@ import openvino
 import torch
 
 import skipless
-from skipless.demo import BUNDLED, PROMPT
+from skipless.bundled import BUNDLED
+from skipless.cli.demo import PROMPT
 from skipless.inference import load, load_tokenizer
 from skipless.serving.export import export
 from skipless.serving.openvino import MODEL, bytes_per_token

@@ -22,13 +22,13 @@ from typing import cast
 import numpy as np
 import torch
 
-from skipless.architecture import Architecture
+from skipless.algebra.linalg import multiply
+from skipless.architecture.config import Architecture
 from skipless.checkpoint.reader import CheckpointReader, TensorInfo
-from skipless.closing import run_task
-from skipless.cost import cost, steps
-from skipless.planning import Plan, Task, make_plan
-from skipless.products import multiply
-from skipless.request import Request
+from skipless.rewrite.cost import cost, steps
+from skipless.rewrite.execution import run_task
+from skipless.rewrite.planning import Plan, Task, make_plan
+from skipless.rewrite.request import Request
 
 Tensors = Mapping[str, torch.Tensor]
 SIDE, SAMPLE = 4096, 256  # of the square matrices whose products are timed; rows on which errors are measured

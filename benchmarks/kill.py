@@ -22,9 +22,10 @@ from pathlib import Path
 
 import torch
 
-from skipless import engines, fuse
+from skipless import fuse
 from skipless.checkpoint.staging import LocalPlace
 from skipless.model import SkiplessConfig, SkiplessForCausalLM
+from skipless.rewrite import executors
 
 SHARD = 500_000
 
@@ -38,7 +39,7 @@ def make(folder: Path, layers: int) -> None:
 
 def child(source: Path, destination: Path, log: Path) -> None:
     """Fuse, and note the number of every task that was carried out."""
-    run_task = engines.run_task
+    run_task = executors.run_task
 
     def noted(plan, task, read):
         done = run_task(plan, task, read)
@@ -50,7 +51,7 @@ def child(source: Path, destination: Path, log: Path) -> None:
 
         return dataclasses.replace(done, tensors=tensors())
 
-    engines.run_task = noted
+    executors.run_task = noted
     fuse(source, destination, basis="pivoted", max_shard_size=SHARD, resume=True)
 
 

@@ -11,10 +11,10 @@ copies: parameters less the Jacobian's rank, before and after fusing.
 import argparse
 import dataclasses
 
-from skipless.architecture import Architecture
-from skipless.certificate import certify
-from skipless.counting import count
-from skipless.limit import limit
+from skipless.architecture.config import Architecture
+from skipless.architecture.limit import limit
+from skipless.reports.certificate import certify
+from skipless.reports.counting import count
 
 MODELS = ("pythia-6.9b", "mistral-7b", "llama-3.1-8b", "mistral-nemo-12b", "mixtral-8x7b", "qwen3-8b", "smollm2-135m")
 SHAPE = {

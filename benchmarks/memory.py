@@ -18,7 +18,7 @@ from pathlib import Path
 
 from mistral import MISTRAL, SHARD, make
 from skipless import fuse
-from skipless.machine import peak_memory
+from skipless.rewrite.machine import peak_memory
 
 
 def child(source: str, destination: str, basis: str, limit: str) -> None:

@@ -24,15 +24,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from skipless import closing, engines, fuse
-from skipless.architecture import Architecture
-from skipless.basis import MAX_CONDITION, Basis
+from skipless import fuse
+from skipless.algebra.basis import MAX_CONDITION, Basis
+from skipless.architecture.config import Architecture
 from skipless.checkpoint.reader import CheckpointReader, uncache
 from skipless.checkpoint.writer import CheckpointWriter, plan_shards, write_json
-from skipless.cost import cost
-from skipless.fusion import plan_fuse
-from skipless.machine import measure, peak_memory
-from skipless.request import Request
+from skipless.rewrite import execution, executors
+from skipless.rewrite.cost import cost
+from skipless.rewrite.fusion import plan_fuse
+from skipless.rewrite.machine import measure, peak_memory
+from skipless.rewrite.request import Request
 
 SHARD = 10**9
 MISTRAL = {
@@ -102,7 +103,7 @@ def notebook(folder: Path) -> float:
 
 def child(source: str, destination: str, basis: str, memory: str) -> None:
     """Fuse, and print where the time went."""
-    run_task, tensor, write = closing.run_task, CheckpointReader.tensor, CheckpointWriter.write
+    run_task, tensor, write = execution.run_task, CheckpointReader.tensor, CheckpointWriter.write
     spent = {"read": 0.0, "write": 0.0}
     tasks: list[tuple[str, float]] = []
 
@@ -135,7 +136,7 @@ def child(source: str, destination: str, basis: str, memory: str) -> None:
         begun += spent["read"] - reading
         return dataclasses.replace(done, tensors=tensors(begun, done))
 
-    engines.run_task = timed_task
+    executors.run_task = timed_task
     CheckpointReader.tensor = timed("read", tensor)
     CheckpointWriter.write = timed("write", write)
     stamps = []

@@ -26,14 +26,14 @@ from pathlib import Path
 
 import torch
 
-from skipless.architecture import Architecture
+from skipless.architecture.config import Architecture
 from skipless.checkpoint.headers import INDEX
 from skipless.checkpoint.reader import CheckpointReader, uncache
 from skipless.checkpoint.writer import CheckpointWriter, plan_shards, write_json
-from skipless.cost import Cost, cost, least
-from skipless.machine import PRECISIONS, READ, measure
-from skipless.planning import Plan, make_plan
-from skipless.request import Request
+from skipless.rewrite.cost import Cost, cost, least
+from skipless.rewrite.machine import PRECISIONS, READ, measure
+from skipless.rewrite.planning import Plan, make_plan
+from skipless.rewrite.request import Request
 
 CONFIG = {
     "model_type": "skipless",

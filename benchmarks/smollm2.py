@@ -23,11 +23,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from skipless.basis import Basis
-from skipless.eliminate import Affine, Stream
-from skipless.prediction import OpenStream
-from skipless.rounding import round_stream
-from skipless.seams import Seam
+from skipless.algebra.affine import Affine
+from skipless.algebra.basis import Basis
+from skipless.algebra.rounding import round_stream
+from skipless.algebra.stream import Stream
+from skipless.architecture.seams import Seam
+from skipless.removals.columns import OpenStream
 
 console = Console(width=110)
 READERS = ("q_proj", "k_proj", "v_proj")

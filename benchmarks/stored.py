@@ -19,11 +19,11 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 import skipless
-from skipless.architecture import Architecture
+from skipless.architecture.config import Architecture
+from skipless.architecture.seams import REMOVABLE, seams
+from skipless.bundled import BUNDLED
 from skipless.checkpoint.reader import CheckpointReader
-from skipless.demo import BUNDLED
 from skipless.inference import load, load_tokenizer
-from skipless.seams import REMOVABLE, seams
 from skipless.train.data import Blocks, read_texts, split, standard_library
 from skipless.train.recipe import Recipe
 

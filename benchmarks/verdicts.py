@@ -40,8 +40,8 @@ from tests.random_models import draw_fields, draw_runs, fuse_what_goes
 from transformers.utils import logging as transformers_logging
 
 import skipless
-from skipless.demo import BUNDLED
-from skipless.rounding import rounding_error
+from skipless.algebra.rounding import rounding_error
+from skipless.bundled import BUNDLED
 
 DTYPES = ("float32", "bfloat16", "float16")
 WEIGHT = "model.layers.2.mlp.up_proj.weight"

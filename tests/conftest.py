@@ -9,7 +9,19 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # of processes that tests start
 from jaxtyping import install_import_hook
 
 install_import_hook(
-    [f"skipless.{room}" for room in ("basis", "eliminate", "rounding", "prediction")], "beartype.beartype"
+    [
+        f"skipless.{room}"
+        for room in (
+            "algebra.affine",
+            "algebra.basis",
+            "algebra.stream",
+            "algebra.rounding",
+            "removals.columns",
+            "removals.merge",
+            "removals.rows",
+        )
+    ],
+    "beartype.beartype",
 )
 
 import logging

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 import skipless
-from skipless.demo import BUNDLED
+from skipless.bundled import BUNDLED
 from skipless.inference import greedy_config
 from skipless.serving.decoder import cache_names
 from tests.models import build, load, save

@@ -17,16 +17,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from skipless import fuse
+from skipless.architecture.limit import limit
+from skipless.architecture.seams import KINDS
 from skipless.checkpoint import family
 from skipless.checkpoint.headers import INDEX, SINGLE
+from skipless.checkpoint.opening import open_source
 from skipless.checkpoint.reader import CheckpointReader
-from skipless.counting import count, resolve
 from skipless.errors import LONGEST, InputError
-from skipless.limit import limit
-from skipless.planning import make_plan
-from skipless.request import Request
-from skipless.seams import KINDS
-from skipless.source import open_source
+from skipless.reports.counting import count, resolve
+from skipless.rewrite.planning import make_plan
+from skipless.rewrite.request import Request
 from tests.models import SMALL, SMALL_FILES, build, contents, save, stop_fuse
 
 # File name -> its bytes.

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 import skipless
+from skipless.architecture.seams import KINDS
 from skipless.errors import InputError
 from skipless.model import SkiplessForCausalLM
-from skipless.seams import KINDS
 from tests.models import build, load, relative_error, save
 
 Choose = Callable[[Sequence[Any]], Any]

@@ -2,8 +2,9 @@
 
 import torch
 
-from skipless.eliminate import Affine, Stream
-from skipless.seams import Seam
+from skipless.algebra.affine import Affine
+from skipless.algebra.stream import Stream
+from skipless.architecture.seams import Seam
 
 READERS = ("q_proj", "k_proj", "v_proj")
 

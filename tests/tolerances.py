@@ -2,7 +2,7 @@
 
 import torch
 
-from skipless.tolerances import OWN_ERROR_FACTOR, TOLERANCES
+from skipless.algebra.tolerances import OWN_ERROR_FACTOR, TOLERANCES
 
 FP64 = TOLERANCES[torch.float64]
 FP32 = TOLERANCES[torch.float32]

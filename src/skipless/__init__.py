@@ -9,21 +9,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from skipless.errors import InputError
+from skipless.version import __version__
 
 if TYPE_CHECKING:
-    from skipless.auditing import audit
-    from skipless.counting import count
-    from skipless.fusion import fuse
-    from skipless.verification import verify
+    from skipless.reports.auditing import audit
+    from skipless.reports.counting import count
+    from skipless.reports.verification import verify
+    from skipless.rewrite.fusion import fuse
 
-__version__ = "0.1.0"
-__all__ = ["InputError", "audit", "count", "fuse", "verify"]
+__all__ = ["InputError", "__version__", "audit", "count", "fuse", "verify"]
 
 _LAZY = {
-    "audit": "skipless.auditing",
-    "count": "skipless.counting",
-    "fuse": "skipless.fusion",
-    "verify": "skipless.verification",
+    "audit": "skipless.reports.auditing",
+    "count": "skipless.reports.counting",
+    "fuse": "skipless.rewrite.fusion",
+    "verify": "skipless.reports.verification",
 }
 
 

@@ -10,10 +10,10 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import skipless.model  # noqa: F401  (registers the AutoClasses)
+from skipless.algebra.tolerances import dtype_name
 from skipless.checkpoint.headers import Folder, check_links
 from skipless.errors import InputError
 from skipless.quiet import no_library_bars
-from skipless.tolerances import dtype_name
 
 # Logits that spread by less than this part of their size are all but equal.
 EVEN = 1e-3

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import skipless
 from skipless import cli
-from skipless.demo import BUNDLED
+from skipless.bundled import BUNDLED
 from tests.models import build, edit_config, edit_tensors, save
 
 Q1 = "model.layers.1.self_attn.q_proj.weight"
@@ -396,7 +396,7 @@ def test_what_can_go_from_a_model_as_it_is(tmp_path):
 
 
 def test_a_picture_without_the_package_that_draws_it(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("skipless.plotting.find_spec", lambda name: None)
+    monkeypatch.setattr("skipless.cli.plotting.find_spec", lambda name: None)
     result = run(source, "--plot", tmp_path / "found.png")
     assert result.exit_code == 2
     assert "needs the [report] extra" in result.stderr

@@ -11,11 +11,12 @@ from safetensors import safe_open
 from torch._dynamo.utils import counters
 
 from skipless import InputError, cli, fuse
-from skipless.bench import Work, bench, measure
 from skipless.serving import decoding
+from skipless.serving.bench import Work, bench, measure
 from skipless.serving.decoding import TorchRunner, bytes_per_token, prepare_decoding
-from skipless.serving.worker import Worker, disagreement, sequence
-from skipless.shapes import write_shapes
+from skipless.serving.running import disagreement, sequence
+from skipless.serving.shapes import write_shapes
+from skipless.serving.worker import Worker
 from tests.models import build, load, random_ids, save
 from tests.tolerances import FP32
 

@@ -9,9 +9,11 @@ from click.testing import CliRunner
 from transformers import AutoTokenizer
 
 import skipless
-from skipless import cli, demo
+from skipless import cli
+from skipless.bundled import BUNDLED
 from skipless.checkpoint.reader import CheckpointReader
-from skipless.demo import BUNDLED, PROMPT
+from skipless.cli import demo
+from skipless.cli.demo import PROMPT
 from skipless.inference import greedy_config
 from tests.models import edit_tensors, load
 from tests.tolerances import FP32, FP64

@@ -4,14 +4,17 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from skipless import InputError, cli, closing, cost, fuse, fusion, planning, products
+from skipless import InputError, cli, fuse
+from skipless.algebra import linalg
+from skipless.checkpoint.opening import read_architecture
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.checkpoint.staging import LocalPlace
 from skipless.checkpoint.writer import CheckpointWriter
-from skipless.estimate import within_memory
-from skipless.planning import make_plan, prepare
-from skipless.request import Request
-from skipless.source import read_architecture, read_seam
+from skipless.rewrite import cost, execution, fusion, planning
+from skipless.rewrite.estimate import within_memory
+from skipless.rewrite.modules import read_seam
+from skipless.rewrite.planning import make_plan, prepare
+from skipless.rewrite.request import Request
 from tests.models import build, contents, edit_tensors, save
 
 TABLE = "model.embed_tokens.weight"
@@ -23,7 +26,7 @@ ROWS = 48
 
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch):
-    monkeypatch.setattr(products, "ROWS", ROWS)
+    monkeypatch.setattr(linalg, "ROWS", ROWS)
     for room in (closing, cost):
         monkeypatch.setattr(room, "COPIED", 5000)
 
@@ -207,7 +210,7 @@ def test_what_stays_is_copied_in_parts(source, tmp_path, monkeypatch):
     head = [rows for name, rows in written if name == "lm_head.weight"]
     assert len(head) > 1
     assert sum(head) == SIZES["vocab_size"]
-    assert max(head) * 32 * 2 <= closing.COPIED
+    assert max(head) * 32 * 2 <= execution.COPIED
     reader, copied = CheckpointReader(source), CheckpointReader(tmp_path / "fused")
     assert torch.equal(reader.tensor("lm_head.weight"), copied.tensor("lm_head.weight"))
 

@@ -3,7 +3,8 @@
 import pytest
 from click.testing import CliRunner
 
-from skipless import __version__, cli, fusion
+from skipless import __version__, cli
+from skipless.rewrite import fusion
 from tests.models import build, save
 
 COMMANDS = ["demo", "audit", "fuse", "verify", "bench", "export", "train"]

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import skipless
-from skipless.architecture import Architecture
+from skipless.architecture.config import Architecture
+from skipless.architecture.seams import KINDS, seams
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.errors import InputError
-from skipless.request import Request
-from skipless.seams import KINDS, seams
+from skipless.rewrite.request import Request
 from tests.models import TINY, build, edit_config, edit_tensors, load, random_ids, relative_error, save
 from tests.tolerances import FP32, FP64, HALF
 

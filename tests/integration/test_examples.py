@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from skipless.architecture import Architecture
+from skipless.architecture.config import Architecture
+from skipless.architecture.limit import limit
 from skipless.errors import InputError
-from skipless.limit import limit
 from skipless.model import SkiplessConfig, SkiplessForCausalLM
 from skipless.train.initialize import initialize
 

@@ -16,8 +16,8 @@ from torch.nn import functional
 
 import skipless
 from skipless.checkpoint import families, family
-from skipless.counting import Conditions, count, count_architecture, table
-from skipless.source import open_source
+from skipless.checkpoint.opening import open_source
+from skipless.reports.counting import Conditions, count, count_architecture, table
 
 LLAMA = {
     "vocab_size": 96,

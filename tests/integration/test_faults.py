@@ -14,10 +14,11 @@ from collections import Counter
 import pytest
 import torch
 
-from skipless import fuse, fusion
+from skipless import fuse
 from skipless.checkpoint import files
 from skipless.checkpoint.staging import KEPT, LocalPlace
 from skipless.errors import StorageError
+from skipless.rewrite import fusion
 from tests.models import SMALL, SMALL_FILES, build, save, stop_fuse
 
 KILLED = 77

@@ -15,9 +15,9 @@ from safetensors import safe_open
 import skipless
 from skipless.checkpoint.others import is_copied
 from skipless.checkpoint.reader import CheckpointReader
-from skipless.comparing import GENERATION_FILES
-from skipless.planning import make_plan
-from skipless.request import Request
+from skipless.reports.comparing import GENERATION_FILES
+from skipless.rewrite.planning import make_plan
+from skipless.rewrite.request import Request
 from tests.models import build, edit_config, load, random_ids, save
 from tests.tolerances import FP64
 
@@ -289,10 +289,10 @@ def test_a_plan_reads_no_tensor_and_tasks_cover_everything_once(source, monkeypa
 
 
 def test_tasks_can_run_in_any_order(source, tmp_path, monkeypatch):
-    from skipless import engines
+    from skipless.rewrite import executors
 
     monkeypatch.setitem(
-        engines.ENGINES, "backwards", lambda plan, reader, todo: engines.run_local(plan, reader, todo[::-1])
+        executors.EXECUTORS, "backwards", lambda plan, reader, todo: executors.run_local(plan, reader, todo[::-1])
     )
     skipless.fuse(source, tmp_path / "a")
     skipless.fuse(source, tmp_path / "b", engine="backwards")

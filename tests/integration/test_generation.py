@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import skipless
-from skipless.demo import BUNDLED
+from skipless.bundled import BUNDLED
 from tests.models import load
 
 PROMPT = [84, 12, 309, 7, 7, 1200, 45, 3]

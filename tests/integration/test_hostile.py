@@ -10,12 +10,12 @@ import pytest
 from click.testing import CliRunner
 
 from skipless import InputError, cli
-from skipless.architecture import BOOKKEEPING, Architecture
+from skipless.architecture.config import BOOKKEEPING, Architecture
 from skipless.checkpoint.gguf_file import GGUFReader
 from skipless.checkpoint.headers import INDEX, MOST_CONFIG, MOST_FILES, MOST_HEADER, MOST_INDEX, MOST_VALUES, SINGLE
+from skipless.checkpoint.opening import open_source
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.inference import load, load_tokenizer
-from skipless.source import open_source
 from tests import hostile
 
 Q1 = "model.layers.1.self_attn.q_proj.weight"

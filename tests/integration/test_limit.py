@@ -6,10 +6,10 @@ import pytest
 from click.testing import CliRunner
 
 from skipless import cli
-from skipless.architecture import Architecture
-from skipless.certificate import certify
+from skipless.architecture.config import Architecture
+from skipless.architecture.limit import limit
 from skipless.errors import InputError
-from skipless.limit import limit
+from skipless.reports.certificate import certify
 
 MQA = {
     "model_type": "skipless",

@@ -6,7 +6,8 @@ import torch
 from transformers import AutoTokenizer
 
 import skipless
-from skipless.demo import BUNDLED, PROMPT
+from skipless.bundled import BUNDLED
+from skipless.cli.demo import PROMPT
 from skipless.serving.export import export
 from tests.exports import Padded, case, documented, greedy
 from tests.models import edit_tensors, load

@@ -6,8 +6,9 @@ import torch
 from transformers import AutoTokenizer
 
 import skipless
+from skipless.bundled import BUNDLED
 from skipless.checkpoint.reader import CheckpointReader
-from skipless.demo import BUNDLED, PROMPT
+from skipless.cli.demo import PROMPT
 from skipless.errors import StorageError
 from skipless.serving.decoding import bytes_per_token
 from skipless.serving.export import export

@@ -6,12 +6,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from skipless import InputError, cli, fuse, fusion, machine
+from skipless import InputError, cli, fuse
 from skipless.checkpoint.reader import CheckpointReader
-from skipless.cost import cost, waiting
-from skipless.estimate import estimate
-from skipless.machine import Rates
-from skipless.request import Request
+from skipless.rewrite import fusion, machine
+from skipless.rewrite.cost import cost, waiting
+from skipless.rewrite.estimate import estimate
+from skipless.rewrite.machine import Rates
+from skipless.rewrite.request import Request
 from tests.models import build, save
 
 RATES = Rates({"float64": 1e9, "float32": 2e9, "bfloat16": 4e9}, disk=1e8)

@@ -14,17 +14,18 @@ import psutil
 import pytest
 import torch
 
-from skipless import InputError, engines, fuse
+from skipless import InputError, fuse
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.checkpoint.staging import LocalPlace
 from skipless.checkpoint.writer import CheckpointWriter
-from skipless.cost import cost
 from skipless.errors import DisagreementError, StorageError
+from skipless.rewrite import executors
+from skipless.rewrite.cost import cost
 from tests.models import MANY_FILES, build, contents, edit_tensors, save
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'skipless[ray]'")
 
-from skipless import cluster  # noqa: E402
+from skipless.rewrite import cluster  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +293,7 @@ def test_one_task_in_so_many_is_checked_by_another_worker(source, tmp_path, two_
 def test_what_a_worker_finds_wrong(source, tmp_path, two_workers, changes, message):
     edit_tensors(source, **changes)
     found = []
-    for engine in engines.ENGINES:
+    for engine in executors.EXECUTORS:
         with pytest.raises(InputError, match=message) as error:
             fuse(source, tmp_path / "fused", engine=engine, basis="q", **MANY_FILES)
         found.append((type(error.value), str(error.value)))
@@ -311,7 +312,7 @@ def test_what_a_worker_cannot_read(source, tmp_path, two_workers, monkeypatch):
 
 def test_workers_that_are_not_the_same(source, tmp_path, two_workers, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(engines, "__version__", "0.0.0")
+        patch.setattr(executors, "__version__", "0.0.0")
         with pytest.raises(InputError, match=r"skipless: expected '0\.0\.0', as where fuse was called, found '"):
             fuse(source, tmp_path / "fused", engine="ray", **MANY_FILES)
     with monkeypatch.context() as patch:

@@ -8,8 +8,9 @@ import torch
 from click.testing import CliRunner
 
 import skipless
-from skipless import cli, model_files
+from skipless import cli
 from skipless.checkpoint.reader import CheckpointReader
+from skipless.rewrite import model_files
 from tests.models import load
 
 OLD = "\n# an older version's last line\n"

@@ -18,8 +18,8 @@ from skipless import InputError, cli, fuse
 from skipless.checkpoint import store
 from skipless.checkpoint.remote import RemotePlace, RemoteReader, shown
 from skipless.errors import StorageError
-from skipless.fusion import plan_fuse
-from skipless.request import Request
+from skipless.rewrite.fusion import plan_fuse
+from skipless.rewrite.request import Request
 from tests.http_server import hang, serving
 from tests.models import MANY_FILES, build, save
 from tests.models import contents as files
@@ -401,8 +401,8 @@ def test_no_secret_is_said_or_written(memory, tmp_path, monkeypatch, caplog):
     assert said[0].startswith("skipless: memory://models/source/config.json: could not be read: GET https://host/")
     assert command(SECRET, "fused", "--dry-run") == 0
     with monkeypatch.context() as patch:
-        patch.setattr("skipless.closing.run_task", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        patch.setattr("skipless.engines.run_task", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("skipless.rewrite.execution.run_task", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("skipless.rewrite.executors.run_task", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         patch.setattr("skipless.checkpoint.staging._discard", lambda *_: None)
         patch.setattr(sys, "argv", ["skipless", "fuse", SECRET, "fused"])
         assert command(SECRET, "fused") == 130
@@ -445,7 +445,7 @@ def test_the_same_folder_with_another_token_goes_on(memory, tmp_path, monkeypatc
             type(memory), "ls", lambda self, path, detail: [{**one, **times} for one in ls(self, path, detail)]
         )
         with monkeypatch.context() as patch:
-            patch.setattr("skipless.fusion._check", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr("skipless.rewrite.fusion._check", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 fuse(first, tmp_path / "fused", **MANY_FILES)
         fuse(second, tmp_path / "fused", resume=True, **MANY_FILES)

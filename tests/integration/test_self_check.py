@@ -7,42 +7,37 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from skipless import cli, closing, eliminate, fuse
+from skipless import cli, fuse
+from skipless.checkpoint.opening import read_architecture
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.errors import BugError
-from skipless.probe import Inputs, Streamed, outputs
-from skipless.source import read_architecture
+from skipless.removals import columns, merge, rows
+from skipless.rewrite.probe import Inputs, Streamed, outputs
 from tests.models import build, save
 
 BUGS = {
     "a redundant norm's gain dropped": (
         {"norm_type": "rms", "norm_eps": 0.0, "hidden_act": "relu"},
         {"remove": ("p",)},
-        lambda patch: patch.setattr(
-            eliminate, "past_norm", lambda seam, affines: {n: affines[n] for n in seam.readers}
-        ),
+        lambda patch: patch.setattr(merge, "past_norm", lambda seam, affines: {n: affines[n] for n in seam.readers}),
     ),
     "a branch's gain dropped": (
         {"attention_bias": True, "residual_gains": True},
         {"remove": ("p",)},
-        lambda patch: patch.setattr(
-            closing, "merge", lambda seam, affines, dtypes, scale: eliminate.merge(seam, affines)
-        ),
+        lambda patch: patch.setattr(merge, "merge", lambda seam, affines, dtypes, scale: right_merge(seam, affines)),
     ),
     "columns in another order": (
         {},
         {"basis": "pivoted"},
-        lambda patch: patch.setattr(closing, "column_order", lambda stream: eliminate.column_order(stream).flip(0)),
+        lambda patch: patch.setattr(columns, "column_order", lambda stream: right_order(stream).flip(0)),
     ),
     "heads of V mixed up": (
         {},
         {"remove": ("values",)},
-        lambda patch: patch.setattr(
-            closing, "choose_rows", lambda seam, weight: list(reversed(eliminate_rows(seam, weight)))
-        ),
+        lambda patch: patch.setattr(rows, "choose_rows", lambda seam, weight: list(reversed(right_rows(seam, weight)))),
     ),
 }
-eliminate_rows = closing.choose_rows
+right_merge, right_order, right_rows = merge.merge, columns.column_order, rows.choose_rows
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
@@ -82,7 +77,7 @@ def test_what_is_streamed_is_what_the_model_gives(tmp_path):
 
 
 def test_a_streamed_matrix_is_read_some_rows_at_a_time(monkeypatch):
-    from skipless import probe
+    from skipless.rewrite import probe
 
     monkeypatch.setattr(probe, "BLOCK", 64)
     whole, read = torch.randn(10, 16, dtype=torch.float64), []
@@ -129,7 +124,7 @@ def test_every_expert_counts(tmp_path):
 
 
 def test_a_difference_that_is_no_number_does_not_pass():
-    from skipless.probe import Difference
+    from skipless.rewrite.probe import Difference
 
     assert Difference("logits", 0.1, 0.1).passed
     assert not dataclasses.replace(Difference("logits", 0.1, 0.1), error=float("nan")).passed

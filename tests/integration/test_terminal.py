@@ -7,10 +7,11 @@ import logging
 import pytest
 from click.testing import CliRunner
 
-from skipless import cli, fusion
+from skipless import cli
+from skipless.cli.terminal import Terminal
 from skipless.errors import printable
 from skipless.log import logger
-from skipless.terminal import Terminal
+from skipless.rewrite import fusion
 from tests import hostile
 from tests.models import build, edit_config, save
 
@@ -149,7 +150,7 @@ def test_what_other_libraries_log(tmp_path, run, monkeypatch, caplog):
 
 
 def test_a_table_shows_what_it_is_given(capsys):
-    from skipless import tables
+    from skipless.cli import tables
 
     Terminal().print(tables.count_table([("", TITLE), (MARKUP, "1")]))
     shown = capsys.readouterr().out

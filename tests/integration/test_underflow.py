@@ -6,8 +6,8 @@ from click.testing import CliRunner
 
 import skipless
 from skipless import cli
-from skipless.casting import underflows
 from skipless.checkpoint.reader import CheckpointReader
+from skipless.rewrite.casting import underflows
 from tests.models import build, edit_tensors, save
 
 HEAD = "lm_head.weight"

@@ -11,7 +11,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import skipless
-from skipless import cli, verification
+from skipless import cli
+from skipless.reports import verification
 from tests.models import build, edit_config, edit_tensors, save
 from tests.other_functions import OTHERS
 from tests.random_models import draw_fields, draw_runs, fuse_what_goes
@@ -429,7 +430,7 @@ def test_few_positions(tmp_path):
 @pytest.mark.alone
 def test_the_bundled_pair_takes_less_than_a_minute(tmp_path):
     """20 s on two quiet cores (benchmarks/verdicts.py); one core of a busy machine takes longer."""
-    from skipless.demo import BUNDLED
+    from skipless.bundled import BUNDLED
 
     skipless.fuse(BUNDLED, tmp_path / "fused")
     start = time.monotonic()

@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("vllm", reason="vLLM pins other packages: `make test-vllm` installs it in its own environment")
 
 from skipless import fuse
-from skipless.demo import BUNDLED
+from skipless.bundled import BUNDLED
 from skipless.inference import greedy_config
 from skipless.serving.decoding import bytes_per_token
 from tests.models import build, edit_tensors, load, random_ids, save

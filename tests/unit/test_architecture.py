@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from skipless.architecture import BOOKKEEPING, FOREIGN, Architecture
+from skipless.architecture.config import BOOKKEEPING, FOREIGN, Architecture
 from skipless.errors import InputError
 from skipless.model import SkiplessConfig
 from skipless.model.configuration_skipless import SUPPORTED

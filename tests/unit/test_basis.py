@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skipless.basis import MAX_REST, pivot
+from skipless.algebra.basis import MAX_REST, pivot
 
 KINDS = ["Gaussian", "low rank", "equal columns", "equal rows", "signs", "zero", "graded", "identity", "Vandermonde"]
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from skipless import products
+from skipless.algebra import linalg
 from skipless.checkpoint.reader import CheckpointReader
-from skipless.closing import run_task
-from skipless.cost import cost, steps
-from skipless.planning import make_plan
-from skipless.prediction import FEW_PROBES
-from skipless.request import Request
+from skipless.removals.merge import FEW_PROBES
+from skipless.rewrite.cost import cost, steps
+from skipless.rewrite.execution import run_task
+from skipless.rewrite.planning import make_plan
+from skipless.rewrite.request import Request
 from tests.models import build, save
 
 # Of these steps half of what the counter finds is needed: symmetric products, and triangles.
@@ -31,7 +31,7 @@ def plan_of(tmp_path, basis, dtype=torch.bfloat16, remove=("stream", "p"), **fie
 
 def counted(plan, task, reader, monkeypatch):
     """FLOPs of products, all of them by torch, as its counter finds them."""
-    monkeypatch.setattr(products, "_numpy", lambda *_: False)
+    monkeypatch.setattr(linalg, "_numpy", lambda *_: False)
     with FlopCounterMode(display=False) as counter:
         for _ in run_task(plan, task, reader.tensor).tensors:
             pass

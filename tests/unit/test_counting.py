@@ -10,7 +10,7 @@ from click.testing import CliRunner
 import skipless
 from skipless.checkpoint import family
 from skipless.cli import main
-from skipless.counting import Conditions, count_architecture, table
+from skipless.reports.counting import Conditions, count_architecture, table
 
 LLAMA = {
     "model_type": "llama",

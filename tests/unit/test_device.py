@@ -5,10 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from skipless.eliminate import column_order, merge, modules
-from skipless.prediction import OpenStream, forecast
-from skipless.rounding import round_stream
-from skipless.seams import Seam
+from skipless.algebra.rounding import round_stream
+from skipless.algebra.stream import column_order
+from skipless.architecture.seams import Seam
+from skipless.removals import forecast
+from skipless.removals.columns import OpenStream, modules
+from skipless.removals.merge import merge
 from tests.seams import gaussian_layer
 
 DTYPES = ("bfloat16", "float32")

@@ -5,10 +5,13 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from skipless.basis import MAX_CONDITION, MAX_REST, Basis, choose
-from skipless.eliminate import Affine, close_stream, column_order, merge, modules
+from skipless.algebra.affine import Affine
+from skipless.algebra.basis import MAX_CONDITION, MAX_REST, Basis
+from skipless.algebra.stream import close_stream, column_order
+from skipless.architecture.seams import Seam
 from skipless.errors import InputError
-from skipless.seams import Seam
+from skipless.removals.columns import choose, modules
+from skipless.removals.merge import merge
 from tests.tolerances import FP64
 
 

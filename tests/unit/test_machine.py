@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from skipless.machine import freed_memory_kept, resident_memory
+from skipless.rewrite.machine import freed_memory_kept, resident_memory
 
 SIZE = 2**27
 GLIBC = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="this malloc is not glibc's")

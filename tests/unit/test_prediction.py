@@ -5,10 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-from skipless.eliminate import Affine, merge
-from skipless.prediction import OpenStream, forecast, letter
-from skipless.rounding import HALF, Rest, round_seam, round_stream
-from skipless.seams import Seam
+from skipless.algebra.affine import Affine
+from skipless.algebra.forecast import letter
+from skipless.algebra.rounding import HALF, Rest, round_seam, round_stream
+from skipless.architecture.seams import Seam
+from skipless.removals import forecast
+from skipless.removals.columns import OpenStream
+from skipless.removals.merge import merge
 from tests.seams import error as relative_error
 from tests.seams import gaussian_layer, outputs, relative_errors
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skipless import products
-from skipless.products import (
+from skipless.algebra import linalg
+from skipless.algebra.linalg import (
     LU,
     ROWS,
     cholesky,
@@ -43,7 +43,7 @@ def draw(*shape, seed=0, turned=False):
 def test_a_product_is_rounded_once(n, d, m, turned, kinds, rows):
     left, right = draw(n, d, turned=turned[0]).to(kinds[0]), draw(d, m, seed=1, turned=turned[1]).to(kinds[1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "ROWS", rows)
+        patch.setattr(linalg, "ROWS", rows)
         found = product(left, right, kinds[2])
     exact = left.double() @ right.double()
     eps = max(torch.finfo(kinds[2]).eps, torch.finfo(precision(*kinds)).eps)

@@ -5,11 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skipless import rounding
-from skipless.eliminate import Affine
-from skipless.errors import InputError
-from skipless.prediction import OpenStream
-from skipless.rounding import (
+from skipless.algebra import rounding
+from skipless.algebra.affine import Affine
+from skipless.algebra.rounding import (
     Rest,
     factorize,
     joint_metric,
@@ -23,6 +21,8 @@ from skipless.rounding import (
     shrink,
     solve_rest,
 )
+from skipless.errors import InputError
+from skipless.removals.columns import OpenStream
 from tests.seams import gaussian_layer, outputs, relative_errors
 
 HALF = [torch.bfloat16, torch.float16]

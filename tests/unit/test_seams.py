@@ -3,8 +3,8 @@ import re
 
 import pytest
 
-from skipless.architecture import Architecture
-from skipless.seams import closed, seams
+from skipless.architecture.config import Architecture
+from skipless.architecture.seams import closed, seams
 from tests.models import TINY
 
 

@@ -4,8 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skipless import spectrum as room
-from skipless.spectrum import spectrum
+from skipless.algebra import spectrum as room
+from skipless.algebra.spectrum import spectrum
 
 
 def with_values(values, rows, columns, seed=0):

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import torch
 
-from skipless.behind import Behind
+from skipless.checkpoint.behind import Behind
 from skipless.checkpoint.reader import CheckpointReader, TensorInfo
 
 # Bytes that may wait to be hashed, unless they are one tensor's.

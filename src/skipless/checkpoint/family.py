@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self
 
-from skipless.architecture import Architecture, Module
+from skipless.architecture.config import Architecture, Module
 from skipless.checkpoint import families
 from skipless.checkpoint.headers import Folder
 from skipless.errors import InputError

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from skipless.behind import Behind
 from skipless.checkpoint import files
+from skipless.checkpoint.behind import Behind
 from skipless.checkpoint.files import BLOCK
 from skipless.checkpoint.headers import INDEX, SINGLE, read_header
 from skipless.checkpoint.reader import DTYPES, TensorInfo, uncache

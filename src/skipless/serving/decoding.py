@@ -7,6 +7,7 @@ compiled, what matters is whose kernel multiplies a row: of bf16, oneDNN's may t
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
@@ -15,9 +16,9 @@ from transformers import Cache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from skipless.errors import InputError
-from skipless.inference import generate, greedy_config
+from skipless.inference import generate, greedy_config, load
 from skipless.model.modeling_skipless import CACHE
-from skipless.serving.worker import check_length, sequence
+from skipless.serving.running import check_length, sequence
 
 # Weights are constants, and of oneDNN's kernels and inductor's own the faster is taken, quietly: which one that is, and
 # by how much, differs from CPU to CPU.
@@ -162,3 +163,10 @@ class Watch(BaseStreamer):
 
     def end(self) -> None:
         pass
+
+
+def open_runner(folder: Path, precision: str, compiled: bool) -> TorchRunner:
+    """A model folder, loaded and prepared."""
+    model = load(folder, getattr(torch, precision))
+    prepare_decoding(model, compiled)
+    return TorchRunner(model)

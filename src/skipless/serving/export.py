@@ -11,10 +11,8 @@ from skipless.checkpoint.headers import Folder
 from skipless.checkpoint.others import tell_left_out
 from skipless.checkpoint.staging import LocalPlace
 from skipless.errors import InputError, extra
-from skipless.model_files import OURS
-
-# By what `export` is asked for: the module that writes it (with WEIGHTS and `write`).
-FORMATS = {"openvino": "skipless.serving.openvino", "onnx": "skipless.serving.onnx"}
+from skipless.rewrite.model_files import OURS
+from skipless.serving.engines import FORMATS
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ def export(source: str | Path, destination: str | Path, *, to: str, weights: str
     if to not in FORMATS:
         raise InputError(f"to: expected one of {', '.join(FORMATS)}, found {to!r}")
     with extra(to):
-        room = import_module(FORMATS[to])
+        room = import_module(f"skipless.serving.{FORMATS[to]}")
     if weights not in room.WEIGHTS:
         raise InputError(f"weights: expected one of {', '.join(room.WEIGHTS)} for {to}, found {weights!r}")
     source, destination = Path(source), Path(destination)

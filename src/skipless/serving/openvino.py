@@ -22,7 +22,7 @@ from skipless.errors import InputError, StorageError
 from skipless.inference import load_tokenizer
 from skipless.quiet import errors_only
 from skipless.serving.decoder import Decoder, cache_names, example, load_decoder
-from skipless.serving.worker import disagreement, sequence
+from skipless.serving.running import disagreement, sequence
 
 MODEL = "openvino_model.xml"
 STORED = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -234,3 +234,8 @@ def _only_looked_up_in(node: ov.Node) -> bool:
         elif kind not in ("Convert", "Subtract", "Multiply", "Reshape") or not _only_looked_up_in(taker):
             return False
     return True
+
+
+def open_runner(folder: Path, precision: str, compiled: bool) -> Runner:
+    """A model folder, loaded; it is always compiled."""
+    return Runner(folder, precision)

@@ -17,7 +17,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdate
 import skipless.model  # noqa: F401  (registers the AutoClasses)
 from skipless.errors import InputError
 from skipless.serving.decoding import bytes_per_token
-from skipless.serving.worker import check_length, disagreement, sequence
+from skipless.serving.running import check_length, disagreement, sequence
 
 ARCHITECTURE = "SkiplessForCausalLM"
 CACHED_TOKENS = 16384  # of all sequences of a batch: Mistral-7B's take 2 GB in bf16
@@ -119,3 +119,8 @@ class Runner:
             for output in self.engine.step():
                 came[output.request_id] = list(output.outputs[0].token_ids)
             yield list(came.values())
+
+
+def open_runner(folder: Path, precision: str, compiled: bool) -> Runner:
+    """A model folder, loaded; it is always compiled."""
+    return Runner(folder, precision)

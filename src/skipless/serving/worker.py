@@ -10,80 +10,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from skipless.errors import InputError, extra
-from skipless.machine import peak_memory
-
-# What each engine can run in.
-PRECISIONS = {
-    "torch": ("float64", "float32", "bfloat16", "float16"),
-    "openvino": ("float32", "bfloat16", "int8", "int4"),
-    "vllm": ("float32", "bfloat16", "float16"),
-}
-# A prompt and tokens after it, long enough to tell whether a cache is broken.
-LENGTHS = 64, 16
-
-
-class Runner(Protocol):
-    """A model as bench sees one. bytes_per_token: bytes of weights that are read to decode a token at batch 1."""
-
-    bytes_per_token: int
-
-    def generate(self, batch: int, prompt: int, tokens: int) -> list[float]:
-        """Decode greedily, `batch` sequences at once, after `prompt` tokens each; seconds until each token came."""
-
-    def broken_cache(self, prompt: int, tokens: int) -> str | None:
-        """What is wrong with its cache, by decoding so much with it and without it; or None."""
-
-
-def sequence(length: int, vocab_size: int) -> list[int]:
-    """Tokens to begin with: each once, and again from the first."""
-    return [position % vocab_size for position in range(length)]
-
-
-def disagreement(decode: Callable[[list[int], int], list[int]], prompt: list[int], tokens: int) -> str | None:
-    """What is wrong with the cache of an engine that shows its tokens alone, or None: decoded with it, more than half
-    of them are others than those that a pass without it, of all before each, gives. At most LENGTHS are looked at.
-
-    decode: the greedy continuation of a prompt, by so many tokens; its first token comes of a pass without a cache.
-    """
-    prompt, tokens = prompt[: LENGTHS[0]], min(tokens, LENGTHS[1])
-    found = decode(prompt, tokens)
-    again = [decode(prompt + found[:number], 1)[0] for number in range(1, len(found))]
-    same = sum(one == other for one, other in zip(found[1:], again, strict=True))
-    if 2 * same >= len(again):
-        return None
-    return f"of {len(again)} tokens, {len(again) - same} are others than a pass without it gives"
-
-
-def check_length(prompt: int, tokens: int, limit: int) -> None:
-    """Raise InputError for a prompt and tokens that are more together than a model takes."""
-    if prompt + tokens > limit:
-        raise InputError(f"tokens: expected a prompt and tokens of at most {limit} together, found {prompt + tokens}")
+from skipless.rewrite.machine import peak_memory
+from skipless.serving.engines import ENGINES
+from skipless.serving.running import Runner
 
 
 def runner(engine: str, folder: Path, precision: str, compiled: bool) -> Runner:
     """Load a model folder into an engine. compiled: by torch (decoding.prepare_decoding)."""
-    if engine == "openvino":
-        with extra("openvino"):
-            from skipless.serving import openvino
-
-        return openvino.Runner(folder, precision)
-    if engine == "vllm":
-        with extra("vllm"):
-            from skipless.serving import vllm
-
-        return vllm.Runner(folder, precision)
-    import torch
-
-    from skipless.inference import load
-    from skipless.serving.decoding import TorchRunner, prepare_decoding
-
-    model = load(folder, getattr(torch, precision))
-    prepare_decoding(model, compiled)
-    return TorchRunner(model)
+    found = ENGINES[engine]
+    with extra(found.extra) if found.extra else nullcontext():
+        room = import_module(f"skipless.serving.{found.module}")
+    opened: Runner = room.open_runner(folder, precision, compiled)
+    return opened
 
 
 class Worker:

@@ -1,6 +1,6 @@
 """Qwen3 with experts, in all layers or some."""
 
-from skipless.architecture import MOST_LAYERS
+from skipless.architecture.config import MOST_LAYERS
 from skipless.checkpoint.family import LLAMA_DEFAULTS, LLAMA_FIELDS, LLAMA_FIXED, Config, Family
 
 

@@ -1,6 +1,6 @@
 """StableLM: partial RoPE, LayerNorm; in one size parallel layers and a norm for each head."""
 
-from skipless.architecture import PRE_NORM
+from skipless.architecture.config import PRE_NORM
 from skipless.checkpoint.family import LLAMA_DEFAULTS, LLAMA_FIELDS, LLAMA_FIXED, Family
 
 FAMILY = Family(

@@ -1,0 +1,47 @@
+"""A module's map, y = x W + b, in row vectors: W (inputs, outputs)."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from skipless.algebra.linalg import product
+from skipless.algebra.rows import Matrix
+from skipless.architecture.seams import Seam
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A module's map, its weight in any dtype, its bias in fp64. A norm's gain is a diagonal, its weight a vector.
+
+    `one_hot`: its inputs are rows of the unit matrix, so every row can take a bias in.
+    """
+
+    weight: Float[Matrix, "inputs outputs"] | Float[Tensor, "outputs"]
+    bias: Float[Tensor, "outputs"] | None = None
+    one_hot: bool = False
+
+    def with_bias(self, bias: Float[Tensor, "outputs"] | None) -> "Affine":
+        """The same map plus a bias."""
+        if bias is None:
+            return self
+        if self.one_hot:
+            return dataclasses.replace(self, weight=self.weight + bias.to(self.weight.dtype))
+        return dataclasses.replace(self, bias=bias if self.bias is None else self.bias + bias)
+
+
+def past_norm(seam: Seam, affines: Mapping[str, Affine]) -> dict[str, Affine]:
+    """The readers M of a seam; of a redundant norm before them, which goes, diag(gain) M."""
+    readers = {name: affines[name] for name in seam.readers}
+    if seam.through not in affines:
+        return readers
+    gain = affines[seam.through].weight.double()[:, None]
+    return {name: dataclasses.replace(reader, weight=gain * reader.weight) for name, reader in readers.items()}
+
+
+def read(x: Float[Tensor, "inputs"], weight: Float[Tensor, "inputs outputs"]) -> Float[Tensor, "outputs"]:
+    """One vector x W, in fp64."""
+    return product(weight.T, x[:, None], torch.float64)[:, 0]

@@ -1,0 +1,155 @@
+"""What storing a model in some dtype will cost, before doing it, or has cost: relative errors of q, k, v and M.
+
+Inputs are taken as white, rounding errors as independent with a relative size that the dtype sets. Every error then is
+a sum of squares, of G = E[x^T x], of the pivots of the metrics that rounding.py rounds under, and of R; where those
+would take longer than the rounding itself, it is the mean of a sample.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from skipless.algebra.linalg import blocks, max_abs, product, squares
+from skipless.algebra.rounding import rounding_error, subnormal_power
+from skipless.algebra.rows import Matrix
+from skipless.algebra.tolerances import tolerance
+from skipless.architecture.seams import Seam
+from skipless.dtypes import DTYPE_NAMES
+
+# Sampled errors: those of q, k or v, a sum over at least as many, are then right to a few per cent.
+PROBES = 512
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to close a seam.
+
+    condition: estimated condition number, 1-norm, of the columns that become the identity; largest: max|R| of the rest,
+    rows and columns scaled by what errors count there (both None in a P-M seam, where nothing is solved for).
+    errors: dtype -> q, k, v (and logits, if the head is tied to the seam's table; m, in a parallel layer), or m ->
+    expected relative error as stored in it; infinite if the way cannot be gone or the dtype cannot hold the numbers.
+    """
+
+    condition: float | None
+    largest: float | None
+    errors: Mapping[str, Mapping[str, float]]
+
+    @property
+    def usable(self) -> bool:
+        """Whether it can be gone at all, in exact enough arithmetic."""
+        return self.largest != math.inf
+
+    def worst(self, dtype: str) -> float:
+        """The largest of the errors in a dtype."""
+        return max(self.errors[dtype].values())
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A seam that has been closed, by `way`, and stored in `dtype`. errors, original: as in Way and Forecast, in that
+    dtype (empty: where nothing is solved for); problem: why that loses too much, or None.
+    """
+
+    kind: str
+    layer: int
+    way: str
+    dtype: str
+    errors: Mapping[str, float]
+    original: Mapping[str, float]
+    problem: str | None = None
+
+    @classmethod
+    def read(cls, fields: Mapping[str, Any]) -> "Outcome":
+        """What dataclasses.asdict gave. Raises ValueError for anything else."""
+        if {field.name for field in dataclasses.fields(cls)} != fields.keys():
+            raise ValueError("other fields")
+        words = (fields[name] for name in ("kind", "way", "problem") if fields[name] is not None)
+        if not all(isinstance(word, str) and word.isprintable() for word in words):
+            raise ValueError("no words")
+        if type(fields["layer"]) is not int or fields["dtype"] not in DTYPE_NAMES:
+            raise ValueError("no layer, or no dtype")
+        if not all(map(_are_errors, (fields["errors"], fields["original"]))):
+            raise ValueError("no errors")
+        return cls(**fields)
+
+
+def _are_errors(found: object) -> bool:
+    """Whether something is the errors of q, k, v and so on, as JSON has them."""
+    return isinstance(found, dict) and all(type(error) in (int, float) and error >= 0 for error in found.values())
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What closing a seam will cost, by way and dtype, and `original`: what rounding it unclosed costs by dtype alone.
+
+    The original's weights are taken to use all their bits: a bf16 checkpoint would lose nothing in bf16. And none of
+    them is taken to be too small for the dtype, so that such numbers, where closing the seam makes them, count as loss.
+    """
+
+    seam: Seam
+    original: Mapping[str, Mapping[str, float]]
+    ways: Mapping[str, Way]
+
+    def outcome(self, way: str, dtype: str) -> Outcome:
+        """What has become of the seam, closed by `way` and stored in `dtype`."""
+        errors, problem = self.ways[way].errors[dtype], self.problem(way, dtype)
+        return Outcome(self.seam.kind, self.seam.layer, way, dtype, errors, self.original[dtype], problem)
+
+    def problem(self, way: str, dtype: str) -> str | None:
+        """Why closing the seam by `way` is not safe in `dtype`, or None: the error would exceed the tolerance."""
+        found, own = self.ways[way].errors[dtype], self.original[dtype]
+        limits = {name: tolerance(getattr(torch, dtype), own[name]) for name in found}
+        beyond = [name for name in found if found[name] > limits[name] or math.isinf(found[name])]
+        if not beyond:
+            return None
+        name = max(beyond, key=found.__getitem__)
+        if not self.ways[way].usable:
+            return (
+                f"layer {self.seam.layer} cannot be rewritten by {way}: the condition number is "
+                f"{self.ways[way].condition:.1e}"
+            )
+        if math.isinf(found[name]):
+            return f"layer {self.seam.layer} by {way}: there are numbers larger than {dtype} can hold"
+        return (
+            f"layer {self.seam.layer} by {way} in {dtype}: the relative error of {name} is {found[name]:.1e}, above "
+            f"{limits[name]:.1e} (the original's: {own[name]:.1e})"
+        )
+
+
+def precision_of(dtype: str) -> tuple[float, float]:
+    """A dtype's relative rounding error, and the square below which it is an absolute one."""
+    kind = getattr(torch, dtype)
+    return rounding_error(kind), subnormal_power(kind)
+
+
+def reach(left: Float[Matrix, "n d"], right: Float[Tensor, "d m"]) -> float:
+    """Max |A B|; a bound of it where that is below the largest number of every dtype."""
+    power = max(squares(left[rows], 1).max() for rows in blocks(left))
+    bound = (power * squares(right, 0).max()).sqrt()
+    if bound <= torch.finfo(torch.float16).max:
+        return bound.item()
+    return max(max_abs(product(left[rows], right, torch.float64)) for rows in blocks(left))
+
+
+def mean_square(outputs: Float[Tensor, "n r"]) -> float:
+    """Of a row, the sum of its squares, on average."""
+    return outputs.square().sum(1).mean().item()
+
+
+def relative(square: float, total: float) -> float:
+    """The root of an error's square as part of what it is an error of; of nothing (all weights are 0), nothing."""
+    return (square / total) ** 0.5 if total > 0 else 0.0
+
+
+def letter(name: str) -> str:
+    """The paper's name of a matrix, or of what it gives, in lower case: q of model.layers.0.self_attn.q_proj, p of
+    o_proj, m of what reads the FFN's input.
+    """
+    letters = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "p", "lm_head": "logits"}
+    return letters.get(name.rpartition(".")[2], "m")

@@ -1,0 +1,540 @@
+"""Store a closed seam in bf16 or fp16 with the least error: round with feedback, and re-solve what is still free.
+
+A closed seam is a writer X (n, d), whose rows are the stream, and a rest R (d, r), row vectors: [X | X R] is what the
+readers get. Rounding both plainly multiplies X's error by R. Here, instead, with W_b and W_r the weights of the passed
+and of the rest columns, G = X^T X:
+
+    1. R is shrunk to what is best to multiply by when both X and R will be off by their dtype's relative error u:
+       argmin over R' of || X (R' - R) ||^2 + 2 u^2 || diag(G)^1/2 R' ||^2. (Pivoting's R is small and needs it not.)
+       Then it is rounded with feedback in both directions, under G (down its columns) and under
+       N = (W_r^-1 + R^T W_b^-1 R)^-1 (along its rows): what step 2 cannot repair, as
+       min over X' of || [X' - X | X' R' - X R] ||^2 = tr(G E N E^T) with E = R' - R.
+    2. X is re-solved against the rounded R': X' = (X W_b + X R W_r R'^T) M^-1 with M = W_b + R' W_r R'^T.
+    3. X' is rounded with feedback under M, what an error in the stream costs in all columns together.
+
+Feedback: with H = L D L^T, L unit upper triangular, tr(E H E^T) = sum_j D_j |(E L)_j|^2; columns are rounded from
+first to last, and each makes up for the errors of those before it (LDL^T rounding, arXiv:2307.13304; GPTQ,
+arXiv:2210.17323). In two directions, tr(G E N E^T) = sum_ij Dg_i Dn_j (Lg^T E Ln)_ij^2, and entry (i, j) makes up for
+all (a <= i, b <= j) before it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from skipless.algebra.affine import Affine, read
+from skipless.algebra.linalg import HALF, blocks, cholesky, gram, inverse, multiply, slices, solve_triangular, squares
+from skipless.algebra.rows import Matrix, Rows
+from skipless.algebra.stream import Stream
+from skipless.errors import InputError
+
+# Within rows of X that are rounded together, errors are passed on at once from so many columns, by bf16 products from
+# so many on.
+LEAF, COARSE = 8, 256
+# Columns of R under one metric N: bounds N (a tied table's readers are as many as the FFN is wide).
+COLUMNS = 4096
+# Side of the tiles that R is rounded in, along anti-diagonals: 2 (d + r) steps, each on up to r entries; and how many
+# tiles get what they owe from one product, as long as the longest of them needs.
+TILE, GROUP = 48, 12
+# While the scaled |R| stays below this, directions of X that fp32 cannot see (1e-7 of its power) do not matter in k or
+# v either: G may be summed in fp32, at twice the speed, and R need not be shrunk. (Pivoted bases keep |R| <= 1.05.)
+SMALL_REST = 2
+# A larger R is shrunk by what lies between G and bf16's noise: of larger ones than this, fp32's 1e-7 of G is too much.
+MODERATE_REST = 100
+# While M's mean diagonal is less than so many times the least of W_b, fp32's 1e-7 of it is nothing beside W_b.
+EVEN_METRIC = 1e4
+# X change is in half precision where what that adds is less than this part of X's own rounding error, squared.
+NEGLIGIBLE = 0.01
+# A metric is damped by so many eps of its mean diagonal, below which its dtype cannot tell directions apart; and by
+# more, step by step, if it still has no Cholesky factor.
+DAMPING = 50
+DAMPING_STEP, DAMPING_STEPS = 100, 6
+# With fewer rows in X than dimensions, solving for the rest last leaves nothing; the weights stay positive.
+LEAST_LEFT = 1e-3
+# Rounding an entry m 2^k, 1 <= m < 2, is an error of at most eps 2^k / 2, evenly spread: rms eps / (m sqrt(12)) of it;
+# with m spread evenly over the logarithm, E[1 / m^2] = 3 / (8 ln 2).
+RMS = (3 / (8 * math.log(2)) / 12) ** 0.5
+
+
+def rounding_error(dtype: torch.dtype) -> float:
+    """Root mean square relative error of storing numbers in `dtype`."""
+    return RMS * torch.finfo(dtype).eps
+
+
+def subnormal_power(dtype: torch.dtype) -> float:
+    """The square below which numbers are rounded as if they were that large: to multiples of the smallest subnormal."""
+    return (torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps) ** 2 / 12 / rounding_error(dtype) ** 2
+
+
+@dataclass(frozen=True)
+class Metric:
+    """H = L diag(D) L^T in the order in which columns are rounded: order[k] is the k-th. upper: L."""
+
+    order: Int[Tensor, "n"]
+    upper: Float[Tensor, "n n"]
+    pivots: Float[Tensor, "n"]
+
+    def to(self, dtype: torch.dtype) -> "Metric":
+        """The same in another precision."""
+        return Metric(self.order, self.upper.to(dtype), self.pivots.to(dtype))
+
+    def solve(self, right: Float[Tensor, "n r"]) -> Float[Tensor, "n r"]:
+        """H^-1 right."""
+        half = solve_triangular(self.upper, right[self.order], upper=True, unit=True)
+        half /= self.pivots[:, None]
+        solution = torch.empty_like(right)
+        solution[self.order] = solve_triangular(self.upper.T, half, upper=False, unit=True)
+        return solution
+
+    def feedback(self, noise: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
+        """E = Z L^-1, the errors of rows rounded under H, of the errors Z that each column's own rounding makes."""
+        errors = torch.empty_like(noise)
+        errors[:, self.order] = torch.linalg.solve_triangular(
+            self.upper, noise[:, self.order], upper=True, left=False, unitriangular=True
+        )
+        return errors
+
+
+@dataclass(frozen=True)
+class Rest:
+    """A matrix (d, r) that reads the stream, what a squared error counts in each of its columns, and its dtype."""
+
+    matrix: Float[Tensor, "d r"]
+    weights: Float[Tensor, "r"]
+    dtype: torch.dtype
+
+    def to(self, dtype: torch.dtype) -> "Rest":
+        """The same in another precision."""
+        return Rest(self.matrix.to(dtype), self.weights.to(dtype), self.dtype)
+
+    def blocks(self) -> list["Rest"]:
+        """Its columns, COLUMNS at a time."""
+        parts = zip(self.matrix.split(COLUMNS, 1), self.weights.split(COLUMNS), strict=True)
+        return [Rest(matrix, weights, self.dtype) for matrix, weights in parts]
+
+    def largest(self, passed_weights: Float[Tensor, "d"]) -> float:
+        """Max |R|, each row and column scaled by what errors count there."""
+        if not self.matrix.shape[1]:
+            return 0.0
+        rows = (self.matrix * self.weights.sqrt()).abs_().amax(1)
+        return (rows / passed_weights.sqrt()).max().item()
+
+
+def round_stream(
+    stream: Stream,
+    weights: Float[Tensor, "m"],
+    extra_weights: Float[Tensor, "u"],
+    dtypes: Mapping[str, torch.dtype],
+) -> Stream:
+    """A closed stream seam with every weight rounded to its dtype, and biases that make up for it.
+
+    weights, extra_weights: what a squared error counts in each column of the readers, and of the duals' transposed
+    weights and the followers (noise_weights). dtypes: of each writer, dual and follower, and of "rest". Modules in fp32
+    or fp64 keep the precision that they have, and change only to make up for the others.
+    """
+    rests = [Rest(stream.rest.weight, weights[stream.others], dtypes["rest"])]
+    extra = {name: dual.weight.T for name, dual in stream.duals.items()}
+    extra |= {name: follower.weight for name, follower in stream.followers.items()}
+    sizes = [matrix.shape[1] for matrix in extra.values()]
+    for (name, matrix), part in zip(extra.items(), extra_weights.split(sizes), strict=True):
+        rests.append(Rest(matrix, part, dtypes[name]))
+    # where the rest has a bias, it makes up for what becomes of the writers' biases; else those are rows like any other
+    as_rows = stream.rest.bias is None
+    rows = [
+        torch.cat([writer.weight, writer.bias[None].to(writer.weight.dtype)])
+        if as_rows and writer.bias is not None
+        else writer.weight
+        for writer in stream.writers.values()
+    ]
+    rounded, rounded_rests = round_seam(rows, rests, weights[stream.kept], [dtypes[name] for name in stream.writers])
+    after_of = dict(zip(extra, rounded_rests[1:], strict=True))
+    writers, bias = {}, stream.rest.bias
+    biases = {name: follower.bias for name, follower in stream.followers.items()}
+    for (name, writer), after in zip(stream.writers.items(), rounded, strict=True):
+        if writer.bias is None:
+            writers[name] = dataclasses.replace(writer, weight=after)
+            continue
+        writers[name] = dataclasses.replace(writer, weight=after[: len(writer.weight)])
+        stored = (after[-1] if as_rows else writer.bias.to(dtypes[name])).to(writer.bias.dtype)
+        writers[name] = dataclasses.replace(writers[name], bias=stored)
+        share = stream.bias_shares[name]
+        if bias is not None:
+            bias = bias + share * (read(writer.bias, stream.rest.weight) - read(stored, rounded_rests[0]))
+            for follower, own in biases.items():
+                if own is not None:
+                    matrix = stream.followers[follower].weight
+                    biases[follower] = own + share * (read(writer.bias, matrix) - read(stored, after_of[follower]))
+    duals = {name: dataclasses.replace(dual, weight=after_of[name].T) for name, dual in stream.duals.items()}
+    followers = {
+        name: dataclasses.replace(follower, weight=after_of[name], bias=biases[name])
+        for name, follower in stream.followers.items()
+    }
+    rest = Affine(rounded_rests[0], bias)
+    return dataclasses.replace(stream, writers=writers, rest=rest, duals=duals, followers=followers)
+
+
+def noise_weights(power: Float[Tensor, "d"], readers: Sequence[Float[Tensor, "d _"]]) -> list[Float[Tensor, "_"]]:
+    """What a squared error counts in each column of each reader: the inverse of what storing the original costs there.
+
+    Rounding O and A to relative precision u makes the columns of x A wrong by 2 u^2 sum_i |x_i|^2 A_ij^2, here as the
+    mean over the reader's columns. Weighted so, q, k and v lose alike, compared with the original in the same dtype.
+    power: mean squares of x's columns.
+    """
+    noise = torch.stack([power @ squares(reader, 1) / reader.shape[1] for reader in readers])
+    noise = noise.clamp(min=1e-12 * noise.max()).clamp(min=torch.finfo(noise.dtype).tiny)
+    return [value.expand(reader.shape[1]) for value, reader in zip(noise.max() / noise, readers, strict=True)]
+
+
+def round_seam(
+    writers: Sequence[Float[Matrix, "_ d"]],
+    rests: Sequence[Rest],
+    passed_weights: Float[Tensor, "d"],
+    dtypes: Sequence[torch.dtype],
+) -> tuple[list[Float[Matrix, "_ d"]], list[Float[Tensor, "d _"]]]:
+    """The writers (the stream is a sum of one row of each) and the rests as they are best stored.
+
+    A rest in fp32 or fp64 is not rounded but re-solved, after everything else: R' = argmin || X' R' - X R ||.
+    """
+    half = all(dtype in HALF for dtype in dtypes)
+    stored = [rest.matrix for rest in rests]
+    if any(rest.dtype in HALF for rest in rests):
+        metric = moment(writers, _metric_dtype(rests, passed_weights, half))
+        for k, rest in enumerate(rests):
+            if rest.dtype in HALF:
+                stored[k] = round_rest(shrink(rest, metric, passed_weights), metric, passed_weights)
+        power = metric.diagonal().clone()
+        del metric
+    else:
+        power = mean_squares(writers)
+    rest_weights = repaired_weights(rests, left_by_solving(writers))
+    even = (_mean_diagonal(rests, passed_weights) <= EVEN_METRIC * passed_weights.min()).item()
+    precise = torch.float32 if half and even else torch.float64
+    after, before = torch.cat([part.to(precise) for part in stored], 1), [rest.matrix for rest in rests]
+    joint = joint_metric(after, passed_weights.to(precise), rest_weights.to(precise))
+    under = factorize(joint, power)
+    del joint
+    # X' = X + X (R - R') W_r R'^T M^-1
+    moved = under.solve(after * rest_weights.to(precise)).T
+    lost = torch.cat([(part - now).to(precise) for part, now in zip(before, stored, strict=True)], 1)
+    change = multiply(lost, moved)
+    del after, lost, moved
+    rounded = [round_rows(writer, change, under, dtype, power) for writer, dtype in zip(writers, dtypes, strict=True)]
+    for k, rest in enumerate(rests):
+        if rest.dtype not in HALF:
+            stored[k] = solve_rest(writers, rounded, rest.matrix)
+    return rounded, stored
+
+
+def _metric_dtype(rests: Sequence[Rest], passed_weights: Tensor, half: bool) -> torch.dtype:
+    """In what G is summed: fp32 where its 1e-7 is nothing beside what R will be off by, or what R is shrunk by."""
+    coarse = all(rest.dtype == torch.bfloat16 for rest in rests if rest.dtype in HALF)
+    largest = max(rest.largest(passed_weights) for rest in rests)
+    return torch.float32 if half and largest <= (MODERATE_REST if coarse else SMALL_REST) else torch.float64
+
+
+def _mean_diagonal(rests: Sequence[Rest], passed_weights: Tensor) -> Tensor:
+    """Of M."""
+    parts = [squares(rest.matrix, 0) @ rest.weights for rest in rests if rest.matrix.numel()]
+    return passed_weights.mean() + sum(parts, passed_weights.new_zeros(())) / len(passed_weights)
+
+
+def left_by_solving(writers: Sequence[Float[Matrix, "_ d"]]) -> float:
+    """Of a rest's squared errors, the part that solving for it last leaves: n rows of X span d of n dimensions."""
+    rows = sum(len(writer) for writer in writers)
+    return max(1 - writers[0].shape[1] / rows, LEAST_LEFT)
+
+
+def repaired_weights(rests: Sequence[Rest], left: float) -> Float[Tensor, "r"]:
+    """What an error of the stream costs in each column of the rests: less where the rest is solved for last."""
+    return torch.cat([rest.weights if rest.dtype in HALF else rest.weights * left for rest in rests])
+
+
+def shrink(rest: Rest, metric: Float[Tensor, "d d"], passed_weights: Float[Tensor, "d"]) -> Rest:
+    """R' = (G + V)^-1 G R = R - (G + V)^-1 V R with V = 2 u^2 diag(G), the noise that X and R will have (step 1).
+
+    A small R stays as it is.
+    """
+    if rest.largest(passed_weights) <= SMALL_REST:
+        return rest
+    noise = 2 * rounding_error(rest.dtype) ** 2 * metric.diagonal().double()
+    ridge = metric.to(torch.float64, copy=True)
+    ridge.diagonal().add_(noise)
+    lost = solve_root(_root(ridge), noise[:, None] * rest.matrix)
+    return dataclasses.replace(rest, matrix=rest.matrix - lost)
+
+
+def round_rest(rest: Rest, metric: Float[Tensor, "d d"], passed_weights: Float[Tensor, "d"]) -> Float[Tensor, "d r"]:
+    """Step 1, in blocks of COLUMNS: R under G (metric) and N, what re-solving X cannot repair."""
+    if not rest.matrix.shape[1]:
+        return rest.matrix
+    rest, passed_weights = rest.to(metric.dtype), passed_weights.to(metric.dtype)
+    rows = factorize(metric, squares(rest.matrix, 1))
+    return torch.cat(
+        [
+            round_both_ways(block.matrix, rows, along_rows(block, passed_weights), block.dtype)
+            for block in rest.blocks()
+        ],
+        1,
+    )
+
+
+def along_rows(rest: Rest, passed_weights: Float[Tensor, "d"]) -> Metric:
+    """N, factorized: the metric under which R is rounded along its rows."""
+    return factorize(repaired_metric(rest.matrix, passed_weights, rest.weights), (rest.matrix**2).mean(0))
+
+
+def moment(writers: Sequence[Float[Matrix, "_ d"]], dtype: torch.dtype = torch.float64) -> Float[Tensor, "d d"]:
+    """G = E[x^T x] of a stream x that is the sum of one row of each writer, every row as likely as any other."""
+    total, means = None, None
+    for writer in writers:
+        part = gram(writer, dtype).div_(len(writer))
+        total = part if total is None else total.add_(part)
+        if len(writers) > 1:
+            mean = _mean(writer, lambda rows: rows.sum(0, dtype=dtype))
+            if means is not None:
+                total += torch.outer(means, mean) + torch.outer(mean, means)
+            means = mean if means is None else means + mean
+    assert total is not None
+    return total
+
+
+def mean_squares(writers: Sequence[Float[Matrix, "_ d"]]) -> Float[Tensor, "d"]:
+    """What the writers' columns add to the stream's mean square."""
+    return torch.stack([_mean(writer, lambda rows: squares(rows, 0)) for writer in writers]).sum(0)
+
+
+def _mean(matrix: Float[Matrix, "n d"], sums: Callable[[Tensor], Tensor]) -> Float[Tensor, "d"]:
+    """Of all rows; sums: of a few of them."""
+    return torch.stack([sums(matrix[rows]) for rows in blocks(matrix)]).sum(0) / len(matrix)
+
+
+def joint_metric(rest: Tensor, passed_weights: Tensor, rest_weights: Tensor) -> Float[Tensor, "d d"]:
+    """M = W_b + R W_r R^T: what an error in the stream costs in the passed and the rest columns together."""
+    metric = gram((rest * rest_weights.sqrt()).T.contiguous())
+    metric.diagonal().add_(passed_weights)
+    return metric
+
+
+def repaired_metric(rest: Tensor, passed_weights: Tensor, rest_weights: Tensor) -> Float[Tensor, "r r"]:
+    """N = (W_r^-1 + R^T W_b^-1 R)^-1."""
+    metric = gram((rest / passed_weights.sqrt()[:, None]).contiguous())
+    metric.diagonal().add_(1 / rest_weights)
+    return inverse(_root(metric))
+
+
+def solve_rest(exact: Sequence[Tensor], rounded: Sequence[Tensor], rest: Tensor) -> Float[Tensor, "d r"]:
+    """Argmin over R' of || X' R' - X R ||, as R + (X'^T X')^-1 X'^T (X - X') R: only the difference is solved for.
+
+    X is a stream like that of `moment`: a sum of one row of each writer.
+    """
+    owed, afters, lost = torch.zeros_like(rest), [], []
+    for before, after in zip(exact, rounded, strict=True):
+        for rows in blocks(after):
+            now = after[rows].to(rest.dtype)
+            gone = multiply(before[rows].to(rest.dtype) - now, rest)
+            owed += multiply(now.T, gone) / len(after)
+        afters.append(after.mean(0, dtype=rest.dtype))
+        lost.append((before.mean(0, dtype=rest.dtype) - afters[-1]) @ rest)
+    for k, after in enumerate(afters):
+        for other, value in enumerate(lost):
+            if other != k:
+                owed += torch.outer(after, value)
+    return rest + solve_root(_root(moment(rounded)), owed)
+
+
+def solve_root(root: Float[Tensor, "n n"], right: Float[Tensor, "n r"]) -> Float[Tensor, "n r"]:
+    """(L L^T)^-1 right."""
+    return solve_triangular(root.T, solve_triangular(root, right, upper=False), upper=True)
+
+
+def _root(metric: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """Cholesky's L, H = L L^T, of a metric as little damped as it takes; in fp64 if fp32 has none."""
+    eps, tiny = torch.finfo(metric.dtype).eps, torch.finfo(metric.dtype).tiny
+    damping = metric.diagonal().mean() * DAMPING * eps + tiny
+    for dtype in [metric.dtype, *[torch.float64] * DAMPING_STEPS]:
+        damped = metric.to(dtype, copy=True)
+        damped.diagonal().add_(damping)
+        root = cholesky(damped)
+        if root is not None:
+            return root.to(metric.dtype)
+        del damped
+        if dtype == torch.float64:
+            damping = damping.double() * DAMPING_STEP
+    raise InputError("weights: expected numbers whose squares can be summed, found larger ones; scale the model down")
+
+
+def factorize(metric: Float[Tensor, "n n"], power: Float[Tensor, "n"]) -> Metric:
+    """Factorize a metric; power: mean square of the columns that are rounded under it.
+
+    Steps of a floating-point format grow with what they round. The last column can pass its error to no other, so the
+    one whose steps cost least goes last.
+    """
+    order = (metric.diagonal() * power).argsort(descending=True, stable=True)
+    backwards = order.flip(0)
+    root = _root(metric[backwards][:, backwards]).flip(0, 1)  # H = root root^T, upper triangular
+    diagonal = root.diagonal().clone()
+    return Metric(order, root.div_(diagonal), diagonal**2)
+
+
+def round_rows(
+    matrix: Float[Matrix, "n d"],
+    change: Float[Tensor, "d d"],
+    metric: Metric,
+    dtype: torch.dtype,
+    power: Float[Tensor, "d"],
+) -> Float[Matrix, "n d"]:
+    """X + X change, rounded to `dtype` with feedback under `metric` if that is a half precision, else as precise as X.
+
+    The rows are independent of each other; those of Rows are rounded when they are asked for. Where X itself is no more
+    precise than fp32, small terms may be in bf16. power: mean squares of the stream's columns.
+    """
+    half, quick = dtype in HALF, matrix.dtype == torch.float32
+    kept = dtype if half else matrix.dtype
+    within = torch.bfloat16 if half and quick and _is_small(change, power, dtype) else matrix.dtype
+    moved, upper = change[:, metric.order].T.to(within).contiguous(), metric.upper.float()
+    coarse = upper.bfloat16() if quick and dtype == torch.bfloat16 else upper  # fp16 would feel it
+
+    def rounded(exact: Tensor, into: Tensor) -> Tensor:
+        exact = exact.T
+        block = exact[metric.order]
+        block += multiply(moved, exact.to(within).contiguous())
+        if half:
+            error, owed = torch.empty_like(block, dtype=upper.dtype), torch.zeros_like(block, dtype=upper.dtype)
+            exact, block = block, torch.empty_like(block, dtype=dtype)
+            _round_block(exact, block, upper, coarse, error, owed)
+        into.T[metric.order] = block
+        return into
+
+    if isinstance(matrix, Rows):
+        return matrix.map(lambda rows: rounded(rows, torch.empty_like(rows, dtype=kept)), matrix.shape[1], kept)
+    result = torch.empty_like(matrix, dtype=kept)
+    for rows in blocks(matrix):
+        rounded(matrix[rows], result[rows])
+    return result
+
+
+def _is_small(change: Float[Tensor, "d d"], power: Float[Tensor, "d"], dtype: torch.dtype) -> bool:
+    """Whether X change can be computed in bf16, each of its factors and itself off by bf16's relative error."""
+    added = 3 * rounding_error(torch.bfloat16) ** 2 * (power.to(change.dtype) @ change.square()).sum()
+    return bool(added <= NEGLIGIBLE * rounding_error(dtype) ** 2 * power.sum())
+
+
+def _round_block(
+    exact: Float[Tensor, "d n"],
+    rounded: Float[Tensor, "d n"],
+    upper: Float[Tensor, "d d"],
+    coarse: Float[Tensor, "d d"],
+    error: Float[Tensor, "d n"],
+    owed: Float[Tensor, "d n"],
+) -> None:
+    """Round, first row to last, by halves; owed: what each row has to make up for; error: what it leaves.
+
+    Both are fp32: small beside what they correct; coarse: upper in the precision in which many errors are passed
+    on at once. Even bf16's 2^-9 of what is owed is small beside what rounding a row adds. In the end a few rows of owed
+    become what is wanted there, for which fp32 is enough, too, as it is rounded next.
+    """
+    size = len(exact)
+    if size <= LEAF:
+        wanted = torch.sub(exact, owed, out=owed)
+        for k in range(size):
+            if k:
+                wanted[k : k + 1].addmm_(upper[:k, k : k + 1].T, error[:k], alpha=-1)
+            rounded[k] = wanted[k]
+            torch.sub(rounded[k], exact[k], out=error[k])
+        return
+    first, last = slice(0, size // 2), slice(size // 2, size)
+    _round_block(exact[first], rounded[first], upper[first, first], coarse[first, first], error[first], owed[first])
+    if size >= COARSE:
+        owed[last] += multiply(coarse[first, last].T, error[first].to(coarse.dtype))
+    else:
+        owed[last].addmm_(upper[first, last].T, error[first])
+    _round_block(exact[last], rounded[last], upper[last, last], coarse[last, last], error[last], owed[last])
+
+
+def round_both_ways(
+    matrix: Float[Tensor, "d r"], rows: Metric, columns: Metric, dtype: torch.dtype
+) -> Float[Tensor, "d r"]:
+    """Round to `dtype` with feedback down the columns (metric `rows`, G) and along the rows (metric `columns`, N).
+
+    Entry (i, j) waits for all (a <= i, b <= j), so the tiles of an anti-diagonal are rounded together, and within the
+    tiles the entries of an anti-diagonal. Tile columns are kept last to first: those of an anti-diagonal of tiles then
+    lie in memory as its tile rows do, and products need no copies.
+    """
+    (d, r), device = matrix.shape, matrix.device
+    down, across = -(-d // TILE), -(-r // TILE)
+    exact = _pad(matrix[rows.order][:, columns.order], down, across)
+    exact = exact.view(down, TILE, across, TILE).transpose(1, 2).contiguous()  # (p, q, i, j)
+    lg = _column_blocks(_pad(rows.upper.float(), down, down))  # (p, d, j)
+    ln = _column_blocks(_pad(columns.upper.float(), across, across)).flip(0)  # (-q, r, j)
+    p, q = torch.arange(down, device=device), torch.arange(across, device=device)
+    own_g = lg.view(down, down, TILE, TILE)[p, p]
+    own_n = ln.view(across, across, TILE, TILE)[across - 1 - q, q]
+    rounded = torch.empty_like(exact, dtype=dtype)
+    error = torch.zeros(across, down * TILE, TILE, dtype=torch.float32, device=device)  # (-q, i, j)
+    mixed = torch.zeros(down, TILE, across * TILE, dtype=torch.float32, device=device)  # Lg^T error: (p, i, j)
+    error_tiles, mixed_tiles = error.view(across, down, TILE, TILE), mixed.view(down, TILE, across, TILE)
+    for diagonal in range(down + across - 1):
+        first, last = max(0, diagonal - across + 1), min(down, diagonal + 1)
+        p = torch.arange(first, last, device=device)
+        q = diagonal - p
+        above, owed = torch.empty(2, last - first, TILE, TILE, dtype=torch.float32, device=device)
+        groups = [(first + tiles.start, first + tiles.stop, tiles) for tiles in slices(last - first, GROUP)]
+        backwards = across - 1 - diagonal
+        for start, stop, tiles in groups:
+            up = slice(0, (stop - 1) * TILE)
+            torch.bmm(lg[start:stop, up].mT, error[backwards + start : backwards + stop, up], out=above[tiles])
+        mixed_tiles[p, :, q] = above
+        for start, stop, tiles in groups:
+            left = slice(0, (diagonal - start + 1) * TILE)
+            torch.bmm(mixed[start:stop, :, left], ln[backwards + start : backwards + stop, left], out=owed[tiles])
+        rounded[p, q], wrong, gained = _round_tiles(exact[p, q], owed, own_g[p], own_n[q], dtype)
+        error_tiles[across - 1 - q, p] = wrong
+        mixed_tiles[p, :, q] = above + gained
+    result = torch.empty_like(matrix, dtype=dtype)
+    result[rows.order[:, None], columns.order] = rounded.transpose(1, 2).reshape(down * TILE, -1)[:d, :r]
+    return result
+
+
+def _round_tiles(
+    exact: Float[Tensor, "t i j"],
+    owed: Float[Tensor, "t i j"],
+    lg: Float[Tensor, "t i i"],
+    ln: Float[Tensor, "t j j"],
+    dtype: torch.dtype,
+) -> tuple[Float[Tensor, "t i j"], Float[Tensor, "t i j"], Float[Tensor, "t i j"]]:
+    """Round tiles, anti-diagonal by anti-diagonal: the rounded values, their errors, and Lg^T errors.
+
+    With columns last to first an anti-diagonal is a diagonal; its entries, of all tiles, are kept side by side.
+    """
+    size = exact.shape[1]
+    places = torch.arange(size**2, device=exact.device).view(size, size).flip(1)
+    order = torch.cat([places.diagonal(offset) for offset in range(size - 1, -size, -1)])
+    down, across = lg.permute(2, 1, 0).contiguous(), ln.permute(2, 1, 0).flip(0, 1).contiguous()
+    exact = exact.flatten(1).T[order]
+    wanted = exact - owed.flatten(1).T[order]
+    rounded, error = torch.empty_like(exact, dtype=dtype), torch.empty_like(exact, dtype=lg.dtype)
+    mixed, stop = torch.zeros_like(down), 0
+    for offset in range(size - 1, -size, -1):
+        up, left = max(0, -offset), max(0, offset)  # above and left of which there is nothing of theirs
+        i, j = slice(up, min(size, size - offset)), slice(left, min(size, size + offset))
+        here = slice(stop, stop := stop + size - abs(offset))
+        rounded[here] = wanted[here] - (mixed[i, left:] * across[j, left:]).sum(1)
+        mixed[up:, j].addcmul_(down[up:, i], torch.sub(rounded[here], exact[here], out=error[here]))
+    back = order.argsort()
+    return rounded[back].T.reshape(lg.shape), error[back].T.reshape(lg.shape), mixed.flip(1).permute(2, 0, 1)
+
+
+def _pad(matrix: Tensor, down: int, across: int) -> Tensor:
+    """The matrix with zeros below and to the right, of whole tiles."""
+    rows, columns = matrix.shape
+    return torch.nn.functional.pad(matrix, (0, across * TILE - columns, 0, down * TILE - rows))
+
+
+def _column_blocks(matrix: Tensor) -> Tensor:
+    """(n, blocks * TILE) -> (blocks, n, TILE)."""
+    return matrix.view(matrix.shape[0], -1, TILE).transpose(0, 1).contiguous()

@@ -1,0 +1,565 @@
+"""Seams: the spaces that some matrices write and others read, with only linear maps on both sides.
+
+Any invertible G may be put into a seam of width r - writers W -> W G, readers W -> G^-1 W - without changing the
+function, so r^2 weights carry no information, and one r x r block can be made the identity and left out.
+Row vectors, y = x W + b (arXiv:2404.12362, Fig. 1 and 2). Here is only who writes and who reads; eliminate.py does it.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from skipless.architecture.config import HOMOGENEOUS, Architecture
+from skipless.architecture.graph import Port, Space, graph
+
+KINDS = ("norms", "stream", "values", "p", "head")
+# What is removed unless something else is asked for.
+REMOVABLE = ("stream", "p")
+# What gives up d^2 weights at a stream seam of a parallel model: Q, K, V that read it, or P that writes it.
+PARALLEL_REMOVES = ("readers", "p")
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One seam, as data. Modules are named as in the checkpoint.
+
+    kind: "stream" (between one layer's output and the next one's Q, K, V), "p" (between P and M), "values" (between V
+    and P, head by head), "head" (between the last layer and the logits), or "norms" (a norm's gain, or a norm of the
+    embeddings, and what reads it); layer: of its readers (P's own, for "p" and "values").
+    writers, readers: the modules whose outputs, inputs lie in the seam's space, of `width` dimensions (in each of
+    `blocks` heads).
+    identities: name of a way to close the seam -> the modules that go, or lose a block:
+        "q", "k", "v"   this module becomes the identity
+        "pivoted"       `width` columns of the readers do, the other columns become one module, `rest`
+        "head"          the same, of lm_head, which keeps its name
+        "p"             the writer merges into the readers
+        "rows"          `width` rows of the first writer (of each block's columns) become the identity
+        "gain"          the norm's gain merges into the readers
+        "table"         the norm is applied to the table's rows once and for all
+    order: the index tensor that puts passed and stored columns (rows) in their places.
+    bias_takers: the modules that take in the bias of the module that goes.
+    duals: modules whose outputs the seam's tied table reads transposed (the last O, when the head is the embedding).
+    followers: further readers, which take in the basis and keep their shape (V, if its heads lose a block of their own;
+        M, where it stands beside the attention).
+    through: a norm between writer and readers that is redundant and goes with the seam.
+    mixed: the tensors by which the writer's output is shaped and scaled before it is read (arXiv:2311.01906).
+    saves: weights (biases and indices not counted) that closing it removes.
+    blocked: why the seam cannot be closed; None if it can. taken: if that is because the space's weights go elsewhere,
+    the kind of seam that they go with.
+    """
+
+    kind: str
+    layer: int
+    width: int
+    writers: tuple[str, ...]
+    readers: tuple[str, ...]
+    identities: dict[str, tuple[str, ...]] = dataclasses.field(hash=False)
+    saves: int
+    bias_takers: tuple[str, ...] = ()
+    duals: tuple[str, ...] = ()
+    rest: str = ""
+    order: str = ""
+    followers: tuple[str, ...] = ()
+    through: str = ""
+    mixed: tuple[str, ...] = ()
+    blocked: str | None = None
+    blocks: int = 1
+    taken: str = ""
+
+    def way(self, basis: str) -> str:
+        """How it is closed when stream seams are closed by `basis`; seams of other kinds have only one way."""
+        return basis if self.kind == "stream" else next(iter(self.identities))
+
+    def removed(self, basis: str) -> tuple[str, ...]:
+        """The modules that go when stream seams are closed by `basis`."""
+        return self.identities[self.way(basis)]
+
+    @property
+    def refusal(self) -> str | None:
+        """Why it cannot be closed, in a sentence, or None."""
+        return self.blocked and f"the {self.kind} seam of layer {self.layer} is blocked by {self.blocked}"
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Every module that closing the seam reads or rewrites."""
+        through = (self.through,) if self.through else ()
+        return (*self.writers, *through, *self.readers, *self.followers, *self.duals)
+
+    def bias_share(self, writer: str) -> float:
+        """What part of this writer's bias is in the stream, of experts' on average: their weights sum to 1."""
+        layer, _, expert = writer.partition(".experts.")
+        return 1 / sum(name.startswith(f"{layer}.experts.") for name in self.writers) if expert else 1.0
+
+
+def seams(architecture: Architecture, parallel_removes: str = "readers", values: bool | None = None) -> list[Seam]:
+    """The seams that are still open, in the order in which they are closed, blocked ones included with the reason.
+
+    parallel_removes: in a parallel model, "readers" (Q, K, V; then P is blocked) or "p" (then they are, from layer 1
+    on). values: whether the value seams will be closed, too, so that V's columns cannot be passed through (None: if
+    they have been).
+    """
+    values = architecture.values_removed if values is None else values
+    found = []
+    if architecture.norm_type != "none":
+        found += _norm_seams(architecture)
+    for layer in range(architecture.num_hidden_layers):
+        if not architecture.stream_closed(layer):
+            found.append(_stream_seam(architecture, layer, values, parallel_removes))
+        if not architecture.values_removed:
+            found.append(_value_seam(architecture, layer))
+        if not architecture.p_removed:
+            found.append(_p_seam(architecture, layer, parallel_removes))
+    if not architecture.head_removed:
+        found.append(_head_seam(architecture, parallel_removes))
+    return found
+
+
+def reasons(every: Iterable[Seam]) -> tuple[str, ...]:
+    """What stays when these seams are closed, and why, in words: of each kind, the first."""
+    found: dict[str, str] = {}
+    for seam in every:
+        if seam.blocked:
+            found.setdefault(seam.kind, seam.blocked)
+    return tuple(f"the {kind} seams: {reason}" for kind, reason in found.items())
+
+
+def closed(architecture: Architecture, closing: Iterable[Seam], basis: str) -> Architecture:
+    """The architecture after closing these seams, stream seams by `basis` ("q", "k", "v" or "pivoted").
+
+    Every P-M seam is closed or none, as config.json has one switch for them all; so are the value seams.
+    """
+    closing = list(closing)
+    kinds = {seam.kind for seam in closing}
+    stream = {seam.layer for seam in closing if seam.kind == "stream"}
+    still_open = [
+        layer
+        for layer in range(architecture.num_hidden_layers)
+        if not architecture.stream_closed(layer) and layer not in stream
+    ]
+    gains = [seam.writers[0] for seam in closing if "gain" in seam.identities]
+    norms = [name for seam in closing for name in (seam.through, *seam.identities.get("table", ())) if name]
+    own_biases = {module.name for module in architecture.modules() if module.bias}
+    gained = set()
+    if architecture.attention_bias:
+        for seam in closing:
+            gained |= {*seam.bias_takers, *(seam.followers if seam.kind == "stream" else ())} - own_biases
+    if not architecture.tie_word_embeddings:
+        gained.discard("model.embed_tokens")  # every row of an untied table takes the bias in
+    order = {module.name: index for index, module in enumerate(architecture.modules())}
+    return dataclasses.replace(
+        architecture,
+        stream_basis=basis if stream else architecture.stream_basis,
+        layers_open=tuple(still_open) if stream or architecture.stream_basis else (),
+        p_removed=architecture.p_removed or "p" in kinds,
+        values_removed=architecture.values_removed or "values" in kinds,
+        head_removed=architecture.head_removed or "head" in kinds,
+        gains_removed=(*architecture.gains_removed, *gains),
+        norms_removed=(*architecture.norms_removed, *norms),
+        folded_biases=tuple(sorted({*architecture.folded_biases, *gained}, key=order.__getitem__)),
+    )
+
+
+def _attention(layer: int) -> str:
+    return f"model.layers.{layer}.self_attn"
+
+
+def _joined(names: Sequence[str]) -> str:
+    """Names in a sentence; of many, the first."""
+    return " and ".join(names) if len(names) < 3 else f"{names[0]} and others"
+
+
+def _names(ports: Iterable[Port]) -> tuple[str, ...]:
+    return tuple(port.module for port in ports)
+
+
+def _not_linear(architecture: Architecture, space: Space) -> str | None:
+    """The norm that stands between a space and what writes or reads it, or None."""
+    for norm, port in space.norms:
+        if len(space.places) > 1:
+            first, last = (place.layer for place in (space.places[0], space.places[-1]))
+            return (
+                f"residual {architecture.residual!r} and norm_type {architecture.norm_type!r}: skip connections join "
+                f"the stream from layer {first} to {last} into one space, with one basis, and {norm} stands between it "
+                f"and {port.module}, and is not linear"
+            )
+        reads = port in space.readers
+        writers, readers = _names(space.writers), graph(architecture).through(norm) if reads else _names(space.readers)
+        return (
+            f"norm_type {architecture.norm_type!r}: {norm} stands between "
+            f"{_joined(writers if reads else (port.module,))} and {_joined(readers)}, and is not linear"
+        )
+    return None
+
+
+def _given_up(architecture: Architecture, space: Space) -> str:
+    """What a space that skip connections join gives up, and where: in words."""
+    first = space.layers[0]
+    by = f"Q, K and V of layer {first}" if first < architecture.num_hidden_layers else "the head"
+    return (
+        f"residual {architecture.residual!r}: skip connections join what {_joined(_names(space.writers))} write into "
+        f"one space, which gives up hidden_size^2 = {architecture.hidden_size**2:,} weights once, of {by}"
+    )
+
+
+def _heads_pass(architecture: Architecture, space: Space) -> str | None:
+    """Why a space that P has been removed from has a basis that cannot be chosen, or None."""
+    attention = [port for port in space.writers if port.module.endswith(".o_proj")]
+    if not architecture.p_removed or not attention or len(space.writers) == 1:
+        return None
+    return (
+        f"p_removed: the heads of layer {attention[0].module.split('.')[2]} are added to the stream as they are, which "
+        f"fixes its basis; of each stream seam d^2 weights go, of Q, K, V or of P, not of both"
+    )
+
+
+def _bias_stays(architecture: Architecture, space: Space, takers: Sequence[str]) -> str | None:
+    """Why a bias cannot move into what is written at a space's first place, or None."""
+    if not architecture.attention_bias:
+        return None
+    written = any(name.startswith("model.layers.") for name in takers)
+    if architecture.residual_gains and (written or len(space.places) > 1):
+        return (
+            "residual_gains: attention_bias is true, and a layer's output, with the bias that would move into it, is "
+            "scaled before it is read"
+        )
+    if any(".experts." in name for name in takers) and not architecture.norm_topk_prob:
+        return (
+            "norm_topk_prob false: attention_bias is true, and routing weights that do not sum to 1 would scale the "
+            "bias that moves into the experts"
+        )
+    return None
+
+
+def _takers(space: Space) -> tuple[str, ...]:
+    """Of what is written at a space's first place, what takes a bias in: not positions, nor P beside the FFN."""
+    names = _names(space.starts)
+    return tuple(name for name in names if not name.endswith((".o_proj", "position_embeddings"))) or names
+
+
+def _stream_seam(architecture: Architecture, layer: int, values: bool, parallel_removes: str) -> Seam:
+    """Of the space that Q, K, V of a layer read: they become the identity, or d columns of theirs do.
+
+    What else reads it (M, in a parallel layer or past a skip) takes the basis in.
+    """
+    attention, parallel = _attention(layer), architecture.block_type == "parallel"
+    found = graph(architecture)
+    space = found.before(layer)
+    writers, takers, taken = _names(space.writers), _takers(space), ""
+    duals: tuple[str, ...] = ()
+    blocked = _not_linear(architecture, space) or _heads_pass(architecture, space)
+    if blocked is None and layer != space.layers[0]:
+        blocked, taken = _given_up(architecture, space), "stream"
+    blocked = blocked or _bias_stays(architecture, space, takers)
+    if blocked is None and architecture.attention_bias and "lm_head" in _names(space.readers):
+        blocked = "attention_bias: a bias of Q would move into the stream that lm_head reads, which has none to undo it"
+    if space.written_tied and not architecture.embedding_size:
+        last = found.before(architecture.num_hidden_layers)
+        duals = _names(last.writers) if last is not space else ()
+        blocked = blocked or _tied(architecture, space, last)
+    if blocked is None and parallel and layer and parallel_removes == "p":
+        blocked, taken = "--parallel-removes p: its d^2 weights go from P of the layer before", "p"
+    if blocked is None and architecture.values_removed:
+        blocked = (
+            "values_removed: v_proj passes inputs of the stream through, which fixes its basis; close both at once"
+        )
+    d, widths = architecture.hidden_size, dict(architecture.projections)
+    chosen = {name: width for name, width in widths.items() if not (name == "v" and values)}
+    identities: dict[str, tuple[str, ...]] = {
+        name: (f"{attention}.{name}_proj",) for name, width in chosen.items() if width == d
+    }
+    readers = tuple(f"{attention}.{name}_proj" for name in chosen)
+    if sum(chosen.values()) >= d:
+        identities["pivoted"] = readers
+    elif blocked is None:
+        blocked = (
+            f"{', '.join(list(chosen)[:-1])} and {list(chosen)[-1]}_proj of layer {layer} having "
+            f"{sum(chosen.values())} outputs together, fewer than hidden_size ({d}): no {d} of them can stand for the "
+            f"stream"
+        )
+    return Seam(
+        kind="stream",
+        layer=layer,
+        width=d,
+        writers=writers,
+        readers=readers,
+        identities={name: gone for name, gone in identities.items() if architecture.stream_basis in (None, name)},
+        rest=f"{attention}.rest_proj",
+        order=f"{attention}.column_order",
+        saves=d**2,
+        bias_takers=takers,
+        duals=duals,
+        followers=tuple(name for name in _names(space.readers) if name not in readers),
+        blocked=blocked,
+        taken=taken,
+    )
+
+
+def _tied(architecture: Architecture, first: Space, last: Space) -> str | None:
+    """Why the last layer cannot make up for what the first stream seam does to a tied head, or None."""
+    if first is last:
+        reason: str | None = (
+            f"residual {architecture.residual!r}, by which skip connections join what it writes and what it reads into "
+            f"one space"
+        )
+    elif len(last.places) > 1:
+        others = [name for name in _names(last.readers) if name != "model.embed_tokens"]
+        reason = (
+            f"residual {architecture.residual!r}, by which {_joined(others)} would have to take in the inverse of what "
+            f"the table does"
+        )
+    else:
+        reason = (
+            _not_linear(architecture, last)
+            or _heads_pass(architecture, last)
+            or _bias_stays(architecture, last, _names(last.starts))
+        )
+    return reason and (
+        f"tie_word_embeddings: the table is the head, too, and there is {reason}; leave it open with --layers-open 0"
+    )
+
+
+def _value_seam(architecture: Architecture, layer: int) -> Seam:
+    """Between each head of V and what reads it: the rows of P, or of M with P merged (identities 3; MatShrink).
+
+    Within a layer, so that skips and norms do not matter; shaped attention is linear in v.
+    """
+    attention, size, heads = _attention(layer), architecture.head_dim, architecture.num_key_value_heads
+    readers = architecture.ffn_readers(layer) if architecture.p_removed else (f"{attention}.o_proj",)
+    blocked = None
+    if architecture.p_removed and not architecture.p_merged:
+        blocked = (
+            f"p_removed: heads of layer {layer} pass through {'o_proj' if architecture.p_rows else 'to the stream'} as "
+            f"they are; close value seams before"
+        )
+    elif architecture.stream_basis in ("v", "pivoted"):
+        blocked = (
+            f"stream_basis {architecture.stream_basis!r}: v_proj is not there any more; fuse the original with "
+            f"--remove stream,p,values, which passes through columns of Q and K alone"
+        )
+    elif size >= architecture.hidden_size:
+        blocked = f"head_dim {size}: v_proj has no more than {architecture.hidden_size} inputs, and none would be left"
+    return Seam(
+        kind="values",
+        layer=layer,
+        width=size,
+        blocks=heads,
+        writers=(f"{attention}.v_proj",),
+        readers=readers,
+        identities={"rows": (f"{attention}.v_proj",)},
+        order=f"{attention}.value_order",
+        bias_takers=readers,
+        mixed=(
+            *(name for name in architecture.gain_tensors(layer) if name.startswith(attention)),
+            *(_attention_gain(architecture, layer) if architecture.p_removed else ()),
+        ),
+        saves=heads * size**2,
+        blocked=blocked,
+    )
+
+
+def _p_seam(architecture: Architecture, layer: int, parallel_removes: str) -> Seam:
+    """Of the space that P writes. Where it writes it alone, it merges into what reads it (M, the gate; router and
+    experts): M* = P M.
+
+    Where P is wider than the stream (D > d) and merging would cost weights, d of its rows become the identity instead;
+    so they do where something else writes the space, too.
+    """
+    d, heads = architecture.hidden_size, architecture.query_width
+    o_proj, space = f"{_attention(layer)}.o_proj", graph(architecture).after_attention(layer)
+    if len(space.writers) > 1:
+        return _joined_p_seam(architecture, layer, space, parallel_removes)
+    readers = _names(space.readers)
+    norms, through = architecture.norms_after_attention(layer), ""
+    blocked = None
+    if norms:
+        reason = _norm_matters(architecture, layer, norms)
+        if reason is None:
+            through = norms[0]
+        else:
+            shown = _joined(readers) if len(readers) < 3 else f"model.layers.{layer}.mlp's router and experts"
+            blocked = (
+                f"norm_type {architecture.norm_type!r}: {norms[0]} stands between {o_proj} and {shown}, and is not "
+                f"linear; it is not redundant, as {reason}"
+            )
+    width = architecture.ffn_read_width(layer)
+    merged = architecture.p_fits
+    return Seam(
+        kind="p",
+        layer=layer,
+        width=d,
+        writers=(o_proj,),
+        readers=readers,
+        identities={"p" if merged else "rows": (o_proj,)},
+        order="" if merged else f"{_attention(layer)}.row_order",
+        bias_takers=readers if merged else (),
+        through=through,
+        mixed=_attention_gain(architecture, layer) if merged and architecture.attention_bias else (),
+        saves=heads * d + (d - heads) * width if merged else d**2,
+        blocked=blocked,
+    )
+
+
+def _attention_gain(architecture: Architecture, layer: int) -> tuple[str, ...]:
+    """The trainable gain of the attention's branch, if there is one: what P writes, or, without P, the heads."""
+    name = f"model.layers.{layer}.attention_gain"
+    return (name,) if name in architecture.gain_tensors(layer) else ()
+
+
+def _joined_p_seam(architecture: Architecture, layer: int, space: Space, parallel_removes: str) -> Seam:
+    """Of a space that P writes together with others: its rows, if it gives up no columns of what reads it."""
+    d, heads, layers = architecture.hidden_size, architecture.query_width, architecture.num_hidden_layers
+    o_proj = f"{_attention(layer)}.o_proj"
+    writers = (o_proj, *(name for name in _names(space.writers) if name != o_proj))
+    readers, taken = _names(space.readers), ""
+    blocked = _not_linear(architecture, space)
+    if blocked is None and len(space.places) > 1:
+        blocked, taken = _given_up(architecture, space), "stream"
+    elif blocked is None and parallel_removes != "p":
+        taken = "stream"
+        blocked = (
+            f"block_type 'parallel': {o_proj}'s output is added to the FFN's, and nothing reads it alone. Each of the "
+            f"{layers + 1} stream seams gives up hidden_size^2 = {d**2:,} weights, of Q, K, V that read it or of P "
+            f"that writes it, not of both: rewriting cannot remove Q and P; choose with --parallel-removes readers or p"
+        )
+    blocked = blocked or _bias_stays(architecture, space, writers[1:]) or _rows_stay(architecture, layer)
+    return Seam(
+        kind="p",
+        layer=layer,
+        width=d,
+        writers=writers,
+        readers=readers,
+        identities={"rows": (o_proj,)},
+        order=f"{_attention(layer)}.row_order",
+        bias_takers=writers[1:] if heads == d else (),
+        saves=d**2,
+        blocked=blocked,
+        taken=taken,
+    )
+
+
+def _rows_stay(architecture: Architecture, layer: int) -> str | None:
+    """Why the rows of a parallel layer's P cannot become the identity, or None."""
+    d, heads, layers = architecture.hidden_size, architecture.query_width, architecture.num_hidden_layers
+    if architecture.stream_basis and architecture.layers_open != tuple(range(1, layers)):
+        return f"stream_basis {architecture.stream_basis!r}: of its stream seams Q, K, V have given up d^2 weights"
+    if architecture.values_removed and layer + 1 < layers:
+        return "values_removed: v_proj passes inputs of the stream through, which fixes its basis; close P first"
+    if heads < d:
+        return f"heads * head_dim ({heads}) being less than hidden_size ({d}): {heads} rows cannot stand for the stream"
+    if architecture.tie_word_embeddings:
+        return "tie_word_embeddings: what reads the last layer's output is the table, which is written with, too"
+    if architecture.head_removed:
+        return "head_removed: logits are outputs of the last layer as they are, which fixes its basis"
+    return None
+
+
+def _head_seam(architecture: Architecture, parallel_removes: str) -> Seam:
+    """Of the space that lm_head reads, of whose columns d become the identity (identities 4)."""
+    d, last = architecture.hidden_size, architecture.num_hidden_layers
+    space, taken = graph(architecture).before(last), ""
+    blocked = None
+    if architecture.tie_word_embeddings:
+        blocked = "tie_word_embeddings: lm_head is the table of the embeddings"
+    elif architecture.embedding_size:
+        blocked = "embedding_size: lm_head reads project_out, which would have to merge with it"
+    elif architecture.vocab_size <= d:
+        blocked = (
+            f"vocab_size {architecture.vocab_size}: no more than hidden_size ({d}) logits, and no row would be left"
+        )
+    elif architecture.block_type == "parallel" and parallel_removes == "p" and not architecture.p_removed:
+        blocked, taken = "--parallel-removes p: its d^2 weights go from P of the last layer", "p"
+    else:
+        blocked = _not_linear(architecture, space) or _heads_pass(architecture, space)
+        if blocked is None and space.layers[0] < last:
+            blocked, taken = _given_up(architecture, space), "stream"
+    return Seam(
+        kind="head",
+        layer=last,
+        width=d,
+        writers=_names(space.writers),
+        readers=("lm_head",),
+        identities={"head": ("lm_head",)},
+        rest="lm_head",
+        order="lm_head.column_order",
+        saves=d**2,
+        followers=tuple(name for name in _names(space.readers) if name != "lm_head"),
+        blocked=blocked,
+        taken=taken,
+    )
+
+
+def _norm_matters(architecture: Architecture, layer: int, norms: list[str]) -> str | None:
+    """Why the norm before a serial layer's FFN changes what the model computes, or None.
+
+    RMSNorm scales each token's y by 1 / s, s^2 = mean(y^2) + eps. A bias-free FFN with an activation of degree k gives
+    that factor on, to the power of k (a GLU: k + 1), and the next RMSNorm, with eps = 0, takes it away again.
+    """
+    after = f"model.layers.{layer + 1}.input_layernorm" if layer + 1 < architecture.num_hidden_layers else "model.norm"
+    if architecture.norm_type != "rms" or norms != [f"model.layers.{layer}.post_attention_layernorm"]:
+        return "only a single RMSNorm is of degree 0"
+    if architecture.ffn_type == "moe":
+        return "a router's choice is not homogeneous"
+    if architecture.hidden_act not in HOMOGENEOUS:
+        return f"hidden_act {architecture.hidden_act!r} is not homogeneous ({', '.join(HOMOGENEOUS)} are)"
+    folded = any(name.startswith(f"model.layers.{layer}.mlp.") for name in architecture.folded_biases)
+    if architecture.mlp_bias or architecture.gate_bias or folded:
+        return "its FFN has biases"
+    if not architecture.has_norm(after):
+        return f"the FFN's output is not normalized again ({after})"
+    if architecture.norm_eps:
+        return (
+            f"norm_eps is {architecture.norm_eps:g}: the output of {after} would change by about norm_eps / 2 times "
+            f"the difference of the inverse mean squares of its inputs (0 with norm_eps 0)"
+        )
+    return None
+
+
+def _norm_seams(architecture: Architecture) -> list[Seam]:
+    """Gains that fold into what reads them, and a norm of the embeddings that folds into their table."""
+    found = []
+    for norm in architecture.norm_names():
+        if not architecture.has_norm(norm) or norm in architecture.gains_removed:
+            continue
+        if norm == _table_norm(architecture):
+            found.append(_norm_seam(architecture, norm, "table", ("model.embed_tokens",)))
+        elif readers := _norm_readers(architecture, norm):
+            found.append(_norm_seam(architecture, norm, "gain", readers))
+    return found
+
+
+def _norm_seam(architecture: Architecture, norm: str, way: str, readers: tuple[str, ...]) -> Seam:
+    d, biased = architecture.hidden_size, architecture.norm_type == "layer"
+    blocked = None
+    if way == "gain" and biased:
+        blocked = f"norm_type 'layer': {norm} has a bias, and not all of its readers have one to take it in"
+    layer = int(norm.split(".")[2]) if norm.startswith("model.layers.") else 0
+    if norm == "model.norm":
+        layer = architecture.num_hidden_layers
+    identities: dict[str, tuple[str, ...]] = {way: (norm,)}
+    return Seam("norms", layer, d, (norm,), readers, identities, d * (1 + biased), blocked=blocked)
+
+
+def _table_norm(architecture: Architecture) -> str | None:
+    """The norm that reads nothing but the token table: it can be applied to the table's rows."""
+    plain = architecture.position_type != "learned" and not architecture.embedding_size
+    if architecture.tie_word_embeddings or not plain:
+        return None
+    space, first = graph(architecture).before(0), "model.layers.0.input_layernorm"
+    if written := space.writers[0].norms:
+        return written[0]
+    alone = len(space.places) == 1 and all(port.norms == (first,) for port in space.readers)
+    return first if alone else None
+
+
+def _norm_readers(architecture: Architecture, norm: str) -> tuple[str, ...]:
+    """The matrices that read a norm's output and nothing else; none for norms that something else reads, too."""
+    prefix, _, name = norm.rpartition(".")
+    if norm == "model.norm" and (architecture.tie_word_embeddings or architecture.embedding_size):
+        return ()
+    if name == "post_attention_layernorm" and architecture.p_removed and architecture.p_merged:
+        return ()
+    if name == "input_layernorm" and (
+        architecture.stream_closed(int(prefix.split(".")[2])) or architecture.values_removed
+    ):
+        return ()  # some of q, k and v are the norm's output as it is
+    return graph(architecture).through(norm)

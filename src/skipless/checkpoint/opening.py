@@ -1,0 +1,117 @@
+"""A checkpoint as the algebra sees it: an architecture, canonical tensors, and modules as maps."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from skipless.architecture.config import Architecture
+from skipless.checkpoint import family, gguf_file
+from skipless.checkpoint.headers import Folder
+from skipless.checkpoint.reader import CheckpointReader, TensorInfo
+from skipless.errors import InputError
+from skipless.model.configuration_skipless import SkiplessConfig
+from skipless.quiet import errors_only
+
+
+@runtime_checkable
+class Read(Protocol):
+    """What gives a checkpoint's tensors by their names, or only rows (start, stop) of one."""
+
+    def __call__(self, name: str, rows: slice | None = None, /) -> torch.Tensor: ...
+
+
+class Reader(Protocol):
+    """Tensors by their canonical names; `tensors`: what is known of them before they are read."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one. Raises InputError if it cannot be read, or holds NaN or infinity."""
+
+
+class RowReader(Protocol):
+    """The same of a skipless checkpoint, of whose tensors rows (start, stop) can be read alone."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    @property
+    def tensor(self) -> Read: ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint of any family that has been opened, its headers agreeing with its config."""
+
+    family: str
+    architecture: Architecture
+    reader: Reader
+
+
+class Canonical:
+    """Another family's checkpoint, by our names: parts of fused tensors, in the orientation of nn.Linear."""
+
+    def __init__(self, reader: Reader, layout: family.Layout):
+        self._reader, self._layout = reader, layout
+        shapes = layout.architecture.tensors()
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: TensorInfo(shape, (first := reader.tensors[layout.places[name].tensors[0]]).dtype, first.shard)
+            for name, shape in shapes.items()
+        }
+
+    def tensor(self, name: str) -> torch.Tensor:
+        place = self._layout.places[name]
+        parts = [self._reader.tensor(stored) for stored in place.tensors]
+        whole = parts[0].T if place.transposed else torch.cat(parts) if len(parts) > 1 else parts[0]
+        rows = torch.cat([whole[start:stop] for start, stop in place.rows]) if place.rows else whole
+        return rows.reshape(self.tensors[name].shape).contiguous()
+
+
+def open_source(path: Path, device: str = "cpu") -> Source:
+    """Any checkpoint: a skipless model folder, one of a family that is described, or a GGUF file.
+
+    Raises InputError for what cannot be opened, for a model_type that no family describes, and for the first tensor
+    that contradicts the config.
+    """
+    if path.suffix == ".gguf":
+        file = gguf_file.GGUFReader(path)
+        architecture, found = family.read(file.config), family.find(file.config)
+        layout = family.Layout.of(found, architecture, file.headers)
+        file.check(layout.shapes, ignores=layout.ignores)
+        return Source(found.model_types[0], architecture, Canonical(file, layout))
+    folder = Folder(path)
+    if folder.config.get("model_type") == "skipless":
+        reader = CheckpointReader(path, device)
+        return Source("skipless", read_architecture(reader), reader)
+    found, architecture = family.find(folder.config), family.read(folder.config)
+    layout = family.Layout.of(found, architecture, folder.headers)
+    folder.check(layout.shapes, ignores=layout.ignores)
+    return Source(found.model_types[0], architecture, Canonical(CheckpointReader(path, device, layout.ignores), layout))
+
+
+def read_architecture(reader: CheckpointReader) -> Architecture:
+    """What config.json describes, if the headers agree. Raises InputError for the first difference."""
+    source = Architecture.from_config(reader.config)
+    if source.num_hidden_layers > len(reader.tensors):
+        raise InputError(
+            f"config.json: num_hidden_layers: expected at most {len(reader.tensors)}, the number of tensors, found "
+            f"{source.num_hidden_layers}"
+        )
+    reader.check(source.tensors(), source.index_tensors())
+    check_config(reader.config)
+    return source
+
+
+def check_config(config: Mapping[str, object]) -> None:
+    """Raise InputError, naming the field, for a skipless config.json that transformers would not load."""
+    try:
+        with errors_only("transformers"):
+            SkiplessConfig.from_dict(copy.deepcopy(dict(config)))
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, StrictDataclassError) as error:
+        raise InputError(f"config.json: {' '.join(str(error.__cause__ or error).split())}") from error

@@ -1,0 +1,452 @@
+"""Results as tables for people (rich)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from skipless.dtypes import DTYPE_NAMES
+from skipless.errors import printable
+from skipless.reports.counting import Conditions, Count, Removal
+
+if TYPE_CHECKING:  # so that counting loads no torch
+    from skipless.algebra.spectrum import Spectrum
+    from skipless.architecture.limit import Limit
+    from skipless.cli.demo import Demo
+    from skipless.reports.auditing import Audit, SeamAudit
+    from skipless.reports.certificate import Certificate
+    from skipless.reports.verification import Loss, Report
+    from skipless.rewrite.cost import Cost
+    from skipless.rewrite.estimate import Estimate
+    from skipless.rewrite.planning import Plan, Task
+    from skipless.serving.bench import Bench
+
+MEGABYTE = 10**6
+
+
+def plan_table(plan: Plan) -> Table:
+    """What a fuse reads, writes and saves: one row per kind of task, then totals."""
+    table = Table(title=f"fuse by {plan.basis}", box=box.SIMPLE_HEAD)
+    for column in ("task", "count", "reads", "writes", "saves"):
+        table.add_column(column, justify="left" if column == "task" else "right")
+    kinds: dict[str, list[tuple[int, int, int]]] = {}
+    for task in plan.tasks:
+        kinds.setdefault(_kind(task), []).append((*plan.traffic(task), sum(seam.saves for seam in task.seams)))
+    for kind, tasks in kinds.items():
+        reads, writes, saved = (sum(column) for column in zip(*tasks, strict=True))
+        table.add_row(kind, f"{len(tasks):,}", _megabytes(reads), _megabytes(writes), f"{saved:,}")
+    table.add_section()
+    before, after = plan.weights
+    table.add_row("weights", "", f"{before:,}", f"{after:,}", f"{before - after:,} ({1 - after / before:.1%})")
+    before, after = plan.bytes
+    table.add_row(
+        "bytes",
+        "",
+        _megabytes(before),
+        _megabytes(after),
+        f"{after / before - 1:+.1%}",
+    )
+    table.add_row("files of weights", f"{len(plan.shards):,}", "", "", "")
+    return table
+
+
+def _kind(task: Task) -> str:
+    kind = " + ".join(dict.fromkeys(f"close {seam.kind} seam" for seam in task.seams)) or "copy"
+    return f"{kind} by rows" if task.by_rows else kind
+
+
+def work_table(estimate: Estimate) -> Table:
+    """FLOPs, memory and seconds of each kind of task."""
+    names = list(estimate.rates.flops)
+    table = Table(title="work", box=box.SIMPLE_HEAD)
+    table.add_column("task")
+    for column in (*names, "memory, each", "seconds"):
+        table.add_column(column, justify="right")
+    kinds: dict[str, list[Cost]] = {}
+    for task, found in zip(estimate.plan.tasks, estimate.costs, strict=True):
+        kinds.setdefault(_kind(task), []).append(found)
+    for kind, costs in kinds.items():
+        flops = [sum(found.flops.get(name, 0) for found in costs) for name in names]
+        largest = max(found.memory for found in costs)
+        seconds = sum(map(estimate.seconds_of, costs))
+        table.add_row(kind, *map(_flops, flops), _megabytes(largest), f"{seconds:,.1f}")
+    table.add_section()
+    flops = [estimate.flops.get(name, 0) for name in names]
+    table.add_row("FLOPs", *map(_flops, flops), "", f"{estimate.arithmetic:,.1f}")
+    table.add_row("measured a second", *(_flops(estimate.rates.flops[name]) for name in names), "", "")
+    return table
+
+
+def work_lines(estimate: Estimate) -> Iterator[str]:
+    """Time and memory in words, and the files."""
+    read, written = estimate.plan.bytes
+    yield (
+        f"expected: {_duration(estimate.seconds)}: {_duration(estimate.arithmetic)} of arithmetic, beside which the "
+        f"disk reads {_megabytes(read)} and writes {_megabytes(written)} ({_duration(estimate.disk)} at "
+        f"{estimate.rates.disk / 1e9:.1f} GB/s), and {_duration(estimate.check)} to read it again and compare it"
+    )
+    yield f"memory: at most {_megabytes(estimate.memory)}"
+    yield f"files: {', '.join(f'{name} {_megabytes(size)}' for name, size in estimate.plan.shards.items())}"
+
+
+def _flops(count: float) -> str:
+    return f"{count:.1e}" if count else "-"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def audit_tables(audit: Audit) -> Iterator[Table]:
+    """By layer: condition numbers of the matrices; then the errors to expect, of q, k, v and of M's outputs."""
+    letters = [letter for letter in "qkvp" if any(letter in seam.matrices for seam in audit.seams)]
+    rows: dict[int, dict[str, str]] = {}
+    for seam in audit.seams:
+        row = rows.setdefault(seam.layer, {})
+        row |= {letter: _condition(found) for letter, found in seam.matrices.items()}
+        if pivoted := seam.ways.get("pivoted"):
+            row |= {"pivoted": f"{pivoted.condition:.1e}", "max|R|": f"{pivoted.largest:.2f}"}
+    table = Table(title="condition numbers (pivoted: of the columns chosen)", box=box.SIMPLE_HEAD)
+    table.add_column("layer", justify="right")
+    columns = [*letters, *(name for name in ("pivoted", "max|R|") if any(name in row for row in rows.values()))]
+    for name in columns:
+        table.add_column(name.upper() if name in letters else name, justify="right")
+    for layer, row in rows.items():
+        table.add_row(str(layer), *(row.get(name, "") for name in columns))
+    yield table
+    for kind, what in (("stream", "q, k, v"), ("values", "P's outputs"), ("p", "M's outputs"), ("head", "logits")):
+        if seams := [seam for seam in audit.seams if seam.kind == kind and seam.ways]:
+            stored = {dtype for seam in seams for dtype in seam.stored.values()}
+            dtypes = [name for name in DTYPE_NAMES if name in stored or name != "float64"]
+            wide = any(len(seam.ways) > 2 for seam in seams)  # more than a terminal holds side by side
+            for shown in [[dtype] for dtype in dtypes] if wide else [dtypes]:
+                yield _loss_table(seams, shown, f"relative error of {what}: original's, and multiples")
+
+
+def _loss_table(seams: Sequence[SeamAudit], dtypes: Sequence[str], title: str) -> Table:
+    """Seams of one kind by dtype: the original's error in it, and that of each way; red where that is not safe."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("layer", justify="right")
+    ways = list(dict.fromkeys(way for seam in seams for way in seam.ways))
+    for dtype in dtypes:
+        table.add_column(dtype, justify="right")
+        for way in ways:
+            table.add_column({"p": "merged", "head": "pivoted"}.get(way, way), justify="right")
+    for seam in seams:
+        cells: list[Text | str] = [str(seam.layer)]
+        for dtype in dtypes:
+            cells.append(f"{max(seam.original[dtype].values()):.1e}")
+            cells += [_loss(seam, way, dtype) if way in seam.ways else "" for way in ways]
+        table.add_row(*cells)
+    return table
+
+
+def _loss(seam: SeamAudit, way: str, dtype: str) -> Text | str:
+    worst = max(error / (seam.original[dtype][name] or 1) for name, error in seam.ways[way].errors[dtype].items())
+    text = f"{worst:.1f}x" if worst < 10 else f"{worst:.0f}x" if worst < 1e4 else f"{worst:.0e}x"
+    return Text(text, "red") if dtype in seam.problems[way] else text
+
+
+def audit_lines(audit: Audit) -> Iterator[Text | str]:
+    """What an audit comes to, in words."""
+    if not any(seam.asked for seam in audit.seams):
+        yield "nothing to remove: every seam of this model is closed already, or left open on request"
+        return
+    if audit.reason:
+        yield f"basis {audit.basis}: {audit.reason}"
+    yield from (Text.assemble(("not safe:", "red"), f" {printable(problem)}") for problem in audit.problems)
+    if audit.alternatives:
+        yield f"safe instead: {' or '.join(audit.alternatives)}"
+    if audit.safe:
+        yield Text.assemble(("safe to remove", "green"), ", with the same options: skipless fuse")
+    elif audit.problems != audit.if_skipless:
+        yield from (f"nor without skips and norms: {problem}" for problem in audit.if_skipless)
+        if not audit.if_skipless:
+            yield "a model with these matrices and without skips and norms could be rewritten safely"
+    parts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in audit.as_is.items() if count)
+    total = sum(audit.as_is.values())
+    yield f"exactly removable besides: {total:,} ({total / audit.parameters:.2%}): {parts}"
+
+
+def _condition(found: Spectrum) -> str:
+    return f"{found.condition:.1e}" + ("" if found.rank == min(found.shape) else f" (rank {found.rank})")
+
+
+def report_table(report: Report) -> Table:
+    """The comparison, two lines a dtype: B, and what the dtype alone does to the original."""
+    title = f"compared with A in fp64, on {report.tokens_seen:,} of {report.vocab_size:,} tokens"
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    for column in ("run in", "", "error", "at most", "KL, nats", "top-1", "greedy", "verdict"):
+        table.add_column(column, justify="right" if column not in ("run in", "") else "left", no_wrap=True)
+    for row in report.rows:
+        verdict = (Text("same", "green") if row.passed else Text("differs", "red")) if row.judged else "-"
+        table.add_row(row.dtype, "B", *_losses(row.b, f"{row.limit:.1e}"), verdict)
+        table.add_row("", "A", *_losses(row.a, ""), "", style="dim")
+    return table
+
+
+def _losses(loss: Loss, limit: str) -> tuple[str, ...]:
+    return f"{loss.error:.1e}", limit, f"{loss.kl:.1e}", f"{loss.top1:.1%}", f"{loss.greedy:.0%}"
+
+
+def report_lines(report: Report) -> Iterator[str]:
+    """What was compared beside the runs, and the verdict, last."""
+    for line in (*report.data.function, *report.data.generation):
+        yield f"differs: {line}"
+    yield from report.data.notes
+    if report.tensors:
+        yield f"tensors: {len(report.tensors):,} are others than in A: {', '.join(report.tensors[:3])}"
+    for found in report.maps:
+        where = "" if found.passed else f" ({found.name})"
+        yield f"maps around closed seams, {found.what}: off by {found.error:.1e}, may be {found.limit:.1e}{where}"
+    if report.proved:
+        yield f"all {report.vocab_size:,} tokens, all positions and experts are covered by comparing tensors"
+    elif report.not_run:
+        yield f"not run (--full runs it): {'; '.join(report.not_run)}"
+    yield from report.caches
+    yield report.note
+
+
+def bench_line(bench: Bench) -> str:
+    """The roofline: what the machine reads a second, and what follows from it."""
+    ceilings = ", ".join(
+        f"{_rate(speed.decoding[0].ceiling / speed.decoding[0].batch)} for {_megabytes(speed.bytes_per_token)}"
+        for speed in bench.speeds
+    )
+    return f"read bandwidth {bench.bandwidth / 1e9:,.1f} GB/s: at most {ceilings} a token"
+
+
+def bench_table(bench: Bench) -> Table:
+    """Models side by side: decoding at each batch beside the ceiling that reading the weights sets, prompts, memory."""
+    speeds, work = bench.speeds, bench.work
+    table = Table(title=f"{bench.engine}, {bench.dtype}, after {work.context} tokens", box=box.SIMPLE_HEAD)
+    for column in ("", *(speed.name for speed in speeds)):
+        table.add_column(column, justify="right" if column else "left", overflow="fold")
+
+    def add(name: str, values: Iterable[str]) -> None:
+        table.add_row(name, *values)
+
+    add("read a token", (_megabytes(speed.bytes_per_token) for speed in speeds))
+    add("fewer bytes", (f"{speeds[0].bytes_per_token / speed.bytes_per_token:.2f}x" for speed in speeds))
+    for found in zip(*(speed.decoding for speed in speeds), strict=True):
+        table.add_section()
+        add(f"tokens/s, batch {found[0].batch}", (_rate(one.tokens_per_second) for one in found))
+        add("  from ... to", (" ... ".join(_rate(end(one.rounds)) for end in (min, max)) for one in found))
+        add("  ceiling", (_rate(one.ceiling) for one in found))
+        add("  weights read", (f"{one.bytes_per_second / 1e9:,.1f} GB/s" for one in found))
+        add("  of the bandwidth", (f"{one.share:.0%}" for one in found))
+        add("  speed-up", (f"{one.speedup:.2f}x" for one in found))
+    table.add_section()
+    add("time to first token", (f"{speed.first_token * 1e3:,.0f} ms" for speed in speeds))
+    if work.prefill:
+        add(f"prompt of {work.prefill}, tokens/s", (_rate(speed.prefill or 0) for speed in speeds))
+        add("  speed-up", (f"{speed.prefill_speedup or 0:.2f}x" for speed in speeds))
+    if all(speed.peak_memory for speed in speeds):
+        add("peak memory", (_megabytes(speed.peak_memory or 0) for speed in speeds))
+        add("load time", (f"{speed.load_seconds or 0:.1f} s" for speed in speeds))
+    return table
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def demo_table(demo: Demo) -> Table:
+    """Before and after, in one table."""
+    table = Table(title="the same function with fewer weights", box=box.SIMPLE_HEAD)
+    for column in ("", "original", "fused", ""):
+        table.add_column(column, justify="left" if not column else "right")
+    before, after = demo.plan.weights
+    table.add_row("weights", f"{before:,}", f"{after:,}", f"{after / before - 1:.1%}")
+    original, fused = demo.bench.speeds
+    table.add_row("MB in float32", _megabytes(4 * before), _megabytes(4 * after), f"{after / before - 1:.1%}")
+    table.add_row(
+        "MB read a token",
+        _megabytes(original.bytes_per_token),
+        _megabytes(fused.bytes_per_token),
+        f"{fused.bytes_per_token / original.bytes_per_token - 1:.1%}",
+    )
+    for row in demo.report.rows:
+        if row.judged:
+            table.add_row(f"logit error in {row.dtype}", f"{row.a.error:.1e}", f"{row.b.error:.1e}", "")
+    table.add_row("generated tokens", "", "the same" if demo.same_tokens else Text("different", "red"), "")
+    table.add_row("cache", *(Text("broken", "red") if problem else "as without it" for problem in demo.caches), "")
+    table.add_row(
+        "tokens/s, batch 1",
+        _rate(original.decoding[0].tokens_per_second),
+        _rate(fused.decoding[0].tokens_per_second),
+        f"{fused.decoding[0].speedup:.2f}x",
+    )
+    return table
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / MEGABYTE:,.1f} MB"
+
+
+def count_rows(counts: Sequence[Count]) -> list[tuple[str, ...]]:
+    """A table of counts: the models' names, then what is counted and each model's, in words; "" between groups."""
+    rows = [("", *(printable(count.name) for count in counts))]
+
+    def add(label: str, value: Callable[[Count], object]) -> None:
+        found = [value(count) for count in counts]
+        rows.append((label, *(f"{item:,}" if isinstance(item, int) else str(item) for item in found)))
+
+    def shape(count: Count) -> str:
+        a = count.architecture
+        attention = "MHA" if a.query_width == a.value_width else "MQA" if a.num_key_value_heads == 1 else "GQA"
+        ffn = f"{a.num_local_experts} experts" if a.ffn_type == "moe" else a.ffn_type.upper()
+        return f"{a.block_type}, {attention}, {ffn}"
+
+    add("family", lambda count: count.family)
+    add("layer", shape)
+    add("d, layers", lambda count: f"{count.architecture.hidden_size:,}, {count.architecture.num_hidden_layers}")
+    add(
+        "heads, kv heads, head_dim",
+        lambda count: (
+            f"{count.architecture.num_attention_heads}, {count.architecture.num_key_value_heads}, "
+            f"{count.architecture.head_dim}"
+        ),
+    )
+    add(
+        "e, f, vocabulary",
+        lambda count: (
+            f"{count.architecture.value_width:,}, {count.architecture.intermediate_size:,}, "
+            f"{count.architecture.vocab_size:,}"
+        ),
+    )
+    for letter in "qkvpmo":
+        rows.append((f"{letter.upper()} a layer", *(f"{count.per_layer[letter]:,}" for count in counts)))
+    add("embeddings", lambda count: f"{count.embeddings:,}{' (tied)' * count.architecture.tie_word_embeddings}")
+    add("weights", lambda count: count.weights)
+    add("parameters", lambda count: count.parameters)
+    for name, what in (("qp", "Q and P"), ("kp", "K and P"), ("vp", "V and P")):
+        rows.append((f"without {what}, trained so", *(_removal(count.nominal[name]) for count in counts)))
+    add("exactly, if skipless", lambda count: _removal(count.exact))
+    add("at most, if skipless", lambda count: f"{count.limit:,} ({count.limit / count.weights:.1%})")
+    add("of that, by all seams", lambda count: f"{count.everything:,} ({count.everything / count.limit:.2%})")
+    add("exactly, as it is", lambda count: f"{(gone := sum(count.as_is.values())):,} ({gone / count.parameters:.1%})")
+    return rows
+
+
+def limit_table(found: Limit) -> Table:
+    """What carries no information, and what rewriting removes of it."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("without information")
+    table.add_column("parameters", justify="right")
+    for name, count in found.terms.items():
+        table.add_row(name, f"{count:,}")
+    total = f"{'at least ' * bool(found.at_least)}{found.removable:,}"
+    table.add_row("together", f"{total} ({found.removable / found.parameters:.2%} of {found.parameters:,})")
+    removed = sum(found.removed.values())
+    for kind, count in found.removed.items():
+        table.add_row(f"removed with --remove {kind}", f"{count:,}")
+    table.add_row("removed together", f"{removed:,} ({removed / (found.removable or 1):.2%} of that)")
+    return table
+
+
+def limit_lines(found: Limit, certificate: Certificate | None) -> Iterator[str]:
+    """What stays, and the count of a small copy."""
+    yield from found.blocked
+    if found.at_least:
+        yield f"there may be more: {found.at_least}"
+    if certificate is not None:
+        before, after = certificate.before, certificate.after
+        least = "" if certificate.exact else "at least "
+        yield (
+            f"small copy: {before.parameters:,} parameters, rank {before.rank:,}: {before.free:,} without information, "
+            f"{least}{certificate.expected:,} by the formula"
+        )
+        if after is not None:
+            yield (
+                f"fused ({', '.join(certificate.kinds)}): {after.parameters:,} parameters, rank {after.rank:,}: "
+                f"{after.free:,} without information and in no block that could be removed"
+            )
+        yield "the certificate holds" if certificate.holds else "the certificate does not hold"
+
+
+def count_notes(counts: Sequence[Count], conditions: Conditions) -> Iterator[str]:
+    """What the numbers of count_rows mean, and what stays."""
+    machine = ""
+    if conditions.bandwidth and conditions.peak:
+        machine = f", at {conditions.bandwidth / 1e9:g} GB/s and {conditions.peak / 1e12:g} TFLOP/s (roofline)"
+    yield (
+        f"speed-up: decoding at batch {conditions.batch} with {conditions.context:,} tokens of context, by what is "
+        f"read of {conditions.dtype} weights and {conditions.cache_dtype} cache{machine}"
+    )
+    for count in counts:
+        for reason in count.exact.blocked:
+            yield f"{count.name}, if skipless: {reason}"
+        if count.architecture.query_width != count.architecture.hidden_size:
+            yield f"{count.name}: Q is not square, so 'trained so' counts Q and P without saying what replaces them"
+
+
+def paper_rows(pairs: Sequence[tuple[Count, Count]]) -> list[tuple[str, ...]]:
+    """The paper's table, arXiv:2404.12362."""
+    counts = [counted for counted, _ in pairs]
+    rows = [("", *(count.name for count in counts))]
+
+    def add(label: str, *values: str) -> None:
+        rows.append((label, *values))
+
+    def billions(weights: int) -> str:
+        return f"{weights / 1e9:.1f}B"
+
+    add("d, layers", *(f"{c.architecture.hidden_size}, {c.architecture.num_hidden_layers}" for c in counts))
+    add(
+        "heads, kv heads",
+        *(f"{c.architecture.num_attention_heads}, {c.architecture.num_key_value_heads}" for c in counts),
+    )
+    add("e", *(f"{c.architecture.value_width}" for c in counts))
+    add("f, vocab", *(f"{c.architecture.intermediate_size}, {c.architecture.vocab_size}" for c in counts))
+    for label, letters in (("Q+P a layer", "qp"), ("K+V a layer", "kv"), ("FFN a layer", "mo")):
+        add(label, *(f"{sum(c.per_layer[letter] for letter in letters):,}" for c in counts))
+    add("embeddings (in + out)", *(f"{c.embeddings:,}" for c in counts))
+    add("total", *(billions(c.weights) for c in counts))
+    left = [c.weights - c.parts["q"] - c.parts["p"] for c in counts]
+    add("total without Q+P", *(billions(weights) for weights in left))
+    add("saved", *(f"{1 - weights / c.weights:.0%}" for c, weights in zip(counts, left, strict=True)))
+    ratios = [c.weights / weights for c, weights in zip(counts, left, strict=True)]
+    add("possible batch-1 decode speed-up", *(f"{ratio:.2f}x" for ratio in ratios))
+    return rows
+
+
+def paper_notes(pairs: Sequence[tuple[Count, Count]]) -> Iterator[str]:
+    """Where a published config differs from what the paper counts."""
+    yield "the paper's speed-up is the ratio of all weights, embeddings included"
+    for counted, published in pairs:
+        if (theirs := counted.architecture.vocab_size) != (ours := published.architecture.vocab_size):
+            yield (
+                f"{counted.name}: the paper's vocabulary is {theirs:,}, the published config's {ours:,}: its "
+                f"embeddings have {published.embeddings:,} weights"
+            )
+
+
+def count_table(rows: Sequence[tuple[str, ...]]) -> Table:
+    """Rows of count_rows or paper_rows for a terminal."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for index, column in enumerate(rows[0]):
+        table.add_column(column, justify="right" if index else "left", overflow="fold")
+    for row in rows[1:]:
+        table.add_row(*row)
+    return table
+
+
+def markdown(rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows as a Markdown table."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], f"|---|{'---:|' * (len(rows[0]) - 1)}", *lines[1:]])
+
+
+def _removal(removal: Removal | None) -> str:
+    if removal is None:
+        return "-"
+    return f"{removal.removed:,} ({removal.saving:.1%}), {removal.speedup:.2f}x"

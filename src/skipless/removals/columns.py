@@ -1,0 +1,533 @@
+"""Columns of what reads a space become the identity: Q, K or V, d columns of all three, or d columns of the head.
+
+The exact algebra is algebra/stream.py, its rounding algebra/rounding.py. Here, on one page: which columns, closing and
+rounding, what that has cost or will cost, and its FLOPs and memory, all by the same steps.
+n, d, m, r: the rows of the writers, their width, the columns of the readers, and those that are left of them.
+"""
+
+import dataclasses
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from skipless.algebra.affine import Affine
+from skipless.algebra.basis import Basis, candidate, join
+from skipless.algebra.forecast import PROBES, Forecast, Way, letter, mean_square, precision_of, reach, relative
+from skipless.algebra.linalg import HALF, ROWS, block_rows, max_abs, multiply, product, slices, squares
+from skipless.algebra.rounding import (
+    COLUMNS,
+    Rest,
+    along_rows,
+    factorize,
+    joint_metric,
+    left_by_solving,
+    mean_squares,
+    moment,
+    noise_weights,
+    repaired_weights,
+    round_stream,
+    shrink,
+)
+from skipless.algebra.stream import Stream, close_rest, close_stream, column_order
+from skipless.algebra.tolerances import coarsest, dtype_name
+from skipless.architecture.seams import Seam
+from skipless.checkpoint.opening import Read
+from skipless.checkpoint.reader import TensorInfo
+from skipless.errors import InputError
+from skipless.removals.setting import Closed, Setting, Step
+
+F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
+
+
+# Matrices in fp64, of S's size and of R's, that a forecast holds at most, as benchmarks/memory.py measures them.
+SQUARES, RESTS = 10, 6
+# While the scaled |R| stays below this, O* = O S may be off by fp32's 1e-7 where it is stored in half precision.
+LARGEST_REST = 1e3
+
+
+def choose(
+    seam: Seam,
+    way: str,
+    readers: Mapping[str, Float[Tensor, "d _"]],
+    weights: Float[Tensor, "m"],
+    dtype: torch.dtype = torch.float64,
+) -> Basis:
+    """The basis that closes a stream seam by `way`, one of seam.identities.
+
+    readers: the weights of seam.readers, in that order; weights: what a squared error counts in each of their columns;
+    dtype: in what pivoted columns are looked for.
+    Raises InputError when it is singular or nearly so, with its condition number and the alternatives that would work.
+    """
+    basis = candidate(seam, way, readers, weights, dtype)
+    if basis.usable:
+        return basis
+    others = {name: candidate(seam, name, readers, weights) for name in seam.identities if name != way}
+    alternatives = [
+        *(f"--basis {name} (condition number {other.condition:.1e})" for name, other in others.items() if other.usable),
+        f"leave this seam open with --layers-open {seam.layer}"
+        if seam.kind == "stream"
+        else f"leave {seam.kind} out of --remove",
+    ]
+    gone = seam.identities[way]
+    what = (
+        f"{gone[0]}.weight: expected an invertible matrix"
+        if gone != seam.readers
+        else (f"{', '.join(gone)}: expected {seam.width} linearly independent outputs")
+    )
+    raise InputError(
+        f"{what} (condition number at most {basis.limit:.1e}), found {basis.condition:.1e}; "
+        f"use {' or '.join(alternatives)}"
+    )
+
+
+def close(seam: Seam, affines: dict[str, Affine], setting: Setting, read: Read) -> Closed:
+    """Close a stream or head seam by the plan's basis, and round what comes out with the least error."""
+    way = seam.way(setting.basis)
+    dtypes = stored_dtypes(seam, setting)
+    name = dtype_name(coarsest(dtypes.values()))
+    opened = OpenStream(seam, affines)
+    quick = all(dtype in HALF for dtype in dtypes.values())
+    basis = choose(seam, way, opened.readers, opened.weights, torch.float32 if quick else torch.float64)
+    stream = opened.close(basis, dtypes)
+    opened.release()
+    for writer in seam.writers:
+        del affines[writer]
+    condition = basis.condition
+    del basis
+    if getattr(torch, name) in HALF:
+        stream = round_stream(stream, opened.weights, opened.extra_weights, dtypes)
+    outcome = opened.measure(way, condition, stream, dtypes, name).outcome(way, name)
+    widths = {name: weight.shape[1] for name, weight in opened.readers.items()}
+    return modules(seam, way, stream, widths), column_order(stream), outcome
+
+
+def stored_dtypes(seam: Seam, setting: Setting) -> dict[str, torch.dtype]:
+    """In what the writers, duals, followers and, as "rest", the readers are kept (the finest of these)."""
+    dtypes = {name: setting.kept(name) for name in (*seam.writers, *seam.duals, *seam.followers)}
+    rest = [setting.stored(name) for name in (*seam.readers, seam.rest) if f"{name}.weight" in setting.outputs]
+    return {**dtypes, "rest": min(rest, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)}
+
+
+def modules(seam: Seam, way: str, stream: Stream, widths: Mapping[str, int]) -> dict[str, Affine]:
+    """The modules that remain of a stream seam closed by `way`. widths: outputs of seam.readers."""
+    if seam.removed(way) == seam.readers:
+        rest = {seam.rest: stream.rest} if len(stream.others) else {}
+    else:
+        names = [name for name in seam.readers if name not in seam.removed(way)]
+        sizes = [widths[name] for name in names]
+        biases = [None] * len(names) if stream.rest.bias is None else stream.rest.bias.split(sizes)
+        parts = zip(names, stream.rest.weight.split(sizes, 1), biases, strict=True)
+        rest = {name: Affine(weight, bias) for name, weight, bias in parts}
+    return {**stream.writers, **rest, **stream.duals, **stream.followers}
+
+
+def forecast(
+    seam: Seam,
+    affines: Mapping[str, Affine],
+    dtypes: Sequence[str],
+    ways: Iterable[str] | None = None,
+    rest_dtype: str | None = None,
+) -> Forecast:
+    """What closing a seam by each way will cost in each dtype. rest_dtype: that of the rest of pivoted columns."""
+    stream = OpenStream(seam, affines)
+    return stream.forecast(dtypes, {way: stream.basis(way) for way in ways or seam.identities}, rest_dtype)
+
+
+class OpenStream:
+    """A stream seam's tensors before it is closed, and what each way to close it would do to what is read from it.
+
+    affines: every module of seam.modules in fp64; ways are the names in seam.identities. weights, extra_weights: what a
+    squared error counts in each column of the readers, and of what else reads the stream: the duals' transposed
+    weights, and the followers.
+    """
+
+    def __init__(self, seam: Seam, affines: Mapping[str, Affine]):
+        self.seam, self.affines = seam, affines
+        self.readers = {name: affines[name].weight for name in seam.readers}
+        self.writers = [affines[name].weight for name in seam.writers]
+        self.power = mean_squares(self.writers)
+        generator = torch.Generator().manual_seed(0)
+        drawn = (torch.randint(len(writer), (PROBES,), generator=generator, device="cpu") for writer in self.writers)
+        self.rows = {name: rows.to(self.power.device) for name, rows in zip(seam.writers, drawn, strict=True)}
+        self.sample = {name: _rows(affines[name], rows) for name, rows in self.rows.items()}
+        self.within = torch.float64
+        duals = [affines[name].weight.T for name in seam.duals]
+        followers = [affines[name].weight for name in seam.followers]
+        parts = noise_weights(self.power, [*self.readers.values(), *duals, *followers])
+        self.weights = torch.cat(parts[: len(self.readers)])
+        self.extra_weights = torch.cat([*parts[len(self.readers) :], self.weights[:0]])
+        # everything that reads the stream; a tied head reads it through the duals
+        self.outputs = {letter(name): reader for name, reader in self.readers.items()}
+        if duals:
+            self.outputs["logits"] = duals[0] if len(duals) == 1 else torch.cat(duals, 1)
+        self.followers: dict[str, list[str]] = {}
+        for name in seam.followers:  # of other layers, too, where skips join their streams
+            what = letter(name)
+            self.followers.setdefault(f"later {what}" if what in self.outputs else what, []).append(name)
+        for name, others in self.followers.items():
+            self.outputs[name] = join([affines[other].weight for other in others])
+
+    @cached_property
+    def moment(self) -> Float[Tensor, "d d"]:
+        """G = E[x^T x] of the original stream."""
+        return moment(self.writers)
+
+    @cached_property
+    def powers(self) -> dict[str, float]:
+        """Mean squares of q, k and v (and logits), summed over their columns."""
+        return {
+            name: sum(
+                (multiply(self.moment, part) * part).sum().item()
+                for columns in slices(reader.shape[1], ROWS)
+                for part in [reader[:, columns].double()]
+            )
+            for name, reader in self.outputs.items()
+        }
+
+    def basis(self, way: str) -> Basis:
+        """The basis of a way, usable or not."""
+        return candidate(self.seam, way, self.readers, self.weights)
+
+    def close(self, basis: Basis, dtypes: Mapping[str, torch.dtype] | None = None) -> Stream:
+        """The seam closed: exactly, or, with the dtypes in which the writers will be stored, as precisely as they can
+        tell. That of a writer in half precision is fp32, if R does not enlarge what that is off by.
+        """
+        rest = close_rest(self.seam, self.affines, basis)
+        if dtypes is not None and all(dtypes[name] in HALF for name in self.seam.writers):
+            kept = torch.ones(len(self.weights), dtype=torch.bool, device=self.weights.device)
+            kept[basis.columns] = False
+            found = Rest(rest.weight, self.weights[kept.nonzero()[:, 0]], torch.float64)
+            self.within = torch.float32 if found.largest(self.weights[basis.columns]) <= LARGEST_REST else torch.float64
+        return close_stream(self.seam, self.affines, basis, rest, self.within)
+
+    def release(self) -> None:
+        """Forget the writers: a sample of their rows is all that `measure` needs."""
+        self.writers = []
+        bare = {name: dataclasses.replace(self.affines[name], weight=self.sample[name].weight) for name in self.rows}
+        self.affines = {**self.affines, **bare}
+
+    def forecast(self, dtypes: Sequence[str], bases: Mapping[str, Basis], rest_dtype: str | None = None) -> Forecast:
+        """What closing it in each of these bases will cost in each dtype."""
+        original = {dtype: self._original(dtype, self.powers) for dtype in dtypes}
+        ways = {way: self._way(way, basis, dtypes, rest_dtype) for way, basis in bases.items()}
+        return Forecast(self.seam, original, ways)
+
+    def measure(
+        self, way: str, condition: float, stream: Stream, dtypes: Mapping[str, torch.dtype], judged: str
+    ) -> Forecast:
+        """What closing it by `way` has cost, on a sample of the writers' rows; `judged`: the dtype it counts as.
+
+        stream: as it will be stored in `dtypes` (of each writer and dual, and of "rest").
+        """
+        before = list(self.sample.values())
+        after = [_cast(_rows(writer, self.rows[name]), dtypes[name]) for name, writer in stream.writers.items()]
+        shares = list(stream.bias_shares.values())
+        x, offset = (part.sum(0) for part in map(torch.stack, zip(*map(_parts, before, shares), strict=True)))
+        y = _sum(after, shares)
+        read = (*map(letter, self.readers), *self.followers)
+        exact = {name: self._times(x, self.outputs[name]) for name in read}
+        powers = {name: mean_square(part) for name, part in exact.items()}
+        rest = _cast(stream.rest, dtypes["rest"])
+        found = torch.cat([y, self._read(y, rest)], 1)[:, torch.cat([stream.kept, stream.others]).argsort()]
+        lost = {}
+        sizes = [reader.shape[1] for reader in self.readers.values()]
+        for name, part in zip(self.readers, found.split(sizes, 1), strict=True):
+            lost[letter(name)] = part - exact[letter(name)] - self._read(offset[None], self.affines[name])
+        for name, others in self.followers.items():
+            now = [self._read(y, _cast(stream.followers[other], dtypes[other])) for other in others]
+            extra = [self._read(offset[None], self.affines[other]) for other in others]
+            lost[name] = torch.cat(now, 1) - exact[name] - torch.cat(extra, 1)
+        if stream.duals:
+            duals = [_cast(dual, dtypes[name]).weight.T for name, dual in stream.duals.items()]
+            logits = self._times(before[0].weight.double(), self.outputs["logits"])
+            lost["logits"] = torch.cat([self._times(after[0].weight, dual) for dual in duals], 1) - logits
+            powers["logits"] = mean_square(logits)
+        errors = {name: relative(mean_square(part), powers[name]) for name, part in lost.items()}
+        original = {judged: self._original(judged, powers)}
+        return Forecast(self.seam, original, {way: Way(condition, None, {judged: errors})})
+
+    def _times(self, x: Float[Tensor, "n d"], matrix: Float[Tensor, "d r"]) -> Float[Tensor, "n r"]:
+        """X A as precisely as the seam was closed."""
+        return product(x, matrix, torch.float64, self.within)
+
+    def _read(self, x: Float[Tensor, "n d"], affine: Affine) -> Float[Tensor, "n r"]:
+        return self._times(x, affine.weight) + (0 if affine.bias is None else affine.bias)
+
+    def _original(self, dtype: str, powers: Mapping[str, float]) -> dict[str, float]:
+        """Relative errors of q, k, v (and logits) when the original's weights are rounded to `dtype`."""
+        power, (unit, _) = self.power, precision_of(dtype)
+        for name in self.seam.writers:
+            if (bias := self.affines[name].bias) is not None:
+                power = power + self.seam.bias_share(name) * bias.square()
+        lost = {name: (2 * power @ squares(reader, 1)).item() for name, reader in self.outputs.items()}
+        for name in self.readers:
+            if (bias := self.affines[name].bias) is not None:
+                lost[letter(name)] += bias.square().sum().item()
+        return {name: unit * relative(square, powers[name]) for name, square in lost.items()}
+
+    def _way(self, way: str, basis: Basis, dtypes: Sequence[str], rest_dtype: str | None) -> Way:
+        """What the seam closed in a basis, usable or not, loses."""
+        lost = dict.fromkeys(self.outputs, math.inf)
+        if not basis.usable:
+            return Way(basis.condition, math.inf, dict.fromkeys(dtypes, lost))
+        # without the writers' rows, which would take longest and of which `moment` says enough
+        bare = {
+            name: dataclasses.replace(self.affines[name], weight=self.affines[name].weight[0:0])
+            for name in self.seam.writers
+        }
+        stream = close_stream(self.seam, {**self.affines, **bare}, basis)
+        chosen = join(list(self.readers.values())).T[basis.columns].double().T
+        metric = multiply(chosen.T, multiply(self.moment, chosen))
+        extra = [dual.weight.T for dual in stream.duals.values()]
+        extra += [follower.weight for follower in stream.followers.values()]
+        passed_weights, errors, largest = self.weights[stream.kept], {}, 0.0
+        written = max(reach(writer, chosen) for writer in self.writers)
+        for name in dtypes:
+            dtype = getattr(torch, name)
+            finer = dtype if rest_dtype is None or way != "pivoted" else getattr(torch, rest_dtype)
+            rests = [Rest(stream.rest.weight, self.weights[stream.others], torch.promote_types(dtype, finer))]
+            largest = rests[0].largest(passed_weights)
+            if extra:
+                rests.append(Rest(torch.cat(extra, 1), self.extra_weights, dtype))
+            numbers = max([written, *(max_abs(rest.matrix) for rest in rests if rest.matrix.numel())])
+            fits = numbers <= torch.finfo(dtype).max
+            errors[name] = self._fused(stream, rests, metric, name) if fits else lost
+        return Way(basis.condition, largest, errors)
+
+    def _fused(self, stream: Stream, rests: Sequence[Rest], metric: Tensor, dtype: str) -> dict[str, float]:
+        """Relative errors of q, k, v (and logits); metric: E[x^T x] of the closed seam's stream."""
+        unit, floor = precision_of(dtype)
+        biases = [writer.bias for writer in stream.writers.values() if writer.bias is not None]
+        power = sum((bias.square() for bias in biases), torch.zeros_like(metric[0]))
+        rest_bias = stream.rest.bias
+        if getattr(torch, dtype) in HALF:
+            passed, others, matrix = self._shaped(rests, self.weights[stream.kept], metric, dtype)
+            if rest_bias is not None:  # as round_stream has it make up for the writers'
+                rest_bias = rest_bias + sum((bias @ (stream.rest.weight - matrix) for bias in biases), 0)
+        else:
+            passed = unit**2 * (metric.diagonal() + floor * (metric.diagonal() > 0))
+            noise = [_noise(metric.diagonal() + power, rest.matrix, floor) for rest in rests]
+            others = unit**2 * torch.cat(noise, 1).sum(0)
+        passed = passed + unit**2 * power
+        own, extra = others[: len(stream.others)], others[len(stream.others) :]
+        if rest_bias is not None:
+            own = own + unit**2 * rest_bias.square()
+        squares = torch.cat([torch.cat([passed, own])[torch.cat([stream.kept, stream.others]).argsort()], extra])
+        parts = squares.split([reader.shape[1] for reader in self.outputs.values()])
+        return {
+            name: relative(part.sum().item(), self.powers[name]) for name, part in zip(self.outputs, parts, strict=True)
+        }
+
+    def _shaped(
+        self, rests: Sequence[Rest], passed_weights: Tensor, metric: Tensor, dtype: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Squared errors of the passed and the rests' columns after rounding.round_seam, as means over PROBES samples;
+        and the first rest as it is before it is rounded.
+
+        The stream's error, in rows rounded under M, and the rests', U, in columns rounded under N and shrunk, are
+        independent. Re-solving X spreads U: with T = W_r R^T M^-1, U T goes to the passed columns, U (1 - T R) stays.
+        A rest in fp32 is not rounded but solved for last, which leaves a part of what the stream's error does to it.
+        """
+        generator = torch.Generator().manual_seed(0)
+
+        def noise(sizes: Tensor) -> Tensor:
+            drawn = torch.randn(PROBES, len(sizes), generator=generator, dtype=sizes.dtype, device="cpu")
+            return drawn.to(sizes.device) * sizes
+
+        power, (unit, floor) = metric.diagonal(), precision_of(dtype)
+        shrunk = [shrink(rest, metric, passed_weights) if rest.dtype in HALF else rest for rest in rests]
+        after, before = (torch.cat([rest.matrix for rest in each], 1) for each in (shrunk, rests))
+        left = left_by_solving(self.writers)
+        weights = repaired_weights(rests, left)
+        under = factorize(joint_metric(after, passed_weights, weights), power)
+        written = under.feedback(noise(unit * (power + floor * (power > 0)).sqrt()))
+        down = factorize(metric, (after**2).mean(1))
+        read = []
+        for rest in shrunk:
+            if rest.dtype not in HALF:
+                read.append(rest.matrix.new_zeros(PROBES, rest.matrix.shape[1]))
+                continue
+            for block in rest.blocks():
+                entries = block.matrix[down.order] ** 2
+                sizes = unit * (down.pivots @ (entries + floor * (entries > 0))).sqrt()
+                read.append(along_rows(block, passed_weights).feedback(noise(sizes)))
+        streams = torch.empty_like(written)
+        streams[:, down.order] = noise(down.pivots.sqrt()) @ down.upper.T  # with E[x^T x] = metric
+        error = torch.cat(read, 1) + streams @ (after - before)
+        moved = under.solve(after @ (error * weights).T).T
+        others = ((error + (written - moved) @ after) ** 2).mean(0)
+        solved = [others.new_full((rest.matrix.shape[1],), 1.0 if rest.dtype in HALF else left) for rest in rests]
+        return ((written + moved) ** 2).mean(0), others * torch.cat(solved), shrunk[0].matrix
+
+
+def _noise(power: Float[Tensor, "d"], matrix: Float[Tensor, "d r"], floor: float) -> Float[Tensor, "d r"]:
+    """What rounding adds to the mean squares of x A, entry by entry of A, in units of the squared rounding error.
+
+    power: mean squares of x's columns. Zeros are stored exactly.
+    """
+    squares = matrix**2
+    x = (power + floor * (power > 0))[:, None]
+    return x * squares + power[:, None] * (squares + floor * (squares > 0))
+
+
+def _cast(affine: Affine, dtype: torch.dtype) -> Affine:
+    """A map as it is stored."""
+    bias = None if affine.bias is None else affine.bias.to(dtype).double()
+    return Affine(affine.weight.to(dtype), bias)
+
+
+def _rows(affine: Affine, rows: Tensor) -> Affine:
+    return dataclasses.replace(affine, weight=affine.weight[rows])
+
+
+def _parts(writer: Affine, share: float) -> tuple[Float[Tensor, "n d"], Float[Tensor, "d"]]:
+    """What a writer writes of its inputs, and of its bias, of which the stream has a share."""
+    weight = writer.weight.double()
+    return weight, weight.new_zeros(weight.shape[1]) if writer.bias is None else share * writer.bias
+
+
+def _sum(writers: Sequence[Affine], shares: Sequence[float]) -> Float[Tensor, "n d"]:
+    """A stream that each of these writes a row of, with its share of their biases."""
+    parts = [_parts(writer, share) for writer, share in zip(writers, shares, strict=True)]
+    return torch.stack([weight + offset for weight, offset in parts]).sum(0)
+
+
+def forecast_memory(seam: Seam, tensors: Mapping[str, TensorInfo], by_rows: Collection[str]) -> int:
+    """Bytes that forecast holds for a stream seam whose modules have these tensors: all but what it takes by rows, and
+    in fp64 (d, d) matrices, and (d, r) ones of all columns that are not passed.
+    """
+    stored = {name: tensors[f"{name}.weight"] for name in seam.modules if f"{name}.weight" in tensors}
+    d, readers = seam.width, (*seam.readers, *seam.followers, *seam.duals)
+    r = sum(stored[name].weights for name in readers) // d - d
+    held = sum(info.bytes for name, info in stored.items() if name not in by_rows)
+    return 8 * d * (SQUARES * d + RESTS * r) + held
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """Of a stream seam: rows of each writer, d, m; extra: further columns that read it (followers, duals).
+
+    half: whether all that is written is in half precision; rounded: whether some is; fixed: whether the rest is not;
+    by_rows: whether what the writers become is computed for each use.
+    """
+
+    rows: tuple[int, ...]
+    d: int
+    m: int
+    extra: int
+    pivoted: bool
+    half: bool
+    rounded: bool
+    fixed: bool
+    by_rows: bool
+
+    @classmethod
+    def of(cls, seam: Seam, setting: Setting) -> "_Shapes":
+        """Those of a seam."""
+
+        def width(name: str) -> int:
+            return setting.size(name) // seam.width
+
+        dtypes = stored_dtypes(seam, setting)
+        return cls(
+            rows=tuple(width(name) for name in seam.writers),
+            d=seam.width,
+            m=sum(width(name) for name in seam.readers),
+            extra=sum(width(name) for name in (*seam.followers, *seam.duals)),
+            pivoted=seam.removed(setting.basis) == seam.readers,
+            half=all(dtype in HALF for dtype in dtypes.values()),
+            rounded=any(dtype in HALF for dtype in dtypes.values()),
+            fixed=dtypes["rest"] not in HALF,
+            by_rows=setting.by_rows,
+        )
+
+    @property
+    def r(self) -> int:
+        return self.m - self.d
+
+    @property
+    def n(self) -> int:
+        return sum(self.rows)
+
+    @property
+    def within(self) -> torch.dtype:
+        """Of O S, and, unless the rest is large, of all that rounding does."""
+        return F32 if self.half else F64
+
+
+def steps(seam: Seam, setting: Setting) -> Iterator[Step]:
+    """Those of close_stream, round_stream and OpenStream.measure.
+
+    What depends on the numbers themselves is taken as it usually is: R is moderate (rounding.MODERATE_REST), no
+    Cholesky factorization has to be repeated, and pivoting needs no swaps.
+    """
+    s = _Shapes.of(seam, setting)
+    d, r, n, within = s.d, s.r + s.extra, s.n, s.within
+    if s.pivoted:
+        yield "choose columns", within, d**2 * (s.m - d / 3) + d**2 * s.r
+    yield "factorize S", F64, 2 / 3 * d**3
+    yield "R = S^-1 A", F64, 2.0 * d**2 * r
+    uses = 1 if not (s.by_rows and s.rounded) else 2 if len(s.rows) == 1 else 3  # G, the means of several, X + X change
+    yield "X = O S", within, 2.0 * n * d**2 * uses
+    if s.rounded:
+        yield "G = X^T X", within, float(n * d**2)
+        if not s.pivoted:
+            yield "shrink R", F64, d**3 / 3 + 2.0 * d**2 * r
+        widths = [width for width in (s.r, s.extra) if width]
+        yield "factorize G", within, len(widths) * d**3 / 3
+        for width in widths:
+            blocks = [min(COLUMNS, width - start) for start in range(0, width, COLUMNS)]
+            yield "N", within, float(sum(b * b * d for b in blocks))
+            yield "factorize N", within, 4 / 3 * sum(b**3 for b in blocks)
+            yield "round R", F32, float(sum(b * d**2 + b * b * d for b in blocks))
+        yield "M = 1 + R R^T", within, float(r * d**2)
+        yield "factorize M", within, d**3 / 3
+        yield "R^T M^-1", within, 2.0 * d**2 * r
+        yield "change of X", within, 2.0 * d**2 * r
+        yield "X + X change", BF16 if s.half and s.pivoted else within, 2.0 * n * d**2
+        yield "round X", BF16 if s.half else F32, float(n * d**2)
+        if s.fixed:
+            yield "solve for R again", F64, 4.0 * n * d * s.r + n * d**2 + d**3 / 3 + 2.0 * d**2 * s.r
+    yield "measure", within, 2.0 * PROBES * d * (s.m + s.r + 2 * s.extra)
+
+
+def memory(seam: Seam, setting: Setting) -> float:
+    """The largest of the stages of `close`; what was read is counted beside, and the writers go after O S.
+
+    By rows, neither tables nor X are held whole, but for each writer S and what it is rounded with; and what has been
+    read of the other writers stays.
+    """
+    s = _Shapes.of(seam, setting)
+    d, m, r, n, x = s.d, s.m, s.r + s.extra, s.n, s.within.itemsize
+    stored = {name: setting.info(name) for name in seam.writers}
+    made, gone, unread, result = n * d * x, sum(info.bytes for info in stored.values()), 0, n
+    if s.by_rows:
+        read = {name: info for name, info in stored.items() if not setting.is_table(name)}
+        made, gone, unread = len(s.rows) * x * d * d, 0, gone - sum(info.bytes for info in read.values())
+        result = sum(info.weights // d for name, info in read.items() if setting.stored(name) != info.dtype)
+    joined = d * m * max(setting.info(name).dtype.itemsize for name in seam.readers)
+    choose = joined + (2 * x * m * d + x * d * d if s.pivoted else 0)
+    factors = 8 * d * d
+    close = joined + factors + 16 * d * r
+    chunk = min(block_rows(d), max(s.rows)) * d * x
+    write = joined + factors + 8 * d * r + made + 2 * x * d * d + 2 * chunk
+    held, size = 8 * d * r + made - gone, 2 if s.half else 8
+    stages = [choose, joined + 2 * factors, close, write]
+    if s.rounded:
+        root = (4 * x if s.pivoted else max(4 * x, x + 16)) * d * d
+        stages.append(held + x * d * d + root + (0 if s.pivoted else 16 * d * r))
+        widest = min(COLUMNS, max(s.r, s.extra))
+        stages.append(held + 2 * x * d * d + 4 * d * d + 24 * d * widest + 20 * widest**2 + 2 * d * r)
+        stages.append(held + 2 * d * r + 3 * x * d * r + 4 * x * d * d)
+        block = (x + 2 * x + 8 + 8 + (2 * x + 8 if s.by_rows else 0)) * d * min(block_rows(d), max(s.rows))
+        under = 2 * x * d * d + 8 * d * d * (len(s.rows) if s.by_rows else 1)
+        stages.append(held + 2 * d * r + result * d * size + under + block)
+    elif s.by_rows:
+        stages.append(held + result * d * size + 3 * chunk)
+    stages.append(held + 8 * PROBES * (2 * d + 4 * m + 3 * s.extra) + x * d * max(d, m - d))
+    return max(stages) - unread

@@ -1,0 +1,149 @@
+"""A writer merges into what reads it: P, where it writes a space alone, into M (M* = P M), and a norm's gain.
+
+a writer P becomes the identity    readers M -> P M, m -> p M + m
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from skipless.algebra.affine import Affine, past_norm, read
+from skipless.algebra.forecast import PROBES, Forecast, Outcome, Way, mean_square, precision_of, reach, relative
+from skipless.algebra.linalg import block_rows, max_abs, precision, product, squares
+from skipless.algebra.tolerances import coarsest, dtype_name
+from skipless.architecture.seams import Seam
+from skipless.checkpoint.opening import Read
+from skipless.removals.setting import Closed, Setting, Step, whole
+
+# The size of a merged matrix, of as many outputs as it has: of so few inputs it is right to a few per cent, too.
+FEW_PROBES = 16
+
+
+def close(seam: Seam, affines: dict[str, Affine], setting: Setting, read: Read) -> Closed:
+    """Merge the writer into what reads it."""
+    way = seam.way(setting.basis)
+    if way == "gain":
+        dtype = dtype_name(coarsest(setting.stored(name) for name in seam.readers))
+        return merge(seam, affines), None, Outcome(seam.kind, seam.layer, way, dtype, {}, {})
+    dtypes = {name: setting.kept(name) for name in seam.readers}
+    (scale,) = map(read, seam.mixed) if seam.mixed else (None,)
+    remaining = merge(seam, affines, dtypes, scale)
+    name = dtype_name(coarsest(setting.stored(name) for name in remaining))
+    power = merged_power(seam, affines, FEW_PROBES)
+    largest = max(max_abs(affine.weight) for affine in remaining.values())
+    return remaining, None, merged(seam, affines, [name], power, largest).outcome(way, name)
+
+
+def merge(
+    seam: Seam,
+    affines: Mapping[str, Affine],
+    dtypes: Mapping[str, torch.dtype] | None = None,
+    scale: Float[Tensor, "1"] | None = None,
+) -> dict[str, Affine]:
+    """Close a P-M seam, M* = P M, m* = a p M + m (Fig. 2a), or a norm's gain: P is then a diagonal, its weight (d,).
+
+    affines: those of seam.modules; returns the readers. dtypes: in what each reader's weight is returned (fp64).
+    scale: a, by which what P writes is multiplied before it is read (1), as the heads will be in its place.
+    """
+    (writer,) = (affines[name] for name in seam.writers)
+    bias = writer.bias if writer.bias is None or scale is None else writer.bias * scale.to(writer.bias.dtype)
+    merged = {}
+    for name, reader in past_norm(seam, affines).items():
+        weight, dtype = reader.weight, torch.float64 if dtypes is None else dtypes[name]
+        carried = None if bias is None else read(bias, weight)
+        if writer.weight.ndim == 1:
+            moved = (writer.weight.double()[:, None] * weight).to(dtype)
+        else:
+            moved = product(weight.T, writer.weight.T, dtype).T
+        merged[name] = dataclasses.replace(reader, weight=moved).with_bias(carried)
+    return merged
+
+
+def forecast(
+    seam: Seam,
+    affines: Mapping[str, Affine],
+    dtypes: Sequence[str],
+    ways: Iterable[str] | None = None,
+    rest_dtype: str | None = None,
+) -> Forecast:
+    """What merging will cost in each dtype."""
+    (writer,) = (affines[name].weight for name in seam.writers)
+    readers = [reader.weight for reader in past_norm(seam, affines).values()]
+    power = merged_power(seam, affines, PROBES)
+    return merged(seam, affines, dtypes, power, max(reach(writer, reader) for reader in readers))
+
+
+def merged_power(seam: Seam, affines: Mapping[str, Affine], most: int) -> float:
+    """Sum of squares of all M* = P M, on a sample of so many white x: x P, and then M."""
+    (writer,) = (affines[name].weight for name in seam.writers)
+    written = product(_probes(len(writer), writer)[:most], writer, torch.float64)
+    readers = past_norm(seam, affines).values()
+    return len(writer) * sum(mean_square(product(written, reader.weight, torch.float64)) for reader in readers)
+
+
+def merged(seam: Seam, affines: Mapping[str, Affine], dtypes: Sequence[str], power: float, largest: float) -> Forecast:
+    """The errors of x P M, for white x, when P (D, d) and every M (d, f) are rounded, and when M* = P M is.
+
+    power: sum of squares of all M*; largest: max |M*|, or a bound of it.
+    """
+    (writer,) = (affines[name].weight for name in seam.writers)
+    size = len(writer) * sum(reader.weight.shape[1] for reader in past_norm(seam, affines).values())
+    errors = {}
+    for dtype in dtypes:
+        unit, floor = precision_of(dtype)
+        lost = math.inf if largest > torch.finfo(getattr(torch, dtype)).max else power + floor * size
+        errors[dtype] = {"m": unit * relative(lost, power)}
+    original = {dtype: _unmerged(seam, affines, dtype, power) for dtype in dtypes}
+    return Forecast(seam, original, {way: Way(None, None, errors) for way in seam.identities})
+
+
+def _unmerged(seam: Seam, affines: Mapping[str, Affine], dtype: str, power: float) -> dict[str, float]:
+    """Relative error of x P M when P and every M are rounded to `dtype`; power: as for `merged`."""
+    (writer,) = (affines[name].weight for name in seam.writers)
+    m = torch.stack([squares(reader.weight, 1) for reader in past_norm(seam, affines).values()]).sum(0)
+    unit, _ = precision_of(dtype)
+    return {"m": unit * relative(2 * (squares(writer, 0) @ m).item(), power)}
+
+
+def _probes(size: int, like: Tensor) -> Float[Tensor, "n size"]:
+    """Unit vectors, orthogonal if there are enough of them to be: the mean of x^2 over a sample, and exactly over all.
+
+    Their squares in any quadratic form average to its trace over `size`.
+    """
+    drawn = torch.randn(
+        size, min(size, PROBES), generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu"
+    )
+    return torch.linalg.qr(drawn.to(like.device)).Q.T
+
+
+def steps(seam: Seam, setting: Setting) -> Iterator[Step]:
+    """One product a reader; of a gain, which takes every number once, none is counted."""
+    (writer,) = seam.writers
+    if seam.way(setting.basis) == "gain":
+        return
+    for name in seam.readers:
+        within = precision(setting.info(name).dtype, setting.info(writer).dtype, setting.kept(name))
+        yield f"P {name.rpartition('.')[2]}", within, 2.0 * setting.size(writer) * setting.size(name) / seam.width
+    probes = min(FEW_PROBES, setting.size(writer) // seam.width)
+    read = sum(setting.size(name) for name in seam.readers)
+    yield "power", torch.float64, 2.0 * probes * (setting.size(writer) + read)
+
+
+def memory(seam: Seam, setting: Setting) -> float:
+    """What comes out, and one block of it before it is rounded; of a gain all that is read and made, in fp64."""
+    (writer,) = seam.writers
+    if seam.way(setting.basis) == "gain":
+        return whole(seam, setting)
+    d, total, most = seam.width, 0.0, 0.0
+    for name in seam.readers:
+        kept = setting.kept(name)
+        within = precision(setting.info(name).dtype, setting.info(writer).dtype, kept)
+        inner, rows = setting.size(writer) / d, setting.size(name) / d
+        total += rows * inner * kept.itemsize
+        block = min(block_rows(d), rows) * (d + inner) * within.itemsize + setting.size(writer) * within.itemsize
+        most = max(most, block)
+    return total + most

@@ -1,0 +1,61 @@
+"""What a removal is told of the checkpoint that it works on, and what it gives."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skipless.algebra.affine import Affine
+from skipless.algebra.forecast import Outcome
+from skipless.architecture.config import Architecture, Module
+from skipless.architecture.seams import Seam
+from skipless.checkpoint.reader import TensorInfo
+
+# What remains of a seam's modules, the order of inputs or outputs that goes with them, and what closing it has cost.
+Closed = tuple[dict[str, Affine], Tensor | None, Outcome]
+# A step's name, the precision of its arithmetic, its FLOPs.
+Step = tuple[str, torch.dtype, float]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the tensors of a task are stored before and after, for one of its seams.
+
+    basis: by which streams are closed. inputs, outputs: tensor name -> what is stored. modules: of the source, by name.
+    later: modules that a later seam of the task rewrites again, which are kept in fp64 till then. by_rows: whether what
+    a stream's writers become is computed for each use.
+    """
+
+    architecture: Architecture
+    basis: str
+    inputs: Mapping[str, TensorInfo]
+    outputs: Mapping[str, TensorInfo]
+    modules: Mapping[str, Module]
+    later: frozenset[str] = frozenset()
+    by_rows: bool = False
+
+    def info(self, name: str) -> TensorInfo:
+        """Of a module's weight before."""
+        return self.inputs[f"{name}.weight"]
+
+    def size(self, name: str) -> int:
+        """Weights of a module before."""
+        return self.info(name).weights
+
+    def stored(self, name: str) -> torch.dtype:
+        """The dtype of what becomes of a module, in the result."""
+        return self.outputs[f"{name}.weight"].dtype
+
+    def kept(self, name: str) -> torch.dtype:
+        """The same, or, if it is yet to be rewritten, unrounded."""
+        return torch.float64 if name in self.later else self.stored(name)
+
+    def is_table(self, name: str) -> bool:
+        """Whether a module is one of whose rows one is looked up."""
+        return name in self.modules and self.modules[name].table
+
+
+def whole(seam: Seam, setting: Setting) -> float:
+    """Bytes of all that a seam reads, in fp64, and of what is made of it."""
+    return sum(24.0 * setting.size(name) for name in seam.modules if name in setting.modules)

@@ -1,0 +1,170 @@
+"""The limit, counted: on a small model of the same architecture, parameters less the rank of the Jacobian, in fp64.
+
+The Jacobian is that of all logits on many random sequences, at random weights: what it does not see, no output sees.
+"""
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.func import functional_call, jacfwd
+
+from skipless.architecture.config import Architecture
+from skipless.architecture.limit import closable, limit
+from skipless.errors import InputError
+from skipless.inference import load
+from skipless.model import SkiplessConfig, SkiplessForCausalLM
+from skipless.quiet import no_library_bars
+from skipless.rewrite.fusion import fuse
+
+# Singular values below this part of the largest are zero; a rank counts only if the next is smaller by GAP.
+ZERO, GAP = 1e-10, 1e2
+TOKENS = 10
+# An eps that counts: of a tiny one, rounding hides that norms see their input's scale.
+EPS = 0.1
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Of one model: parameters, the Jacobian's rank, and the last singular value that counts over the first that does
+    not.
+    """
+
+    parameters: int
+    rank: int
+    gap: float
+
+    @property
+    def free(self) -> int:
+        """How many parameters carry no information."""
+        return self.parameters - self.rank
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """shape: the small model's config; expected: by the formula; removed: by fusing, whose kinds are `kinds`; before,
+    after: fusing (None: nothing can be removed). With biases that move into matrices of more outputs than they had, a
+    fused model can do more than the original: its rank may be larger.
+    """
+
+    shape: Mapping[str, Any]
+    expected: int
+    exact: bool
+    kinds: tuple[str, ...]
+    removed: int
+    before: Rank
+    after: Rank | None
+
+    @property
+    def holds(self) -> bool:
+        """Whether both ranks are clear and what the formula and the files say."""
+        ranks = [self.before, *([self.after] if self.after else [])]
+        right = self.before.free == self.expected if self.exact else self.before.free >= self.expected
+        left = self.after is None or self.after.rank == self.before.rank
+        if self.after is not None and self.shape["attention_bias"]:
+            left = self.after.rank >= self.before.rank
+        return right and left and all(rank.gap > GAP for rank in ranks)
+
+
+def certify(architecture: Architecture) -> Certificate:
+    """Count the limit of a small copy before and after fusing it. Raises InputError for what the model does not run."""
+    config = shrink(architecture)
+    small = Architecture.from_config({"model_type": "skipless", **config})
+    found = limit(small)
+    torch.manual_seed(0)
+    model = SkiplessForCausalLM(SkiplessConfig(**config)).double().eval()
+    _randomize(model)
+    before, after = rank(model), None
+    kinds = tuple(dict.fromkeys(seam.kind for seam in closable(small)))
+    removed = 0
+    if kinds:
+        with tempfile.TemporaryDirectory() as folder, no_library_bars():
+            model.save_pretrained(Path(folder) / "source")
+            plan = fuse(Path(folder) / "source", Path(folder) / "fused", remove=kinds, basis="auto")
+            fused = load(Path(folder) / "fused", torch.float64)
+        removed = plan.weights[0] - plan.weights[1]
+        after = rank(fused)
+    return Certificate(config, found.removable, not found.at_least, kinds, removed, before, after)
+
+
+def shrink(architecture: Architecture) -> dict[str, Any]:
+    """Config fields of a small model with the same switches and the same relations between widths."""
+    a = architecture
+    if not a.expressible:
+        raise InputError(
+            "config.json: expected a model that a skipless checkpoint can be, to count its rank; found projected "
+            "embeddings, a norm of all heads together, or layers of different kinds"
+        )
+    if a.num_attention_heads == a.num_key_value_heads:
+        heads = kv = 3
+    else:
+        heads, kv = (3, 1) if a.num_key_value_heads == 1 else (4, 2)
+    size = 2
+    relation = (a.query_width > a.hidden_size) - (a.query_width < a.hidden_size)
+    d = heads * size - 2 * relation
+    narrow = min(a.ffn_read_width(layer) for layer in range(a.num_hidden_layers)) < a.hidden_size
+    f = d // 2 - 1 if narrow else d + 2
+    fields = {
+        field.name: getattr(a, field.name)
+        for field in dataclasses.fields(SkiplessConfig)
+        if field.name in _SWITCHES and hasattr(a, field.name)
+    }
+    if a.ffn_type == "moe":
+        fields |= {"num_local_experts": 3, "num_experts_per_tok": min(a.num_experts_per_tok, 2)}
+    if a.norm_type != "none":
+        fields |= {"norms": list(a.norms), "norm_eps": EPS if a.norm_eps else 0.0}
+    return fields | {
+        "vocab_size": max(4 * d, 5 * f),  # else a layer that reads single tokens' rows is a lookup table
+        "hidden_size": d,
+        "intermediate_size": f,
+        "num_hidden_layers": 2,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "head_dim": size,
+        "max_position_embeddings": TOKENS,
+    }
+
+
+_SWITCHES = {
+    "attention_bias", "mlp_bias", "gate_bias", "tie_word_embeddings", "block_type", "ffn_type", "residual", "norm_type",
+    "qk_norm", "position_type", "attention_shaping", "residual_gains", "hidden_act", "norm_topk_prob",
+}  # fmt: skip
+
+
+@torch.no_grad()
+def _randomize(model: SkiplessForCausalLM) -> None:
+    """Generic weights, at which the rank is the largest there is."""
+    for name, weight in model.named_parameters():
+        if name.endswith("_gain") or ("norm" in name and name.endswith("weight")):
+            weight.normal_(1, 0.3)
+        else:
+            weight.normal_(std=1 if "embed" in name or weight.ndim == 1 else weight.shape[-1] ** -0.5)
+
+
+def rank(model: SkiplessForCausalLM) -> Rank:
+    """The rank of the Jacobian of all logits by all parameters, its columns scaled to the same length."""
+    model.set_attn_implementation("eager")
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    experts = model.config.num_local_experts or 1  # each has to see as many tokens
+    generator = torch.Generator().manual_seed(1)
+    size = model.config.vocab_size  # every token in about as many contexts
+    tokens = torch.stack([torch.randperm(size, generator=generator)[:TOKENS] for _ in range(4 * size * experts // 5)])
+
+    def logits(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        found: torch.Tensor = functional_call(model, parameters, (tokens,), {"use_cache": False}).logits
+        return found.flatten()
+
+    with torch.no_grad():
+        jacobian = jacfwd(logits)(parameters)
+    columns = torch.cat([jacobian[name].flatten(1) for name in parameters], 1)
+    lengths = columns.norm(dim=0)
+    columns[:, lengths < ZERO * lengths.max()] = 0
+    columns = columns / lengths.clamp(min=ZERO * lengths.max())
+    values = torch.linalg.svdvals(torch.linalg.qr(columns, mode="r").R)
+    found = int((values > ZERO * values[0]).sum())
+    gap = (values[found - 1] / values[found]).item() if found < len(values) else float("inf")
+    return Rank(len(values), found, gap)

@@ -1,0 +1,220 @@
+"""What two model folders say of themselves, compared as data: configs, tokenizers, tensors, model files.
+
+Nothing here is run: a field that changes positions, a row of a table that no sample reads, or another end-of-text token
+shows in the files, and nowhere else for certain.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from skipless.algebra.linalg import slices
+from skipless.architecture.config import Architecture
+from skipless.architecture.seams import Seam, seams
+from skipless.checkpoint.headers import MOST_CONFIG, check_file, check_links, read_json_object
+from skipless.checkpoint.reader import CheckpointReader
+from skipless.errors import InputError
+from skipless.rewrite.model_files import other_model_files
+from skipless.rewrite.record import differences, digest, read_record, tensor_digest
+
+# Fields of a config that change neither what a model computes nor what it generates.
+NEUTRAL = frozenset(
+    {
+        "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "name_or_path",
+        "_commit_hash", "use_cache", "return_dict", "output_hidden_states", "output_attentions", "initializer_range",
+        "id2label", "label2id", "problem_type", "chunk_size_feed_forward",
+    }
+)  # fmt: skip
+# Fields that say what fuse has removed: what they promise is compared by the tensors.
+REMOVED = (
+    "stream_basis", "rest_dtype", "layers_open", "p_removed", "values_removed", "head_removed", "folded_biases",
+    "norms_removed", "gains_removed",
+)  # fmt: skip
+# Fields that generation reads, and no forward pass.
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "sep_token_id")
+# Files that generation reads; JSON is compared as such.
+GENERATION_FILES = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.json",
+    "chat_template.jinja",
+)  # fmt: skip
+# Files that loading a model may read; others, such as README.md, say nothing of what it computes.
+READ = frozenset({".safetensors", ".json", ".py", ".bin", ".pt", ".pth", ".gguf"})
+# Of generation_config.json, what says how it was made; of tokenizer_config.json, where it came from.
+MADE = frozenset({"transformers_version", "_from_model_config", "name_or_path"})
+# Bytes of a JSON file that is compared as such.
+MOST_JSON = MOST_CONFIG
+# Numbers that are compared at a time.
+BLOCK = 2**22
+
+
+@dataclass(frozen=True)
+class Data:
+    """Differences, in words. function: of what changes the function; generation: of what only generation reads; notes:
+    what else is worth knowing, and changes no answer.
+    """
+
+    function: tuple[str, ...]
+    generation: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def compare_data(a: CheckpointReader, b: CheckpointReader) -> Data:
+    """Compare all that two folders say, but for their tensors."""
+    function: list[str] = []
+    generation: list[str] = []
+    notes: list[str] = []
+    for folder in (a.folder, b.folder):
+        check_links(folder)
+    for name, before, after in _config_differences(a.folder, b.folder):
+        line = f"config.json: {name}: {_shown(before)} in A, {_shown(after)} in B"
+        (generation if name in SPECIAL_TOKENS else function).append(line)
+    generation += _file_differences(a.folder, b.folder)
+    if b.config.get("model_type") == "skipless" and (others := other_model_files(b.folder)):
+        function.append(
+            f"B's {' and '.join(others)}: not this version's, and trust_remote_code=True would run them instead; "
+            f"skipless refresh {b.folder}"
+        )
+    if a.config.get("model_type") == "skipless" and (others := other_model_files(a.folder)):
+        notes.append(f"A's {' and '.join(others)}: not this version's; skipless refresh {a.folder}")
+    if (record := read_record(b.folder)) is not None:
+        for name, problem in differences(b.folder, record):
+            kind = generation if name in GENERATION_FILES else notes if Path(name).suffix not in READ else function
+            kind.append(f"B's {name}: {problem}, by its skipless.json")
+        if other := _other_source(a, record):
+            notes.append(f"by its skipless.json, B was made of another source than A: {other}")
+    return Data(tuple(function), tuple(generation), tuple(notes))
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _config_differences(a: Path, b: Path) -> Iterator[tuple[str, Any, Any]]:
+    before, after = (_config(folder) for folder in (a, b))
+    names = dict.fromkeys((*before, *after))
+    if before.get("model_type") != after.get("model_type"):  # whose other fields mean other things
+        names = dict.fromkeys(name for name in names if name in SPECIAL_TOKENS)
+    for name in names:
+        if before.get(name) != after.get(name):
+            yield name, before.get(name), after.get(name)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """A config with its defaults, less what changes nothing and what fuse changes."""
+    try:
+        found: dict[str, Any] = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        ).to_dict()
+    except Exception as error:
+        raise InputError(
+            f"{folder / 'config.json'}: expected a config that transformers reads, found: "
+            f"{' '.join(str(error.__cause__ or error).split())}"
+        ) from error
+    return {name: value for name, value in found.items() if name not in NEUTRAL and name not in REMOVED}
+
+
+def _file_differences(a: Path, b: Path) -> Iterator[str]:
+    for name in GENERATION_FILES:
+        files = [folder / name for folder in (a, b)]
+        there = [file.exists() for file in files]
+        if there[0] != there[1]:
+            yield f"{name}: found in {'A' if there[0] else 'B'} alone"
+        elif all(there):
+            yield from _differing(name, *files)
+
+
+def _differing(name: str, a: Path, b: Path) -> Iterator[str]:
+    if digest(a) == digest(b):
+        return
+    if not name.endswith(".json") or max(check_file(file, "a file") for file in (a, b)) > MOST_JSON:
+        yield f"{name}: other bytes in B"
+        return
+    before, after = (read_json_object(file, MOST_JSON) for file in (a, b))
+    for key in dict.fromkeys((*before, *after)):
+        if key not in MADE and before.get(key) != after.get(key):
+            yield f"{name}: {key}: {_shown(before.get(key))} in A, {_shown(after.get(key))} in B"
+
+
+def _other_source(a: CheckpointReader, record: Mapping[str, Any]) -> str:
+    """What of A is not what B's record says that it was made of, or nothing."""
+    source = record["source"]
+    if source["files"].get("config.json") != digest(a.folder / "config.json"):
+        return "config.json"
+    for name in a.tensors:
+        if source["tensors"].get(name) != tensor_digest(a, name):
+            return name
+    return ""
+
+
+@dataclass(frozen=True)
+class Relation:
+    """Two checkpoints of one skipless architecture, B with fewer weights or as many. closed: seams that are open in A
+    and not in B; touched: the modules that closing them rewrites.
+    """
+
+    source: Architecture
+    target: Architecture
+    closed: tuple[Seam, ...]
+    touched: frozenset[str]
+
+
+def relation(a: CheckpointReader, b: CheckpointReader) -> Relation | None:
+    """How B was made of A, if fuse could have; None for other models, and for architectures that differ."""
+    if any(reader.config.get("model_type") != "skipless" for reader in (a, b)):
+        return None
+    source, target = (Architecture.from_config(reader.config) for reader in (a, b))
+    plain: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(source) if field.name in REMOVED}
+    if dataclasses.replace(source, **plain) != dataclasses.replace(target, **plain):
+        return None
+    try:
+        closed = tuple(_closed(source, target))
+    except LookupError:
+        return None
+    return Relation(source, target, closed, frozenset(name for seam in closed for name in seam.modules))
+
+
+def _closed(source: Architecture, target: Architecture) -> Iterator[Seam]:
+    """Seams that are open in one architecture, and not in the other."""
+    by_p = target.block_type == "parallel" and target.p_removed and not source.p_removed
+    for seam in seams(source, "p" if by_p else "readers", target.values_removed):
+        gone = {
+            "stream": seam.kind == "stream" and target.stream_closed(seam.layer),
+            "p": target.p_removed,
+            "values": target.values_removed,
+            "head": target.head_removed,
+            "norms": seam.writers[0] in (*target.gains_removed, *target.norms_removed),
+        }
+        if gone[seam.kind]:
+            yield seam
+
+
+def differing_tensors(
+    related: Relation, a: CheckpointReader, b: CheckpointReader, progress: Callable[[], None] = lambda: None
+) -> list[str]:
+    """Tensors of A that no closed seam touches, and that are not in B what they are in A, cast to B's dtype.
+
+    `progress` is called for each tensor that has been looked at.
+    """
+    found = []
+    for name, info in a.tensors.items():
+        progress()
+        if name.rpartition(".")[0] in related.touched:
+            continue
+        other = b.tensors.get(name)
+        if other is None or other.shape != info.shape or not _equal(a, b, name):
+            found.append(name)
+    return found
+
+
+def _equal(a: CheckpointReader, b: CheckpointReader, name: str) -> bool:
+    info, dtype = a.tensors[name], b.tensors[name].dtype
+    rows = slices(info.shape[0], max(1, BLOCK // max(1, info.weights // info.shape[0]))) if info.weights else ()
+    return all(torch.equal(a.tensor(name, part).to(dtype), b.tensor(name, part)) for part in rows)

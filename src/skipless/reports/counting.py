@@ -1,0 +1,296 @@
+"""Weights of any model, and how many could go: nominally, exactly, at most, and in the model as it is. No torch.
+
+Q, K, V, P, M, O, d, D, e, f as in arXiv:2404.12362; a count is of numbers, not of bytes.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from skipless.architecture.config import Architecture, Module
+from skipless.architecture.limit import closable, terms
+from skipless.architecture.seams import REMOVABLE, Seam, reasons, seams
+from skipless.bundled import KNOWN
+from skipless.checkpoint import family, gguf_file
+from skipless.checkpoint.headers import Folder, read_json_object
+from skipless.errors import InputError
+
+# Bytes of a weight in memory, as a decoder reads it.
+WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0.5}
+MATRICES = ("q", "k", "v", "p", "m", "o")
+LETTERS = {
+    "q_proj": "q",
+    "k_proj": "k",
+    "v_proj": "v",
+    "o_proj": "p",
+    "up_proj": "m",
+    "gate_proj": "m",
+    "down_proj": "o",
+}
+# The paper's two models, with the vocabulary it gives Pythia.
+PAPER = {"pythia-6.9b": 50400, "mistral-7b": 32000}
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """How a model decodes: dtype of its weights and of its cache, tokens in the cache, sequences at once, and, for a
+    roofline, the machine: bandwidth in bytes/s, peak in FLOP/s (None: reading is all that takes time).
+    """
+
+    dtype: str = "bfloat16"
+    cache_dtype: str = "bfloat16"
+    context: int = 0
+    batch: int = 1
+    bandwidth: float | None = None
+    peak: float | None = None
+
+
+@dataclass(frozen=True)
+class Removal:
+    """removed: weights; saving: their share of all weights; speedup: of decoding, under the conditions asked for."""
+
+    removed: int
+    saving: float
+    speedup: float
+
+
+@dataclass(frozen=True)
+class Exact(Removal):
+    """What rewriting a skipless version removes. basis: the simplest that does; blocked: what stays, and why."""
+
+    basis: str | None
+    blocked: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Count:
+    """What a model has, and what could go.
+
+    parameters: all of them; parts: the same, by matrix, embeddings (tables and head), norms, biases, other. weights:
+    those of linear layers and embeddings, a tied embedding once. per_layer: weights of a layer, by matrix (of the first
+    with experts, if any has). nominal: trained without Q and P (qp), K and P, V and P, Fig. 1 and 3 of the paper; None
+    where e != d. exact: rewriting a skipless version of it, stream and P-M seams; everything:
+    all kinds of seams. limit: what could go from one at most
+    (removable_at_most). as_is: what can go from the model as it is, by what it is.
+    """
+
+    name: str
+    family: str
+    architecture: Architecture
+    parameters: int
+    weights: int
+    parts: Mapping[str, int]
+    per_layer: Mapping[str, int]
+    embeddings: int
+    nominal: Mapping[str, Removal | None]
+    exact: Exact
+    everything: int
+    limit: int
+    as_is: Mapping[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        values = dataclasses.asdict(self)
+        total = sum(self.as_is.values())
+        return {
+            **values,
+            "limit": {"removable": self.limit},
+            "as_is": {**self.as_is, "total": total, "saving": total / self.parameters},
+        }
+
+
+def count(model: str | Path, conditions: Conditions | None = None) -> Count:
+    """Count a config.json, a model folder, a GGUF file, or a name in the bundled table.
+
+    Raises InputError for a config that lacks or contradicts something, and for a name that is not known.
+    """
+    name, family_name, architecture = resolve(model)
+    return count_architecture(name, family_name, architecture, conditions or Conditions())
+
+
+def count_architecture(name: str, family_name: str, architecture: Architecture, conditions: Conditions) -> Count:
+    """Count an architecture, whatever it was read from."""
+    modules = architecture.modules()
+    parts = dict.fromkeys(("embeddings", *MATRICES, "norms", "biases", "other"), 0)
+    for module in modules:
+        parts[_part(module)] += module.inputs * module.outputs
+        parts["biases"] += module.outputs * module.bias
+    norms, indices = architecture.norm_tensors(), architecture.index_tensors()
+    parts["norms"] = sum(math.prod(shape) for shape in norms.values())
+    weights = sum(parts.values()) - parts["norms"] - parts["biases"]
+    known = {tensor for module in modules for tensor in module.tensors()} | norms.keys()
+    for tensor, shape in architecture.tensors().items():
+        if tensor not in known and tensor not in indices:
+            parts["other"] += math.prod(shape)
+    layer = next((layer for layer in range(architecture.num_hidden_layers) if architecture.has_experts(layer)), 0)
+    per_layer = dict.fromkeys(MATRICES, 0)
+    for module in modules:
+        if module.name.startswith(f"model.layers.{layer}.") and (letter := _part(module)) in per_layer:
+            per_layer[letter] += module.inputs * module.outputs
+
+    before = _work(modules, architecture, conditions)
+
+    def removal(removed: int, read: float) -> Removal:
+        """read: of what is removed, what a decoding step reads; the arithmetic shrinks by as much."""
+        after = (before[0] - read * WEIGHT_BYTES[conditions.dtype], before[1] - 2 * read * conditions.batch)
+        return Removal(removed, removed / weights, _seconds(before, conditions) / _seconds(after, conditions))
+
+    square = architecture.value_width == architecture.hidden_size
+    nominal = {
+        f"{letter}p": removal(gone, gone) if letter == "q" or square else None
+        for letter, gone in ((letter, parts[letter] + parts["p"]) for letter in "qkv")
+    }
+    every = [seam for seam in seams(architecture.skipless()) if seam.kind in REMOVABLE]
+    possible = [seam for seam in every if not seam.blocked]
+    whole = removal(
+        sum(seam.saves for seam in possible), sum(_read_less(seam, architecture, conditions) for seam in possible)
+    )
+    bases = [basis for seam in possible if seam.kind == "stream" for basis in seam.identities][:1]
+    return Count(
+        name=name,
+        family=family_name,
+        architecture=architecture,
+        parameters=sum(parts.values()),
+        weights=weights,
+        parts=parts,
+        per_layer=per_layer,
+        embeddings=parts["embeddings"],
+        nominal=nominal,
+        exact=Exact(**dataclasses.asdict(whole), basis=bases[0] if bases else None, blocked=reasons(every)),
+        everything=sum(seam.saves for seam in closable(architecture.skipless())),
+        limit=removable_at_most(architecture),
+        as_is=removable_as_is(architecture),
+    )
+
+
+def removable_at_most(architecture: Architecture) -> int:
+    """How many weights of a skipless version carry no information (limit.terms, without those of biases)."""
+    return sum(found for name, found in terms(architecture.skipless()).items() if name != "biases")
+
+
+def removable_as_is(architecture: Architecture) -> dict[str, int]:
+    """What can go exactly from a model with its skips and norms: value seams, gains that fold into what reads them, K's
+    bias where no rotation stands between it and the softmax, V's bias where P has one to take it in.
+    """
+    layers, norms = architecture.num_hidden_layers, set(architecture.norms)
+    d, e = architecture.hidden_size, architecture.value_width
+    biased = architecture.attention_bias or architecture.qkv_bias
+    found = {"values": layers * e * architecture.head_dim, "norm_gains": 0, "k_bias": 0, "v_bias": 0}
+    if architecture.norm_type != "none":
+        sites = sum(name in norms for name in ("input_layernorm", "post_attention_layernorm"))
+        head = "model.norm" in norms and not architecture.tie_word_embeddings and not architecture.embedding_size
+        found["norm_gains"] = d * (layers * sites + head)
+    if biased and not architecture.position_type.startswith("rope") and architecture.qk_norm is None:
+        found["k_bias"] = layers * e
+    if architecture.attention_bias:
+        found["v_bias"] = layers * e
+    return found
+
+
+def resolve(model: str | Path) -> tuple[str, str, Architecture]:
+    """Name, family and architecture of a config.json, a model folder, a GGUF file, or a name in the bundled table.
+
+    Tensors, where there are any, are checked against the config by their headers. Raises InputError.
+    """
+    path = Path(model)
+    if path.suffix == ".gguf":
+        file = gguf_file.GGUFReader(path)
+        found, architecture = family.find(file.config), family.read(file.config)
+        layout = family.Layout.of(found, architecture, file.headers)
+        file.check(layout.shapes, ignores=layout.ignores)
+        return path.stem, found.model_types[0], architecture
+    if path.is_dir():
+        config = read_json_object(path / "config.json", folder=path)
+        if any(path.glob("*.safetensors")):
+            family.check(Folder(path))
+    elif path.suffix == ".json" or path.is_file():
+        config = read_json_object(path)
+    else:
+        names = {name.lower(): config for name, config in table()["models"].items()}
+        if str(model).lower() not in names:
+            near = difflib.get_close_matches(str(model).lower(), names, 4, 0.4)
+            raise InputError(
+                f"{model}: expected a model folder, a config.json, a GGUF file or a known name; found none; the "
+                f"nearest names are {', '.join(near or list(names)[:4])} (all of them: skipless count --list)"
+            )
+        return str(model).lower(), *_described(names[str(model).lower()])
+    name = path.resolve().parent.name if path.name == "config.json" else path.resolve().stem
+    return name, *_described(config)
+
+
+def table() -> dict[str, Any]:
+    """The bundled table of well-known configurations: its date, and models, name -> config fields."""
+    loaded: dict[str, Any] = json.loads(KNOWN.read_text(encoding="utf-8"))
+    return loaded
+
+
+def paper() -> list[tuple[Count, Count]]:
+    """The models of the paper's table as it counts them, and as published."""
+    found = []
+    for name, vocabulary in PAPER.items():
+        published = count(name)
+        architecture = dataclasses.replace(published.architecture, vocab_size=vocabulary)
+        found.append((count_architecture(name, published.family, architecture, Conditions()), published))
+    return found
+
+
+def _described(config: Mapping[str, Any]) -> tuple[str, Architecture]:
+    architecture = family.read(config)
+    model_type = str(config["model_type"])
+    return model_type if model_type == "skipless" else family.find(config).model_types[0], architecture
+
+
+def _part(module: Module) -> str:
+    if module.table or module.name == "lm_head":
+        return "embeddings"
+    return LETTERS.get(module.name.rpartition(".")[2], "other")
+
+
+def _experts_read(architecture: Architecture, conditions: Conditions) -> float:
+    """How many of its experts a step reads, on average, if each token's are drawn evenly and independently."""
+    n, k = architecture.num_local_experts, architecture.num_experts_per_tok
+    return n * (1 - (1 - k / n) ** conditions.batch)
+
+
+def _work(modules: list[Module], architecture: Architecture, conditions: Conditions) -> tuple[float, float]:
+    """Bytes read and FLOPs done in one decoding step of all sequences: of tables a row each, of experts the active."""
+    read = computed = 0.0
+    for module in modules:
+        size = module.inputs * module.outputs
+        if module.table:
+            read += conditions.batch * module.outputs
+            if module.name == "model.embed_tokens" and architecture.tie_word_embeddings:
+                read, computed = read + size, computed + size
+        elif ".experts." in module.name:
+            n = architecture.num_local_experts
+            read += size * _experts_read(architecture, conditions) / n
+            computed += size * architecture.num_experts_per_tok / n
+        else:
+            read, computed = read + size, computed + size
+    tokens = conditions.batch * conditions.context * architecture.num_hidden_layers
+    cache = tokens * 2 * architecture.value_width * WEIGHT_BYTES[conditions.cache_dtype]
+    flops = 2 * computed * conditions.batch + 4 * tokens * architecture.query_width
+    return read * WEIGHT_BYTES[conditions.dtype] + cache, flops
+
+
+def _read_less(seam: Seam, architecture: Architecture, conditions: Conditions) -> float:
+    """Of what closing a seam saves, what a step reads: where merging P narrows experts, of the active ones alone."""
+    d, wide = architecture.hidden_size, architecture.query_width
+    if seam.kind != "p" or wide >= d or not architecture.has_experts(seam.layer):
+        return seam.saves
+    narrower = seam.saves - wide * d - (d - wide) * architecture.num_local_experts
+    share = _experts_read(architecture, conditions) / architecture.num_local_experts
+    return seam.saves - narrower * (1 - share)
+
+
+def _seconds(work: tuple[float, float], conditions: Conditions) -> float:
+    """The roofline's time; without a machine, that of reading, at one byte a second."""
+    read, flops = work
+    if conditions.bandwidth is None or conditions.peak is None:
+        return read
+    return max(read / conditions.bandwidth, flops / conditions.peak)

@@ -1,0 +1,105 @@
+"""What a task costs, from shapes and dtypes alone: FLOPs, step by step as execution.py takes them, and memory.
+
+Each removal counts its own (removals/), terms of third order alone.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from skipless.algebra.linalg import block_rows
+from skipless.algebra.tolerances import dtype_name
+from skipless.checkpoint.reader import TensorInfo
+from skipless.removals import removal
+from skipless.rewrite.execution import COPIED, setting, with_later
+from skipless.rewrite.planning import Plan, Task
+
+# Beside what is counted: Python's own, vectors, and the buffers of BLAS.
+OVERHEAD = 96 * 2**20
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs by precision, and the bytes that a task holds at most, beside what the process held before."""
+
+    flops: Mapping[str, float]
+    memory: int
+
+    @property
+    def total(self) -> float:
+        """FLOPs in any precision."""
+        return sum(self.flops.values())
+
+
+def cost(plan: Plan, task: Task) -> Cost:
+    """FLOPs and memory of a task."""
+    flops: dict[str, float] = {}
+    for dtype, count in steps(plan, task).values():
+        flops[dtype] = flops.get(dtype, 0.0) + count
+    return Cost(flops, _memory(plan, task))
+
+
+def needed(plan: Plan, tasks: Iterable[Task]) -> int:
+    """Bytes that carrying out tasks adds to what the process holds: the largest one's, and what waits to be written."""
+    return max((cost(plan, task).memory for task in tasks), default=0) + waiting(plan)
+
+
+def least(plan: Plan) -> Plan:
+    """The plan with every task by rows that takes less memory so."""
+    every = plan.by_rows(plan.tasks)
+    pairs = zip(plan.tasks, every.tasks, strict=True)
+    return plan.by_rows([task for task, other in pairs if cost(every, other).memory < cost(plan, task).memory])
+
+
+def waiting(plan: Plan) -> int:
+    """Bytes of the largest that a task hands out at a time, one of which may wait to be written."""
+    return max(_piece(plan, task, name) for task in plan.tasks for name in task.writes)
+
+
+def _piece(plan: Plan, task: Task, name: str) -> int:
+    """Bytes of a tensor that a task hands out at a time."""
+    info = plan.outputs[name]
+    if not task.seams:
+        return _copied(plan.inputs[name]) * info.dtype.itemsize // plan.inputs[name].dtype.itemsize
+    if task.by_rows and _is_table(plan, name.rpartition(".")[0]):
+        return min(info.bytes, block_rows(info.shape[1]) * info.row_bytes)
+    return info.bytes
+
+
+def _copied(info: TensorInfo) -> int:
+    """Bytes of a tensor that are copied at a time."""
+    return min(info.bytes, max(COPIED, info.row_bytes))
+
+
+def _is_table(plan: Plan, name: str) -> bool:
+    module = plan.modules[0].get(name)
+    return module is not None and module.table
+
+
+def steps(plan: Plan, task: Task) -> dict[str, tuple[str, float]]:
+    """The task's steps in their order: name -> precision, FLOPs."""
+    found: dict[str, tuple[str, float]] = {}
+    for number, (seam, later) in enumerate(with_later(task)):
+        for name, dtype, count in removal(seam).steps(seam, setting(plan, task, later)):
+            key = f"{seam.kind} seam: {name}" if len(task.seams) == 1 else f"{seam.kind} seam {number}: {name}"
+            kind, before = found.get(key, (dtype_name(dtype), 0.0))
+            found[key] = (kind, before + count)
+    return found
+
+
+def _memory(plan: Plan, task: Task) -> int:
+    """Bytes at most: of the largest of the seams, with what is read for it and what earlier ones have left."""
+    if not task.seams:
+        (name,) = task.writes
+        return OVERHEAD + _copied(plan.inputs[name]) + _piece(plan, task, name)
+    largest, left = 0.0, dict[str, float]()
+    for seam, later in with_later(task):
+        own = [name for name in seam.modules if name in plan.modules[0]]
+        read = sum(plan.inputs[f"{name}.weight"].bytes for name in own if name not in left)
+        held = read + sum(left.values()) + sum(plan.inputs[name].bytes for name in seam.mixed)
+        needed = removal(seam).memory(seam, setting(plan, task, later))
+        if len(task.seams) > 1:  # what it gives, as it is handed out
+            needed += sum(8.0 * plan.inputs[f"{name}.weight"].weights for name in own if name not in later)
+        largest = max(largest, held + needed)
+        left = {name: size for name, size in left.items() if name not in own}
+        left |= {name: 8.0 * plan.inputs[f"{name}.weight"].weights for name in later if name in own}
+    return OVERHEAD + int(largest)

@@ -1,0 +1,360 @@
+"""Rewrite a skipless checkpoint without the weights it does not need: plan from headers, then stream the tensors."""
+
+import dataclasses
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from skipless.algebra.forecast import Outcome
+from skipless.algebra.rounding import rounding_error
+from skipless.algebra.tolerances import tolerance
+from skipless.architecture.seams import REMOVABLE
+from skipless.checkpoint import files
+from skipless.checkpoint.behind import Behind
+from skipless.checkpoint.digests import Digests
+from skipless.checkpoint.headers import INDEX
+from skipless.checkpoint.manifest import JOURNAL, Entry, Manifest
+from skipless.checkpoint.others import tell_left_out, unused
+from skipless.checkpoint.reader import CheckpointReader
+from skipless.checkpoint.remote import RemotePlace, located, open_reader, shown
+from skipless.checkpoint.staging import LocalPlace, Place, Staging, staged
+from skipless.checkpoint.writer import CheckpointWriter, write_json
+from skipless.errors import BugError, InputError
+from skipless.log import logger
+from skipless.rewrite.casting import CAST, underflows
+from skipless.rewrite.cost import waiting
+from skipless.rewrite.environment import environment
+from skipless.rewrite.estimate import Estimate, estimate, within_memory
+from skipless.rewrite.execution import Done
+from skipless.rewrite.executors import Executor, choose_executor
+from skipless.rewrite.machine import available_memory, measure, resident_memory
+from skipless.rewrite.model_files import MODEL_FILES, OURS
+from skipless.rewrite.planning import Plan, Task, prepare
+from skipless.rewrite.probe import Difference, check_fused
+from skipless.rewrite.record import tensor_digest, write_record
+from skipless.rewrite.request import AUTO, Request
+
+
+def fuse(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    basis: str = AUTO,
+    dtype: str | None = None,
+    rest_dtype: str | None = None,
+    layers_open: Iterable[int] = (),
+    remove: Iterable[str] = REMOVABLE,
+    parallel_removes: str = "readers",
+    max_shard_size: int = 5 * 10**9,
+    max_memory: int | None = None,
+    engine: str = "local",
+    address: str | None = None,
+    device: str = "cpu",
+    copy: Iterable[str] = (),
+    resume: bool = False,
+    progress: Callable[[Plan, Task | None], None] = lambda plan, task: None,
+) -> Plan:
+    """Write `source` without Q (or K, V) and P into the new folder `destination`, and return what was done.
+
+    basis, dtype, rest_dtype, layers_open, remove, parallel_removes: what is asked for (request.Request). max_shard_size
+    in bytes; max_memory: of this process, if it computes, in bytes (None: what is free). engine: "local", or "ray" with
+    the cluster at `address` (None: one on this machine). device: where the algebra is done, "cpu" or a CUDA device
+    (their results differ in the last bits). copy: shell patterns of files of `source` that are copied along beside
+    tokenizer, licence and the like (checkpoint/others.py). resume: go on where an earlier call with the same arguments
+    was stopped; the result is the same, bit for bit. `progress` is called with None once the plan is made and then with
+    each task that is done. The result computes the same function (identities: arXiv:2404.12362, Fig. 1). Raises
+    InputError for anything that stands in the way; `destination` then does not exist. What is on disk when the disk
+    fails or the process is stopped is kept.
+    """
+    request = Request(basis, dtype, rest_dtype, tuple(layers_open), tuple(remove), parallel_removes)
+    job = plan_fuse(
+        source, destination, request, max_shard_size, max_memory, engine, address, device, resume, tuple(copy)
+    )
+    plan, reader = job.plan, job.reader
+    with _resuming(job), staged(job.place, job.manifest(), job.files(), resume) as staging:
+        progress(plan, None)
+        _copy_others(job, staging.folder)
+        shards = _execute(job, staging, progress)
+        write_json(staging.folder / "config.json", plan.config)
+        entries = [entry for _, entry in sorted(staging.manifest.done.items())]
+        outcomes = [Outcome(**outcome) for entry in entries for outcome in entry.outcomes]
+        sources = _sources(entry.sources for entry in entries)
+        differences = _check(plan, reader, CheckpointReader(staging.folder), outcomes, sources)
+        reader.check_unchanged()
+        made = job.made() | {"check": {each.name: [each.error, each.limit] for each in differences}}
+        write_record(staging.folder, reader, made, sources, outcomes, shards, job.copy)
+    problems = [outcome.problem for outcome in outcomes if outcome.problem is not None]
+    if problems:
+        logger.warning(
+            "%s%s; run skipless verify, and if it says no, use --basis pivoted or a finer --dtype, or leave it open",
+            problems[0],
+            f" (and {len(problems) - 1} more layers)" if len(problems) > 1 else "",
+        )
+    return plan
+
+
+@dataclass(frozen=True)
+class Job:
+    """A fuse that nothing stands in the way of: what was asked for, who does it, from where, to where, and how.
+
+    copy: patterns of what is copied along beside the usual; copied: files of the source, all that is copied along.
+    begun: whether an earlier process has done some of its tasks.
+    """
+
+    request: Request
+    max_shard_size: int
+    executor: Executor
+    place: Place
+    reader: CheckpointReader
+    plan: Plan
+    copy: tuple[str, ...]
+    copied: tuple[Path, ...]
+    begun: bool
+
+    def estimate(self) -> Estimate:
+        """What it will cost, by rates that are measured now."""
+        rates = measure(self.reader.sample, self.reader.device)
+        return estimate(self.plan, rates, resident_memory())
+
+    def made(self) -> dict[str, Any]:
+        """By what and how the result is made."""
+        return {
+            "options": {
+                **dataclasses.asdict(self.request),
+                "max_shard_size": self.max_shard_size,
+                "copy": self.copy,
+            },
+            "device": str(self.reader.device),
+            "basis": self.plan.basis,
+            "reason": self.plan.reason,
+            "environment": environment(),
+        }
+
+    def files(self) -> tuple[Path, ...]:
+        """All that is written, relative to the new folder."""
+        shards = [*self.plan.shards, INDEX] if len(self.plan.shards) > 1 else [*self.plan.shards]
+        return (*map(Path, ("config.json", *shards, *sorted(OURS))), *self.copied)
+
+    def manifest(self) -> dict[str, Any]:
+        """What must be the same for two runs to write the same bytes."""
+        plan = self.plan
+        return {
+            "source": self.reader.name,
+            "files": self.reader.fingerprint(self.copy),
+            **self.made(),
+            "outputs": hashlib.sha256(repr((plan.tasks, dict(plan.outputs), plan.config)).encode()).hexdigest(),
+        }
+
+
+def plan_fuse(
+    source: str | Path,
+    destination: str | Path,
+    request: Request,
+    max_shard_size: int,
+    max_memory: int | None = None,
+    engine: str = "local",
+    address: str | None = None,
+    device: str = "cpu",
+    resume: bool = False,
+    copy: tuple[str, ...] = (),
+) -> Job:
+    """All that a fuse will do, and everything refused that can be before the first write; arguments as for fuse."""
+    chosen = choose_executor(engine, address)
+    place = destination_place(destination)
+    found = located(source)
+    if _is_within(place, found):
+        raise InputError(f"{place}: expected a folder outside the source {shown(source)}, which stays as it is")
+    if isinstance(found, Path):
+        _check_outside(place, [found])
+    place.check()
+    reader = open_reader(source, device)
+    copied = [file for file in reader.other_files(copy) if str(file) not in OURS]
+    _check_outside(place, (reader.folder / name for name in ("config.json", *reader.shards, *map(str, copied))))
+    for pattern in unused(copy, copied):
+        raise InputError(f"copy: expected a pattern that names a file to copy, found {pattern!r}, which names none")
+    here = reader.device.type == "cpu" and engine == "local"
+    if max_memory is not None and not here:
+        raise InputError("max_memory: expected none with another engine or device than local and cpu; leave it out")
+    limit = resident_memory() + available_memory() if max_memory is None else max_memory
+    begun = Manifest.load(place.unfinished) if resume else None
+    if begun is not None and request.basis == AUTO:  # decided before, from the same weights (staged sees to that)
+        decided = dataclasses.replace(request, basis=begun.job["basis"])
+        plan = dataclasses.replace(prepare(reader, decided, max_shard_size), reason=begun.job["reason"])
+    else:
+        plan = prepare(reader, request, max_shard_size, resident_memory(), limit if here else None)
+    needed = plan.bytes[1] + sum(
+        file.stat().st_size for file in (*MODEL_FILES, *(reader.folder / each for each in copied))
+    )
+    free = shutil.disk_usage(place.disk).free
+    if begun is None and needed > free:
+        raise InputError(f"{place}: expected {needed:,} bytes of free disk space, found {free:,}")
+    if here:
+        plan = within_memory(plan, resident_memory(), limit)
+    for lost in underflows(plan.inputs, _copied(plan), reader.tensor):
+        raise InputError(str(lost))
+    tell_left_out([name for name in reader.left_out(copy) if name not in OURS])
+    return Job(request, max_shard_size, chosen, place, reader, plan, copy, tuple(copied), bool(begun and begun.done))
+
+
+def destination_place(destination: str | Path) -> Place:
+    """Where DST is to be: at a path or a URL."""
+    found = located(destination)
+    return RemotePlace(found) if isinstance(found, str) else LocalPlace(found)
+
+
+def _is_within(place: Place, source: str | Path) -> bool:
+    """Whether what is to be at a place would be written into the source."""
+    if isinstance(source, str):
+        return f"{place}/".startswith(f"{shown(source).rstrip('/')}/")
+    written = place.path if isinstance(place, LocalPlace) else place.unfinished
+    return Path(os.path.realpath(written)).is_relative_to(os.path.realpath(source))
+
+
+def _check_outside(place: Place, paths: Iterable[Path]) -> None:
+    """Raise InputError for a source, or a file of it, that lies where DST is in the making."""
+    unfinished = os.path.realpath(place.unfinished)
+    for path in paths:
+        if Path(os.path.realpath(path)).is_relative_to(unfinished):
+            raise InputError(
+                f"{path}: expected a source outside {place.unfinished}, where {place} is in the making; move it "
+                f"elsewhere, or choose another name for the new folder"
+            )
+
+
+def _copied(plan: Plan) -> dict[str, torch.dtype]:
+    """Tensors that no seam rewrites, and the dtypes that they are cast to."""
+    names = (name for task in plan.tasks if not task.seams for name in task.writes)
+    return {name: plan.outputs[name].dtype for name in names}
+
+
+def _sources(read: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """The SHA-256 of each tensor of the source that was read. Raises InputError for one that has two."""
+    found: dict[str, str] = {}
+    for name, digest in (item for each in read for item in each.items()):
+        if found.setdefault(name, digest) != digest:
+            raise InputError(
+                f"{name}: expected the bytes that were read of it before, found others: the source has changed "
+                f"meanwhile; let nothing write to it, and begin anew"
+            )
+    return found
+
+
+def _check(
+    plan: Plan,
+    source: CheckpointReader,
+    fused: CheckpointReader,
+    outcomes: Sequence[Outcome],
+    sources: Mapping[str, str],
+) -> list[Difference]:
+    """As check_fused; what biases or gains that became zero have spoiled is no bug, nor what a changed source has."""
+    with Digests(source, overwritten=True) as digests:  # so that nothing waits in memory
+        try:
+            return check_fused(plan, source.config, digests, fused, outcomes)
+        except BugError:
+            for found in underflows(plan.inputs, _copied(plan), source.tensor, vectors=True):
+                raise InputError(str(found)) from None
+            raise
+        finally:
+            _sources([sources, digests.finish()])
+
+
+def _copy_others(job: Job, folder: Path) -> None:
+    for file in job.copied:
+        for parent in reversed(file.parents):
+            files.make_folder(folder / parent)
+        files.copy(job.reader.fetch(file), folder / file)
+    for file in MODEL_FILES:
+        files.copy(file, folder / file.name)
+
+
+@contextmanager
+def _resuming(job: Job) -> Iterator[None]:
+    """Call a BugError by its likelier cause, if what an earlier process has left was gone on with."""
+    try:
+        yield
+    except BugError as error:
+        if not job.begun:
+            raise
+        raise InputError(
+            f"{error}; nor is anything kept: what was gone on with, or its journal, may not be what a fuse has "
+            f"written; begin anew"
+        ) from error
+
+
+def _execute(job: Job, staging: Staging, progress: Callable[[Plan, Task | None], None]) -> dict[str, str]:
+    """Carry out the tasks that are not done, writing behind them, and read what was written again; SHA-256 by file."""
+    plan = job.plan
+    manifest = staging.manifest
+    writer = CheckpointWriter(staging.folder, plan.outputs)
+    doubtful = manifest.unread
+    for number, entry in list(manifest.done.items()):
+        if number < len(plan.tasks) and _is_done(job, plan.tasks[number], entry, writer):
+            progress(plan, plan.tasks[number])
+        else:
+            del manifest.done[number]
+            doubtful += 1
+    if doubtful:
+        logger.warning("%d lines of %s do not agree with what is on disk: done again", doubtful, JOURNAL)
+    todo = [number for number in range(len(plan.tasks)) if number not in manifest.done]
+    behind = Behind("writing", waiting(plan))
+    try:
+        with closing(job.executor(plan, job.reader, todo)) as results:
+            for number, done in results:
+                digests: dict[str, str] = {}
+                for name, tensor in done.tensors:
+                    behind.add(tensor.nbytes, _write, writer, name, tensor, digests)
+                    del tensor
+                behind.add(0, _journal, manifest, number, plan.tasks[number], digests, done)
+                progress(plan, plan.tasks[number])
+            behind.finish()
+    finally:
+        behind.close()
+    return writer.finish({name: digest for entry in manifest.done.values() for name, digest in entry.digests.items()})
+
+
+def _is_done(job: Job, task: Task, entry: Entry, writer: CheckpointWriter) -> bool:
+    """Whether the journal says all of a task, and of the right one, and the disk says the same.
+
+    Of a remote source its files' versions were compared, and its tensors are not read again.
+    """
+    try:
+        outcomes = [Outcome.read(outcome) for outcome in entry.outcomes]
+    except ValueError:
+        return False
+    return (
+        [(outcome.kind, outcome.layer, outcome.way) for outcome in outcomes]
+        == [(seam.kind, seam.layer, seam.way(job.plan.basis)) for seam in task.seams]
+        and all(map(_is_ordinary, outcomes))
+        and (set(entry.digests), set(entry.sources)) == (set(task.writes), set(task.reads))
+        and all(writer.digest(name) == digest for name, digest in entry.digests.items())
+        and (
+            isinstance(located(job.reader.place), str)
+            or all(tensor_digest(job.reader, name) == digest for name, digest in entry.sources.items())
+        )
+    )
+
+
+def _is_ordinary(outcome: Outcome) -> bool:
+    """Whether a seam loses no more than what a sound one does: the self-check must not be told to let more pass."""
+    dtype = getattr(torch, outcome.dtype)
+    most = tolerance(dtype, CAST * rounding_error(dtype))
+    return outcome.problem is None and all(error <= most for error in outcome.errors.values())
+
+
+def _write(writer: CheckpointWriter, name: str, tensor: torch.Tensor, digests: dict[str, str]) -> None:
+    digest = writer.write(name, tensor)
+    if digest is not None:
+        digests[name] = digest
+
+
+def _journal(manifest: Manifest, number: int, task: Task, digests: dict[str, str], done: Done) -> None:
+    if digests.keys() == set(task.writes):  # else a write has failed, which is about to be noticed
+        done.confirm(digests)
+        manifest.add(number, Entry(digests, done.sources, tuple(map(dataclasses.asdict, done.outcomes))))

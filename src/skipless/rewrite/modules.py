@@ -1,0 +1,70 @@
+"""A checkpoint's modules as the algebra's maps."""
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+
+from skipless.algebra.affine import Affine
+from skipless.algebra.rows import Rows, Which
+from skipless.architecture.config import Architecture, Module
+from skipless.architecture.seams import Seam
+from skipless.checkpoint.opening import Read
+
+
+def read_seam(
+    source: Architecture, seam: Seam, read: Callable[[str], torch.Tensor], read_rows: Read | None = None
+) -> dict[str, Affine]:
+    """Every module that a seam reads or rewrites. read_rows: to read tables that only write a stream, as Rows."""
+    modules = {module.name: module for module in (*source.modules(), *source.norm_modules())}
+    rows = tables(source, seam)
+    affines = {}
+    for name in (name for name in seam.modules if name in modules):
+        if read_rows is not None and name in rows:
+            affines[name] = read_by_rows(modules[name], read_rows)
+        else:
+            affines[name] = read_affine(modules[name], None, read)
+    return affines
+
+
+def tables(source: Architecture, seam: Seam) -> set[str]:
+    """The tables that write a stream and are not read transposed: of these, rows are enough."""
+    named = {module.name for module in source.modules() if module.table}
+    return named.intersection(seam.writers) if seam.rest and not seam.duals else set()
+
+
+def read_affine(module: Module, closed: Module | None, read: Callable[[str], torch.Tensor]) -> Affine:
+    """A module's map. `closed`: what it will be; a table without a bias of its own then takes biases into its rows."""
+    weight = read(f"{module.name}.weight")
+    bias = read(f"{module.name}.bias").to(torch.float64) if module.bias else None
+    one_hot = module.table and closed is not None and not closed.bias
+    return Affine(weight if module.table or module.diagonal else weight.T, bias, one_hot)
+
+
+def read_by_rows(module: Module, read: Read) -> Affine:
+    """The map of a module without a bias, as Rows: of a table those that are asked for are read; another matrix is
+    held as it is stored.
+    """
+    name = f"{module.name}.weight"
+    if not module.table:
+        whole = read(name).T
+        return _by_rows(module, whole, whole.__getitem__, whole)
+    first = read(name, slice(0, 1))
+
+    def rows_of(which: Which) -> torch.Tensor:
+        if isinstance(which, slice):
+            return read(name, which)
+        found = first.new_empty(len(which), module.outputs)
+        for place in which.argsort().tolist():  # by their places in the file
+            row = int(which[place])
+            found[place] = read(name, slice(row, row + 1))[0]
+        return found
+
+    return _by_rows(module, first, rows_of)
+
+
+def _by_rows(
+    module: Module, like: torch.Tensor, make: Callable[[Which], torch.Tensor], origin: torch.Tensor | None = None
+) -> Affine:
+    rows = Rows((module.inputs, module.outputs), like.dtype, like.device, make, origin)
+    return Affine(cast(torch.Tensor, rows))  # of which no more is asked for than rows

@@ -1,0 +1,283 @@
+"""Plan a fuse from config.json and headers: which seams are closed, what each task reads and writes, and where to.
+
+A plan is pure (no tensor is read; a basis is chosen before, which may read some); a task is everything that must be in
+memory together, and tasks are independent of each other, so that an engine may run them in any order and anywhere.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from skipless.algebra.forecast import Forecast
+from skipless.algebra.linalg import HALF
+from skipless.architecture.config import Architecture, Module
+from skipless.architecture.seams import Seam, closed
+from skipless.checkpoint.opening import check_config, read_architecture
+from skipless.checkpoint.reader import CheckpointReader, TensorInfo
+from skipless.checkpoint.writer import plan_shards
+from skipless.errors import InputError
+from skipless.removals import forecast
+from skipless.removals.columns import forecast_memory
+from skipless.rewrite.model_files import AUTO_MAP
+from skipless.rewrite.modules import read_seam, tables
+from skipless.rewrite.request import AUTO, Request
+
+
+@dataclass(frozen=True)
+class Task:
+    """Tensors that are read together, the seams to close on them (none: copy), and the tensors that come out.
+
+    by_rows: whether what the stream's writers become is computed for each use, some rows at a time, because it does not
+    fit in memory; what comes out is the same, bit for bit.
+    """
+
+    seams: tuple[Seam, ...]
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    by_rows: bool = dataclasses.field(default=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a fuse will do. `inputs`, `outputs`: every tensor of source and result; `config`: the new one.
+
+    basis: how stream seams are closed; reason: why, if it was chosen from the weights.
+    """
+
+    source: Architecture
+    target: Architecture
+    basis: str
+    reason: str
+    tasks: tuple[Task, ...]
+    inputs: Mapping[str, TensorInfo]
+    outputs: Mapping[str, TensorInfo]
+    config: Mapping[str, object]
+    note: str = ""
+
+    @cached_property
+    def modules(self) -> tuple[dict[str, Module], dict[str, Module]]:
+        """The modules of source and target by name."""
+        return _modules(self.source), _modules(self.target)
+
+    @property
+    def weights(self) -> tuple[int, int]:
+        """Numbers stored before and after, biases included, indices not."""
+        before, after = (
+            sum(info.weights for info in tensors.values() if not info.is_index)
+            for tensors in (self.inputs, self.outputs)
+        )
+        return before, after
+
+    @property
+    def bytes(self) -> tuple[int, int]:
+        """Bytes of all tensors before and after."""
+        before, after = (sum(info.bytes for info in tensors.values()) for tensors in (self.inputs, self.outputs))
+        return before, after
+
+    @cached_property
+    def shards(self) -> dict[str, int]:
+        """The files of weights, in order, and the bytes of their tensors."""
+        sizes: Counter[str] = Counter()
+        for info in self.outputs.values():
+            sizes[info.shard] += info.bytes
+        return dict(sizes)
+
+    def traffic(self, task: Task) -> tuple[int, int]:
+        """Bytes that a task reads, and writes."""
+        read = sum(self.inputs[name].bytes for name in task.reads)
+        return read, sum(self.outputs[name].bytes for name in task.writes)
+
+    def can_go_by_rows(self, task: Task) -> bool:
+        """Whether a task need not hold a stream whole: it closes one seam of at most two writers (a MoE has more),
+        without biases and tied tables, and what it writes is all in half precision, or not at all.
+        """
+        if len(task.seams) != 1 or not task.seams[0].rest or task.seams[0].duals or len(task.seams[0].writers) > 2:
+            return False
+        biased = any(name.endswith(".bias") for name in (*task.reads, *task.writes))
+        written = (self.outputs[name] for name in task.writes)
+        return not biased and len({info.dtype in HALF for info in written if not info.is_index}) == 1
+
+    def by_rows(self, chosen: Collection[Task]) -> "Plan":
+        """The same plan, with those of these tasks by rows that can be."""
+        able = {task for task in chosen if self.can_go_by_rows(task)}
+        tasks = (dataclasses.replace(task, by_rows=True) if task in able else task for task in self.tasks)
+        return dataclasses.replace(self, tasks=tuple(tasks))
+
+    def moved(self, task: Task) -> int:
+        """Bytes that a task reads and writes."""
+        return sum(self.traffic(task))
+
+    def summary(self) -> dict[str, object]:
+        """The totals, for --json."""
+        before, after = self.weights
+        bytes_before, bytes_after = self.bytes
+        return {
+            "basis": self.basis,
+            "reason": self.reason,
+            "tasks": len(self.tasks),
+            "weights_before": before,
+            "weights_after": after,
+            "bytes_before": bytes_before,
+            "bytes_after": bytes_after,
+            "shards": sorted(self.shards),
+        }
+
+
+def prepare(
+    reader: CheckpointReader,
+    request: Request,
+    max_shard_size: int = 5 * 10**9,
+    held: int = 0,
+    limit: int | None = None,
+) -> Plan:
+    """Choose the basis, if that is left open (which reads weights: Request.decide), and plan.
+
+    Raises InputError if choosing takes a process that holds `held` bytes already beyond `limit` (None: there is none).
+    """
+    source = read_architecture(reader)
+    ways = ("q", "pivoted")
+
+    def foretell(seam: Seam) -> Forecast:
+        found = held + forecast_memory(seam, reader.tensors, tables(source, seam))
+        if limit is not None and found > limit:
+            raise InputError(
+                f"basis: expected at most {limit / 1e9:.1f} GB of memory, found that choosing one takes "
+                f"{found / 1e9:.1f} GB; use --basis q, --basis pivoted, or a machine that has more"
+            )
+        dtypes = dict.fromkeys(request.stored(reader.tensors, seam, way) for way in ways)
+        return forecast(seam, read_seam(source, seam, reader.tensor, reader.tensor), tuple(dtypes), ways)
+
+    basis, reason = request.decide(source, reader.tensors, _closing(source, request), foretell)
+    return make_plan(reader, dataclasses.replace(request, basis=basis), reason, max_shard_size)
+
+
+def make_plan(reader: CheckpointReader, request: Request, reason: str = "", max_shard_size: int = 5 * 10**9) -> Plan:
+    """Plan from config.json and headers which seams are closed, and what is read and written for each.
+
+    request: with a basis, which was chosen for `reason`. max_shard_size in bytes. Raises InputError for a checkpoint
+    that contradicts its config, a blocked seam, or nothing to remove.
+    """
+    assert request.basis != AUTO
+    source = read_architecture(reader)
+    closing = _closing(source, request)
+    target = closed(source, closing, request.basis)
+    if request.rest_dtype is not None:
+        target = dataclasses.replace(target, rest_dtype=request.rest_dtype)
+    plan = Plan(
+        source=source,
+        target=target,
+        basis=request.basis,
+        reason=reason,
+        tasks=_tasks(source, target, closing),
+        inputs=reader.tensors,
+        outputs=plan_shards(_outputs(reader.tensors, target, closing, request.dtype), max_shard_size),
+        config=_fused_config(reader.config, target, request.dtype),
+        note=request.note(source),
+    )
+    _check_smaller(plan, closing, request)
+    return plan
+
+
+def _check_smaller(plan: Plan, closing: Iterable[Seam], request: Request) -> None:
+    """Raise InputError where indices would take more than the blocks they replace, or new biases more than is saved."""
+    for seam in closing:
+        if seam.kind == "values" and (order := plan.outputs.get(seam.order)) is not None:
+            saved = seam.saves * plan.outputs[f"{seam.writers[0]}.weight"].dtype.itemsize
+            if order.bytes > saved:
+                raise InputError(
+                    f"{seam.order}: expected to be smaller than the {saved:,} bytes of the blocks of "
+                    f"{seam.writers[0]} that it replaces, found {order.bytes:,}; leave values out of --remove"
+                )
+    before, after = plan.weights
+    if after >= before:
+        raise InputError(
+            f"remove: expected fewer than {before:,} weights without {', '.join(request.remove)}, found {after:,}: the "
+            f"biases that matrices gain are more than that saves; leave p out of --remove"
+        )
+
+
+def _modules(architecture: Architecture) -> dict[str, Module]:
+    return {module.name: module for module in (*architecture.modules(), *architecture.norm_modules())}
+
+
+def _closing(source: Architecture, request: Request) -> list[Seam]:
+    """The seams to close, or InputError when there are none or one of them cannot be."""
+    closing = request.seams(source)
+    if not closing:
+        raise InputError("nothing to remove: every seam of this model is closed already, or left open on request")
+    for seam in closing:
+        if seam.refusal:
+            raise InputError(seam.refusal)
+    return closing
+
+
+def _outputs(
+    inputs: Mapping[str, TensorInfo], target: Architecture, closing: Iterable[Seam], dtype: str | None
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor of the result, in the order in which they are written."""
+    rest_of = {seam.rest: inputs[f"{seam.readers[0]}.weight"].dtype for seam in closing if seam.rest}
+    indices = target.index_tensors()
+    outputs = {}
+    for name, shape in target.tensors().items():
+        module = name.rpartition(".")[0]
+        if name in indices:
+            kept = torch.int32
+        elif dtype is not None:
+            kept = getattr(torch, dtype)
+        elif name in inputs:
+            kept = inputs[name].dtype
+        else:
+            kept = rest_of[module] if module in rest_of else inputs[f"{module}.weight"].dtype
+        if module.endswith(".rest_proj") and target.rest_dtype is not None:
+            kept = torch.promote_types(kept, getattr(torch, target.rest_dtype))
+        outputs[name] = (shape, kept)
+    return outputs
+
+
+def _tasks(source: Architecture, target: Architecture, closing: Iterable[Seam]) -> tuple[Task, ...]:
+    """One task per group of seams that share modules, one per tensor that stays as it is, in the output's order."""
+    before, after = _modules(source), _modules(target)
+    writer_of = {name: Task((), (name,), (name,)) for name in target.tensors()}
+    for group in _connected(closing):
+        names = list(dict.fromkeys(name for seam in group for name in seam.modules))
+        left = [name for name in (*names, *(seam.rest for seam in group)) if name in after]
+        reads = tuple(tensor for name in names if name in before for tensor in before[name].tensors())
+        reads += tuple(dict.fromkeys(name for seam in group for name in seam.mixed))
+        writes = tuple(tensor for name in left for tensor in after[name].tensors())
+        writes += tuple(seam.order for seam in group if seam.order in writer_of)
+        writer_of.update(dict.fromkeys(writes, Task(tuple(group), reads, writes)))
+    return tuple(dict.fromkeys(writer_of[name] for name in target.tensors()))
+
+
+def _connected(closing: Iterable[Seam]) -> list[list[Seam]]:
+    """Group seams that share a module, in order: they must be closed one after the other on the same tensors."""
+    groups: dict[int, list[Seam]] = {}
+    group_of: dict[str, int] = {}
+    for number, seam in enumerate(closing):
+        touching = sorted({group_of[name] for name in seam.modules if name in group_of})
+        groups[number] = [*(other for key in touching for other in groups.pop(key)), seam]
+        group_of.update(dict.fromkeys((name for other in groups[number] for name in other.modules), number))
+    return list(groups.values())
+
+
+def _fused_config(config: Mapping[str, object], target: Architecture, dtype: str | None) -> dict[str, object]:
+    """The source's config.json with what fusing changes.
+
+    Raises InputError naming the field when the model file would refuse it.
+    """
+    fields: dict[str, object] = {"stream_basis": target.stream_basis, "p_removed": target.p_removed}
+    fields |= {name: True for name in ("values_removed", "head_removed") if getattr(target, name)}
+    fields |= {name: list(names) for name in ("norms_removed", "gains_removed") if (names := getattr(target, name))}
+    if target.rest_dtype is not None:
+        fields["rest_dtype"] = target.rest_dtype
+    fields |= {"layers_open": list(target.layers_open), "folded_biases": list(target.folded_biases)}
+    if dtype is not None:
+        fields["dtype"] = dtype
+    kept = {name: value for name, value in config.items() if not (dtype and name == "torch_dtype")}
+    fused = {**kept, "architectures": ["SkiplessForCausalLM"], "auto_map": AUTO_MAP, **fields}
+    check_config(fused)
+    return fused

@@ -1,0 +1,336 @@
+"""What a checkpoint does to single tokens, in fp64, by the model file's own code, a few rows of its weights in memory.
+
+Two checkpoints that are the same function agree wherever the basis is not free: in q, k and v, in what the FFN's input
+matrices give, and in the logits. Here a model runs on sequences of one token, so that attention passes the token's own
+value on, and the FFN's hidden activations are replaced by random ones, the same for both models: every output then
+depends on the matrices of one layer or two, and its relative error is that of closing their seams.
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from zlib import crc32
+
+import torch
+from torch import nn
+
+from skipless.algebra.forecast import Outcome
+from skipless.algebra.linalg import slices
+from skipless.algebra.rounding import rounding_error
+from skipless.algebra.tolerances import coarsest
+from skipless.architecture.config import Architecture
+from skipless.architecture.graph import graph
+from skipless.checkpoint.opening import RowReader
+from skipless.errors import BugError
+from skipless.model import SkiplessConfig, SkiplessForCausalLM
+from skipless.rewrite.casting import CAST
+from skipless.rewrite.planning import Plan
+
+# Tokens, each a sequence of its own. Errors are means over them and over an output's columns.
+TOKENS = 4
+# Of q, k and v's columns, how many random mixtures are made to compare rows of tables by.
+MIXTURES = 64
+# Numbers of a weight that are brought to fp64 at a time.
+BLOCK = 2**22
+# How much larger than what was forecast an error may be: forecasts are means, of inputs that are white.
+SLACK = 4.0
+# What fp64 may lose in any case, and what casting the weights of a layer costs, in rounding errors of their dtype.
+EXACT = 1e-9
+# Of q, k and v, one this much smaller than the others is nothing; a column is as large as this part of the mean one.
+ZERO, SMALL = 1e-6, 0.1
+
+
+class Streamed(torch.Tensor):
+    """A matrix that stays in its file: linear layers and look-ups read it some rows at a time, all else reads it whole.
+
+    It stands in for a parameter; `read` gives its rows, in fp64. Its own storage is empty (on the meta device).
+    """
+
+    read: Callable[[slice | None], torch.Tensor]
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], read: Callable[[slice | None], torch.Tensor]) -> "Streamed":
+        """A matrix of this shape, in fp64."""
+        found = torch.empty(shape, dtype=torch.float64, device="meta").as_subclass(cls)
+        found.read = read
+        return found
+
+    def whole(self) -> torch.Tensor:
+        """All of it."""
+        return self.read(None)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is nn.functional.linear and isinstance(args[1], cls):
+            return _linear(args[0], args[1], *args[2:], **kwargs)
+        if function is nn.functional.embedding:
+            return _rows(args[1], args[0])
+        if getattr(function, "__name__", "") in ("__get__", "size", "dim", "numel", "as_subclass"):
+            return super().__torch_function__(function, types, args, kwargs)
+        return function(*(each.whole() if isinstance(each, cls) else each for each in args), **kwargs)
+
+
+def _linear(x: torch.Tensor, weight: Streamed, bias: torch.Tensor | None = None) -> torch.Tensor:
+    n, d = weight.shape
+    parts = [x @ weight.read(rows).T for rows in slices(n, max(1, BLOCK // max(1, d)))]
+    result = torch.cat(parts, -1) if parts else x.new_zeros(*x.shape[:-1], 0)
+    return result if bias is None else result + bias
+
+
+def _rows(table: Streamed, which: torch.Tensor) -> torch.Tensor:
+    rows = [table.read(slice(row, row + 1)) for row in which.flatten().tolist()]
+    return torch.cat(rows).unflatten(0, which.shape)
+
+
+# What becomes of some rows of a tensor of this name before they are used.
+Change = Callable[[str, torch.Tensor], torch.Tensor]
+
+
+def exactly(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """As it is, in fp64."""
+    return tensor.double()
+
+
+def stored_as(dtype: torch.dtype, touched: Collection[str] | None = None) -> Change:
+    """What storing weights in a dtype does to them: rounding, or, where they have no more bits than it has, noise as
+    large, if they are those of these modules (None: of any).
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def changed(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if torch.finfo(tensor.dtype).eps < torch.finfo(dtype).eps:
+            return tensor.to(dtype).double()
+        if touched is not None and name.rpartition(".")[0] not in touched:
+            return tensor.double()
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        return tensor.double() * (1 + rounding_error(dtype) * noise)
+
+    return changed
+
+
+def streamed_model(config: Mapping[str, Any], reader: RowReader, change: Change = exactly) -> SkiplessForCausalLM:
+    """A checkpoint's model, in fp64, whose matrices stay in the file, and are changed as they are read."""
+    with torch.device("meta"):
+        model = SkiplessForCausalLM(SkiplessConfig.from_dict({**config, "dtype": "float64"})).eval()
+    model.set_attn_implementation("eager")
+    for prefix, module in model.named_modules():
+        for name in list(module._parameters) + list(module._buffers):
+            key = f"{prefix}.{name}"
+            if key == "lm_head.weight" and model.config.tie_word_embeddings:
+                module._parameters[name] = model.model.embed_tokens._parameters["weight"]
+            elif key in reader.tensors:
+                info = reader.tensors[key]
+                if name in module._buffers:
+                    module._buffers[name] = reader.tensor(key).cpu()
+                elif len(info.shape) == 1:
+                    weight = change(key, reader.tensor(key).cpu())
+                    module._parameters[name] = nn.Parameter(weight, requires_grad=False)
+                else:
+                    module._parameters[name] = Streamed.of(info.shape, _reading(reader, key, change))
+    return model
+
+
+def _reading(reader: RowReader, name: str, change: Change) -> Callable[[slice | None], torch.Tensor]:
+    return lambda rows: change(name, reader.tensor(name, rows).cpu())
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Tokens, and their positions, each a sequence of its own: (tokens, 1)."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+
+    @classmethod
+    def drawn(cls, architecture: Architecture, tokens: int = TOKENS) -> "Inputs":
+        """Random ones, always the same."""
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(architecture.vocab_size, (tokens, 1), generator=generator)
+        return cls(ids, torch.randint(architecture.max_position_embeddings, (tokens, 1), generator=generator))
+
+
+@torch.no_grad()
+def outputs(
+    config: Mapping[str, Any], reader: RowReader, inputs: Inputs, change: Change = exactly
+) -> dict[str, torch.Tensor]:
+    """What a checkpoint gives, (tokens, columns): "0.q" of layer 0, "0.m" of its FFN's input matrices, "logits"."""
+    model, found = streamed_model(config, reader, change), dict[str, torch.Tensor]()
+    parts: dict[int, list[torch.Tensor]] = {}
+    layers: Any = model.model.layers
+    for index, layer in enumerate(layers):
+        parts[index] = []
+        layer.self_attn.project = _noting(layer.self_attn.project, found, index)
+        if hasattr(layer.mlp, "top_k"):  # every expert counts
+            layer.mlp.top_k = len(layer.mlp.experts)
+        for name, module in layer.mlp.named_modules():
+            last = name.rpartition(".")[2]
+            if last in ("router", "gate_proj", "up_proj"):
+                module.register_forward_hook(
+                    lambda _, __, output, kept=parts[index]: kept.append(output.flatten(0, -2))
+                )
+            elif last == "down_proj":
+                module.register_forward_pre_hook(_replacing(f"{index}.{name}"))
+    logits = model(input_ids=inputs.ids, position_ids=inputs.positions, use_cache=False).logits
+    found |= {f"{index}.m": torch.cat(each, -1) for index, each in parts.items()}
+    return found | {"logits": logits.flatten(0, 1)}
+
+
+@torch.no_grad()
+def table_reads(
+    config: Mapping[str, Any], reader: RowReader, letters: str, change: Change = exactly
+) -> dict[str, torch.Tensor]:
+    """What layer 0 reads of each row of the tables, "tokens" and "positions": (rows, MIXTURES), random mixtures of the
+    columns of q, k (and v, by `letters`).
+    """
+    model: Any = streamed_model(config, reader, change).model
+    attention, generator = model.layers[0].self_attn, torch.Generator().manual_seed(1)
+    mixing: list[torch.Tensor] = []
+
+    def mixed(rows: torch.Tensor) -> torch.Tensor:
+        parts = [part for name, part in zip("qkv", attention.project(rows[None]), strict=True) if name in letters]
+        joined = torch.cat(parts, -1)[0]
+        if not mixing:
+            mixing.append(torch.randn(joined.shape[-1], MIXTURES, generator=generator, dtype=torch.float64))
+        return joined @ mixing[0]
+
+    d = model.config.hidden_size
+    offset = mixed(torch.zeros(1, d, dtype=torch.float64))
+    unit = torch.eye(d, dtype=torch.float64)
+    matrix = torch.cat([mixed(unit[rows]) - offset for rows in slices(d, MIXTURES)])
+    table, bias = model.embed_tokens.weight, model.embed_tokens.bias
+    tokens = []
+    for rows in slices(table.shape[0], max(1, BLOCK // d)):
+        read = table.read(rows) if bias is None else table.read(rows) + bias
+        for norm in (model.embed_norm, model.layers[0].input_layernorm):
+            read = read if norm is None else norm(read)
+        tokens.append(read @ matrix + offset)
+    found = {"tokens": torch.cat(tokens)}
+    if model.position_embeddings is not None:
+        table = model.position_embeddings.weight
+        parts = [table.read(rows) @ matrix for rows in slices(table.shape[0], max(1, BLOCK // d))]
+        found["positions"] = torch.cat(parts)
+    return found
+
+
+def _noting(project: Callable[..., Any], found: dict[str, torch.Tensor], index: int) -> Callable[..., Any]:
+    def noted(hidden_states: torch.Tensor) -> Any:
+        projected = project(hidden_states)
+        found.update((f"{index}.{name}", each.flatten(0, 1)) for name, each in zip("qkv", projected, strict=True))
+        return projected
+
+    return noted
+
+
+def _replacing(name: str) -> Callable[..., Any]:
+    generator = torch.Generator().manual_seed(crc32(name.encode()))
+
+    def replaced(module: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        return (torch.randn(args[0].shape, generator=generator, dtype=args[0].dtype),)
+
+    return replaced
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of an output: its relative error (root mean square over tokens and columns), and what it may be."""
+
+    name: str
+    error: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether it is what it may be; NaN is not."""
+        return self.error <= self.limit
+
+
+def check_fused(
+    plan: Plan, config: Mapping[str, Any], source: RowReader, fused: RowReader, outcomes: Iterable[Outcome]
+) -> list[Difference]:
+    """Compare what a plan's source and result give for a few tokens, and what that may be by the seams' forecasts.
+
+    Raises BugError naming the first output that is off by more: what was written is another function.
+    """
+    inputs = Inputs.drawn(plan.source)
+    before, after = outputs(config, source, inputs), outputs(plan.config, fused, inputs)
+    limit = limits(outcomes, plan.source, _cast(plan))
+    found = [Difference(name, error, limit(name)) for name, error in compare(before, after, plan.source, plan.target)]
+    for difference in found:
+        if not difference.passed:
+            raise BugError(
+                f"{difference.name}: expected to differ from the source's by at most {difference.limit:.1e}, as its "
+                f"seams' forecasts say, found {difference.error:.1e}; nothing was published"
+            )
+    return found
+
+
+def _cast(plan: Plan) -> torch.dtype | None:
+    """The coarsest dtype to which a tensor is cast from a finer one, or None."""
+    pairs = [(plan.inputs[name].dtype, info.dtype) for name, info in plan.outputs.items() if name in plan.inputs]
+    cast = [after for before, after in pairs if torch.promote_types(before, after) != after]
+    return coarsest(cast) if cast else None
+
+
+def compare(
+    before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], source: Architecture, target: Architecture
+) -> Iterator[tuple[str, float]]:
+    """Relative errors of what two checkpoints give, wherever closing seams leaves the basis as it is."""
+    for name, error, _ in compare_columns(before, after, source, target):
+        yield name, error
+
+
+def compare_columns(
+    before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], source: Architecture, target: Architecture
+) -> Iterator[tuple[str, float, float]]:
+    """The same, and the largest relative error of a single column.
+
+    Values have a basis of their own once their seams are closed; and where a redundant norm went, what the FFN reads is
+    scaled, token by token.
+    """
+    rescaled = set(target.norms_removed) - set(source.norms_removed)
+    for name, exact in before.items():
+        found, (layer, _, kind) = after[name], name.partition(".")
+        if kind == "v" and target.values_removed != source.values_removed:
+            continue
+        if kind == "m" and f"model.layers.{layer}.post_attention_layernorm" in rescaled:
+            found = found * (exact.norm(dim=-1, keepdim=True) / found.norm(dim=-1, keepdim=True))
+        beside = [before[f"{layer}.{other}"].norm() for other in "qkv"] if kind in ("q", "k", "v") else []
+        scale = max(exact.norm(), *(ZERO * norm for norm in beside)).item() if beside else exact.norm().item()
+        error = (found - exact).norm(dim=0)
+        if not scale:
+            yield name, *((0.0, 0.0) if not error.any() else (math.inf, math.inf))
+            continue
+        least = SMALL * scale / max(1, exact.shape[1]) ** 0.5
+        column = (error / exact.norm(dim=0).clamp(min=least)).max().item() if len(error) else 0.0
+        yield name, error.norm().item() / scale, column
+
+
+def limits(outcomes: Iterable[Outcome], source: Architecture, cast: torch.dtype | None) -> Callable[[str], float]:
+    """What an output's relative error may be, from the forecasts of the seams before it.
+
+    cast: the dtype to which other tensors were cast, if they were. In a serial layer without skips and experts, all
+    that comes in are the hidden activations of the layer before; else the stream carries errors on.
+    """
+    squares: dict[int, float] = {}
+    for outcome in outcomes:
+        rounded = CAST * rounding_error(getattr(torch, outcome.dtype))
+        worst = max(outcome.errors.values(), default=rounded)
+        first = outcome.layer
+        if outcome.kind in ("stream", "head"):  # M of the layer before may read what the seam closes
+            first = graph(source).before(first).places[0].layer
+        for at in {first, source.num_hidden_layers if "logits" in outcome.errors else first}:
+            squares[at] = squares.get(at, 0.0) + worst**2
+    own = 0.0 if cast is None else (CAST * rounding_error(cast)) ** 2
+    alone = source.residual == "none" and source.block_type == "serial" and source.ffn_type != "moe"
+
+    def limit(name: str) -> float:
+        layer = source.num_hidden_layers if name == "logits" else int(name.partition(".")[0])
+        first = layer if alone else 0
+        total = sum(square for at, square in squares.items() if first <= at <= layer)
+        return SLACK * math.sqrt(total + own * (layer - first + 1)) + EXACT
+
+    return limit

@@ -1,0 +1,151 @@
+"""What is to be removed: which seams, in which basis, stored in which dtype. fuse does it, audit foretells it."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from skipless.algebra.forecast import Forecast
+from skipless.algebra.tolerances import coarsest, dtype_name
+from skipless.architecture.config import Architecture
+from skipless.architecture.seams import KINDS, PARALLEL_REMOVES, REMOVABLE, Seam, seams
+from skipless.checkpoint.reader import TensorInfo
+from skipless.dtypes import DTYPE_NAMES
+from skipless.errors import InputError
+
+BASES = ("q", "k", "v", "pivoted")
+AUTO = "auto"
+# "auto" takes q, whose model is simpler and needs no gather, up to this multiple of pivoted's error.
+AS_GOOD = 1.1
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options that fuse and audit have in common.
+
+    basis: what becomes the identity: the projection "q", "k" or "v" (Fig. 1 b, c, d), "pivoted" (the best d columns of
+    all three), or "auto": one of "q" and "pivoted", whichever the weights suit. dtype: that of every tensor of the
+    result (None: each keeps its own); rest_dtype: that of rest_proj, "float32" or None. layers_open: layers whose
+    stream seam stays open. remove: the kinds of seams to close (seams.KINDS). parallel_removes: in a parallel model,
+    where Q and P cannot both go, what does: "readers" (Q, or what the basis says) or "p".
+    """
+
+    basis: str = AUTO
+    dtype: str | None = None
+    rest_dtype: str | None = None
+    layers_open: tuple[int, ...] = ()
+    remove: tuple[str, ...] = REMOVABLE
+    parallel_removes: str = "readers"
+
+    def seams(self, source: Architecture) -> list[Seam]:
+        """The open seams asked for, blocked or not. Raises InputError for options that make no sense."""
+        if self.dtype is not None and self.dtype not in DTYPE_NAMES:
+            raise InputError(f"dtype: expected one of {', '.join(DTYPE_NAMES)}, found {self.dtype!r}")
+        if self.basis not in (AUTO, *BASES):
+            raise InputError(f"basis: expected one of {', '.join((AUTO, *BASES))}, found {self.basis!r}")
+        if self.rest_dtype is not None and (self.rest_dtype != "float32" or self.basis not in (AUTO, "pivoted")):
+            raise InputError(
+                f"rest_dtype: expected 'float32' with basis 'pivoted', found {self.rest_dtype!r} with {self.basis!r}"
+            )
+        if unknown := sorted(set(self.remove) - set(KINDS)):
+            raise InputError(f"remove: expected some of {', '.join(KINDS)}; found {unknown[0]!r}")
+        if self.parallel_removes not in PARALLEL_REMOVES:
+            raise InputError(
+                f"parallel_removes: expected {' or '.join(PARALLEL_REMOVES)}, found {self.parallel_removes!r}"
+            )
+        if beyond := sorted(layer for layer in self.layers_open if not 0 <= layer < source.num_hidden_layers):
+            raise InputError(f"layers_open: expected layers 0..{source.num_hidden_layers - 1}, found {beyond[0]}")
+        if source.stream_basis is not None and self.basis not in (AUTO, source.stream_basis):
+            raise InputError(
+                f"basis: expected {source.stream_basis!r}, in which this model is already fused; found {self.basis!r}"
+            )
+        asked = [
+            seam
+            for seam in self.every(source)
+            if seam.kind in self.remove and not (seam.kind == "stream" and seam.layer in self.layers_open)
+        ]
+        asked = [seam for seam in asked if seam.taken not in self.remove]  # their weights go elsewhere (self.note)
+        if self.basis == "v" and {"stream", "values"} <= set(self.remove):
+            raise InputError(
+                "basis: expected one without v with --remove stream,values, as heads of V cannot be the stream and "
+                "lose a block, too; found 'v'"
+            )
+        for seam in asked:
+            if not (seam.blocked or seam.kind != "stream" or self.basis in (AUTO, *seam.identities)):
+                raise InputError(
+                    f"basis: expected a square projection, found {self.basis}_proj ("
+                    f"{source.projections[self.basis]}, {source.hidden_size}) in layer {seam.layer}; use "
+                    f"{' or '.join(f'--basis {name}' for name in seam.identities)}"
+                )
+        return asked
+
+    def every(self, source: Architecture) -> list[Seam]:
+        """All open seams, as they are when what is asked for is closed."""
+        return seams(source, self.parallel_removes, "values" in self.remove or None)
+
+    def note(self, source: Architecture) -> str:
+        """What of what was asked for stays, as its weights go elsewhere, and why; or nothing."""
+        spared = [seam for seam in self.every(source) if seam.kind in self.remove and seam.taken in self.remove]
+        if source.block_type != "parallel" or source.residual != "none":
+            kinds = " and ".join(dict.fromkeys(seam.kind for seam in spared))
+            return f"{kinds} seams stay, in {len(spared)} places: {spared[0].blocked}" if spared else ""
+        if not {"stream", "p"} <= set(self.remove):
+            return ""
+        d, layers = source.hidden_size, source.num_hidden_layers
+        kept = "P" if self.parallel_removes == "readers" else "Q, K and V of the layers after the first"
+        return (
+            f"{kept} stay: in a parallel layer P's output is added to the FFN's, so that each of the {layers + 1} "
+            f"stream seams gives up hidden_size^2 = {d**2:,} weights, of what reads it or of P, not of both "
+            f"(--parallel-removes); without Q and P such a model has to be trained from scratch"
+        )
+
+    def stored(self, tensors: Mapping[str, TensorInfo], seam: Seam, way: str) -> str:
+        """The coarsest dtype of what is written when a seam of a checkpoint with these tensors is closed by `way`."""
+        if self.dtype is not None:
+            return self.dtype
+        gone = seam.identities[way]
+        kept = [name for name in seam.modules if name not in gone]
+        if gone == seam.readers and self.rest_dtype is None:
+            kept.append(seam.readers[0])  # of whose dtype the rest is
+        return dtype_name(coarsest(tensors[f"{name}.weight"].dtype for name in kept))
+
+    def decide(
+        self,
+        source: Architecture,
+        tensors: Mapping[str, TensorInfo],
+        asked: Iterable[Seam],
+        forecast: Callable[[Seam], Forecast],
+    ) -> tuple[str, str]:
+        """The basis, one for the whole model, and why, if that was left open.
+
+        It is "q", whose model is the simplest, if in every layer its expected error in the dtype of storage is at most
+        AS_GOOD times that of "pivoted"; else "pivoted". asked: the seams asked for; forecast: of a stream seam, by q
+        and pivoted in these dtypes, asked for one by one until one decides.
+        """
+        if self.basis != AUTO:
+            return self.basis, ""
+        if source.stream_basis is not None:
+            return source.stream_basis, "the basis in which this model is already fused"
+        stream = [seam for seam in asked if seam.kind == "stream" and not seam.blocked]
+        if not stream:
+            return "q", ""
+        if self.rest_dtype is not None:
+            return "pivoted", f"only its rest_proj can be stored in {self.rest_dtype}"
+        if any("q" not in seam.identities for seam in stream):
+            return "pivoted", f"q_proj is ({source.query_width}, {source.hidden_size}), not square"
+        worst = 0.0
+        for seam in stream:
+            found = forecast(seam)
+            dtypes = {way: self.stored(tensors, seam, way) for way in ("q", "pivoted")}
+            by_q, pivoted = (found.ways[way].worst(dtype) for way, dtype in dtypes.items())
+            if not found.ways["q"].usable:
+                return "pivoted", (
+                    f"the condition number of layer {seam.layer}'s q_proj is {found.ways['q'].condition:.1e}"
+                )
+            if by_q > AS_GOOD * pivoted:
+                return "pivoted", (
+                    f"in {dtypes['pivoted']} the worst of what layer {seam.layer} reads is expected to be off by "
+                    f"{pivoted:.1e}, and by {by_q:.1e} with q (the original: "
+                    f"{max(found.original[dtypes['q']].values()):.1e})"
+                )
+            worst = max(worst, by_q / pivoted if 0 < pivoted < math.inf else 1.0)
+        return "q", f"in every layer its expected error is at most {worst:.2f} times that of pivoted"
