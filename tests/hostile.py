@@ -476,5 +476,5 @@ def any_request(random: Random) -> Request:
     return Request(
         basis=random.choice(("q", "pivoted")),
         dtype=random.choice((None, "bfloat16")),
-        remove=tuple(random.sample(KINDS, random.randint(1, 3))),
+        remove=tuple(random.sample(list(KINDS), random.randint(1, 3))),
     )

@@ -81,7 +81,7 @@ def draw_runs(choose: Choose, layers: int) -> list[dict[str, Any]]:
     return [
         {
             "basis": choose(("auto", "q", "k", "v", "pivoted", "pivoted")),
-            "remove": choose(subsets(KINDS)),
+            "remove": choose(subsets(list(KINDS))),
             "parallel_removes": choose(("readers", "p")),
             "layers_open": choose(((), (), (0,), tuple(range(1, layers)))),
         }

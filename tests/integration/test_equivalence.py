@@ -210,7 +210,7 @@ def cases(draw):
             fields["rope_parameters"]["partial_rotary_factor"] = 1.0
     for switch in ("attention_bias", "mlp_bias", "gate_bias", "tie_word_embeddings"):
         fields[switch] = draw(st.booleans()) and not (switch == "gate_bias" and ffn != "glu")
-    asked = draw(st.lists(st.sampled_from(KINDS), min_size=1, max_size=5, unique=True))
+    asked = draw(st.lists(st.sampled_from(list(KINDS)), min_size=1, max_size=5, unique=True))
     options = {"parallel_removes": draw(st.sampled_from(["readers", "p"]))}
     options["remove"] = possible(fields, basis, asked, **options)
     assume(options["remove"])

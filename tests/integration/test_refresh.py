@@ -11,6 +11,7 @@ import skipless
 from skipless import cli
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.rewrite import model_files
+from skipless.rewrite.record import digest
 from tests.models import load
 
 OLD = "\n# an older version's last line\n"
@@ -25,7 +26,7 @@ def old(source, tmp_path):
     for file in model_files.MODEL_FILES:
         written = folder / file.name
         written.write_text(written.read_text() + OLD)
-        record["files"][file.name] = {"bytes": written.stat().st_size, "sha256": skipless.record.digest(written)}
+        record["files"][file.name] = {"bytes": written.stat().st_size, "sha256": digest(written)}
     (folder / "skipless.json").write_text(json.dumps(record))
     return folder
 

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 import skipless
 from skipless import InputError, cli, fuse
 from skipless.checkpoint import store
+from skipless.checkpoint.reader import CheckpointReader
 from skipless.checkpoint.remote import RemotePlace, RemoteReader, shown
 from skipless.errors import StorageError
 from skipless.rewrite.fusion import plan_fuse
@@ -462,7 +463,7 @@ def test_urls_of_this_machines_files_are_paths(source, tmp_path, kind, monkeypat
     fuse(source, tmp_path / "local")
     plan_fuse(f"{kind}{source}", "x", Request(), 10**9)
     job = plan_fuse(f"{kind}{source}", f"{kind}{tmp_path}/fused", Request(), 10**9)
-    assert (type(job.reader), job.reader.name) == (skipless.fusion.CheckpointReader, str(source))
+    assert (type(job.reader), job.reader.name) == (CheckpointReader, str(source))
     fuse(f"{kind}{source}", f"{kind}{tmp_path}/fused")
     assert files(tmp_path / "fused") == files(tmp_path / "local")
     with pytest.raises(InputError, match=r"expected a folder outside the source .*, which stays as it is"):

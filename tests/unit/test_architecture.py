@@ -129,5 +129,5 @@ def test_the_model_file_supports_nothing_the_architecture_does_not_know():
 
 def test_importing_skipless_and_its_seams_does_not_import_torch():
     heavy = "sys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))"
-    code = f"import sys, skipless, skipless.seams, skipless.cli; {heavy}"
+    code = f"import sys, skipless, skipless.architecture.seams, skipless.cli; {heavy}"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -17,7 +17,7 @@ GLIBC = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="th
 SCRIPT = f"""
 import json, resource
 import numpy as np
-from skipless.machine import freed_memory_kept, resident_memory
+from skipless.rewrite.machine import freed_memory_kept, resident_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -2,17 +2,16 @@
 
 Any invertible G may be put into a seam of width r - writers W -> W G, readers W -> G^-1 W - without changing the
 function, so r^2 weights carry no information, and one r x r block can be made the identity and left out.
-Row vectors, y = x W + b (arXiv:2404.12362, Fig. 1 and 2). Here is only who writes and who reads; eliminate.py does it.
+Row vectors, y = x W + b (arXiv:2404.12362, Fig. 1 and 2). Here is only who writes and who reads; removals/ does it.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from skipless.architecture.config import HOMOGENEOUS, Architecture
 from skipless.architecture.graph import Port, Space, graph
 
-KINDS = ("norms", "stream", "values", "p", "head")
 # What is removed unless something else is asked for.
 REMOVABLE = ("stream", "p")
 # What gives up d^2 weights at a stream seam of a parallel model: Q, K, V that read it, or P that writes it.
@@ -45,7 +44,7 @@ class Seam:
     mixed: the tensors by which the writer's output is shaped and scaled before it is read (arXiv:2311.01906).
     saves: weights (biases and indices not counted) that closing it removes.
     blocked: why the seam cannot be closed; None if it can. taken: if that is because the space's weights go elsewhere,
-    the kind of seam that they go with.
+    the kind of seam that they go with. gains, norms: norms whose gain is gone, or that are, once it is closed.
     """
 
     kind: str
@@ -65,6 +64,8 @@ class Seam:
     blocked: str | None = None
     blocks: int = 1
     taken: str = ""
+    gains: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
 
     def way(self, basis: str) -> str:
         """How it is closed when stream seams are closed by `basis`; seams of other kinds have only one way."""
@@ -91,27 +92,27 @@ class Seam:
         return 1 / sum(name.startswith(f"{layer}.experts.") for name in self.writers) if expert else 1.0
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What the seams depend on beside the architecture.
+
+    parallel_removes: in a parallel model, "readers" (Q, K, V; then P is blocked) or "p" (then they are, from layer 1
+    on). values: whether the value seams will be, or have been, closed, so that V's columns cannot be passed through.
+    """
+
+    parallel_removes: str = "readers"
+    values: bool = False
+
+
 def seams(architecture: Architecture, parallel_removes: str = "readers", values: bool | None = None) -> list[Seam]:
     """The seams that are still open, in the order in which they are closed, blocked ones included with the reason.
 
-    parallel_removes: in a parallel model, "readers" (Q, K, V; then P is blocked) or "p" (then they are, from layer 1
-    on). values: whether the value seams will be closed, too, so that V's columns cannot be passed through (None: if
-    they have been).
+    parallel_removes, values: as in Wanted (None: whether they have been).
     """
-    values = architecture.values_removed if values is None else values
-    found = []
-    if architecture.norm_type != "none":
-        found += _norm_seams(architecture)
-    for layer in range(architecture.num_hidden_layers):
-        if not architecture.stream_closed(layer):
-            found.append(_stream_seam(architecture, layer, values, parallel_removes))
-        if not architecture.values_removed:
-            found.append(_value_seam(architecture, layer))
-        if not architecture.p_removed:
-            found.append(_p_seam(architecture, layer, parallel_removes))
-    if not architecture.head_removed:
-        found.append(_head_seam(architecture, parallel_removes))
-    return found
+    wanted = Wanted(parallel_removes, architecture.values_removed if values is None else values)
+    found = [seam for find in KINDS.values() for seam in find(architecture, wanted)]
+    order = list(KINDS)
+    return sorted(found, key=lambda seam: (seam.kind != "norms", seam.layer, order.index(seam.kind)))
 
 
 def reasons(every: Iterable[Seam]) -> tuple[str, ...]:
@@ -136,8 +137,8 @@ def closed(architecture: Architecture, closing: Iterable[Seam], basis: str) -> A
         for layer in range(architecture.num_hidden_layers)
         if not architecture.stream_closed(layer) and layer not in stream
     ]
-    gains = [seam.writers[0] for seam in closing if "gain" in seam.identities]
-    norms = [name for seam in closing for name in (seam.through, *seam.identities.get("table", ())) if name]
+    gains = [name for seam in closing for name in seam.gains]
+    norms = [name for seam in closing for name in (seam.through, *seam.norms) if name]
     own_biases = {module.name for module in architecture.modules() if module.bias}
     gained = set()
     if architecture.attention_bias:
@@ -236,7 +237,12 @@ def _takers(space: Space) -> tuple[str, ...]:
     return tuple(name for name in names if not name.endswith((".o_proj", "position_embeddings"))) or names
 
 
-def _stream_seam(architecture: Architecture, layer: int, values: bool, parallel_removes: str) -> Seam:
+def _stream_seams(architecture: Architecture, wanted: Wanted) -> list[Seam]:
+    layers = range(architecture.num_hidden_layers)
+    return [_stream_seam(architecture, layer, wanted) for layer in layers if not architecture.stream_closed(layer)]
+
+
+def _stream_seam(architecture: Architecture, layer: int, wanted: Wanted) -> Seam:
     """Of the space that Q, K, V of a layer read: they become the identity, or d columns of theirs do.
 
     What else reads it (M, in a parallel layer or past a skip) takes the basis in.
@@ -256,14 +262,14 @@ def _stream_seam(architecture: Architecture, layer: int, values: bool, parallel_
         last = found.before(architecture.num_hidden_layers)
         duals = _names(last.writers) if last is not space else ()
         blocked = blocked or _tied(architecture, space, last)
-    if blocked is None and parallel and layer and parallel_removes == "p":
+    if blocked is None and parallel and layer and wanted.parallel_removes == "p":
         blocked, taken = "--parallel-removes p: its d^2 weights go from P of the layer before", "p"
     if blocked is None and architecture.values_removed:
         blocked = (
             "values_removed: v_proj passes inputs of the stream through, which fixes its basis; close both at once"
         )
     d, widths = architecture.hidden_size, dict(architecture.projections)
-    chosen = {name: width for name, width in widths.items() if not (name == "v" and values)}
+    chosen = {name: width for name, width in widths.items() if not (name == "v" and wanted.values)}
     identities: dict[str, tuple[str, ...]] = {
         name: (f"{attention}.{name}_proj",) for name, width in chosen.items() if width == d
     }
@@ -318,6 +324,12 @@ def _tied(architecture: Architecture, first: Space, last: Space) -> str | None:
     )
 
 
+def _value_seams(architecture: Architecture, wanted: Wanted) -> list[Seam]:
+    if architecture.values_removed:
+        return []
+    return [_value_seam(architecture, layer) for layer in range(architecture.num_hidden_layers)]
+
+
 def _value_seam(architecture: Architecture, layer: int) -> Seam:
     """Between each head of V and what reads it: the rows of P, or of M with P merged (identities 3; MatShrink).
 
@@ -357,7 +369,13 @@ def _value_seam(architecture: Architecture, layer: int) -> Seam:
     )
 
 
-def _p_seam(architecture: Architecture, layer: int, parallel_removes: str) -> Seam:
+def _p_seams(architecture: Architecture, wanted: Wanted) -> list[Seam]:
+    if architecture.p_removed:
+        return []
+    return [_p_seam(architecture, layer, wanted) for layer in range(architecture.num_hidden_layers)]
+
+
+def _p_seam(architecture: Architecture, layer: int, wanted: Wanted) -> Seam:
     """Of the space that P writes. Where it writes it alone, it merges into what reads it (M, the gate; router and
     experts): M* = P M.
 
@@ -367,7 +385,7 @@ def _p_seam(architecture: Architecture, layer: int, parallel_removes: str) -> Se
     d, heads = architecture.hidden_size, architecture.query_width
     o_proj, space = f"{_attention(layer)}.o_proj", graph(architecture).after_attention(layer)
     if len(space.writers) > 1:
-        return _joined_p_seam(architecture, layer, space, parallel_removes)
+        return _joined_p_seam(architecture, layer, space, wanted)
     readers = _names(space.readers)
     norms, through = architecture.norms_after_attention(layer), ""
     blocked = None
@@ -405,7 +423,7 @@ def _attention_gain(architecture: Architecture, layer: int) -> tuple[str, ...]:
     return (name,) if name in architecture.gain_tensors(layer) else ()
 
 
-def _joined_p_seam(architecture: Architecture, layer: int, space: Space, parallel_removes: str) -> Seam:
+def _joined_p_seam(architecture: Architecture, layer: int, space: Space, wanted: Wanted) -> Seam:
     """Of a space that P writes together with others: its rows, if it gives up no columns of what reads it."""
     d, heads, layers = architecture.hidden_size, architecture.query_width, architecture.num_hidden_layers
     o_proj = f"{_attention(layer)}.o_proj"
@@ -414,7 +432,7 @@ def _joined_p_seam(architecture: Architecture, layer: int, space: Space, paralle
     blocked = _not_linear(architecture, space)
     if blocked is None and len(space.places) > 1:
         blocked, taken = _given_up(architecture, space), "stream"
-    elif blocked is None and parallel_removes != "p":
+    elif blocked is None and wanted.parallel_removes != "p":
         taken = "stream"
         blocked = (
             f"block_type 'parallel': {o_proj}'s output is added to the FFN's, and nothing reads it alone. Each of the "
@@ -453,10 +471,12 @@ def _rows_stay(architecture: Architecture, layer: int) -> str | None:
     return None
 
 
-def _head_seam(architecture: Architecture, parallel_removes: str) -> Seam:
+def _head_seams(architecture: Architecture, wanted: Wanted) -> list[Seam]:
     """Of the space that lm_head reads, of whose columns d become the identity (identities 4)."""
     d, last = architecture.hidden_size, architecture.num_hidden_layers
     space, taken = graph(architecture).before(last), ""
+    if architecture.head_removed:
+        return []
     blocked = None
     if architecture.tie_word_embeddings:
         blocked = "tie_word_embeddings: lm_head is the table of the embeddings"
@@ -466,13 +486,13 @@ def _head_seam(architecture: Architecture, parallel_removes: str) -> Seam:
         blocked = (
             f"vocab_size {architecture.vocab_size}: no more than hidden_size ({d}) logits, and no row would be left"
         )
-    elif architecture.block_type == "parallel" and parallel_removes == "p" and not architecture.p_removed:
+    elif architecture.block_type == "parallel" and wanted.parallel_removes == "p" and not architecture.p_removed:
         blocked, taken = "--parallel-removes p: its d^2 weights go from P of the last layer", "p"
     else:
         blocked = _not_linear(architecture, space) or _heads_pass(architecture, space)
         if blocked is None and space.layers[0] < last:
             blocked, taken = _given_up(architecture, space), "stream"
-    return Seam(
+    seam = Seam(
         kind="head",
         layer=last,
         width=d,
@@ -486,6 +506,7 @@ def _head_seam(architecture: Architecture, parallel_removes: str) -> Seam:
         blocked=blocked,
         taken=taken,
     )
+    return [seam]
 
 
 def _norm_matters(architecture: Architecture, layer: int, norms: list[str]) -> str | None:
@@ -514,7 +535,7 @@ def _norm_matters(architecture: Architecture, layer: int, norms: list[str]) -> s
     return None
 
 
-def _norm_seams(architecture: Architecture) -> list[Seam]:
+def _norm_seams(architecture: Architecture, wanted: Wanted) -> list[Seam]:
     """Gains that fold into what reads them, and a norm of the embeddings that folds into their table."""
     found = []
     for norm in architecture.norm_names():
@@ -536,7 +557,10 @@ def _norm_seam(architecture: Architecture, norm: str, way: str, readers: tuple[s
     if norm == "model.norm":
         layer = architecture.num_hidden_layers
     identities: dict[str, tuple[str, ...]] = {way: (norm,)}
-    return Seam("norms", layer, d, (norm,), readers, identities, d * (1 + biased), blocked=blocked)
+    gains, norms = ((norm,), ()) if way == "gain" else ((), (norm,))
+    return Seam(
+        "norms", layer, d, (norm,), readers, identities, d * (1 + biased), blocked=blocked, gains=gains, norms=norms
+    )
 
 
 def _table_norm(architecture: Architecture) -> str | None:
@@ -563,3 +587,13 @@ def _norm_readers(architecture: Architecture, norm: str) -> tuple[str, ...]:
     ):
         return ()  # some of q, k and v are the norm's output as it is
     return graph(architecture).through(norm)
+
+
+# The kinds of seams that can be asked for, and what finds those of a model that are open, in the order of closing.
+KINDS: dict[str, Callable[[Architecture, Wanted], list[Seam]]] = {
+    "norms": _norm_seams,
+    "stream": _stream_seams,
+    "values": _value_seams,
+    "p": _p_seams,
+    "head": _head_seams,
+}

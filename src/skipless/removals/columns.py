@@ -530,4 +530,4 @@ def memory(seam: Seam, setting: Setting) -> float:
     elif s.by_rows:
         stages.append(held + result * d * size + 3 * chunk)
     stages.append(held + 8 * PROBES * (2 * d + 4 * m + 3 * s.extra) + x * d * max(d, m - d))
-    return max(stages) - unread
+    return float(max(stages) - unread)

@@ -146,4 +146,4 @@ def memory(seam: Seam, setting: Setting) -> float:
         total += rows * inner * kept.itemsize
         block = min(block_rows(d), rows) * (d + inner) * within.itemsize + setting.size(writer) * within.itemsize
         most = max(most, block)
-    return total + most
+    return float(total + most)

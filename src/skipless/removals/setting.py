@@ -58,4 +58,4 @@ class Setting:
 
 def whole(seam: Seam, setting: Setting) -> float:
     """Bytes of all that a seam reads, in fp64, and of what is made of it."""
-    return sum(24.0 * setting.size(name) for name in seam.modules if name in setting.modules)
+    return sum((24.0 * setting.size(name) for name in seam.modules if name in setting.modules), 0.0)

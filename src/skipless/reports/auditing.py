@@ -89,8 +89,9 @@ def audit(
     seams, and the forecast is for the same matrices without them.
     What is asked for is what fuse would remove with the same options (request.Request); other seams are reported, too.
     Errors are relative to the root mean square of q, k, v or M's outputs (where a tied table is rewritten, of the
-    logits, too), for white inputs of the writers (prediction.py). `progress` is called with the number of seams done
-    and their total. Raises InputError for a checkpoint that contradicts its config and for options that make no sense.
+    logits, too), for white inputs of the writers (algebra/forecast.py). `progress` is called with the number of seams
+    done and their total. Raises InputError for a checkpoint that contradicts its config and for options that make no
+    sense.
     """
     opened = open_source(Path(model), device)
     source, reader = opened.architecture, opened.reader

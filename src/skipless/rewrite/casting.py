@@ -2,7 +2,7 @@
 
 Rounding leaves each number off by the dtype's relative error. A tensor that is off by more holds numbers that are too
 small for it, and rewriting does not come into it; larger ones than it can hold, which become infinity, are refused
-where they are written (closing.py).
+where they are written (execution.py).
 """
 
 from collections.abc import Iterator, Mapping
