@@ -42,7 +42,9 @@ def main() -> None:
             times["http"].append(seconds(server.url, Path(folder) / f"http {number}"))
             requests.append(len(server.requests) - before)
             times["disk"].append(seconds(str(BUNDLED), Path(folder) / f"disk {number}"))
-            print(f"http {times['http'][-1]:.2f} s ({requests[-1]} requests), disk {times['disk'][-1]:.2f} s", flush=True)
+            print(
+                f"http {times['http'][-1]:.2f} s ({requests[-1]} requests), disk {times['disk'][-1]:.2f} s", flush=True
+            )
     more = median(one - other for one, other in zip(times["http"], times["disk"], strict=True))
     found = {name: median(each) for name, each in times.items()}
     print(json.dumps({**found, "difference": more, "requests": max(requests)}))

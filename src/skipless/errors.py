@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 # Characters of a message: room for a path (4,096 at most) and what is to be said of it.
 LONGEST = 6000
+# Exit code of Ctrl-C, as a shell counts it: 128 + SIGINT.
+INTERRUPTED = 130
 
 
 class InputError(ValueError):

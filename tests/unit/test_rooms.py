@@ -18,6 +18,7 @@ LEVELS = (
     {"reports"},
     {"serving", "train"},
     {"cli"},
+    {"__main__"},
 )
 # What a room keeps free of, so that counting starts at once and a checkpoint's model file runs anywhere.
 WITHOUT = {

@@ -1,5 +1,5 @@
-"""The command line: one function a command, tables, plots and bars. Imports everything; nothing imports it."""
+"""The command line: one module a command, tables, plots and bars. Imports everything; nothing imports it."""
 
-from skipless.cli.commands import main
+from skipless.cli.group import main
 
 __all__ = ["main"]

@@ -1,0 +1,86 @@
+"""`skipless count`."""
+
+import csv
+import sys
+
+import click
+
+from skipless.cli.options import as_json
+from skipless.cli.output import out, print_json
+from skipless.errors import InputError
+from skipless.reports.counting import WEIGHT_BYTES
+
+
+@click.command("count")
+@click.argument("models", nargs=-1, metavar="[CONFIG|FOLDER|NAME ...]")
+@click.option("--paper", is_flag=True, help="The paper's table, counted again.")
+@click.option("--list", "listed", is_flag=True, help="The names that are known.")
+@click.option(
+    "--dtype", type=click.Choice(tuple(WEIGHT_BYTES)), default="bfloat16", show_default=True, help="Of the weights."
+)
+@click.option(
+    "--cache-dtype",
+    type=click.Choice(tuple(WEIGHT_BYTES)),
+    default="bfloat16",
+    show_default=True,
+    help="Of the KV cache.",
+)
+@click.option("--context", type=click.IntRange(0), default=0, show_default=True, help="Tokens in the cache.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences decoded at once.")
+@click.option("--bandwidth", type=click.FloatRange(0, min_open=True), help="GB/s, with --flops: a roofline.")
+@click.option("--flops", type=click.FloatRange(0, min_open=True), help="Peak TFLOP/s, with --bandwidth.")
+@click.option("--csv", "as_csv", is_flag=True, help="Comma-separated values instead of a table.")
+@click.option("--markdown", "as_markdown", is_flag=True, help="A Markdown table.")
+@as_json
+def count_command(
+    models: tuple[str, ...],
+    paper: bool,
+    listed: bool,
+    dtype: str,
+    cache_dtype: str,
+    context: int,
+    batch: int,
+    bandwidth: float | None,
+    flops: float | None,
+    as_csv: bool,
+    as_markdown: bool,
+    as_json: bool,
+) -> None:
+    """Weights of models, what removing some would save, and how much faster decoding could be.
+
+    Of each: what the paper removes if the model is trained so, what rewriting a skipless version would remove exactly,
+    what could go at most, and what can go from the model as it is.
+    """
+    from skipless.cli import tables
+    from skipless.reports import counting as room
+
+    if sum([bool(models), paper, listed]) != 1:
+        raise InputError("count: expected models, or --paper, or --list")
+    if (bandwidth is None) != (flops is None):
+        raise InputError("count: expected --bandwidth and --flops together, or neither")
+    if listed:
+        known = room.table()
+        out.print(f"as of {known['date']}: {', '.join(known['models'])}")
+        return
+    conditions = room.Conditions(
+        dtype, cache_dtype, context, batch, bandwidth and bandwidth * 1e9, flops and flops * 1e12
+    )
+    if paper:
+        pairs = room.paper()
+        counts = [counted for counted, _ in pairs]
+        rows, notes = tables.paper_rows(pairs), tables.paper_notes(pairs)
+    else:
+        counts = [room.count(model, conditions) for model in models]
+        rows, notes = tables.count_rows(counts), tables.count_notes(counts, conditions)
+    if as_json:
+        found = [counted.to_json() for counted in counts]
+        print_json(found[0] if len(found) == 1 else {"models": found})
+    elif as_csv:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerows(rows)
+    elif as_markdown:
+        click.echo(tables.markdown(rows))
+    else:
+        out.print(tables.count_table(rows))
+        for note in notes:
+            out.print(note, soft_wrap=True)

@@ -1,0 +1,34 @@
+"""`skipless export`."""
+
+import dataclasses
+from pathlib import Path
+
+import click
+
+from skipless.cli.options import as_json
+from skipless.cli.output import out, print_json
+from skipless.serving.engines import FORMATS
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
+@click.option("--to", type=click.Choice(list(FORMATS)), required=True, help="The engine to write for.")
+@click.option(
+    "--weights",
+    type=click.Choice(["f32", "bf16", "f16", "int8", "int4"]),
+    default="f32",
+    show_default=True,
+    help="How to store them; int8 and int4: openvino only.",
+)
+@as_json
+def export(model: Path, destination: Path, to: str, weights: str, as_json: bool) -> None:
+    """Write the skipless MODEL, fused or not, for another engine into the new folder DST."""
+    from skipless.serving import export as room
+
+    found = room.export(model, destination, to=to, weights=weights)
+    if as_json:
+        print_json(dataclasses.asdict(found))
+    else:
+        line = f"wrote {destination} for {to}: weights in {weights}, {found.bytes / 1e6:,.1f} MB"
+        out.print(line, soft_wrap=True)

@@ -1,0 +1,103 @@
+"""`skipless fuse`."""
+
+import shlex
+import sys
+from typing import Any
+
+import click
+
+from skipless.cli.options import as_json, parse_removal, parse_size, removal_options
+from skipless.cli.output import err, out, print_json, work_bar
+
+
+@click.command()
+@click.argument("source", metavar="SRC")
+@click.argument("destination", metavar="DST")
+@removal_options
+@click.option(
+    "--max-shard-size", default="5GB", show_default=True, help="Largest file of weights: a number and MB or GB."
+)
+@click.option("--max-memory", metavar="SIZE", help="Stay below, or say that it cannot be done [default: what is free].")
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Who computes: this process, or the machines of a Ray cluster.",
+)
+@click.option("--address", help="Of the Ray cluster, or auto [default: one on this machine].")
+@click.option(
+    "--copy",
+    multiple=True,
+    metavar="PATTERN",
+    help="Copy these files of SRC, too, or folders with all in them, repeatable [default: tokenizer, licence, ...].",
+)
+@click.option("--dry-run", is_flag=True, help="Print the plan - tasks, files, memory, FLOPs, time - and stop.")
+@click.option("--resume", is_flag=True, help="Go on where the same command was stopped.")
+@as_json
+def fuse(
+    source: str,
+    destination: str,
+    max_shard_size: str,
+    max_memory: str | None,
+    engine: str,
+    address: str | None,
+    copy: tuple[str, ...],
+    dry_run: bool,
+    resume: bool,
+    as_json: bool,
+    **removal: Any,
+) -> None:
+    """Write the skipless checkpoint SRC without the weights it does not need into the new folder DST."""
+    from skipless.checkpoint.remote import shown
+    from skipless.cli import tables
+    from skipless.rewrite import fusion
+    from skipless.rewrite.request import Request
+
+    options, size = parse_removal(**removal), parse_size("--max-shard-size", max_shard_size)
+    memory = None if max_memory is None else parse_size("--max-memory", max_memory)
+    estimated = None
+    if dry_run:
+        device = options.pop("device")
+        planned = fusion.plan_fuse(
+            source, destination, Request(**options), size, memory, engine, address, device, resume, copy
+        )
+        plan, estimated = planned.plan, planned.estimate()
+    else:
+        with work_bar("fusing") as advance:
+            try:
+                plan = fusion.fuse(
+                    source,
+                    destination,
+                    max_shard_size=size,
+                    max_memory=memory,
+                    engine=engine,
+                    address=address,
+                    copy=copy,
+                    resume=resume,
+                    progress=advance,
+                    **options,
+                )
+            except (KeyboardInterrupt, SystemExit):
+                if fusion.destination_place(destination).unfinished.exists():
+                    again = [shown(word) for word in sys.argv[1:] if word != "--resume"]
+                    line = f"interrupted; go on with: skipless {shlex.join(again)} --resume"
+                    err.print(line, soft_wrap=True)
+                raise
+    if as_json:
+        print_json(plan.summary() | ({} if estimated is None else {"work": estimated.to_json()}))
+        return
+    out.print(tables.plan_table(plan))
+    if estimated is not None:
+        out.print(tables.work_table(estimated))
+        for line in tables.work_lines(estimated):
+            out.print(line, soft_wrap=True)
+    if plan.reason:
+        out.print(f"basis {plan.basis}: {plan.reason}", soft_wrap=True)
+    if plan.note:
+        out.print(plan.note, soft_wrap=True)
+    if not dry_run:
+        out.print(
+            f"wrote {shown(destination)}; check it with: skipless verify {shown(source)} {shown(destination)}",
+            soft_wrap=True,
+        )

@@ -1,0 +1,78 @@
+"""`skipless verify`."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import click
+
+from skipless.cli.options import as_json
+from skipless.cli.output import out, print_json, step_bar
+from skipless.dtypes import DTYPE_NAMES
+
+
+@click.command()
+@click.argument("a", metavar="A", type=click.Path(path_type=Path))
+@click.argument("b", metavar="[B]", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--dtype",
+    "dtypes",
+    multiple=True,
+    type=click.Choice(DTYPE_NAMES),
+    help="Dtypes to run in beside float64 and the one B is stored in, repeatable [default: float32, bfloat16].",
+)
+@click.option("--prompt", help="Text to compare on and to continue, if A has a tokenizer.")
+@click.option(
+    "--tokens",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Random tokens, and greedy tokens to generate.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random tokens.")
+@click.option("--full", is_flag=True, help="Run every token, every position, and a context beyond the window.")
+@as_json
+def verify(
+    a: Path,
+    b: Path | None,
+    dtypes: tuple[str, ...],
+    prompt: str | None,
+    tokens: int,
+    seed: int,
+    full: bool,
+    as_json: bool,
+) -> None:
+    """Are A and B (made from A) the same function? Exit code 1 if they are not.
+
+    Files are compared as data, tensors one by one, and both models are run. Of A alone, which fuse has written: is it
+    still what was written, by the SHA-256 in its skipless.json?
+    """
+    from skipless.cli import tables
+    from skipless.reports import verification
+
+    if b is None:
+        changed = verification.verify_record(a)
+        if as_json:
+            print_json({"same": not changed, "differences": changed})
+        else:
+            for line in changed or (f"{a}: every file is as it was written",):
+                out.print(line, soft_wrap=True)
+        sys.exit(1 if changed else 0)
+    with step_bar("verifying") as advance:
+        report = verification.verify(
+            a,
+            b,
+            dtypes=dtypes or verification.DEFAULT_DTYPES,
+            prompt=verification.DEFAULT_PROMPT if prompt is None else prompt,
+            tokens=tokens,
+            seed=seed,
+            full=full,
+            progress=advance,
+        )
+    if as_json:
+        print_json(dataclasses.asdict(report))
+    else:
+        out.print(tables.report_table(report))
+        for line in tables.report_lines(report):
+            out.print(line, soft_wrap=True)
+    sys.exit(0 if report.same else 1)

@@ -1,0 +1,63 @@
+"""The command line: parse, call, print, and every error in its form."""
+
+import signal
+import sys
+import traceback
+from typing import Any
+
+import click
+
+from skipless import __version__
+from skipless.cli.commands import audit, bench, count, demo, export, fuse, limit, refresh, train, verify
+from skipless.cli.output import err
+from skipless.errors import INTERRUPTED, InputError, printable
+from skipless.log import printable_logs
+
+
+class Group(click.Group):
+    """A click group that turns bad input into one line on stderr and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that files are cleaned up
+        try:
+            with printable_logs():
+                return super().invoke(ctx)
+        except click.ClickException as error:  # click's own: usage (exit code 2)
+            error.message = printable(error.message)  # type: ignore[misc]
+            raise
+        except (click.exceptions.Exit, click.Abort):
+            raise  # --help
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
+        except (InputError, OSError) as error:
+            err.print(f"skipless: {error}", style="red", soft_wrap=True)
+            sys.exit(2)
+        except Exception as error:  # a traceback's usual exit code, 1, would say "not the same function"
+            for part in traceback.format_exception(error):  # of these, frames alone have several lines of ours
+                (err.print_lines if part.startswith("  File ") else err.print)(part.strip("\n"))
+            err.print("skipless: this is a bug in skipless; please report it with the lines above", style="red")
+            sys.exit(3)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """Remove, exactly, the weights a transformer without skip connections does not need.
+
+    Exit codes: 0 done, 1 the answer is no (not the same function), 2 bad input or usage, 3 a bug.
+    """
+
+
+for command in (
+    demo.demo,
+    audit.audit,
+    fuse.fuse,
+    verify.verify,
+    count.count_command,
+    limit.limit_command,
+    export.export,
+    refresh.refresh,
+    bench.bench,
+    train.train,
+):
+    main.add_command(command)

@@ -1,0 +1,78 @@
+"""Options that commands have in common, and what they are parsed to."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from skipless.dtypes import DTYPE_NAMES
+from skipless.errors import InputError
+
+as_json = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of a table.")
+
+
+def removal_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What fuse is asked for, and audit asked about."""
+    options = [
+        click.option(
+            "--basis",
+            type=click.Choice(["auto", "q", "k", "v", "pivoted"]),
+            default="auto",
+            show_default=True,
+            help="What becomes the identity: q_proj (k, v: MHA only), or the best columns of all three.",
+        ),
+        click.option(
+            "--dtype", type=click.Choice(DTYPE_NAMES), help="Store every tensor in this dtype [default: as it is]."
+        ),
+        click.option(
+            "--rest-dtype",
+            type=click.Choice(["float32"]),
+            help="Store rest_proj, what pivoted leaves of Q, K, V, in this dtype.",
+        ),
+        click.option("--layers-open", default="", metavar="I,J,...", help="Layers that keep their projections."),
+        click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu or cuda."),
+        click.option(
+            "--remove",
+            default="stream,p",
+            show_default=True,
+            metavar="KINDS",
+            help="Kinds of seams to close: of stream, p, values, head, norms.",
+        ),
+        click.option(
+            "--parallel-removes",
+            type=click.Choice(["readers", "p"]),
+            default="readers",
+            show_default=True,
+            help="What a parallel model loses: Q (or what the basis says), or P.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def parse_removal(layers_open: str, remove: str, **others: Any) -> dict[str, Any]:
+    """The values of removal_options as fuse and audit take them."""
+    return {
+        "layers_open": parse_layers(layers_open),
+        "remove": tuple(kind.strip() for kind in remove.split(",")),
+        **others,
+    }
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Layer numbers with commas between them."""
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise InputError(f"--layers-open: expected layer numbers with commas between them, found {text!r}") from None
+
+
+def parse_size(option: str, text: str) -> int:
+    """A size such as 5GB or 200MB in bytes."""
+    found = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,3})?) ?(MB|GB)", text.strip().upper())
+    size = int(float(found[1]) * {"MB": 10**6, "GB": 10**9}[found[2]]) if found else 0
+    if size < 1:
+        raise InputError(f"{option}: expected a number and MB or GB, such as 5GB; found {text!r}")
+    return size

@@ -1,0 +1,82 @@
+"""Where results go, stdout, and everything else, stderr; bars of what is under way."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from skipless.cli.terminal import Terminal
+
+out = Terminal()
+err = Terminal(stderr=True)
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout; what JSON has no number for (infinity, NaN) becomes null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(item) for name, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    click.echo(json.dumps(plain(value), allow_nan=False))
+
+
+def progress_bar(verb: str) -> Progress:
+    """A bar on stderr that goes when it is done, if that is a terminal."""
+    columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
+
+
+@contextmanager
+def step_bar(verb: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr for work of named steps, called with what is done next, steps done, and their number."""
+    columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
+    bar = Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
+    number = bar.add_task("", total=None)
+    with bar:
+        yield lambda step, done, total: bar.update(number, description=step, completed=done, total=total)
+
+
+@contextmanager
+def work_bar(verb: str) -> Iterator[Callable[[Any, Any], None]]:
+    """A bar on stderr for fuse's `progress`, by FLOPs and bytes, with GFLOP/s and the time left."""
+    columns = (TextColumn(verb), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rate]}"))
+    bar = Progress(*columns, TimeRemainingColumn(), console=err, transient=True, disable=not err.is_terminal)
+    number = bar.add_task("", total=None, rate="")
+    last = time.monotonic()
+
+    def advance(plan: Any, task: Any) -> None:
+        nonlocal last
+        from skipless.rewrite.cost import cost
+
+        now = time.monotonic()
+        if task is None:
+            bar.update(number, total=sum(cost(plan, each).total + plan.moved(each) for each in plan.tasks))
+        else:
+            flops = cost(plan, task).total
+            bar.update(number, advance=flops + plan.moved(task))
+            if flops:
+                bar.update(number, rate=f"{flops / (now - last) / 1e9:,.0f} GFLOP/s")
+        last = now
+
+    with bar:
+        yield advance
+
+
+def tell_of_other_model_files(*folders: Path) -> None:
+    """Say of each folder whose model files are not this version's that they are not, in a line on stderr."""
+    from skipless.rewrite.model_files import other_model_files
+
+    for folder in folders:
+        if folder.is_dir() and (others := other_model_files(folder)):
+            line = f"{folder}: {' and '.join(others)}: not this version's; to replace: skipless refresh {folder}"
+            err.print(line, soft_wrap=True)
