@@ -1,5 +1,8 @@
 """Usage: exit codes, and where the text goes."""
 
+import subprocess
+import sys
+
 import pytest
 from click.testing import CliRunner
 
@@ -37,6 +40,7 @@ def test_version():
         (["verify", "a", "b", "--tokens", "0"], "0 is not in the range"),
         (["bench"], "expected model folders, or --shape"),
         (["forget"], "No such command"),
+        (["--forget"], "No such option"),
     ],
     ids=str,
 )
@@ -45,7 +49,16 @@ def test_bad_usage_exits_with_2_and_no_traceback(arguments, message):
     assert result.exit_code == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+    assert result.stderr.count("\n") == 1
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=str)
+def test_as_a_module(options):
+    done = subprocess.run(
+        [sys.executable, "-m", "skipless", "count", "gpt2", *options], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == run("count", "gpt2", *options).stdout
 
 
 def test_bench_without_a_model(tmp_path):

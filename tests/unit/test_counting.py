@@ -196,6 +196,21 @@ def test_counting_is_quick_and_light():
     assert min(times) < 0.5
 
 
+@pytest.mark.parametrize("name", ["mistralai/Mistral-7B-v0.1", "MISTRALAI/mistral-7b-V0.1", "Mistral-7B"])
+def test_what_a_hub_calls_a_model(name):
+    assert skipless.count(name).name == "mistral-7b"
+
+
+def test_every_model_has_a_name_on_a_hub_and_no_two_have_one():
+    known = table()
+    assert known["hub"].keys() == known["models"].keys()
+    hub = [each.lower() for names in known["hub"].values() for each in names]
+    assert len(hub) == len(set(hub)) >= len(known["models"])
+    assert not set(hub) & known["models"].keys()
+    with pytest.raises(skipless.InputError, match=r"the nearest names are mistral-7b-v0\.3"):
+        skipless.count("mistralai/Mistral-7B-v0.4")
+
+
 def test_the_tables_totals_are_those_published():
     known = table()["models"]
     totals = {name: config["parameters"] for name, config in known.items() if "parameters" in config}

@@ -4,5 +4,5 @@ from pathlib import Path
 
 # A model folder.
 BUNDLED = Path(__file__).parent / "stdlib"
-# Its date, and models: name -> config fields.
+# Its date; models: name -> config fields; hub: name -> what model hubs call it.
 KNOWN = Path(__file__).parent / "models.json"

@@ -14,17 +14,42 @@ from skipless.errors import INTERRUPTED, InputError, printable
 from skipless.log import printable_logs
 
 
+class Usage(click.ClickException):
+    """A usage error, in one line, exit code 2."""
+
+    exit_code = 2
+
+    def __init__(self, error: click.ClickException):
+        context = getattr(error, "ctx", None)
+        advice = "" if context is None else f"; see {context.command_path} --help"
+        super().__init__(f"{printable(error.format_message()).rstrip('.')}{advice}")
+
+    def show(self, file: Any = None) -> None:
+        """Print it."""
+        err.print(f"skipless: {self.message}", style="red", soft_wrap=True)
+
+
 class Group(click.Group):
     """A click group that turns bad input into one line on stderr and exit code 2."""
+
+    def make_context(self, *arguments: Any, **others: Any) -> click.Context:
+        """As click does."""
+        try:
+            return super().make_context(*arguments, **others)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            raise Usage(error) from None
 
     def invoke(self, ctx: click.Context) -> Any:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that files are cleaned up
         try:
             with printable_logs():
                 return super().invoke(ctx)
-        except click.ClickException as error:  # click's own: usage (exit code 2)
-            error.message = printable(error.message)  # type: ignore[misc]
+        except click.exceptions.NoArgsIsHelpError:
             raise
+        except click.ClickException as error:  # click's own
+            raise Usage(error) from None
         except (click.exceptions.Exit, click.Abort):
             raise  # --help
         except KeyboardInterrupt:

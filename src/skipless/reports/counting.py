@@ -193,7 +193,8 @@ def removable_as_is(architecture: Architecture) -> dict[str, int]:
 
 
 def resolve(model: str | Path) -> tuple[str, str, Architecture]:
-    """Name, family and architecture of a config.json, a model folder, a GGUF file, or a name in the bundled table.
+    """Name, family and architecture of a config.json, a model folder, a GGUF file, or a name in the bundled table, ours
+    or a hub's, in any case.
 
     Tensors, where there are any, are checked against the config by their headers. Raises InputError.
     """
@@ -211,20 +212,24 @@ def resolve(model: str | Path) -> tuple[str, str, Architecture]:
     elif path.suffix == ".json" or path.is_file():
         config = read_json_object(path)
     else:
-        names = {name.lower(): config for name, config in table()["models"].items()}
-        if str(model).lower() not in names:
-            near = difflib.get_close_matches(str(model).lower(), names, 4, 0.4)
+        known = table()
+        names, asked = known["models"], str(model).lower()
+        asked = {each.lower(): name for name, hub in known["hub"].items() for each in hub}.get(asked, asked)
+        if asked not in names:
+            near = difflib.get_close_matches(asked.rpartition("/")[2], names, 4, 0.4)
             raise InputError(
                 f"{model}: expected a model folder, a config.json, a GGUF file or a known name; found none; the "
                 f"nearest names are {', '.join(near or list(names)[:4])} (all of them: skipless count --list)"
             )
-        return str(model).lower(), *_described(names[str(model).lower()])
+        return asked, *_described(names[asked])
     name = path.resolve().parent.name if path.name == "config.json" else path.resolve().stem
     return name, *_described(config)
 
 
 def table() -> dict[str, Any]:
-    """The bundled table of well-known configurations: its date, and models, name -> config fields."""
+    """The bundled table of well-known configurations: its date; models, name -> config fields; hub, name -> what model
+    hubs call it.
+    """
     loaded: dict[str, Any] = json.loads(KNOWN.read_text(encoding="utf-8"))
     return loaded
 
