@@ -53,7 +53,7 @@ def test_the_papers_table_to_the_digit():
 
 
 def test_mistral_by_name():
-    found = json.loads(run("mistral-7b", "--json").stdout)
+    (found,) = json.loads(run("mistral-7b", "--json").stdout)["models"]
     assert (found["name"], found["family"]) == ("mistral-7b", "mistral")
     assert found["parameters"] == 7_241_732_096
     assert found["weights"] == 7_241_465_856

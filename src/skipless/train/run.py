@@ -4,12 +4,14 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import accelerate  # noqa: F401  (Trainer needs it, and says so only when it begins)
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
@@ -30,6 +32,11 @@ CHECKPOINTS = "checkpoints"
 RECIPE = "recipe.json"
 
 
+def is_first() -> bool:
+    """Whether this process is the one of those that torchrun has started (or the only one) that prints and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class Bar(TrainerCallback):
     """A progress bar with loss, held-out loss, tokens/s and time left, on stderr; fits in 80 columns."""
 
@@ -42,6 +49,7 @@ class Bar(TrainerCallback):
             TextColumn("loss {task.fields[loss]}  held out {task.fields[held_out]}  {task.fields[speed]} tokens/s"),
             TimeRemainingColumn(),
             console=Console(stderr=True),
+            disable=not is_first(),
         )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -63,7 +71,8 @@ class Bar(TrainerCallback):
             loss = logs["eval_loss"]
             held_out = f"{loss:.3f} nats a token, {loss * self.bits_per_byte:.3f} bits a byte"
             self.progress.update(self.task, held_out=f"{loss:.3f}")
-            self.progress.console.print(f"step {state.global_step}: held out {held_out}")
+            if is_first():
+                self.progress.console.print(f"step {state.global_step}: held out {held_out}")
 
 
 class StopAtNaN(TrainerCallback):
@@ -113,7 +122,8 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False) -> dict[str, float
     """Train, and leave a model folder with its tokenizer in `out`; returns held-out loss (nats a token), bits a byte.
 
     Checkpoints go to `out`/checkpoints while training runs; after a kill, `resume` goes on from the newest one (from
-    the start if there is none yet). Raises InputError when `out` is not empty (without `resume`), or has no run to
+    the start if there is none yet). Of several processes, which torchrun starts, each takes a batch of its own, and the
+    first alone prints and writes. Raises InputError when `out` is not empty (without `resume`), or has no run to
     resume (with it), for a model or corpus that cannot be trained, and when the loss stops being a number.
     """
     checkpoints = out / CHECKPOINTS
@@ -121,7 +131,8 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False) -> dict[str, float
     texts = read_texts(standard_library())
     corpus = hashlib.sha256("\0".join(texts).encode()).hexdigest()
     fields = json.loads(json.dumps({**dataclasses.asdict(recipe), "corpus": corpus}))
-    check_folder(out, fields, resume)
+    if is_first():
+        check_folder(out, fields, resume)
     training_texts, held_out_texts = split(texts, recipe.held_out, recipe.seed)
     try:
         config = SkiplessConfig(**recipe.model)
@@ -143,8 +154,9 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False) -> dict[str, float
         num_training_steps=recipe.steps,
         decay_type="linear",
     )
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    (checkpoints / RECIPE).write_text(json.dumps(fields), encoding="utf-8")
+    if is_first():
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        (checkpoints / RECIPE).write_text(json.dumps(fields), encoding="utf-8")
     bar = Bar(recipe.batch_size * recipe.sequence_length, bits_per_byte)
     trainer = Trainer(
         model=model,
@@ -176,9 +188,11 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False) -> dict[str, float
         trainer.train(resume_from_checkpoint=newest_checkpoint(checkpoints))
         loss = trainer.evaluate()["eval_loss"]
         config.use_cache = True  # Trainer turned it off
-        model.to(getattr(torch, recipe.dtype)).save_pretrained(out)
-    for file in out.glob("*.safetensors"):
-        shutil.copymode(out / "config.json", file)  # safetensors ignores the umask
-    tokenizer.save_pretrained(out)
-    shutil.rmtree(checkpoints)
+        if is_first():
+            model.to(getattr(torch, recipe.dtype)).save_pretrained(out)
+    if is_first():
+        for file in out.glob("*.safetensors"):
+            shutil.copymode(out / "config.json", file)  # safetensors ignores the umask
+        tokenizer.save_pretrained(out)
+        shutil.rmtree(checkpoints)
     return {"held_out_loss": loss, "bits_per_byte": loss * bits_per_byte}

@@ -73,8 +73,7 @@ def count_command(
         counts = [room.count(model, conditions) for model in models]
         rows, notes = tables.count_rows(counts), tables.count_notes(counts, conditions)
     if as_json:
-        found = [counted.to_json() for counted in counts]
-        print_json(found[0] if len(found) == 1 else {"models": found})
+        print_json({"models": [counted.to_json() for counted in counts]})
     elif as_csv:
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerows(rows)

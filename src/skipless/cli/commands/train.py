@@ -19,6 +19,7 @@ def train(recipe: str, out_folder: Path, resume: bool, as_json: bool) -> None:
     """Train a skipless model by RECIPE (a TOML file, or a bundled name: stdlib) into the folder OUT."""
     with extra("train"):
         from skipless.train.recipe import Recipe
+        from skipless.train.run import is_first
         from skipless.train.run import train as run
 
     try:
@@ -26,6 +27,8 @@ def train(recipe: str, out_folder: Path, resume: bool, as_json: bool) -> None:
     except KeyboardInterrupt:
         err.print(f"interrupted; go on with: skipless train {recipe} {out_folder} --resume", soft_wrap=True)
         sys.exit(INTERRUPTED)
+    if not is_first():
+        return
     if as_json:
         print_json(result)
     else:
