@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 from click.testing import CliRunner
+from filelock import FileLock
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from skipless import InputError, cli
@@ -22,7 +23,7 @@ def engine(monkeypatch):
     engine = types.ModuleType("engine")
     engine.WEIGHTS = ("f32", "bf16")
     engine.write = lambda source, folder, weights: (folder / "model.bin").write_bytes(b"model")
-    monkeypatch.setitem(sys.modules, "engine", engine)
+    monkeypatch.setitem(sys.modules, "skipless.serving.engine", engine)
     monkeypatch.setitem(room.FORMATS, "openvino", "engine")
     return engine
 
@@ -37,6 +38,20 @@ def test_it_copies_what_is_not_weights(engine, source, tmp_path):
     assert files == {"model.bin", "config.json", "generation_config.json", "tokenizer.json", "sub"}
     assert found.bytes == sum(file.stat().st_size for file in (tmp_path / "out").rglob("*.*")) + len("free")
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
+
+
+def test_what_killed_processes_have_left_goes(engine, source, tmp_path):
+    """And what living ones hold, or what is not ours, stays."""
+    left, held, other = (tmp_path / f".out{name}" for name in (".export-a", ".export-b", ".export-c"))
+    for folder in (left, held, other):
+        folder.mkdir()
+        (folder / "file").write_text("something")
+    (left / "lock").touch()
+    with FileLock(held / "lock"):
+        room.export(source, tmp_path / "out", to="openvino")
+        assert not left.exists()
+        assert (held / "file").exists()
+        assert (other / "file").exists()
 
 
 def test_the_command(engine, source, tmp_path):

@@ -10,6 +10,8 @@ Where a job.json of ours is, the rest by these names is ours, too. Nothing else 
 
 import errno
 import os
+import shutil
+import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -135,6 +137,22 @@ def staged(place: Place, job: Mapping[str, Any], written: Collection[Path], resu
         _discard(folder, written)
     if os.path.lexists(folder):
         logger.warning("%s: could not be removed, or holds files of others; remove it", folder)
+
+
+@contextmanager
+def beside(place: LocalPlace) -> Iterator[Path]:
+    """A folder beside what will be at `place`, gone when the block ends; those of killed processes go before."""
+    parent, prefix = place.path.parent, f".{place.path.name}.export-"
+    for left in parent.iterdir():
+        lock = left / LOCK
+        if left.name.startswith(prefix) and not left.is_symlink() and lock.is_file() and not lock.is_symlink():
+            with suppress(Timeout, OSError), FileLock(lock, timeout=0):
+                shutil.rmtree(left)
+    with (
+        tempfile.TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True) as folder,
+        FileLock(Path(folder) / LOCK),
+    ):
+        yield Path(folder)
 
 
 def _begun(place: Place, job: Mapping[str, Any], written: Collection[Path], resume: bool) -> Manifest | None:

@@ -2,14 +2,13 @@
 
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
 from skipless.checkpoint.headers import Folder
 from skipless.checkpoint.others import tell_left_out
-from skipless.checkpoint.staging import LocalPlace
+from skipless.checkpoint.staging import LocalPlace, beside
 from skipless.errors import InputError, extra
 from skipless.rewrite.model_files import OURS
 from skipless.serving.engines import FORMATS
@@ -46,8 +45,8 @@ def export(source: str | Path, destination: str | Path, *, to: str, weights: str
     opened = Folder(source)
     others = [file for file in opened.other_files() if str(file) not in OURS]
     tell_left_out([name for name in opened.left_out() if name not in OURS])
-    with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as beside:
-        folder = Path(beside) / "model"
+    with beside(place) as found:
+        folder = found / "model"
         folder.mkdir()
         room.write(source, folder, weights)
         for file in (*others, Path("config.json")):
