@@ -25,7 +25,7 @@ import torch
 from skipless import fuse
 from skipless.checkpoint.staging import LocalPlace
 from skipless.model import SkiplessConfig, SkiplessForCausalLM
-from skipless.rewrite import executors
+from skipless.rewrite import execution
 
 SHARD = 500_000
 
@@ -39,7 +39,7 @@ def make(folder: Path, layers: int) -> None:
 
 def child(source: Path, destination: Path, log: Path) -> None:
     """Fuse, and note the number of every task that was carried out."""
-    run_task = executors.run_task
+    run_task = execution.run_task
 
     def noted(plan, task, read):
         done = run_task(plan, task, read)
@@ -51,7 +51,7 @@ def child(source: Path, destination: Path, log: Path) -> None:
 
         return dataclasses.replace(done, tensors=tensors())
 
-    executors.run_task = noted
+    execution.run_task = noted
     fuse(source, destination, basis="pivoted", max_shard_size=SHARD, resume=True)
 
 

@@ -29,7 +29,7 @@ from skipless.algebra.basis import MAX_CONDITION, Basis
 from skipless.architecture.config import Architecture
 from skipless.checkpoint.reader import CheckpointReader, uncache
 from skipless.checkpoint.writer import CheckpointWriter, plan_shards, write_json
-from skipless.rewrite import execution, executors
+from skipless.rewrite import execution
 from skipless.rewrite.cost import cost
 from skipless.rewrite.fusion import plan_fuse
 from skipless.rewrite.machine import measure, peak_memory
@@ -136,7 +136,7 @@ def child(source: str, destination: str, basis: str, memory: str) -> None:
         begun += spent["read"] - reading
         return dataclasses.replace(done, tensors=tensors(begun, done))
 
-    executors.run_task = timed_task
+    execution.run_task = timed_task
     CheckpointReader.tensor = timed("read", tensor)
     CheckpointWriter.write = timed("write", write)
     stamps = []

@@ -27,7 +27,7 @@ ROWS = 48
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch):
     monkeypatch.setattr(linalg, "ROWS", ROWS)
-    for room in (closing, cost):
+    for room in (execution, cost):
         monkeypatch.setattr(room, "COPIED", 5000)
 
 

@@ -24,6 +24,7 @@ BIASES = {"attention_bias": True, "mlp_bias": True}
 NORMS = ["input_layernorm", "post_attention_layernorm", "model.norm"]
 REDUNDANT = {"norm_type": "rms", "norm_eps": 0.0}
 FULL = ("stream", "values", "p", "head")
+INSIDE = ("stream", "values", "p")
 BY_P = {"remove": ("p", "head"), "parallel_removes": "p"}
 NAMED = {
     "Fig. 1(b), MHA": ({**MHA}, "q"),
@@ -144,8 +145,16 @@ NAMED = {
     "skip past the FFN, experts": ({"residual": "ffn", **MOE, **BIASES}, "pivoted", {"remove": FULL}),
     "skip past the FFN, positions, by k": ({"residual": "ffn", "position_type": "learned", **MHA}, "k"),
     "skips, no norms": ({"residual": "both"}, "q"),
-    "skips, no norms, everything": ({"residual": "both", "residual_gains": True}, "pivoted", {"remove": FULL}),
-    "skips, no norms, parallel, experts": ({"residual": "both", **PARALLEL, **MOE}, "pivoted", {"remove": FULL}),
+    "skips, no norms, everything": (
+        {"residual": "both", "residual_gains": True},
+        "pivoted",
+        {"remove": ("stream", "values", "p")},
+    ),
+    "skips, no norms, parallel, experts": (
+        {"residual": "both", **PARALLEL, **MOE},
+        "pivoted",
+        {"remove": ("stream", "values")},
+    ),
     "pivoted, nothing left of Q, K, V": (
         {"num_attention_heads": 2, "head_dim": 8, "num_key_value_heads": 1},
         "pivoted",

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from skipless import cli, fuse
 from skipless.checkpoint.staging import LocalPlace
 from skipless.errors import InputError
-from skipless.rewrite import executors
+from skipless.rewrite import execution
 from tests.models import SMALL, SMALL_FILES, build, contents, edit_tensors, save, stop_fuse
 
 TWO_LAYERS = {**SMALL, "num_hidden_layers": 2}
@@ -69,8 +69,8 @@ def resume(source, stopped):
 
 def resumed(source, stopped, whole, monkeypatch):
     """Go on; how many tasks were carried out."""
-    ran, run = [], executors.run_task
-    monkeypatch.setattr(executors, "run_task", lambda plan, task, read: ran.append(task) or run(plan, task, read))
+    ran, run = [], execution.run_task
+    monkeypatch.setattr(execution, "run_task", lambda plan, task, read: ran.append(task) or run(plan, task, read))
     plan = resume(source, stopped)
     assert contents(stopped.parent / "fused") == whole
     assert not stopped.exists()

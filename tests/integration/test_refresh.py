@@ -10,6 +10,7 @@ from click.testing import CliRunner
 import skipless
 from skipless import cli
 from skipless.checkpoint.reader import CheckpointReader
+from skipless.errors import INTERRUPTED
 from skipless.rewrite import model_files
 from skipless.rewrite.record import digest
 from tests.models import load
@@ -69,7 +70,7 @@ def test_stopped_between_the_files_and_the_record_it_goes_on(old, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(model_files, "replace_record", stop)
-        assert run("refresh", old).exit_code == cli.INTERRUPTED
+        assert run("refresh", old).exit_code == INTERRUPTED
     assert run("verify", old).exit_code == 1
     assert run("refresh", old).exit_code == 0
     assert run("verify", old).exit_code == 0

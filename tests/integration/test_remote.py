@@ -403,7 +403,6 @@ def test_no_secret_is_said_or_written(memory, tmp_path, monkeypatch, caplog):
     assert command(SECRET, "fused", "--dry-run") == 0
     with monkeypatch.context() as patch:
         patch.setattr("skipless.rewrite.execution.run_task", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        patch.setattr("skipless.rewrite.executors.run_task", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         patch.setattr("skipless.checkpoint.staging._discard", lambda *_: None)
         patch.setattr(sys, "argv", ["skipless", "fuse", SECRET, "fused"])
         assert command(SECRET, "fused") == 130

@@ -22,7 +22,7 @@ from skipless.checkpoint.reader import CheckpointReader
 from skipless.checkpoint.staging import LocalPlace
 from skipless.checkpoint.writer import CheckpointWriter
 from skipless.errors import StorageError
-from skipless.rewrite import execution, executors, fusion
+from skipless.rewrite import execution, fusion
 from tests.models import MANY_FILES, contents, edit_config, edit_tensors
 
 
@@ -41,8 +41,8 @@ def stop_at_write(monkeypatch, number, error):
 
 def count_tasks(monkeypatch):
     ran = []
-    run = executors.run_task
-    monkeypatch.setattr(executors, "run_task", lambda plan, task, read: ran.append(task) or run(plan, task, read))
+    run = execution.run_task
+    monkeypatch.setattr(execution, "run_task", lambda plan, task, read: ran.append(task) or run(plan, task, read))
     return ran
 
 
@@ -174,7 +174,7 @@ def test_other_options_are_refused(source, tmp_path, stopped, change, message):
 
 def test_another_source_and_other_versions_are_refused(source, tmp_path, stopped, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("skipless.rewrite.executors.__version__", "0.0.0")
+        patch.setattr("skipless.rewrite.environment.__version__", "0.0.0")
         with pytest.raises(InputError, match=r"environment\.skipless: expected "):
             fuse(source, tmp_path / "fused", resume=True, **MANY_FILES)
     edit_tensors(source, lm_head__weight=torch.ones(61, 32))
@@ -242,7 +242,7 @@ def test_a_wrong_input_of_a_later_call_loses_nothing(source, tmp_path, monkeypat
         raise InputError("something is wrong on a machine that has joined")
 
     with monkeypatch.context() as patch:
-        patch.setattr(executors, "run_task", wrong)
+        patch.setattr(execution, "run_task", wrong)
         with pytest.raises(InputError, match="something is wrong"):
             fuse(source, tmp_path / "fused", resume=True, **MANY_FILES)
     assert (stopped / "journal.jsonl").exists()
@@ -322,7 +322,7 @@ def test_a_source_that_changes_meanwhile(source, tmp_path, monkeypatch, change):
                 edit_config(source, eos_token_id=5)
         return run(plan, task, read)
 
-    monkeypatch.setattr(executors, "run_task", changing)
+    monkeypatch.setattr(execution, "run_task", changing)
     with pytest.raises(InputError, match=rf"{file.name}: expected the file as it was .* found it changed meanwhile"):
         fuse(source, tmp_path / "fused", **MANY_FILES)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
@@ -363,7 +363,7 @@ def test_a_source_edited_in_place_while_it_is_read(source, tmp_path, monkeypatch
             edited.append(edit_in_place(source / "model.safetensors", last_byte(source, "lm_head.weight")))
         return run(plan, task, read)
 
-    monkeypatch.setattr(executors, "run_task", changing)
+    monkeypatch.setattr(execution, "run_task", changing)
     with pytest.raises(InputError, match=r"model\.safetensors: expected the file as it was when its header was read"):
         fuse(source, tmp_path / "fused", **MANY_FILES)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

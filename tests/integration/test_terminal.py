@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from skipless import cli
+from skipless.cli import output
 from skipless.cli.terminal import Terminal
 from skipless.errors import printable
 from skipless.log import logger
@@ -30,8 +31,8 @@ named = pytest.mark.parametrize(("name", "shown"), NAMES.values(), ids=NAMES)
 @pytest.fixture
 def run(capfd, monkeypatch):
     """What a command prints, on stdout and stderr, logs included: lines that print."""
-    monkeypatch.setattr(cli.out, "_width", 1000)
-    monkeypatch.setattr(cli.err, "_width", 1000)
+    monkeypatch.setattr(output.out, "_width", 1000)
+    monkeypatch.setattr(output.err, "_width", 1000)
     handler = logging.StreamHandler(io.StringIO())
     logger.addHandler(handler)
 

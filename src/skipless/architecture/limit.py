@@ -53,7 +53,7 @@ def closable(architecture: Architecture) -> list[Seam]:
     kinds = list(KINDS)
     while True:
         found = seams(architecture, values="values" in kinds or None)
-        every = [seam for seam in found if seam.kind in kinds and seam.taken not in kinds]
+        every = [seam for seam in found if seam.kind in kinds and not seam.spared(kinds)]
         blocked = {seam.kind for seam in every if seam.blocked}
         if not blocked:
             return every

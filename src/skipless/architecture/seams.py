@@ -6,7 +6,7 @@ Row vectors, y = x W + b (arXiv:2404.12362, Fig. 1 and 2). Here is only who writ
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from skipless.architecture.config import HOMOGENEOUS, Architecture
@@ -79,6 +79,12 @@ class Seam:
     def refusal(self) -> str | None:
         """Why it cannot be closed, in a sentence, or None."""
         return self.blocked and f"the {self.kind} seam of layer {self.layer} is blocked by {self.blocked}"
+
+    def spared(self, kinds: Collection[str]) -> bool:
+        """Whether it stays open, and is not refused, when these kinds are asked for: one that is asked for by default,
+        whose weights go with another of them.
+        """
+        return self.kind in REMOVABLE and self.taken in kinds
 
     @property
     def modules(self) -> tuple[str, ...]:

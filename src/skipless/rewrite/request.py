@@ -63,7 +63,7 @@ class Request:
             for seam in self.every(source)
             if seam.kind in self.remove and not (seam.kind == "stream" and seam.layer in self.layers_open)
         ]
-        asked = [seam for seam in asked if seam.taken not in self.remove]  # their weights go elsewhere (self.note)
+        asked = [seam for seam in asked if not seam.spared(self.remove)]  # their weights go elsewhere (self.note)
         if self.basis == "v" and {"stream", "values"} <= set(self.remove):
             raise InputError(
                 "basis: expected one without v with --remove stream,values, as heads of V cannot be the stream and "
@@ -84,7 +84,7 @@ class Request:
 
     def note(self, source: Architecture) -> str:
         """What of what was asked for stays, as its weights go elsewhere, and why; or nothing."""
-        spared = [seam for seam in self.every(source) if seam.kind in self.remove and seam.taken in self.remove]
+        spared = [seam for seam in self.every(source) if seam.kind in self.remove and seam.spared(self.remove)]
         if source.block_type != "parallel" or source.residual != "none":
             kinds = " and ".join(dict.fromkeys(seam.kind for seam in spared))
             return f"{kinds} seams stay, in {len(spared)} places: {spared[0].blocked}" if spared else ""
