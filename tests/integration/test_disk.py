@@ -50,6 +50,7 @@ mount("size={size}")
     return run
 
 
+@pytest.mark.slow
 def test_too_small_from_the_start(disk):
     out = disk("100k", "print(message(source, disk / 'fused')); print(os.listdir(disk))")
     assert "fused: expected " in out
@@ -57,11 +58,13 @@ def test_too_small_from_the_start(disk):
     assert out.endswith("[]\n")
 
 
+@pytest.mark.slow
 def test_read_only(disk):
     out = disk("1m", "mount('remount,ro'); print(message(source, disk / 'fused'))")
     assert "disk: expected a folder that can be written, found one that cannot" in out
 
 
+@pytest.mark.slow
 def test_full_in_the_middle_and_resumed(disk, tmp_path):
     fuse(tmp_path / "source", tmp_path / "whole", basis="q")
     out = disk(

@@ -243,6 +243,7 @@ def possible(fields, basis, kinds, parallel_removes):
     return ()
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(case=cases())
 def test_drawn_cases(case, tmp_path_factory):
@@ -311,6 +312,7 @@ def test_fp32_checkpoints_stay_within_fp32(fields, tmp_path):
     assert relative_error(load(tmp_path / "fused", torch.float32), model.double()) > FP32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(("fields", "basis", "options"), CASES, ids=NAMED.keys())
 def test_half_precision(fields, basis, options, dtype, tmp_path):

@@ -45,6 +45,7 @@ def test_it_has_the_matrices_of_its_figure(file):
             limit(architecture)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
 def test_it_learns_and_generates(file):
     """One sequence by heart: the signal passes every layer, forwards and backwards."""

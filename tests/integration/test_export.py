@@ -103,7 +103,7 @@ def test_bad_input_is_refused_in_one_line(engine, source, tmp_path, options, mes
 
 @pytest.mark.parametrize(("to", "package"), [("openvino", "openvino"), ("onnx", "onnxscript")])
 def test_what_is_not_installed_is_named(source, tmp_path, monkeypatch, to, package):
-    monkeypatch.delitem(sys.modules, room.FORMATS[to], raising=False)
+    monkeypatch.delitem(sys.modules, f"skipless.serving.{room.FORMATS[to]}", raising=False)
     monkeypatch.setitem(sys.modules, package, None)
     message = rf"expected the \[{to}\] extra, found no {package}; pip install 'skipless\[{to}\]'"
     with pytest.raises(InputError, match=message):

@@ -110,6 +110,7 @@ def attempt(source, destination, faults, **options):
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("begun", [False, True], ids=["anew", "resumed"])
 @pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EIO, "kill"], ids=["ENOSPC", "EIO", "kill"])

@@ -27,6 +27,7 @@ def source(tmp_path):
     return save(build(), tmp_path / "source")
 
 
+@pytest.mark.slow
 def test_the_folder_loads_without_skipless_through_trust_remote_code(source, tmp_path):
     skipless.fuse(source, tmp_path / "fused")
     code = f"""

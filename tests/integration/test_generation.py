@@ -61,6 +61,7 @@ def generated(folders, modules, caches=("dynamic", "static"), by_import=True, fo
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_import", [True, False], ids=["import", "trust_remote_code"])
 def test_with_each_cache_it_is_what_is_generated_without(by_import, folders, tmp_path):
     found = generated(folders, tmp_path, by_import=by_import)
@@ -70,6 +71,7 @@ def test_with_each_cache_it_is_what_is_generated_without(by_import, folders, tmp
     assert len({tuple(tokens) for tokens, _ in found.values()}) == 1  # fused, too, it says the same
 
 
+@pytest.mark.slow
 def test_with_a_cache_that_forgets_it_is_not(folders, tmp_path):
     for tokens, again in generated(folders, tmp_path, caches=("dynamic",), forget=True).values():
         assert tokens != again

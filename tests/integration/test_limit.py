@@ -24,6 +24,7 @@ PARALLEL = {"block_type": "parallel"}
 BIASES = {"attention_bias": True, "mlp_bias": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
@@ -40,6 +41,9 @@ BIASES = {"attention_bias": True, "mlp_bias": True}
         {"residual": "both", "norm_type": "rms", "tie_word_embeddings": True},
         {"residual": "ffn", "norm_type": "rms", "attention_shaping": "full", "residual_gains": True},
         {"residual": "attention"},
+        {"residual": "ffn"},
+        {"residual": "both"},
+        {**PARALLEL, "residual": "both"},
         {"residual": "attention", "attention_shaping": "full", "residual_gains": True},
         {"residual": "both", "attention_shaping": "value", "tie_word_embeddings": True},
         {"norm_type": "layer"},
@@ -54,6 +58,7 @@ def test_the_limit_is_the_jacobians_before_and_after_fusing(fields):
     assert found.holds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, {"tie_word_embeddings": True}], ids=str)
 def test_where_the_formula_may_fall_short_it_says_so(fields):
     found = certify(Architecture.from_config({**MQA, "position_type": "learned", **fields}))
@@ -62,13 +67,16 @@ def test_where_the_formula_may_fall_short_it_says_so(fields):
     assert found.holds
 
 
-def test_experts():
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [{}, PARALLEL], ids=str)
+def test_experts(fields):
     experts = {"ffn_type": "moe", "num_local_experts": 8, "num_experts_per_tok": 2}
-    found = certify(Architecture.from_config({**MQA, **experts}))
+    found = certify(Architecture.from_config({**MQA, **experts, **fields}))
     assert found.exact
     assert found.holds
 
 
+@pytest.mark.slow
 def test_a_wrong_formula_is_noticed():
     """A model that keeps its skips has fewer free parameters than the formula for one without them says."""
     with_skips = certify(Architecture.from_config({**MQA, "residual": "both"}))

@@ -193,6 +193,7 @@ def test_an_unknown_keyword_is_an_error():
     assert agree(logits(model, ids, output_attentions=False, num_items_in_batch=None), logits(model, ids))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.23"),
     reason="in transformers 5.5 its own Llama generates other tokens in continuous batching on a CPU",
@@ -903,6 +904,7 @@ def test_rest_dtype_keeps_rest_proj_fine(tmp_path, dtype):
     assert not torch.allclose(small.double(), columns, **rounded_once)
 
 
+@pytest.mark.slow
 def test_a_pivoted_folder_loads_without_skipless_through_trust_remote_code(tmp_path):
     model = build(**PIVOTED, rest_dtype="float32", attention_bias=True)
     save(model, tmp_path / "model")
@@ -934,6 +936,7 @@ for name, dtype in (("fp64", torch.float64), ("bf16", torch.bfloat16)):
 # Compilation and lower precision
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [

@@ -34,6 +34,7 @@ class Session:
         return logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["parallel, learned positions", "experts, everything"])
 def test_the_same_logits_step_by_step(name, tmp_path):
     source = case(name, tmp_path)
@@ -44,6 +45,7 @@ def test_the_same_logits_step_by_step(name, tmp_path):
     assert padded.error(np.concatenate(found, 1)) <= FP32
 
 
+@pytest.mark.slow
 def test_what_the_docs_show_and_not_with_a_spoiled_weight(tmp_path, capsys):
     """Stored in bf16: exactly the bundled model's weights, at half the size."""
     export(BUNDLED, tmp_path / "exported", to="onnx", weights="bf16")

@@ -54,6 +54,7 @@ def exported(fused):
     return fused.parent / "exported"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_every_kind_of_layer_gives_the_same_logits_and_tokens(name, tmp_path):
     source = case(name, tmp_path)
@@ -67,6 +68,7 @@ def test_every_kind_of_layer_gives_the_same_logits_and_tokens(name, tmp_path):
     assert pipeline_tokens(tmp_path / "exported", ids, 12) == greedy(source, ids, 12)
 
 
+@pytest.mark.slow
 def test_the_pipeline_writes_what_huggingface_does(exported, prompt):
     tokens = greedy(BUNDLED, prompt, TOKENS)
     text = AutoTokenizer.from_pretrained(BUNDLED).decode(tokens)
@@ -81,6 +83,7 @@ def test_what_the_docs_show(exported, prompt, capsys):
     assert capsys.readouterr().out.strip() == text.strip()
 
 
+@pytest.mark.slow
 def test_a_spoiled_weight_is_noticed(fused, tmp_path):
     skipless.fuse(BUNDLED, tmp_path / "spoiled", dtype="float32")
     name = "model.layers.3.self_attn.rest_proj.weight"
@@ -105,6 +108,7 @@ def test_beam_idx_takes_the_rows_of_the_cache(exported, fused):
     assert relative_error(torch.from_numpy(unordered), expected).max() > 10 * FP32
 
 
+@pytest.mark.slow
 def test_bf16_loses_what_bf16_loses(tmp_path):
     skipless.fuse(BUNDLED, tmp_path / "fused")
     padded = Padded(tmp_path / "fused")
@@ -146,6 +150,7 @@ def rounded(model, bits, group):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("weights", "bits", "group"), [("int8", 8, None), ("int4", 4, 128)])
 def test_integers_lose_what_rounding_loses(weights, bits, group):
     padded, model = Padded(BUNDLED), room.convert(BUNDLED, weights)
@@ -158,6 +163,7 @@ def test_integers_lose_what_rounding_loses(weights, bits, group):
     assert own / HALF <= found <= HALF * own
 
 
+@pytest.mark.slow
 def test_the_runner_decodes_and_counts(fused, exported, prompt):
     """Also batches, an exported folder, and what a token reads."""
     expected = greedy(BUNDLED, prompt, 12)
@@ -179,6 +185,7 @@ def test_the_runner_decodes_and_counts(fused, exported, prompt):
         room.Runner(BUNDLED, "float64")
 
 
+@pytest.mark.slow
 def test_the_runner_computes_as_decoding_asks():
     hint, group = "INFERENCE_PRECISION_HINT", "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 

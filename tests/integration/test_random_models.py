@@ -1,5 +1,6 @@
 """Whatever fuse does not refuse is the same function, over all switches (benchmarks/random_models.py tries more)."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,6 +10,7 @@ from tests.random_models import draw_fields, draw_runs, judge
 from tests.tolerances import FP64
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(data=st.data())
 def test_fused_or_refused(data, tmp_path_factory):

@@ -103,6 +103,7 @@ def stop_at_write(monkeypatch, number, once):
     monkeypatch.setattr(CheckpointWriter, "write", stopped)
 
 
+@pytest.mark.slow
 def test_two_workers_write_the_same_bytes(source, tmp_path, two_workers, whole, monkeypatch):
     seen = tmp_path / "seen"
     seen.mkdir()
@@ -122,6 +123,7 @@ def test_two_workers_write_the_same_bytes(source, tmp_path, two_workers, whole, 
     assert ray.is_initialized()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outputs", [0, 2])
 def test_a_killed_workers_task_runs_again(source, tmp_path, two_workers, whole, monkeypatch, outputs):
     """SIGKILL, when the task has given nothing yet, and when it has given its first tensor."""
@@ -140,6 +142,7 @@ def test_a_killed_workers_task_runs_again(source, tmp_path, two_workers, whole, 
     assert contents(tmp_path / "fused") == whole
 
 
+@pytest.mark.slow
 def test_what_no_machine_has_room_for_goes_by_rows(tmp_path, two_workers, monkeypatch):
     source = save(build(dtype=torch.bfloat16, vocab_size=50_000), tmp_path / "source")
     plan = fuse(source, tmp_path / "whole", basis="q")
@@ -154,6 +157,7 @@ def test_what_no_machine_has_room_for_goes_by_rows(tmp_path, two_workers, monkey
     assert contents(tmp_path / "fused") == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_task_that_kills_every_worker(source, tmp_path, two_workers, whole, monkeypatch):
     journal = LocalPlace(tmp_path / "fused").unfinished / "journal.jsonl"
 
@@ -350,6 +354,7 @@ def test_a_cluster_that_is_not_there(source, tmp_path, monkeypatch):
     assert message(None) == "engine: expected Ray for 'ray', found none installed; pip install 'skipless[ray]'"
 
 
+@pytest.mark.slow
 def test_a_cluster_of_its_own(source, tmp_path, whole):
     """From the command line, with no cluster: one is begun, and ended, even by Ctrl-C."""
     arguments = ["fuse", str(source), str(tmp_path / "fused"), "--dtype", "bfloat16", "--max-shard-size", "0.02MB"]
@@ -370,6 +375,7 @@ def test_a_cluster_of_its_own(source, tmp_path, whole):
     assert contents(tmp_path / "fused") == whole
 
 
+@pytest.mark.slow
 def test_a_task_is_checked_on_another_machine(source, tmp_path, whole, monkeypatch):
     """A cluster of two nodes, both of them processes of this machine."""
     from ray.cluster_utils import Cluster

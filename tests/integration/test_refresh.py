@@ -94,6 +94,7 @@ def test_damage_elsewhere_is_not_forgotten(old):
     assert "generation_config.json" in result.stdout
 
 
+@pytest.mark.slow
 def test_verify_bench_and_audit_say_so_in_a_line(source, old):
     line = f"{old}: configuration_skipless.py and modeling_skipless.py: not this version's"
     once = ("--rounds", "1", "--tokens", "2", "--context", "4", "--prefill", "0")

@@ -123,6 +123,7 @@ def test_ctrl_c_says_how_to_resume(source, tmp_path, monkeypatch):
     assert result.stderr.strip() == "interrupted; go on with: skipless fuse 'a b' c --resume"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hit", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda hit: hit.name)
 def test_a_killed_process_goes_on(source, tmp_path, whole, hit):
     command = [sys.executable, "-c", "from skipless.cli import main; main()", "fuse", str(source)]

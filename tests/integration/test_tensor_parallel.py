@@ -106,6 +106,7 @@ def error(found, expected):
     return ((found - expected).abs().amax(-1) / expected.abs().amax(-1)).max().item()
 
 
+@pytest.mark.slow
 @new
 @pytest.mark.parametrize("name", MODELS)
 def test_two_ranks(models, ranks, name):

@@ -192,6 +192,7 @@ def test_clips_gradients_and_schedules_both_learning_rates(
     assert rates == [pytest.approx([0.02 * factor, 0.01 * factor]) for factor in factors]
 
 
+@pytest.mark.slow
 def test_refuses_a_folder_that_is_not_empty(recipe: Recipe, tmp_path: Path, killed: Path):
     (tmp_path / "file").write_text("mine")
     for out in (tmp_path, tmp_path / "file", killed):

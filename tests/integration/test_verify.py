@@ -125,6 +125,7 @@ def test_what_half_precision_may_lose_follows_from_what_it_is(tmp_path):
 # Functions that are not A's
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("fused", [False, True], ids=["copy", "fused"])
 @pytest.mark.parametrize("name", OTHERS)
@@ -146,6 +147,7 @@ def test_none_of_these_is_called_the_same(tmp_path, name, fused, dtype):
     assert ("the same function, but not the same generation" in report.note) == other.generation
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(data=st.data())
 def test_no_fuse_is_called_another_function(data, tmp_path_factory):

@@ -211,6 +211,7 @@ def test_every_model_has_a_name_on_a_hub_and_no_two_have_one():
         skipless.count("mistralai/Mistral-7B-v0.4")
 
 
+@pytest.mark.slow
 def test_the_tables_totals_are_those_published():
     known = table()["models"]
     totals = {name: config["parameters"] for name, config in known.items() if "parameters" in config}

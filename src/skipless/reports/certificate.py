@@ -4,9 +4,11 @@ The Jacobian is that of all logits on many random sequences, at random weights: 
 """
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from skipless.rewrite.fusion import fuse
 # Singular values below this part of the largest are zero; a rank counts only if the next is smaller by GAP.
 ZERO, GAP = 1e-10, 1e2
 TOKENS = 10
+# Outputs that are looked at, for each parameter.
+ROWS = 3
 # An eps that counts: of a tiny one, rounding hides that norms see their input's scale.
 EPS = 0.1
 
@@ -118,7 +122,8 @@ def shrink(architecture: Architecture) -> dict[str, Any]:
     if a.norm_type != "none":
         fields |= {"norms": list(a.norms), "norm_eps": EPS if a.norm_eps else 0.0}
     return fields | {
-        "vocab_size": max(4 * d, 5 * f),  # else a layer that reads single tokens' rows is a lookup table
+        # else a layer that reads single tokens' rows is a lookup table; so many are routed to each expert, too
+        "vocab_size": max(4 * d, 5 * f, 3 * fields.get("num_local_experts", 0) * f),
         "hidden_size": d,
         "intermediate_size": f,
         "num_hidden_layers": 2,
@@ -146,21 +151,28 @@ def _randomize(model: SkiplessForCausalLM) -> None:
 
 
 def rank(model: SkiplessForCausalLM) -> Rank:
-    """The rank of the Jacobian of all logits by all parameters, its columns scaled to the same length."""
+    """The rank of the Jacobian of all logits by all parameters, its columns scaled to the same length.
+
+    Of each token's logits random mixtures are taken, other ones of each, ROWS times as many in all as parameters: a
+    random projection onto more dimensions than the rank is keeps it (with probability 1).
+    """
     model.set_attn_implementation("eager")
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    experts = model.config.num_local_experts or 1  # each has to see as many tokens
     generator = torch.Generator().manual_seed(1)
     size = model.config.vocab_size  # every token in about as many contexts
-    tokens = torch.stack([torch.randperm(size, generator=generator)[:TOKENS] for _ in range(4 * size * experts // 5)])
+    tokens = torch.stack([torch.randperm(size, generator=generator)[:TOKENS] for _ in range(4 * size // 5)])
 
-    def logits(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
-        found: torch.Tensor = functional_call(model, parameters, (tokens,), {"use_cache": False}).logits
-        return found.flatten()
+    count = sum(parameter.numel() for parameter in parameters.values())
+    mixtures = min(size, math.ceil(ROWS * count / tokens.numel()))
+    mixing = torch.randn(*tokens.shape, size, mixtures, generator=generator, dtype=torch.float64)
 
-    with torch.no_grad():
-        jacobian = jacfwd(logits)(parameters)
-    columns = torch.cat([jacobian[name].flatten(1) for name in parameters], 1)
+    def logits(name: str, value: torch.Tensor) -> torch.Tensor:
+        changed = {**parameters, name: value}
+        found: torch.Tensor = functional_call(model, changed, (tokens,), {"use_cache": False}).logits
+        return (found[..., None, :] @ mixing).flatten()
+
+    with torch.no_grad():  # of one tensor at a time, which takes less memory
+        columns = torch.cat([jacfwd(partial(logits, name))(value).flatten(1) for name, value in parameters.items()], 1)
     lengths = columns.norm(dim=0)
     columns[:, lengths < ZERO * lengths.max()] = 0
     columns = columns / lengths.clamp(min=ZERO * lengths.max())
