@@ -8,7 +8,7 @@ import pkgutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from skipless.architecture.config import Architecture, Module
 from skipless.checkpoint import families
@@ -284,14 +284,36 @@ def _check_layers(architecture: Architecture, names: Collection[str]) -> None:
 
 def check(folder: Folder) -> Architecture:
     """What a model folder holds. Raises InputError if its config is none, or its tensors' headers contradict it."""
-    architecture = read(folder.config)
+    if folder.config.get("model_type") != "skipless":
+        return laid_out(folder).architecture
+    architecture = Architecture.from_config(folder.config)
     _check_layers(architecture, folder.headers)
-    if folder.config.get("model_type") == "skipless":
-        folder.check(architecture.tensors(), architecture.index_tensors())
-    else:
-        layout = Layout.of(find(folder.config), architecture, folder.headers)
-        folder.check(layout.shapes, ignores=layout.ignores)
+    folder.check(architecture.tensors(), architecture.index_tensors())
     return architecture
+
+
+class Opened(Protocol):
+    """A checkpoint whose config and headers have been read: a model folder, or a GGUF file."""
+
+    @property
+    def config(self) -> Config: ...
+
+    @property
+    def headers(self) -> Collection[str]: ...
+
+    def check(self, expected: Mapping[str, tuple[int, ...]], *, ignores: Callable[[str], bool]) -> None:
+        """Raise InputError for the first tensor that has another shape, is missing, or is none of these."""
+
+
+def laid_out(opened: Opened) -> Layout:
+    """Where a checkpoint of a family that is described has its tensors.
+
+    Raises InputError if its config is none, or its tensors' headers contradict it.
+    """
+    found = find(opened.config)
+    layout = Layout.of(found, found.architecture(opened.config), opened.headers)
+    opened.check(layout.shapes, ignores=layout.ignores)
+    return layout
 
 
 def read(config: Config) -> Architecture:

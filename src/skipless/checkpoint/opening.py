@@ -79,20 +79,13 @@ def open_source(path: Path, device: str = "cpu") -> Source:
     Raises InputError for what cannot be opened, for a model_type that no family describes, and for the first tensor
     that contradicts the config.
     """
-    if path.suffix == ".gguf":
-        file = gguf_file.GGUFReader(path)
-        architecture, found = family.read(file.config), family.find(file.config)
-        layout = family.Layout.of(found, architecture, file.headers)
-        file.check(layout.shapes, ignores=layout.ignores)
-        return Source(found.model_types[0], architecture, Canonical(file, layout))
-    folder = Folder(path)
-    if folder.config.get("model_type") == "skipless":
-        reader = CheckpointReader(path, device)
-        return Source("skipless", read_architecture(reader), reader)
-    found, architecture = family.find(folder.config), family.read(folder.config)
-    layout = family.Layout.of(found, architecture, folder.headers)
-    folder.check(layout.shapes, ignores=layout.ignores)
-    return Source(found.model_types[0], architecture, Canonical(CheckpointReader(path, device, layout.ignores), layout))
+    opened = gguf_file.GGUFReader(path) if path.suffix == ".gguf" else Folder(path)
+    if opened.config.get("model_type") == "skipless":
+        skipless = CheckpointReader(path, device)
+        return Source("skipless", read_architecture(skipless), skipless)
+    layout = family.laid_out(opened)
+    reader = CheckpointReader(path, device, layout.ignores) if isinstance(opened, Folder) else opened
+    return Source(layout.family.model_types[0], layout.architecture, Canonical(reader, layout))
 
 
 def read_architecture(reader: CheckpointReader) -> Architecture:

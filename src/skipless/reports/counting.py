@@ -200,11 +200,8 @@ def resolve(model: str | Path) -> tuple[str, str, Architecture]:
     """
     path = Path(model)
     if path.suffix == ".gguf":
-        file = gguf_file.GGUFReader(path)
-        found, architecture = family.find(file.config), family.read(file.config)
-        layout = family.Layout.of(found, architecture, file.headers)
-        file.check(layout.shapes, ignores=layout.ignores)
-        return path.stem, found.model_types[0], architecture
+        layout = family.laid_out(gguf_file.GGUFReader(path))
+        return path.stem, layout.family.model_types[0], layout.architecture
     if path.is_dir():
         config = read_json_object(path / "config.json", folder=path)
         if any(path.glob("*.safetensors")):
