@@ -142,10 +142,8 @@ class Request:
                     f"the condition number of layer {seam.layer}'s q_proj is {found.ways['q'].condition:.1e}"
                 )
             if by_q > AS_GOOD * pivoted:
-                return "pivoted", (
-                    f"in {dtypes['pivoted']} the worst of what layer {seam.layer} reads is expected to be off by "
-                    f"{pivoted:.1e}, and by {by_q:.1e} with q (the original: "
-                    f"{max(found.original[dtypes['q']].values()):.1e})"
-                )
+                expected = {"pivoted": pivoted, "q": by_q, "original": max(found.original[dtypes["q"]].values())}
+                errors = ", ".join(f"{name} {error:.1e}" for name, error in expected.items())
+                return "pivoted", f"expected error of layer {seam.layer} in {dtypes['pivoted']}: {errors}"
             worst = max(worst, by_q / pivoted if 0 < pivoted < math.inf else 1.0)
-        return "q", f"in every layer its expected error is at most {worst:.2f} times that of pivoted"
+        return "q", f"expected errors at most {worst:.2f} times those of pivoted, in every layer"
