@@ -77,8 +77,8 @@ def main() -> None:
         plan = skipless.fuse(BUNDLED, Path(folder) / "pivoted", dtype="float32")
         skipless.fuse(BUNDLED, Path(folder) / "q", basis="q", dtype="float32")
         result["basis"] = plan.basis
-        result["weights_before"], result["weights_after"] = plan.weights
-        console.print(f"weights: {plan.weights[0]:,} -> {plan.weights[1]:,}")
+        result["parameters_before"], result["parameters_after"] = plan.parameters
+        console.print(f"weights: {plan.parameters[0]:,} -> {plan.parameters[1]:,}")
 
         same = torch.equal(greedy(BUNDLED, torch.float32), greedy(Path(folder) / "pivoted", torch.float32))
         result["greedy_tokens_equal"] = same

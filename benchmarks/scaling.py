@@ -230,14 +230,14 @@ def main() -> None:
             plan = make_plan(CheckpointReader(folder), Request(basis=basis))
             took = time.perf_counter() - start
             costs = [cost(plan, task) for task in plan.tasks]
-            before, after = plan.weights
+            before, after = plan.parameters
             print(f"\nbasis {basis}: {before:,} weights before, {after:,} after; planned in {took:.1f} s\n")
             rows = kinds(plan, costs)
             print("\n".join(kind_lines(rows)))
             smaller = least(plan)
             memory = max(cost(smaller, task).memory for task in smaller.tasks)
             print(f"where that does not fit, by rows: {memory / 1e9:.1f} GB")
-            found: dict[str, object] = {"weights": plan.weights, "bytes": plan.bytes, "kinds": rows}
+            found: dict[str, object] = {"weights": plan.parameters, "bytes": plan.bytes, "kinds": rows}
             found["memory_by_rows"] = memory
             for name, machine in machines.items():
                 table = [times(machine, plan, costs, count) for count in COUNTS]

@@ -126,7 +126,7 @@ def test_the_demo_in_json():
     found = json.loads(result.stdout)
     assert found["same_tokens"]
     assert found["verify"]["same"]
-    assert found["weights_before"] - found["weights_after"] == 6 * 2 * 256**2
+    assert found["parameters_before"] - found["parameters_after"] == 6 * 2 * 256**2
 
 
 @pytest.mark.usefixtures("_demo_already_run")

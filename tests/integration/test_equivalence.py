@@ -277,7 +277,7 @@ def check(model, basis, folder, **options):
     except InputError as error:  # a result that would be larger
         assume("expected to be smaller" not in str(error) and "expected fewer" not in str(error))
         raise
-    assert plan.weights[1] < plan.weights[0]
+    assert plan.parameters[1] < plan.parameters[0]
     rewritten = load(fused)
     assert relative_error(rewritten, model) <= FP64
     if model.config.ffn_type != "moe":  # whose choice of experts may change with the least error
@@ -364,7 +364,9 @@ def test_one_kind_of_seams(kind, tmp_path):
     save(model, tmp_path / "source")
     plan = skipless.fuse(tmp_path / "source", tmp_path / "fused", remove=[kind])
     assert relative_error(load(tmp_path / "fused"), model) <= FP64
-    assert plan.weights[0] - plan.weights[1] == sum(seam.saves for seam in seams(plan.source) if seam.kind == kind)
+    assert plan.parameters[0] - plan.parameters[1] == sum(
+        seam.saves for seam in seams(plan.source) if seam.kind == kind
+    )
     other = skipless.fuse(tmp_path / "fused", tmp_path / "both")
     assert other.weights[1] == skipless.fuse(tmp_path / "source", tmp_path / "at once").weights[1]
     assert relative_error(load(tmp_path / "both"), model) <= FP64

@@ -220,7 +220,7 @@ def test_a_removal_is_one_module_and_its_entries(tmp_path, monkeypatch):
     source = save(build(norm_type="rms", norms=["model.norm"]), tmp_path / "source")
     options = {"remove": ("last",)}
     plan = skipless.fuse(source, tmp_path / "fused", **options)
-    assert plan.weights[0] - plan.weights[1] == 32
+    assert plan.parameters[0] - plan.parameters[1] == 32
     assert [seam.kind for task in plan.tasks for seam in task.seams] == ["last"]
     assert any(step.startswith("last seam: gain") for task in plan.tasks for step in steps(plan, task))
     assert skipless.verify(source, tmp_path / "fused").same

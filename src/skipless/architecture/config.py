@@ -398,6 +398,21 @@ class Architecture:
         """The same architecture without skips and norms; a norm of queries and keys may stay, it blocks no seam."""
         return dataclasses.replace(self, residual="none", norm_type="none", norms_removed=(), gains_removed=())
 
+    def unfused(self) -> Self:
+        """The same architecture before anything was removed from it."""
+        return dataclasses.replace(
+            self,
+            stream_basis=None,
+            rest_dtype=None,
+            layers_open=(),
+            p_removed=False,
+            values_removed=False,
+            head_removed=False,
+            norms_removed=(),
+            gains_removed=(),
+            folded_biases=(),
+        )
+
     def has_experts(self, layer: int) -> bool:
         """Whether this layer's FFN consists of experts."""
         return self.ffn_type == "moe" and layer not in self._dense_layers

@@ -40,8 +40,8 @@ def plan_table(plan: Plan) -> Table:
         reads, writes, saved = (sum(column) for column in zip(*tasks, strict=True))
         table.add_row(kind, f"{len(tasks):,}", _megabytes(reads), _megabytes(writes), f"{saved:,}")
     table.add_section()
-    before, after = plan.weights
-    table.add_row("weights", "", f"{before:,}", f"{after:,}", f"{before - after:,} ({1 - after / before:.1%})")
+    before, after = plan.parameters
+    table.add_row("parameters", "", f"{before:,}", f"{after:,}", f"{before - after:,} ({1 - after / before:.1%})")
     before, after = plan.bytes
     table.add_row(
         "bytes",
@@ -264,8 +264,8 @@ def demo_table(demo: Demo) -> Table:
     table = Table(title="the same function with fewer weights", box=box.SIMPLE_HEAD)
     for column in ("", "original", "fused", ""):
         table.add_column(column, justify="left" if not column else "right")
-    before, after = demo.plan.weights
-    table.add_row("weights", f"{before:,}", f"{after:,}", f"{after / before - 1:.1%}")
+    before, after = demo.plan.parameters
+    table.add_row("parameters", f"{before:,}", f"{after:,}", f"{after / before - 1:.1%}")
     original, fused = demo.bench.speeds
     table.add_row("MB in float32", _megabytes(4 * before), _megabytes(4 * after), f"{after / before - 1:.1%}")
     table.add_row(

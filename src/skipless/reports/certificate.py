@@ -90,7 +90,7 @@ def certify(architecture: Architecture) -> Certificate:
             model.save_pretrained(Path(folder) / "source")
             plan = fuse(Path(folder) / "source", Path(folder) / "fused", remove=kinds, basis="auto")
             fused = load(Path(folder) / "fused", torch.float64)
-        removed = plan.weights[0] - plan.weights[1]
+        removed = plan.parameters[0] - plan.parameters[1]
         after = rank(fused)
     return Certificate(config, found.removable, not found.at_least, kinds, removed, before, after)
 

@@ -64,8 +64,8 @@ class Plan:
         return _modules(self.source), _modules(self.target)
 
     @property
-    def weights(self) -> tuple[int, int]:
-        """Numbers stored before and after, biases included, indices not."""
+    def parameters(self) -> tuple[int, int]:
+        """Numbers stored before and after, biases and gains included, indices not."""
         before, after = (
             sum(info.weights for info in tensors.values() if not info.is_index)
             for tensors in (self.inputs, self.outputs)
@@ -113,14 +113,14 @@ class Plan:
 
     def summary(self) -> dict[str, object]:
         """The totals, for --json."""
-        before, after = self.weights
+        before, after = self.parameters
         bytes_before, bytes_after = self.bytes
         return {
             "basis": self.basis,
             "reason": self.reason,
             "tasks": len(self.tasks),
-            "weights_before": before,
-            "weights_after": after,
+            "parameters_before": before,
+            "parameters_after": after,
             "bytes_before": bytes_before,
             "bytes_after": bytes_after,
             "shards": sorted(self.shards),
@@ -192,7 +192,7 @@ def _check_smaller(plan: Plan, closing: Iterable[Seam], request: Request) -> Non
                     f"{seam.order}: expected to be smaller than the {saved:,} bytes of the blocks of "
                     f"{seam.writers[0]} that it replaces, found {order.bytes:,}; leave values out of --remove"
                 )
-    before, after = plan.weights
+    before, after = plan.parameters
     if after >= before:
         raise InputError(
             f"remove: expected fewer than {before:,} weights without {', '.join(request.remove)}, found {after:,}: the "

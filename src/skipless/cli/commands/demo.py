@@ -18,11 +18,11 @@ def demo(as_json: bool) -> None:
 
     result = room.demo(err.print_lines)
     if as_json:
-        before, after = result.plan.weights
+        before, after = result.plan.parameters
         print_json(
             {
-                "weights_before": before,
-                "weights_after": after,
+                "parameters_before": before,
+                "parameters_after": after,
                 "same_tokens": result.same_tokens,
                 "caches": result.caches,
                 "bench": dataclasses.asdict(result.bench),
