@@ -128,3 +128,23 @@ def test_a_difference_that_is_no_number_does_not_pass():
 
     assert Difference("logits", 0.1, 0.1).passed
     assert not dataclasses.replace(Difference("logits", 0.1, 0.1), error=float("nan")).passed
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda stream: dataclasses.replace(
+            stream, rest=dataclasses.replace(stream.rest, weight=1.1 * stream.rest.weight)
+        ),
+        lambda stream: dataclasses.replace(stream, kept=stream.kept.flip(0)),
+    ],
+    ids=["the rest", "the order"],
+)
+def test_what_is_wrong_before_it_is_rounded_is_no_loss_to_warn_of(tmp_path, monkeypatch, wrong, dtype):
+    source = save(build(), tmp_path / "source")
+    right = columns.close_stream
+    monkeypatch.setattr(columns, "close_stream", lambda *arguments: wrong(right(*arguments)))
+    with pytest.raises(BugError, match=r"expected closing the stream seam to change nothing .* nothing was published"):
+        fuse(source, tmp_path / "wrong", basis="pivoted", dtype=dtype)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

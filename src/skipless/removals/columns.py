@@ -38,7 +38,7 @@ from skipless.algebra.tolerances import coarsest, dtype_name
 from skipless.architecture.seams import Seam
 from skipless.checkpoint.opening import Read
 from skipless.checkpoint.reader import TensorInfo
-from skipless.errors import InputError
+from skipless.errors import BugError, InputError
 from skipless.removals.setting import Closed, Setting, Step
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
@@ -48,6 +48,9 @@ F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 SQUARES, RESTS = 10, 6
 # While the scaled |R| stays below this, O* = O S may be off by fp32's 1e-7 where it is stored in half precision.
 LARGEST_REST = 1e3
+# By how much closing a seam may change what is read, by the precision of O* = O S: a few times what MAX_CONDITION and
+# LARGEST_REST leave.
+EXACT = {torch.float64: 1e-8, torch.float32: 1e-3}
 
 
 def choose(
@@ -95,6 +98,7 @@ def close(seam: Seam, affines: dict[str, Affine], setting: Setting, read: Read) 
     basis = choose(seam, way, opened.readers, opened.weights, torch.float32 if quick else torch.float64)
     stream = opened.close(basis, dtypes)
     opened.release()
+    opened.check(way, basis, stream)
     for writer in seam.writers:
         del affines[writer]
     condition = basis.condition
@@ -250,6 +254,21 @@ class OpenStream:
         errors = {name: relative(mean_square(part), powers[name]) for name, part in lost.items()}
         original = {judged: self._original(judged, powers)}
         return Forecast(self.seam, original, {way: Way(condition, None, {judged: errors})})
+
+    def check(self, way: str, basis: Basis, stream: Stream) -> None:
+        """Raise BugError if a stream that is not rounded yet is not what it was, on the sample: whatever rounding it
+        may lose in half precision, closing it loses nothing.
+        """
+        exactly = dict.fromkeys((*stream.writers, *stream.duals, *stream.followers, "rest"), torch.float64)
+        found = self.measure(way, basis.condition, stream, exactly, "float64").ways[way].errors["float64"]
+        limit = EXACT[self.within]
+        for name, error in found.items():
+            if not error <= limit:
+                raise BugError(
+                    f"{name} of layer {self.seam.layer}: expected closing the {self.seam.kind} seam to change nothing "
+                    f"(at most {limit:.0e}, before it is rounded), found a relative error of {error:.1e}; nothing was "
+                    f"published"
+                )
 
     def _times(self, x: Float[Tensor, "n d"], matrix: Float[Tensor, "d r"]) -> Float[Tensor, "n r"]:
         """X A as precisely as the seam was closed."""
@@ -493,7 +512,7 @@ def steps(seam: Seam, setting: Setting) -> Iterator[Step]:
         yield "round X", BF16 if s.half else F32, float(n * d**2)
         if s.fixed:
             yield "solve for R again", F64, 4.0 * n * d * s.r + n * d**2 + d**3 / 3 + 2.0 * d**2 * s.r
-    yield "measure", within, 2.0 * PROBES * d * (s.m + s.r + 2 * s.extra)
+    yield "measure, exact and rounded", within, 4.0 * PROBES * d * (s.m + s.r + 2 * s.extra)
 
 
 def memory(seam: Seam, setting: Setting) -> float:
