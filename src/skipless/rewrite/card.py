@@ -1,0 +1,104 @@
+"""The model card of what fuse writes, README.md: what was done to which model; below it, the source's own card."""
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import ModelCardData, RepoCard
+
+from skipless.errors import printable
+from skipless.quiet import errors_only
+from skipless.rewrite.planning import Plan
+from skipless.version import __version__
+
+CARD = "README.md"
+# Bytes of a source's card that are taken over.
+MOST = 2**20
+# Of its metadata, what holds for the new model, too; numbers, above all, need not.
+KEPT = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
+LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^()\s]+)(\s+\"[^\"]*\")?\)")
+
+
+def named(source: str) -> str:
+    """What a source is called, by its path or URL: a folder's name, or, in HuggingFace's cache, the model's."""
+    path = Path(source).resolve()
+    if path.parent.name == "snapshots" and path.parents[1].name.startswith("models--"):
+        return path.parents[1].name.removeprefix("models--").replace("--", "/")
+    return path.name
+
+
+def card(plan: Plan, options: Mapping[str, Any], name: str, source: str | None, copied: Collection[str]) -> str:
+    """The card of a plan's result. name: of the source; source: its card, if it has one; copied: files beside it."""
+    metadata, text = _parsed(source or "")
+    kept = {key: metadata[key] for key in KEPT if key in metadata}
+    front = ModelCardData(base_model=printable(name), library_name="transformers", tags=["skipless"], **kept)
+    lines = ["---", front.to_yaml(), "---", "", *_own(plan, options, name)]
+    if source is not None:
+        lines += ["", f"## The card of {_plain(name)}", "", _linked(text, copied).strip()]
+    return "\n".join(lines) + "\n"
+
+
+def _own(plan: Plan, options: Mapping[str, Any], name: str) -> Iterator[str]:
+    (before, after), (bytes_before, bytes_after) = plan.parameters, plan.bytes
+    yield f"# {_plain(name)}, less weights that carry no information"
+    yield ""
+    yield f"Written by skipless {__version__}: the same function, of fewer weights (arXiv:2404.12362)."
+    yield ""
+    yield "| | before | after | less |"
+    yield "|---|---|---|---|"
+    yield f"| parameters | {before:,} | {after:,} | {1 - after / before:.1%} |"
+    yield f"| bytes of tensors | {bytes_before:,} | {bytes_after:,} | {1 - bytes_after / bytes_before:.1%} |"
+    yield ""
+    seams = [seam for task in plan.tasks for seam in task.seams]
+    for kind in dict.fromkeys(seam.kind for seam in seams):
+        closed = [seam for seam in seams if seam.kind == kind]
+        ways = ", ".join(dict.fromkeys(seam.way(plan.basis) for seam in closed))
+        saved = sum(seam.saves for seam in closed)
+        yield f"- {len(closed)} {kind} seams closed by {ways}: {saved:,} weights less"
+    asked = ", ".join(f"{key} {_shown(value)}" for key, value in options.items() if value not in (None, (), ""))
+    yield f"- asked for: {asked}"
+    yield ""
+    yield (
+        "Expected errors by seam, versions, and the SHA-256 of all that was read and written are in skipless.json. "
+        "`skipless verify SOURCE THIS` compares both models, `skipless verify THIS` the bytes with that record."
+    )
+    yield ""
+    yield (
+        "To load it: `import skipless.model`, then `AutoModelForCausalLM.from_pretrained(...)`; or, without skipless, "
+        "`trust_remote_code=True`, for which the model's two Python files are here."
+    )
+
+
+def _shown(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _plain(name: str) -> str:
+    """A name that is no markup."""
+    return re.sub(r"([\\`*_\[\]<>#|])", r"\\\1", printable(name))
+
+
+def _parsed(text: str) -> tuple[dict[str, Any], str]:
+    """A card's metadata, none if they cannot be read, and the rest."""
+    try:
+        with errors_only("huggingface_hub.repocard"):
+            found = RepoCard(text, ignore_metadata_errors=True)
+    except Exception:  # of many libraries; whatever a card says, it stops nothing
+        return {}, text
+    return found.data.to_dict(), found.text
+
+
+def _linked(text: str, copied: Collection[str]) -> str:
+    """The same text without links to files that are not there."""
+
+    def link(found: re.Match[str]) -> str:
+        target = found[3].partition("#")[0]
+        stays = not target or "://" in target or target.startswith("mailto:") or _normal(target) in copied
+        return found[0] if stays else found[2]
+
+    return LINK.sub(link, text)
+
+
+def _normal(path: str) -> str:
+    return PurePosixPath(path.removeprefix("./")).as_posix()
