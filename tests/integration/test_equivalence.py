@@ -368,7 +368,7 @@ def test_one_kind_of_seams(kind, tmp_path):
         seam.saves for seam in seams(plan.source) if seam.kind == kind
     )
     other = skipless.fuse(tmp_path / "fused", tmp_path / "both")
-    assert other.weights[1] == skipless.fuse(tmp_path / "source", tmp_path / "at once").weights[1]
+    assert other.parameters[1] == skipless.fuse(tmp_path / "source", tmp_path / "at once").parameters[1]
     assert relative_error(load(tmp_path / "both"), model) <= FP64
     name = "model.layers.1.self_attn.rest_proj.weight" if kind == "stream" else "model.layers.1.mlp.up_proj.weight"
     edit_tensors(tmp_path / "fused", **{name: 1.001 * CheckpointReader(tmp_path / "fused").tensor(name)})
