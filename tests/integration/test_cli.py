@@ -49,7 +49,7 @@ def test_bad_usage_exits_with_2_and_no_traceback(arguments, message):
     assert result.exit_code == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
-    assert result.stderr.count("\n") == 1
+    assert len(result.stderr.strip().splitlines()) == 1
     assert result.stdout == ""
 
 

@@ -250,7 +250,7 @@ def test_a_worker_that_computes_something_else(source, tmp_path, two_workers, mo
     with pytest.raises(DisagreementError) as error:
         fuse(source, tmp_path / "fused", engine="ray", **MANY_FILES)
     found = re.match(
-        r"model\.[\w.]+: expected two workers to compute the same for task (\d+), found SHA-256 (\w{64}) by .+ "
+        r"[\w.]+: expected two workers to compute the same for task (\d+), found SHA-256 (\w{64}) by .+ "
         r"\(process (\d+)\) and (\w{64}) by .+ \(process (\d+)\); one of them is wrong",
         str(error.value),
     )
