@@ -28,7 +28,7 @@ MOST_REASON = 1000
 @dataclass(frozen=True)
 class Entry:
     """A finished task: the SHA-256 of each of the tensors that it wrote and that it read, and what became of its seams
-    (prediction.Outcome, as JSON has it).
+    (forecast.Outcome, as JSON has it).
     """
 
     digests: Mapping[str, str]

@@ -1,6 +1,6 @@
-"""A writer merges into what reads it: P, where it writes a space alone, into M (M* = P M), and a norm's gain.
+"""A writer merges into what reads it: P, where it writes a space alone, into M, and a norm's gain.
 
-a writer P becomes the identity    readers M -> P M, m -> p M + m
+M* = P M, m* = p M + m (Fig. 2a of arXiv:2404.12362); of a gain, P is a diagonal.
 """
 
 import dataclasses

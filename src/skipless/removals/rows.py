@@ -1,8 +1,11 @@
 """Rows of what writes a space become the identity: of P where others write with it, or of each head of V.
 
-rows T of a writer become the identity    its other rows W_r -> W_r T^-1, readers A -> T A
-other writers W -> W T^-1, b -> b T^-1
-(heads of V: each its own T; their bias goes on to the readers)
+With T the rows of a writer that go (of V, of each head its own):
+
+    the writer's other rows   W_r -> W_r T^-1
+    readers                   A -> T A
+    other writers             W -> W T^-1, b -> b T^-1
+    a bias of V               goes on to the readers
 """
 
 import dataclasses

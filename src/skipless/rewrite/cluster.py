@@ -304,7 +304,7 @@ def _tensor(data: np.ndarray, info: TensorInfo) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Report:
-    """What a worker says at the end of a task: what else closing.Done has, the SHA-256 of each tensor that it has
+    """What a worker says at the end of a task: what else execution.Done has, the SHA-256 of each tensor that it has
     computed, and who it is: for people, and for Ray.
     """
 
