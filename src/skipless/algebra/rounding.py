@@ -22,6 +22,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from jaxtyping import Float, Int
@@ -151,11 +152,12 @@ def round_stream(
         else writer.weight
         for writer in stream.writers.values()
     ]
-    rounded, rounded_rests = round_seam(rows, rests, weights[stream.kept], [dtypes[name] for name in stream.writers])
+    kinds, seen = [dtypes[name] for name in stream.writers], {*stream.seen.values(), len(rows)}
+    rounded, rounded_rests = round_seam(rows, rests, weights[stream.kept], kinds, sorted(seen))
     after_of = dict(zip(extra, rounded_rests[1:], strict=True))
     writers, bias = {}, stream.rest.bias
     biases = {name: follower.bias for name, follower in stream.followers.items()}
-    for (name, writer), after in zip(stream.writers.items(), rounded, strict=True):
+    for number, ((name, writer), after) in enumerate(zip(stream.writers.items(), rounded, strict=True)):
         if writer.bias is None:
             writers[name] = dataclasses.replace(writer, weight=after)
             continue
@@ -164,9 +166,10 @@ def round_stream(
         writers[name] = dataclasses.replace(writers[name], bias=stored)
         share = stream.bias_shares[name]
         if bias is not None:
-            bias = bias + share * (read(writer.bias, stream.rest.weight) - read(stored, rounded_rests[0]))
+            if stream.reads("rest", number):
+                bias = bias + share * (read(writer.bias, stream.rest.weight) - read(stored, rounded_rests[0]))
             for follower, own in biases.items():
-                if own is not None:
+                if own is not None and stream.reads(follower, number):
                     matrix = stream.followers[follower].weight
                     biases[follower] = own + share * (read(writer.bias, matrix) - read(stored, after_of[follower]))
     duals = {name: dataclasses.replace(dual, weight=after_of[name].T) for name, dual in stream.duals.items()}
@@ -195,15 +198,19 @@ def round_seam(
     rests: Sequence[Rest],
     passed_weights: Float[Tensor, "d"],
     dtypes: Sequence[torch.dtype],
+    seen: Sequence[int] = (),
 ) -> tuple[list[Float[Matrix, "_ d"]], list[Float[Tensor, "d _"]]]:
     """The writers (the stream is a sum of one row of each) and the rests as they are best stored.
 
+    seen: of how many of the writers, in their order, there are sums that are read (all).
     A rest in fp32 or fp64 is not rounded but re-solved, after everything else: R' = argmin || X' R' - X R ||.
     """
     half = all(dtype in HALF for dtype in dtypes)
     stored = [rest.matrix for rest in rests]
     if any(rest.dtype in HALF for rest in rests):
-        metric = moment(writers, _metric_dtype(rests, passed_weights, half))
+        kind = _metric_dtype(rests, passed_weights, half)
+        metrics = (moment(writers[:count], kind) for count in seen or (len(writers),))
+        metric = reduce(torch.Tensor.add_, metrics)
         for k, rest in enumerate(rests):
             if rest.dtype in HALF:
                 stored[k] = round_rest(shrink(rest, metric, passed_weights), metric, passed_weights)

@@ -29,7 +29,8 @@ class Stream:
     """A closed stream seam: the stream x is now the readers' `kept` columns, x R + b_R the `others` (both ascending).
 
     writers: the maps that write x. rest: R (d, r) with b_R. duals: read through the transposed first writer.
-    followers: further readers, in the new basis. bias_shares: what part of each writer's bias is in x.
+    followers: further readers, in the new basis. bias_shares: what part of each writer's bias is in x. seen: of "rest"
+    and each follower, how many of the writers have written before it reads (all, if it is not named).
     """
 
     writers: dict[str, Affine]
@@ -39,6 +40,11 @@ class Stream:
     kept: Int[Tensor, "d"]
     others: Int[Tensor, "r"]
     bias_shares: dict[str, float]
+    seen: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def reads(self, reader: str, writer: int) -> bool:
+        """Whether "rest", or a follower, reads what the writer of this number has written."""
+        return writer < self.seen.get(reader, len(self.writers))
 
 
 def close_rest(seam: Seam, affines: Mapping[str, Affine], basis: Basis) -> Affine:
@@ -82,7 +88,10 @@ def close_stream(
         moved = dataclasses.replace(affines[name], weight=weight)
         followers[name] = moved.with_bias(None if chosen_bias is None else -read(chosen_bias, weight))
     shares = {name: seam.bias_share(name) for name in writers}
-    return Stream(writers, rest, duals, followers, kept, _others(readers, basis), shares)
+    seen = {name: seam.seen[name] for name in seam.followers if name in seam.seen}
+    if seam.readers[0] in seam.seen:
+        seen["rest"] = seam.seen[seam.readers[0]]
+    return Stream(writers, rest, duals, followers, kept, _others(readers, basis), shares, seen)
 
 
 def column_order(stream: Stream) -> Int[Tensor, "m"]:

@@ -47,6 +47,11 @@ class Space:
         """The writers at its first place: what they add is added at every place."""
         return tuple(port for port in self.writers if port.place == self.places[0])
 
+    def seen(self, reader: Port) -> int:
+        """How many of the writers, which are in the order of computation, have written before this reader reads."""
+        place = self.places.index(reader.place)
+        return sum(self.places.index(port.place) <= place for port in self.writers)
+
     @property
     def norms(self) -> tuple[tuple[str, Port], ...]:
         """The norms between the space and what writes or reads it, each with its module: none is linear."""

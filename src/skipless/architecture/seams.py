@@ -45,6 +45,7 @@ class Seam:
     saves: weights (biases and indices not counted) that closing it removes.
     blocked: why the seam cannot be closed; None if it can. taken: if that is because the space's weights go elsewhere,
     the kind of seam that they go with. gains, norms: norms whose gain is gone, or that are, once it is closed.
+    seen: of readers and followers that read before all writers have written, how many have.
     """
 
     kind: str
@@ -66,6 +67,7 @@ class Seam:
     taken: str = ""
     gains: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
+    seen: dict[str, int] = dataclasses.field(default_factory=dict, hash=False)
 
     def way(self, basis: str) -> str:
         """How it is closed when stream seams are closed by `basis`; seams of other kinds have only one way."""
@@ -303,7 +305,15 @@ def _stream_seam(architecture: Architecture, layer: int, wanted: Wanted) -> Seam
         followers=tuple(name for name in _names(space.readers) if name not in readers),
         blocked=blocked,
         taken=taken,
+        seen=_seen(space),
     )
+
+
+def _seen(space: Space) -> dict[str, int]:
+    if len(space.places) == 1:
+        return {}
+    counts = {port.module: space.seen(port) for port in space.readers}
+    return {name: count for name, count in counts.items() if count < len(space.writers)}
 
 
 def _tied(architecture: Architecture, first: Space, last: Space) -> str | None:
@@ -511,6 +521,7 @@ def _head_seams(architecture: Architecture, wanted: Wanted) -> list[Seam]:
         followers=tuple(name for name in _names(space.readers) if name != "lm_head"),
         blocked=blocked,
         taken=taken,
+        seen=_seen(space),
     )
     return [seam]
 

@@ -155,6 +155,8 @@ class OpenStream:
         self.readers = {name: affines[name].weight for name in seam.readers}
         self.writers = [affines[name].weight for name in seam.writers]
         self.power = mean_squares(self.writers)
+        counts = {*seam.seen.values(), len(self.writers)}
+        self.written = {count: mean_squares(self.writers[:count]) if seam.seen else self.power for count in counts}
         generator = torch.Generator().manual_seed(0)
         drawn = (torch.randint(len(writer), (PROBES,), generator=generator, device="cpu") for writer in self.writers)
         self.rows = {name: rows.to(self.power.device) for name, rows in zip(seam.writers, drawn, strict=True)}
@@ -231,21 +233,27 @@ class OpenStream:
         before = list(self.sample.values())
         after = [_cast(_rows(writer, self.rows[name]), dtypes[name]) for name, writer in stream.writers.items()]
         shares = list(stream.bias_shares.values())
-        x, offset = (part.sum(0) for part in map(torch.stack, zip(*map(_parts, before, shares), strict=True)))
-        y = _sum(after, shares)
-        read = (*map(letter, self.readers), *self.followers)
-        exact = {name: self._times(x, self.outputs[name]) for name in read}
-        powers = {name: mean_square(part) for name, part in exact.items()}
         rest = _cast(stream.rest, dtypes["rest"])
+        (seen,) = {self._seen(name) for name in self.readers}  # one layer's
+        x, offset = self._stream(before[:seen], shares)
+        exact = {letter(name): self._times(x, reader) for name, reader in self.readers.items()}
+        powers = {name: mean_square(part) for name, part in exact.items()}
+        y = _sum(after[:seen], shares[:seen])
         found = torch.cat([y, self._read(y, rest)], 1)[:, torch.cat([stream.kept, stream.others]).argsort()]
         lost = {}
         sizes = [reader.shape[1] for reader in self.readers.values()]
         for name, part in zip(self.readers, found.split(sizes, 1), strict=True):
             lost[letter(name)] = part - exact[letter(name)] - self._read(offset[None], self.affines[name])
         for name, others in self.followers.items():
-            now = [self._read(y, _cast(stream.followers[other], dtypes[other])) for other in others]
-            extra = [self._read(offset[None], self.affines[other]) for other in others]
-            lost[name] = torch.cat(now, 1) - exact[name] - torch.cat(extra, 1)
+            parts = []
+            for other in others:
+                seen = self._seen(other)
+                x, offset = self._stream(before[:seen], shares)
+                was = self._times(x, self.affines[other].weight)
+                now = self._read(_sum(after[:seen], shares[:seen]), _cast(stream.followers[other], dtypes[other]))
+                powers[name] = powers.get(name, 0.0) + mean_square(was)
+                parts.append(now - was - self._read(offset[None], self.affines[other]))
+            lost[name] = torch.cat(parts, 1)
         if stream.duals:
             duals = [_cast(dual, dtypes[name]).weight.T for name, dual in stream.duals.items()]
             logits = self._times(before[0].weight.double(), self.outputs["logits"])
@@ -270,6 +278,18 @@ class OpenStream:
                     f"published"
                 )
 
+    def _seen(self, name: str) -> int:
+        """How many of the writers have written before a reader or follower reads."""
+        return self.seam.seen.get(name, len(self.rows))
+
+    def _stream(
+        self, writers: Sequence[Affine], shares: Sequence[float]
+    ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "d"]]:
+        """What these writers write: rows, each of one of its inputs, and what comes of biases."""
+        parts = [_parts(writer, share) for writer, share in zip(writers, shares, strict=False)]
+        rows, offsets = zip(*parts, strict=True)
+        return torch.stack(rows).sum(0), torch.stack(offsets).sum(0)
+
     def _times(self, x: Float[Tensor, "n d"], matrix: Float[Tensor, "d r"]) -> Float[Tensor, "n r"]:
         """X A as precisely as the seam was closed."""
         return product(x, matrix, torch.float64, self.within)
@@ -279,15 +299,22 @@ class OpenStream:
 
     def _original(self, dtype: str, powers: Mapping[str, float]) -> dict[str, float]:
         """Relative errors of q, k, v (and logits) when the original's weights are rounded to `dtype`."""
-        power, (unit, _) = self.power, precision_of(dtype)
-        for name in self.seam.writers:
-            if (bias := self.affines[name].bias) is not None:
-                power = power + self.seam.bias_share(name) * bias.square()
-        lost = {name: (2 * power @ squares(reader, 1)).item() for name, reader in self.outputs.items()}
+        unit, _ = precision_of(dtype)
+        lost = {name: (2 * self._written(name) @ squares(reader, 1)).item() for name, reader in self.outputs.items()}
         for name in self.readers:
             if (bias := self.affines[name].bias) is not None:
                 lost[letter(name)] += bias.square().sum().item()
         return {name: unit * relative(square, powers[name]) for name, square in lost.items()}
+
+    def _written(self, name: str) -> Float[Tensor, "d"]:
+        """Mean squares of what one of `outputs` reads, biases included."""
+        group = self.followers.get(name, [other for other in self.readers if letter(other) == name])
+        seen = max(map(self._seen, group), default=len(self.rows))
+        power = self.written[seen]
+        for writer in self.seam.writers[:seen]:
+            if (bias := self.affines[writer].bias) is not None:
+                power = power + self.seam.bias_share(writer) * bias.square()
+        return power
 
     def _way(self, way: str, basis: Basis, dtypes: Sequence[str], rest_dtype: str | None) -> Way:
         """What the seam closed in a basis, usable or not, loses."""
