@@ -22,7 +22,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
 
 import torch
 from jaxtyping import Float, Int
@@ -152,8 +151,11 @@ def round_stream(
         else writer.weight
         for writer in stream.writers.values()
     ]
-    kinds, seen = [dtypes[name] for name in stream.writers], {*stream.seen.values(), len(rows)}
-    rounded, rounded_rests = round_seam(rows, rests, weights[stream.kept], kinds, sorted(seen))
+    kinds, seen = (
+        [dtypes[name] for name in stream.writers],
+        [stream.seen.get(name, len(rows)) for name in ("rest", *extra)],
+    )
+    rounded, rounded_rests = round_seam(rows, rests, weights[stream.kept], kinds, seen)
     after_of = dict(zip(extra, rounded_rests[1:], strict=True))
     writers, bias = {}, stream.rest.bias
     biases = {name: follower.bias for name, follower in stream.followers.items()}
@@ -202,18 +204,22 @@ def round_seam(
 ) -> tuple[list[Float[Matrix, "_ d"]], list[Float[Tensor, "d _"]]]:
     """The writers (the stream is a sum of one row of each) and the rests as they are best stored.
 
-    seen: of how many of the writers, in their order, there are sums that are read (all).
+    seen: of how many of the writers, in their order, each rest reads the sum (all).
     A rest in fp32 or fp64 is not rounded but re-solved, after everything else: R' = argmin || X' R' - X R ||.
     """
     half = all(dtype in HALF for dtype in dtypes)
+    reads = list(seen) or [len(writers)] * len(rests)
     stored = [rest.matrix for rest in rests]
     if any(rest.dtype in HALF for rest in rests):
         kind = _metric_dtype(rests, passed_weights, half)
-        metrics = (moment(writers[:count], kind) for count in seen or (len(writers),))
-        metric = reduce(torch.Tensor.add_, metrics)
-        for k, rest in enumerate(rests):
-            if rest.dtype in HALF:
-                stored[k] = round_rest(shrink(rest, metric, passed_weights), metric, passed_weights)
+        first, *later = sorted({len(writers), *reads})
+        metric = moment(writers[:first], kind)
+        for count in (first, *later):  # what is read later must suit what is read before, too
+            if count > first:
+                metric.add_(moment(writers[:count], kind))
+            for k, rest in enumerate(rests):
+                if rest.dtype in HALF and reads[k] == count:
+                    stored[k] = round_rest(shrink(rest, metric, passed_weights), metric, passed_weights)
         power = metric.diagonal().clone()
         del metric
     else:
@@ -225,7 +231,7 @@ def round_seam(
     joint = joint_metric(after, passed_weights.to(precise), rest_weights.to(precise))
     under = factorize(joint, power)
     del joint
-    # X' = X + X (R - R') W_r R'^T M^-1
+    # X' = X + X (R - R') W R'^T M^-1
     moved = under.solve(after * rest_weights.to(precise)).T
     lost = torch.cat([(part - now).to(precise) for part, now in zip(before, stored, strict=True)], 1)
     change = multiply(lost, moved)
