@@ -45,9 +45,8 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2 -m "not slow and not alone"
 
-# Slow tests wait as much as they compute: three at a time on two cores.
 test-all: test
-	$(BIN)/python -m pytest --numprocesses 3 -m "slow and not alone"
+	$(BIN)/python -m pytest --numprocesses 2 -m "slow and not alone"
 	$(BIN)/python -m pytest -m alone
 
 test-newest:

@@ -28,6 +28,8 @@ ZERO, GAP = 1e-10, 1e2
 TOKENS = 10
 # Outputs that are looked at, for each parameter.
 ROWS = 3
+# Parameters whose columns are computed together.
+CHUNK = 128
 # An eps that counts: of a tiny one, rounding hides that norms see their input's scale.
 EPS = 0.1
 
@@ -166,13 +168,20 @@ def rank(model: SkiplessForCausalLM) -> Rank:
     mixtures = min(size, math.ceil(ROWS * count / tokens.numel()))
     mixing = torch.randn(*tokens.shape, size, mixtures, generator=generator, dtype=torch.float64)
 
-    def logits(name: str, value: torch.Tensor) -> torch.Tensor:
-        changed = {**parameters, name: value}
+    def logits(name: str, before: torch.Tensor, after: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+        changed = {**parameters, name: torch.cat([before, part, after]).view_as(parameters[name])}
         found: torch.Tensor = functional_call(model, changed, (tokens,), {"use_cache": False}).logits
         return (found[..., None, :] @ mixing).flatten()
 
-    with torch.no_grad():  # of one tensor at a time, which takes less memory
-        columns = torch.cat([jacfwd(partial(logits, name))(value).flatten(1) for name, value in parameters.items()], 1)
+    parts = []
+    with torch.no_grad():  # some numbers at a time, which takes less memory
+        for name, value in parameters.items():
+            flat, done = value.flatten(), 0
+            for part in flat.split(CHUNK):
+                before, after = flat[:done], flat[done + len(part) :]
+                parts.append(jacfwd(partial(logits, name, before, after))(part))
+                done += len(part)
+    columns = torch.cat(parts, 1)
     lengths = columns.norm(dim=0)
     columns[:, lengths < ZERO * lengths.max()] = 0
     columns = columns / lengths.clamp(min=ZERO * lengths.max())
