@@ -4,6 +4,7 @@ import re
 import pytest
 
 from skipless.architecture.config import Architecture
+from skipless.architecture.graph import graph
 from skipless.architecture.seams import closed, seams
 from tests.models import TINY
 
@@ -149,3 +150,15 @@ def test_a_blocked_seam_says_why(fields, kind, reason):
     seam = next(seam for seam in seams(architecture(**fields)) if seam.kind == kind and seam.layer == 1)
     assert seam.refusal
     assert re.search(reason, seam.refusal)
+
+
+@pytest.mark.parametrize("residual", ["none", "attention", "ffn", "both"])
+@pytest.mark.parametrize("block", ["serial", "parallel"])
+def test_what_has_been_written_before_each_reads(block, residual):
+    if block == "parallel" and residual in ("attention", "ffn"):
+        return
+    for space in graph(architecture(block_type=block, residual=residual)).spaces:
+        place = space.places.index
+        for port in space.readers:
+            before = sum(place(writer.place) <= place(port.place) for writer in space.writers)
+            assert space.seen.get(port.module, len(space.writers)) == before

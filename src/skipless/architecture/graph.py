@@ -5,9 +5,11 @@ the attention of layer i and its FFN. A skip connection joins the places before 
 what is written at the one is read at the other, so that they have one basis. Every other place is a space of its own.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 from skipless.architecture.config import Architecture
@@ -42,22 +44,25 @@ class Space:
     written_tied: bool = False
     read_tied: bool = False
 
-    @property
+    @cached_property
     def starts(self) -> tuple[Port, ...]:
         """The writers at its first place: what they add is added at every place."""
         return tuple(port for port in self.writers if port.place == self.places[0])
 
-    def seen(self, reader: Port) -> int:
-        """How many of the writers, which are in the order of computation, have written before this reader reads."""
-        place = self.places.index(reader.place)
-        return sum(self.places.index(port.place) <= place for port in self.writers)
+    @cached_property
+    def seen(self) -> dict[str, int]:
+        """Of readers at places before the last writer's: how many of the writers have written before they read."""
+        wrote = Counter(port.place for port in self.writers)
+        counts = dict(zip(self.places, accumulate(wrote[place] for place in self.places), strict=True))
+        early = ((port.module, counts[port.place]) for port in self.readers)
+        return {module: count for module, count in early if count < len(self.writers)}
 
-    @property
+    @cached_property
     def norms(self) -> tuple[tuple[str, Port], ...]:
         """The norms between the space and what writes or reads it, each with its module: none is linear."""
         return tuple((norm, port) for port in (*self.writers, *self.readers) for norm in port.norms)
 
-    @property
+    @cached_property
     def layers(self) -> tuple[int, ...]:
         """The layers whose Q, K and V, or, the number of layers, the head that read it."""
         return tuple(place.layer for place in self.places if place.kind == "s")

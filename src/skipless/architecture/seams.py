@@ -305,15 +305,8 @@ def _stream_seam(architecture: Architecture, layer: int, wanted: Wanted) -> Seam
         followers=tuple(name for name in _names(space.readers) if name not in readers),
         blocked=blocked,
         taken=taken,
-        seen=_seen(space),
+        seen=space.seen,
     )
-
-
-def _seen(space: Space) -> dict[str, int]:
-    if len(space.places) == 1:
-        return {}
-    counts = {port.module: space.seen(port) for port in space.readers}
-    return {name: count for name, count in counts.items() if count < len(space.writers)}
 
 
 def _tied(architecture: Architecture, first: Space, last: Space) -> str | None:
@@ -521,7 +514,7 @@ def _head_seams(architecture: Architecture, wanted: Wanted) -> list[Seam]:
         followers=tuple(name for name in _names(space.readers) if name != "lm_head"),
         blocked=blocked,
         taken=taken,
-        seen=_seen(space),
+        seen=space.seen,
     )
     return [seam]
 

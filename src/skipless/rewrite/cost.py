@@ -60,7 +60,7 @@ def _piece(plan: Plan, task: Task, name: str) -> int:
     info = plan.outputs[name]
     if not task.seams:
         return _copied(plan.inputs[name]) * info.dtype.itemsize // plan.inputs[name].dtype.itemsize
-    if task.by_rows and _is_table(plan, name.rpartition(".")[0]):
+    if task.by_rows and setting(plan, task, frozenset()).is_table(name.rpartition(".")[0]):
         return min(info.bytes, block_rows(info.shape[1]) * info.row_bytes)
     return info.bytes
 
@@ -68,11 +68,6 @@ def _piece(plan: Plan, task: Task, name: str) -> int:
 def _copied(info: TensorInfo) -> int:
     """Bytes of a tensor that are copied at a time."""
     return min(info.bytes, max(COPIED, info.row_bytes))
-
-
-def _is_table(plan: Plan, name: str) -> bool:
-    module = plan.modules[0].get(name)
-    return module is not None and module.table
 
 
 def steps(plan: Plan, task: Task) -> dict[str, tuple[str, float]]:
