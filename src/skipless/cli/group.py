@@ -3,6 +3,8 @@
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -29,29 +31,31 @@ class Usage(click.ClickException):
         err.print(f"skipless: {self.message}", style="red", soft_wrap=True)
 
 
+@contextmanager
+def _usage_errors_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except click.ClickException as error:
+        raise Usage(error) from None
+
+
 class Group(click.Group):
     """A click group that turns bad input into one line on stderr and exit code 2."""
 
     def make_context(self, *arguments: Any, **others: Any) -> click.Context:
         """As click does."""
-        try:
+        with _usage_errors_in_one_line():
             return super().make_context(*arguments, **others)
-        except click.exceptions.NoArgsIsHelpError:
-            raise
-        except click.UsageError as error:
-            raise Usage(error) from None
 
     def invoke(self, ctx: click.Context) -> Any:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that files are cleaned up
         try:
-            with printable_logs():
+            with printable_logs(), _usage_errors_in_one_line():
                 return super().invoke(ctx)
-        except click.exceptions.NoArgsIsHelpError:
-            raise
-        except click.ClickException as error:  # click's own
-            raise Usage(error) from None
-        except (click.exceptions.Exit, click.Abort):
-            raise  # --help
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise  # usage, --help
         except KeyboardInterrupt:
             sys.exit(INTERRUPTED)
         except (InputError, OSError) as error:

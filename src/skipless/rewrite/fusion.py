@@ -141,7 +141,7 @@ class Job:
     def files(self) -> tuple[Path, ...]:
         """All that is written, relative to the new folder."""
         shards = [*self.plan.shards, INDEX] if len(self.plan.shards) > 1 else [*self.plan.shards]
-        return (*map(Path, ("config.json", CARD, *shards, *sorted(OURS))), *self.copied)
+        return (*map(Path, ("config.json", *shards, *sorted(OURS))), *{*self.copied, Path(CARD)})
 
     def manifest(self) -> dict[str, Any]:
         """What must be the same for two runs to write the same bytes."""
@@ -176,9 +176,9 @@ def plan_fuse(
         _check_outside(place, [found])
     place.check()
     reader = open_reader(source, device)
-    copied = [file for file in reader.other_files(copy) if str(file) not in {*OURS, CARD}]
+    copied = [file for file in reader.other_files(copy) if str(file) not in OURS]
     _check_outside(place, (reader.folder / name for name in ("config.json", *reader.shards, *map(str, copied))))
-    for pattern in unused(copy, [*copied, Path(CARD)]):
+    for pattern in unused(copy, copied):
         raise InputError(f"copy: expected a pattern that names a file to copy, found {pattern!r}, which names none")
     here = reader.device.type == "cpu" and engine == "local"
     if max_memory is not None and not here:
@@ -270,7 +270,7 @@ def _copy_others(job: Job, folder: Path) -> None:
     copied = {*map(Path.as_posix, job.copied), "config.json"}
     text = card(job.plan, dataclasses.asdict(job.request), named(job.reader.name), _source_card(job), copied)
     files.write(folder / CARD, [text.encode()])
-    for file in job.copied:
+    for file in (each for each in job.copied if each != Path(CARD)):
         for parent in reversed(file.parents):
             files.make_folder(folder / parent)
         files.copy(job.reader.fetch(file), folder / file)
@@ -280,7 +280,7 @@ def _copy_others(job: Job, folder: Path) -> None:
 
 def _source_card(job: Job) -> str | None:
     """The source's card, if it has one that can be read."""
-    if Path(CARD) not in job.reader.other_files():
+    if Path(CARD) not in job.copied:
         return None
     with files.opened(job.reader.fetch(Path(CARD))) as file:
         found = file.read(MOST + 1)
