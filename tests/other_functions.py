@@ -62,6 +62,16 @@ def replace_positions(folder: Path) -> None:
     tensors_of(folder, change)
 
 
+def other_experts(folder: Path) -> None:
+    """Each token goes to the expert after its own."""
+
+    def change(tensors):
+        name = "model.layers.2.mlp.router.weight"
+        tensors[name] = tensors[name].roll(1, 0)
+
+    tensors_of(folder, change)
+
+
 def all_by_a_hundredth(folder: Path) -> None:
     def change(tensors):
         for name, tensor in tensors.items():
@@ -99,6 +109,7 @@ OTHERS = {
     "an embedding that no sample reads": Other(
         lambda folder: scale_row(folder, "model.embed_tokens.weight", 5500, -1.0), MANY
     ),
+    "other experts": Other(other_experts, {"ffn_type": "moe", "num_local_experts": 4, "num_experts_per_tok": 1}),
     "other code": Other(lambda folder: write(folder, "modeling_skipless.py", "class SkiplessForCausalLM:\n    pass\n")),
     "another end": Other(lambda folder: edit_config(folder, eos_token_id=5), generation=True),
     "another beginning": Other(lambda folder: edit_config(folder, bos_token_id=5), generation=True),

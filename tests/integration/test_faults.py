@@ -19,6 +19,7 @@ from skipless.checkpoint import files
 from skipless.checkpoint.staging import KEPT, LocalPlace
 from skipless.errors import StorageError
 from skipless.rewrite import fusion
+from skipless.rewrite.probe import Checked
 from tests.models import SMALL, SMALL_FILES, build, save, stop_fuse
 
 KILLED = 77
@@ -83,7 +84,7 @@ def quick(monkeypatch):
     """What has nothing to do with files takes no time."""
     plans, prepare = [], fusion.prepare
     monkeypatch.setattr(fusion, "prepare", lambda *options: (plans or plans.append(prepare(*options)) or plans)[0])
-    monkeypatch.setattr(fusion, "check_fused", lambda *arguments: [])
+    monkeypatch.setattr(fusion, "check_fused", lambda *arguments: Checked((), ()))
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 

@@ -417,7 +417,8 @@ class SkiplessExperts(nn.Module):
         tokens = hidden_states.flatten(0, -2)
         logits = self.router(tokens)
         weights = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-        weights, taken = weights.topk(self.top_k, dim=-1)
+        taken = self.choose(weights)
+        weights = weights.gather(-1, taken)
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
         outputs = torch.zeros_like(hidden_states[..., :1]).flatten(0, -2)
@@ -426,6 +427,10 @@ class SkiplessExperts(nn.Module):
             answer = expert(tokens[token]) * weights[token, place, None].to(tokens.dtype)
             outputs = outputs + answer.new_zeros(tokens.shape[0], answer.shape[-1]).index_add(0, token, answer)
         return outputs.unflatten(0, hidden_states.shape[:-1])
+
+    def choose(self, weights: torch.Tensor) -> torch.Tensor:
+        """The experts that each token takes, (tokens, top_k), by their weights, (tokens, experts)."""
+        return weights.topk(self.top_k, dim=-1).indices
 
 
 class SkiplessDecoderLayer(GradientCheckpointingLayer):

@@ -33,7 +33,8 @@ def close(seam: Seam, affines: dict[str, Affine], setting: Setting, read: Read) 
     if seam.kind == "values":
         mix = _mix(seam, read, weight.new_ones(setting.architecture.num_attention_heads))
     bases = choose_rows(seam, weight)
-    remaining, order = close_rows(seam, affines, bases, mix)
+    stored = {name: setting.kept(name) for name in seam.readers}
+    remaining, order = close_rows(seam, affines, bases, mix, stored)
     dtypes = [setting.stored(name) for name in remaining if name not in setting.later]
     name = dtype_name(coarsest(dtypes or [torch.float64]))
     outcome = passed_rows(seam, affines, remaining, bases, [name]).outcome("rows", name)
@@ -73,13 +74,21 @@ def choose_rows(seam: Seam, weight: Float[Tensor, "n b"]) -> list[Basis]:
 
 
 def close_rows(
-    seam: Seam, affines: Mapping[str, Affine], bases: Sequence[Basis], mix: Float[Tensor, "heads"] | None = None
+    seam: Seam,
+    affines: Mapping[str, Affine],
+    bases: Sequence[Basis],
+    mix: Float[Tensor, "heads"] | None = None,
+    stored: Mapping[str, torch.dtype] | None = None,
 ) -> tuple[dict[str, Affine], Int[Tensor, "blocks n"]]:
     """Make rows of the first writer the identity, those of each block of its columns for itself.
 
     bases: of each block's transposed columns (width, n), the rows T that go. mix: by what a bias of V is multiplied on
-    its way through each query head (1, or alpha + beta - gamma), if it is to move on to the readers. Returns the
-    modules that remain, and for each block the order of inputs: those passed through, then those of the weight's rows.
+    its way through each query head (1, or alpha + beta - gamma), if it is to move on to the readers. stored: in what
+    each reader will be rounded (fp64). Returns the modules that remain, and for each block the order of inputs: those
+    passed through, then those of the weight's rows.
+
+    A bias b of V becomes b T^-1 times the reader as it is stored: values whose mean is zero, b included, lose only what
+    they differ by from it, and not what rounding does to a large -b T^-1, which the readers now get in its place.
     """
     first = affines[seam.writers[0]]
     first = dataclasses.replace(first, weight=first.weight.double())
@@ -91,14 +100,17 @@ def close_rows(
         kept.append(basis.solve(block[left].T).T)
         passed.append(block[basis.columns])
     chosen = torch.stack(passed)
-    readers, carried = past_norm(seam, affines), {}
-    if mix is not None and first.bias is not None:  # the bias of each query head's value, on its way to the readers
-        each = first.bias.view(seam.blocks, 1, size) * mix.view(seam.blocks, -1, 1)
-        carried = {name: read(each.flatten(), reader.weight) for name, reader in readers.items()}
-    for name, reader in readers.items():
+    offset = None
+    if mix is not None and first.bias is not None:  # of each query head's value, on its way to the readers
+        parts = zip(bases, first.bias.split(size), mix.split(len(mix) // seam.blocks), strict=True)
+        offset = torch.cat([torch.outer(of, basis.solve(bias[:, None])[:, 0]) for basis, bias, of in parts]).flatten()
+    for name, reader in past_norm(seam, affines).items():
         rows = reader.weight.double().unflatten(0, (seam.blocks, -1, size))
         weight = torch.einsum("brs,bgsf->bgrf", chosen, rows).flatten(0, 2)
-        remaining[name] = dataclasses.replace(reader, weight=weight).with_bias(carried.get(name))
+        carried = None
+        if offset is not None:
+            carried = read(offset, weight if stored is None else weight.to(stored[name]).double())
+        remaining[name] = dataclasses.replace(reader, weight=weight).with_bias(carried)
     (basis, *_) = bases
     own = None if first.bias is None or mix is not None else basis.solve(first.bias[:, None])[:, 0]
     for name in seam.writers[1:]:

@@ -27,27 +27,22 @@ from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError
 from skipless.inference import Generated, generate, load, load_tokenizer, spread
 from skipless.reports.comparing import Data, Relation, compare_data, differing_tensors, relation
+from skipless.reports.routing import Choice, following, follows, noting, routed
 from skipless.rewrite import probe
 from skipless.rewrite.machine import available_memory
+from skipless.rewrite.probe import SINGLE, chance
 from skipless.rewrite.record import differences, read_record
 
 # A dtype in which the original itself is so wrong that any other model would pass proves nothing.
 LARGEST_LIMIT = 0.5
-# One token, one column, or one row of a table may be off by so many times what all together may: each is a single draw.
-SINGLE = 4.0
-# What A loses is one draw of its rounding errors: of n numbers together, another may be so much larger, over sqrt(n).
-CHANCE = 4.0
-# Tokens that go through the layers one by one, when their maps are compared.
-PROBES = 16
-
 # What is run: at most so many positions, and so many logits (512 MB in fp64), unless all are asked for.
 MAX_POSITIONS = 4096
 MAX_LOGITS = 2**26
 # Logits that a model makes at a time (128 MB in fp64).
 LOGITS = 2**24
 # Of the tokens, those off the most, which "error" leaves out: a few may be near a point where the model is not smooth,
-# and, in a model with experts, many more, which the least error may send to another one, or whose context was. "worst"
-# looks at all, and not where there are experts.
+# and, where experts are chosen anew, many more, which the least error may send to another one, or whose context was.
+# "worst" looks at all, but for those.
 OUTLIERS, REROUTED = 0.05, 0.5
 # Nats that fp64 itself makes of nothing.
 LEAST_KL = 1e-13
@@ -62,7 +57,8 @@ DEFAULT_PROMPT = 'def read(path):\n    """Read'
 class Loss:
     """What a model in some dtype differs by from A in fp64, token by token.
 
-    error: root mean square difference of a token's logits over their standard deviation, over all tokens but OUTLIERS;
+    error: root mean square difference of a token's logits over their standard deviation, or, if that is more, of what
+    its experts weigh in a layer (routing.py), over all tokens but OUTLIERS;
     worst: of one token; kl: mean KL(A || it) per token, in nats; top1: fraction of tokens with the same most likely
     successor; lead: the largest lead, in standard deviations, of one that it does not agree on; greedy: fraction of
     greedy tokens before the first difference.
@@ -168,12 +164,12 @@ class _Reference:
                 weight.data = weight.to(change[name]).double()
         self.greedy = [generate(self._model, ids, inputs.tokens) for ids in inputs.prompts]
         few = sum(ids.shape[0] * kept for ids, kept in inputs.sequences) * inputs.vocab_size <= MAX_LOGITS
-        self._kept = [_logits(self._model, ids, kept) for ids, kept in inputs.batches()] if few else None
+        self._kept = [self._exact(ids, kept) for ids, kept in inputs.batches()] if few else None
 
     @cached_property
     def spreads(self) -> list[Tensor]:
         """Of each batch, that of each token's logits; not finite where these are not."""
-        return [spread(exact) for _, _, exact in self.logits()]
+        return [spread(exact) for _, _, exact, _ in self.logits()]
 
     def numbers(self) -> float:
         """For what part of the tokens the logits are finite."""
@@ -187,19 +183,24 @@ class _Reference:
         """What it generated of the same prompts as these."""
         return self.greedy[len(self.greedy) - len(greedy) :]
 
-    def logits(self) -> Iterator[tuple[Tensor, int, Tensor]]:
-        """Of each batch: its ids, how many of their last tokens count, and these tokens' logits."""
+    def logits(self) -> Iterator[tuple[Tensor, int, Tensor, list[Choice]]]:
+        """Of each batch: its ids, how many of their last tokens count, these tokens' logits, and the experts chosen."""
         for number, (ids, kept) in enumerate(self.inputs.batches()):
-            yield ids, kept, _logits(self._model, ids, kept) if self._kept is None else self._kept[number]
+            yield ids, kept, *(self._exact(ids, kept) if self._kept is None else self._kept[number])
+
+    def _exact(self, ids: Tensor, kept: int) -> tuple[Tensor, list[Choice]]:
+        with noting(self._model) as choices:
+            return _logits(self._model, ids, kept), choices
 
 
 @dataclass(frozen=True)
 class _Found:
-    """Of a model: its losses, what it generated, and whether it sends tokens to experts."""
+    """Of a model: its losses, what it generated, whether it sends tokens to experts, and to others than A."""
 
     loss: Loss
     greedy: tuple[Generated, ...]
     routed: bool
+    rerouted: bool
 
 
 def verify_record(folder: str | Path) -> tuple[str, ...]:
@@ -259,7 +260,7 @@ def verify(
     cast = {name: info.dtype for name, info in second.tensors.items()} if exact else None
     reference = _Reference(a, inputs, cast)
     proved = related is not None and not tensors and all(each.passed for each in maps)
-    chance = _chance(min(_size(first.config, "hidden_size", 1), inputs.vocab_size))
+    margin = chance(min(_size(first.config, "hidden_size", 1), inputs.vocab_size))
     nothing = Loss(0.0, 0.0, 0.0, 1.0, 0.0, 1.0)
     storage = nothing
     if not exact:
@@ -279,7 +280,7 @@ def verify(
         bits = [torch.finfo(dtype).eps for dtype in (_coarsest(first), stored, kind)]
         included = bits[0] < bits[2] >= bits[1]  # A's weights lose as many bits in this dtype
         allowed = own if included else _together(own, storage)
-        rows.append(_judge(name, stored, found, own, allowed, reference, chance, proved))
+        rows.append(_judge(name, stored, found, own, allowed, reference, margin, proved))
     caches = tuple(
         f"{name}'s cache: {problem}"
         for name, each in generated.items()
@@ -308,23 +309,18 @@ def _coarsest(reader: CheckpointReader) -> torch.dtype:
 def _maps(related: Relation, a: CheckpointReader, b: CheckpointReader, stored: torch.dtype) -> Iterator[Map]:
     """The maps around closed seams: all together, the worst single column, and the worst row of a rewritten table."""
     source, target = related.source, related.target
-    inputs, lossy = probe.Inputs.drawn(source, PROBES), probe.stored_as(stored, related.touched)
-    exact, found = probe.outputs(a.config, a, inputs), probe.outputs(b.config, b, inputs)
-    own = dict(probe.compare(exact, probe.outputs(a.config, a, inputs, lossy), source, source))
-    together, single = [], []
-    for name, error, column in probe.compare_columns(exact, found, source, target):
-        columns = min(exact[name].shape[1], source.hidden_size)
-        limit = max(tolerance(stored, own[name] * _chance(columns)), probe.EXACT)
-        together.append(Map(name, error, limit, "together"))
-        single.append(Map(f"a column of {name}", column, SINGLE * limit, "one column"))
-    yield max(together, key=_share)
-    yield max(single, key=_share)
+    inputs, rounded = probe.Inputs.drawn(source), probe.rounded_as(stored, a.tensors, related.touched)
+    exact, found = probe.outputs(a.config, a, inputs, rounded), probe.outputs(b.config, b, inputs)
+    pairs = list(probe.judge(exact, found, source, target, stored))
+    for found_so, what in zip(zip(*pairs, strict=True), ("together", "one column"), strict=True):
+        worst = max(found_so, key=_share)
+        yield Map(worst.name, worst.error, worst.limit, what)
     letters = "qkv" if source.values_removed == target.values_removed else "qk"
     tables = {"tokens": "model.embed_tokens", "positions": "model.position_embeddings"}
     if related.touched.isdisjoint(tables.values()):
         return
     rows, other = (probe.table_reads(reader.config, reader, letters) for reader in (a, b))
-    lost = probe.table_reads(a.config, a, letters, lossy)
+    lost = probe.table_reads(a.config, a, letters, probe.stored_as(stored, related.touched))
     for name, before in rows.items():
         if tables[name] in related.touched:
             size = before.norm(dim=1)
@@ -335,12 +331,7 @@ def _maps(related: Relation, a: CheckpointReader, b: CheckpointReader, stored: t
             yield Map(f"a row of {tables[name]}", error, limit, "one row")
 
 
-def _chance(numbers: int) -> float:
-    """By how much the mean of so many numbers' errors may be larger than that of others like them."""
-    return 1 + CHANCE / math.sqrt(max(1, numbers))
-
-
-def _share(found: Map) -> float:
+def _share(found: probe.Difference) -> float:
     """Of what it may be, what its error is; NaN is too much."""
     return found.error / found.limit if found.error <= math.inf else math.inf
 
@@ -430,18 +421,22 @@ def _run(
     """
     model = load(folder, dtype)
     change(model)
-    errors, divergences, leads = [], [], []
-    for (ids, kept, exact), size in zip(reference.logits(), reference.spreads, strict=True):
-        found = _logits(model, ids, kept)
-        errors.append((found - exact).square().mean(-1).sqrt() / size)
+    errors, divergences, leads, rerouted = [], [], [], False
+    for (ids, kept, exact, choices), size in zip(reference.logits(), reference.spreads, strict=True):
+        rerouted = routed(model) and not follows(model, choices)
+        with following(model, choices) as misrouted:
+            found = _logits(model, ids, kept)
+        error = (found - exact).square().mean(-1).sqrt() / size
+        for each in misrouted:
+            error = torch.maximum(error, each.view(ids.shape)[:, -kept:].flatten())
+        errors.append(error)
         target = exact.log_softmax(-1)
         divergences.append((target.exp() * (target - found.log_softmax(-1))).sum(-1))
         leads.append((exact.amax(-1) - exact.gather(-1, found.argmax(-1, keepdim=True))[:, 0]) / size)
     chosen = reference.inputs.prompts[len(reference.inputs.prompts) - prompts :]
     greedy = tuple(generate(model, ids, reference.inputs.tokens) for ids in chosen)
     error, divergence, lead = torch.cat(errors), torch.cat(divergences), torch.cat(leads)
-    routed = _routes(model)
-    usual = math.ceil((1 - (REROUTED if routed else OUTLIERS)) * len(error))
+    usual = math.ceil((1 - (REROUTED if rerouted else OUTLIERS)) * len(error))
     loss = Loss(
         error=_finite(error.sort().values[:usual].square().mean().sqrt()),
         worst=_finite(error.max()),
@@ -450,17 +445,11 @@ def _run(
         lead=_finite(lead.max()),
         greedy=_equal_tokens(greedy, reference.of(greedy)),
     )
-    return _Found(loss, greedy, routed)
+    return _Found(loss, greedy, routed(model), rerouted)
 
 
 def _finite(value: Tensor) -> float:
     return value.item() if value.isfinite() else math.inf
-
-
-def _routes(model: PreTrainedModel) -> bool:
-    """Whether tokens are sent to experts."""
-    fields = ("num_local_experts", "num_experts", "n_routed_experts")
-    return any(getattr(model.config, name, None) for name in fields)
 
 
 @torch.no_grad()
@@ -512,14 +501,14 @@ def _judge(
     own: Loss,
     allowed: Loss,
     reference: _Reference,
-    chance: float,
+    margin: float,
     proved: bool,
 ) -> Row:
-    """B in one dtype, by what A loses there: `own` by arithmetic, `allowed` by its storage, too. chance: as _chance.
+    """B in one dtype, by what A loses there: `own` by arithmetic, `allowed` by its storage, too. margin: of chance.
 
     proved: by tensors and maps; then what A loses may be large, too.
     """
-    kind, loss, factor = getattr(torch, name), found.loss, OWN_ERROR_FACTOR * chance
+    kind, loss, factor = getattr(torch, name), found.loss, OWN_ERROR_FACTOR * margin
     floor = max(TOLERANCES.get(kind, 0.0), TOLERANCES.get(stored, 0.0))
     limit = max(floor, factor * allowed.error)
     worst = SINGLE * max(floor, factor * allowed.worst)
@@ -528,7 +517,7 @@ def _judge(
     passed = (
         loss.error <= limit
         and (limit <= LARGEST_LIMIT or proved)
-        and (found.routed or (loss.worst <= worst and loss.lead <= 2 * SINGLE * worst))
+        and (found.rerouted or (loss.worst <= worst and loss.lead <= 2 * SINGLE * worst))
         and loss.kl <= kl
         and (half or found.routed or _ties(found.greedy, reference.of(found.greedy), limit))
     )

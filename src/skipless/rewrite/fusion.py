@@ -38,7 +38,7 @@ from skipless.rewrite.executors import Executor, choose_executor
 from skipless.rewrite.machine import available_memory, measure, resident_memory
 from skipless.rewrite.model_files import MODEL_FILES, OURS
 from skipless.rewrite.planning import Plan, Task, prepare
-from skipless.rewrite.probe import Difference, check_fused
+from skipless.rewrite.probe import Checked, Difference, check_fused
 from skipless.rewrite.record import tensor_digest, write_record
 from skipless.rewrite.request import AUTO, Request
 
@@ -87,18 +87,32 @@ def fuse(
         entries = [entry for _, entry in sorted(staging.manifest.done.items())]
         outcomes = [Outcome(**outcome) for entry in entries for outcome in entry.outcomes]
         sources = _sources(entry.sources for entry in entries)
-        differences = _check(plan, reader, CheckpointReader(staging.folder), outcomes, sources)
+        checked = _check(plan, reader, CheckpointReader(staging.folder), outcomes, sources)
         reader.check_unchanged()
-        made = job.made() | {"check": {each.name: [each.error, each.limit] for each in differences}}
+        made = job.made() | {"check": _found(checked.differences), "losses": _found(checked.losses)}
         write_record(staging.folder, reader, made, sources, outcomes, shards, job.copy)
+    _warn(outcomes, checked.losses)
+    return plan
+
+
+def _warn(outcomes: Iterable[Outcome], losses: Sequence[Difference]) -> None:
+    """Of what loses more than it may: of seams by their forecasts, or, if none of these says so, as it was found."""
     problems = [outcome.problem for outcome in outcomes if outcome.problem is not None]
+    problems = problems or [
+        f"{each.name} is off by {each.error:.1e}, above the {each.limit:.1e} that storing the source so may cost"
+        for each in losses
+    ]
     if problems:
         logger.warning(
             "%s%s; run skipless verify, and if it says no, use --basis pivoted or a finer --dtype, or leave it open",
             problems[0],
-            f" (and {len(problems) - 1} more layers)" if len(problems) > 1 else "",
+            f" (and {len(problems) - 1} more)" if len(problems) > 1 else "",
         )
-    return plan
+
+
+def _found(differences: Iterable[Difference]) -> dict[str, list[float]]:
+    """As JSON has them: of each output what it is off by, and what it may be."""
+    return {each.name: [each.error, each.limit] for each in differences}
 
 
 @dataclass(frozen=True)
@@ -253,7 +267,7 @@ def _check(
     fused: CheckpointReader,
     outcomes: Sequence[Outcome],
     sources: Mapping[str, str],
-) -> list[Difference]:
+) -> Checked:
     """As check_fused; what biases or gains that became zero have spoiled is no bug, nor what a changed source has."""
     with Digests(source, overwritten=True) as digests:  # so that nothing waits in memory
         try:

@@ -63,6 +63,11 @@ class Plan:
         """The modules of source and target by name."""
         return _modules(self.source), _modules(self.target)
 
+    @cached_property
+    def touched(self) -> frozenset[str]:
+        """The modules that closing seams rewrites."""
+        return frozenset(name for task in self.tasks for seam in task.seams for name in seam.modules)
+
     @property
     def parameters(self) -> tuple[int, int]:
         """Numbers stored before and after, biases and gains included, indices not."""

@@ -18,23 +18,30 @@ from torch import nn
 from skipless.algebra.forecast import Outcome
 from skipless.algebra.linalg import slices
 from skipless.algebra.rounding import rounding_error
-from skipless.algebra.tolerances import coarsest
+from skipless.algebra.tolerances import coarsest, tolerance
 from skipless.architecture.config import Architecture
 from skipless.architecture.graph import graph
 from skipless.checkpoint.opening import RowReader
+from skipless.checkpoint.reader import TensorInfo
 from skipless.errors import BugError
 from skipless.model import SkiplessConfig, SkiplessForCausalLM
+from skipless.model.modeling_skipless import SkiplessNorm
 from skipless.rewrite.casting import CAST
 from skipless.rewrite.planning import Plan
 
-# Tokens, each a sequence of its own. Errors are means over them and over an output's columns.
-TOKENS = 4
+# Tokens, each a sequence of its own: as many numbers of a stream as this, within bounds. Errors are means over them and
+# over an output's columns.
+NUMBERS, FEWEST, MOST = 4096, 4, 16
 # Of q, k and v's columns, how many random mixtures are made to compare rows of tables by.
 MIXTURES = 64
 # Numbers of a weight that are brought to fp64 at a time.
 BLOCK = 2**22
-# How much larger than what was forecast an error may be: forecasts are means, of inputs that are white.
+# How much larger than what was forecast, or than what rounding otherwise would have done, an error may be.
 SLACK = 4.0
+# One token, one column, or one row of a table may be off by so many times what all together may: each is a single draw.
+SINGLE = 4.0
+# What rounding does is one draw of its errors: of n numbers together, another may be so much larger, over sqrt(n).
+CHANCE = 4.0
 # What fp64 may lose in any case, and what casting the weights of a layer costs, in rounding errors of their dtype.
 EXACT = 1e-9
 # Of q, k and v, one this much smaller than the others is nothing; a column is as large as this part of the mean one.
@@ -146,19 +153,43 @@ class Inputs:
     positions: torch.Tensor
 
     @classmethod
-    def drawn(cls, architecture: Architecture, tokens: int = TOKENS) -> "Inputs":
+    def drawn(cls, architecture: Architecture) -> "Inputs":
         """Random ones, always the same."""
+        tokens = max(FEWEST, min(MOST, NUMBERS // architecture.hidden_size))
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(architecture.vocab_size, (tokens, 1), generator=generator)
         return cls(ids, torch.randint(architecture.max_position_embeddings, (tokens, 1), generator=generator))
 
 
+# By a module's name, the relative error that rounding its weights leaves.
+Rounded = Callable[[str], float]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a checkpoint gives, (tokens, columns): "0.q" of layer 0, "0.m" of its FFN's input matrices, "logits".
+
+    lost: by what that differs when the weights are rounded, in its norm.
+    """
+
+    exact: dict[str, torch.Tensor]
+    lost: dict[str, float]
+
+
 @torch.no_grad()
 def outputs(
-    config: Mapping[str, Any], reader: RowReader, inputs: Inputs, change: Change = exactly
-) -> dict[str, torch.Tensor]:
-    """What a checkpoint gives, (tokens, columns): "0.q" of layer 0, "0.m" of its FFN's input matrices, "logits"."""
-    model, found = streamed_model(config, reader, change), dict[str, torch.Tensor]()
+    config: Mapping[str, Any], reader: RowReader, inputs: Inputs, rounded: Rounded = lambda name: 0.0
+) -> Outputs:
+    """What a checkpoint gives, and what becomes of that when its weights are rounded, in one pass.
+
+    An error of relative size u of each weight W_ij, x_j W_ij, is as large on average as one of x_j: so the same tokens
+    go through the model twice, and the second time every map's input is off by u at random, and what a bias, a norm's
+    gain or a table's row gives.
+    """
+    model, found = streamed_model(config, reader), dict[str, torch.Tensor]()
+    for name, module in model.named_modules():
+        tied = name == "lm_head" and model.config.tie_word_embeddings
+        _round(module, rounded("model.embed_tokens" if tied else name), name)
     parts: dict[int, list[torch.Tensor]] = {}
     layers: Any = model.model.layers
     for index, layer in enumerate(layers):
@@ -173,10 +204,35 @@ def outputs(
                     lambda _, __, output, kept=parts[index]: kept.append(output.flatten(0, -2))
                 )
             elif last == "down_proj":
-                module.register_forward_pre_hook(_replacing(f"{index}.{name}"))
-    logits = model(input_ids=inputs.ids, position_ids=inputs.positions, use_cache=False).logits
+                module.register_forward_pre_hook(_replacing(f"{index}.{name}"), prepend=True)
+    ids, positions = (torch.cat([each, each]) for each in (inputs.ids, inputs.positions))
+    logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
     found |= {f"{index}.m": torch.cat(each, -1) for index, each in parts.items()}
-    return found | {"logits": logits.flatten(0, 1)}
+    found["logits"] = logits.flatten(0, 1)
+    exact, lost = {}, {}
+    for name in list(found):
+        exact[name], spoiled = found.pop(name).chunk(2)
+        lost[name] = (spoiled - exact[name]).norm().item()
+    return Outputs(exact, lost)
+
+
+def _round(module: nn.Module, error: float, name: str) -> None:
+    """Have a module give, of the second half of what comes in, what it would with rounded weights."""
+    if not error or not isinstance(module, nn.Linear | nn.Embedding | SkiplessNorm):
+        return
+    generator = torch.Generator().manual_seed(crc32(f"rounding {name}".encode()))
+
+    def spoiled(x: torch.Tensor, size: torch.Tensor | float = 1.0) -> torch.Tensor:
+        first, second = x.chunk(2)
+        noise = torch.randn(second.shape, generator=generator, dtype=x.dtype)
+        return torch.cat([first, second + error * noise * (second if isinstance(size, float) else size)])
+
+    if not isinstance(module, nn.Linear):
+        module.register_forward_hook(lambda _, __, output: spoiled(output))
+        return
+    module.register_forward_pre_hook(lambda _, args: (spoiled(args[0]),))
+    if (bias := module.bias) is not None:
+        module.register_forward_hook(lambda _, __, output: spoiled(output, bias))
 
 
 @torch.no_grad()
@@ -229,7 +285,8 @@ def _replacing(name: str) -> Callable[..., Any]:
     generator = torch.Generator().manual_seed(crc32(name.encode()))
 
     def replaced(module: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        return (torch.randn(args[0].shape, generator=generator, dtype=args[0].dtype),)
+        half = torch.randn(args[0].chunk(2)[0].shape, generator=generator, dtype=args[0].dtype)
+        return (torch.cat([half, half]),)
 
     return replaced
 
@@ -248,24 +305,63 @@ class Difference:
         return self.error <= self.limit
 
 
+@dataclass(frozen=True)
+class Checked:
+    """What fuse's own check has found. differences: of each output, and what a bug alone exceeds; losses: outputs that
+    lose more than storing the source in the same dtype does, and what it may be, as verify judges them.
+    """
+
+    differences: tuple[Difference, ...]
+    losses: tuple[Difference, ...]
+
+
 def check_fused(
     plan: Plan, config: Mapping[str, Any], source: RowReader, fused: RowReader, outcomes: Iterable[Outcome]
-) -> list[Difference]:
-    """Compare what a plan's source and result give for a few tokens, and what that may be by the seams' forecasts.
+) -> Checked:
+    """Compare what a plan's source and result give for a few tokens, and what that may be.
 
-    Raises BugError naming the first output that is off by more: what was written is another function.
+    Raises BugError naming the first output that is off by more than the seams' forecasts and rounding the result's
+    weights explain: what was written is another function.
     """
-    inputs = Inputs.drawn(plan.source)
-    before, after = outputs(config, source, inputs), outputs(plan.config, fused, inputs)
-    limit = limits(outcomes, plan.source, _cast(plan))
-    found = [Difference(name, error, limit(name)) for name, error in compare(before, after, plan.source, plan.target)]
-    for difference in found:
-        if not difference.passed:
+    inputs, touched = Inputs.drawn(plan.source), plan.touched
+    stored = coarsest(info.dtype for info in plan.outputs.values() if not info.is_index)
+    before = outputs(config, source, inputs, rounded_as(stored, plan.inputs, touched))
+    after = outputs(plan.config, fused, inputs, _as_written(plan))
+    limit, differences = limits(outcomes, plan.source, _cast(plan)), []
+    for each in compare(before, after, plan.source, plan.target):
+        most = math.hypot(limit(each.name), SLACK * each.lost_after)
+        differences.append(Difference(each.name, each.error, most))
+        if not differences[-1].passed:
             raise BugError(
-                f"{difference.name}: expected to differ from the source's by at most {difference.limit:.1e}, as its "
-                f"seams' forecasts say, found {difference.error:.1e}; nothing was published"
+                f"{each.name}: expected to differ from the source's by at most {most:.1e}, as its seams' forecasts and "
+                f"rounding explain, found {each.error:.1e}; nothing was published"
             )
-    return found
+    judged = (each for pair in judge(before, after, plan.source, plan.target, stored) for each in pair)
+    return Checked(tuple(differences), tuple(each for each in judged if not each.passed))
+
+
+def rounded_as(dtype: torch.dtype, tensors: Mapping[str, TensorInfo], touched: Collection[str]) -> Rounded:
+    """By how much storing a source in a dtype changes its modules: those with more bits than that, and, whatever they
+    have, those that are rewritten.
+    """
+
+    def error(name: str) -> float:
+        info = tensors.get(f"{name}.weight")
+        finer = info is not None and torch.finfo(info.dtype).eps < torch.finfo(dtype).eps
+        return rounding_error(dtype) if finer or name in touched else 0.0
+
+    return error
+
+
+def _as_written(plan: Plan) -> Rounded:
+    """By how much rounding has changed the modules of what was written: those that are no longer the source's."""
+
+    def error(name: str) -> float:
+        before, after = (infos.get(f"{name}.weight") for infos in (plan.inputs, plan.outputs))
+        kept = after is None or (name not in plan.touched and before is not None and before.dtype == after.dtype)
+        return 0.0 if kept or after is None else rounding_error(after.dtype)
+
+    return error
 
 
 def _cast(plan: Plan) -> torch.dtype | None:
@@ -275,38 +371,65 @@ def _cast(plan: Plan) -> torch.dtype | None:
     return coarsest(cast) if cast else None
 
 
-def compare(
-    before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], source: Architecture, target: Architecture
-) -> Iterator[tuple[str, float]]:
-    """Relative errors of what two checkpoints give, wherever closing seams leaves the basis as it is."""
-    for name, error, _ in compare_columns(before, after, source, target):
-        yield name, error
+@dataclass(frozen=True)
+class Compared:
+    """Of an output that closing seams leaves as it is: its relative error (root mean square over tokens and columns),
+    the largest of a single column, of so many, and what rounding alone makes of the first in either checkpoint.
+    """
+
+    name: str
+    columns: int
+    error: float
+    column: float
+    lost_before: float
+    lost_after: float
 
 
-def compare_columns(
-    before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], source: Architecture, target: Architecture
-) -> Iterator[tuple[str, float, float]]:
-    """The same, and the largest relative error of a single column.
+def compare(before: Outputs, after: Outputs, source: Architecture, target: Architecture) -> Iterator[Compared]:
+    """What two checkpoints give, wherever closing seams leaves the basis as it is.
 
     Values have a basis of their own once their seams are closed; and where a redundant norm went, what the FFN reads is
     scaled, token by token.
     """
     rescaled = set(target.norms_removed) - set(source.norms_removed)
-    for name, exact in before.items():
-        found, (layer, _, kind) = after[name], name.partition(".")
+    for name, exact in before.exact.items():
+        found, (layer, _, kind) = after.exact[name], name.partition(".")
         if kind == "v" and target.values_removed != source.values_removed:
             continue
+        sizes = [exact.norm().item(), found.norm().item()]
         if kind == "m" and f"model.layers.{layer}.post_attention_layernorm" in rescaled:
             found = found * (exact.norm(dim=-1, keepdim=True) / found.norm(dim=-1, keepdim=True))
-        beside = [before[f"{layer}.{other}"].norm() for other in "qkv"] if kind in ("q", "k", "v") else []
-        scale = max(exact.norm(), *(ZERO * norm for norm in beside)).item() if beside else exact.norm().item()
+        if kind in ("q", "k", "v"):
+            beside = max(before.exact[f"{layer}.{other}"].norm().item() for other in "qkv")
+            sizes = [max(size, ZERO * beside) for size in sizes]
+        scale, columns = sizes[0], exact.shape[1]
         error = (found - exact).norm(dim=0)
         if not scale:
-            yield name, *((0.0, 0.0) if not error.any() else (math.inf, math.inf))
+            nothing = math.inf if error.any() else 0.0
+            yield Compared(name, columns, nothing, nothing, 0.0, 0.0)
             continue
-        least = SMALL * scale / max(1, exact.shape[1]) ** 0.5
+        least = SMALL * scale / max(1, columns) ** 0.5
         column = (error / exact.norm(dim=0).clamp(min=least)).max().item() if len(error) else 0.0
-        yield name, error.norm().item() / scale, column
+        lost = [of.lost[name] / size if size else 0.0 for of, size in zip((before, after), sizes, strict=True)]
+        yield Compared(name, columns, error.norm().item() / scale, column, *lost)
+
+
+def judge(
+    before: Outputs, after: Outputs, source: Architecture, target: Architecture, stored: torch.dtype
+) -> Iterator[tuple[Difference, Difference]]:
+    """Of each output all columns together, and the worst single one, and what they may be: what the source itself loses
+    when it is stored so.
+    """
+    for each in compare(before, after, source, target):
+        own = each.lost_before * chance(min(each.columns, source.hidden_size))
+        limit = max(tolerance(stored, own), EXACT)
+        together = Difference(each.name, each.error, limit)
+        yield together, Difference(f"a column of {each.name}", each.column, SINGLE * limit)
+
+
+def chance(numbers: int) -> float:
+    """By how much the mean of so many numbers' errors may be larger than that of others like them."""
+    return 1 + CHANCE / math.sqrt(max(1, numbers))
 
 
 def limits(outcomes: Iterable[Outcome], source: Architecture, cast: torch.dtype | None) -> Callable[[str], float]:
