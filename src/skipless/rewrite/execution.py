@@ -70,7 +70,7 @@ def run_digested(plan: Plan, task: Task, reader: CheckpointReader) -> Done:
 
 
 def _finite(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same, each looked at by this thread: the writing one would wait for threads that the next seam keeps busy."""
+    """Check each tensor on this thread: the writer thread would block on the pool that the next seam uses."""
     for name, tensor in tensors:
         if not_finite(tensor):
             raise InputError(
@@ -120,7 +120,7 @@ def with_later(task: Task) -> Iterator[tuple[Seam, frozenset[str]]]:
 
 
 def setting(plan: Plan, task: Task, later: frozenset[str]) -> Setting:
-    """What a removal is told of a task's tensors. later: modules that a later seam rewrites."""
+    """The setting in which a removal works on a task's tensors. later: modules that a later seam rewrites."""
     return Setting(plan.source, plan.basis, plan.inputs, plan.outputs, plan.modules[0], later, task.by_rows)
 
 
