@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError
@@ -50,6 +51,14 @@ def removal_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def known_names(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Completes the names that count and limit know, or else files."""
+    from skipless.reports.counting import table
+
+    found = [CompletionItem(name) for name in table()["models"] if name.startswith(incomplete)]
+    return found or [CompletionItem(incomplete, type="file")]
 
 
 def parse_removal(layers_open: str, remove: str, **others: Any) -> dict[str, Any]:

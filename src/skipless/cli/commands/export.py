@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from skipless.cli.options import as_json
-from skipless.cli.output import out, print_json
+from skipless.cli.output import out, print_json, waiting
 from skipless.serving.engines import FORMATS
 
 
@@ -26,7 +26,8 @@ def export(model: Path, destination: Path, to: str, weights: str, as_json: bool)
     """Write the skipless MODEL, fused or not, for another engine into the new folder DST."""
     from skipless.serving import export as room
 
-    found = room.export(model, destination, to=to, weights=weights)
+    with waiting(f"exporting for {to}"):
+        found = room.export(model, destination, to=to, weights=weights)
     if as_json:
         print_json(dataclasses.asdict(found))
     else:

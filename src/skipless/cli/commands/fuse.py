@@ -7,12 +7,12 @@ from typing import Any
 import click
 
 from skipless.cli.options import as_json, parse_removal, parse_size, removal_options
-from skipless.cli.output import err, out, print_json, work_bar
+from skipless.cli.output import err, out, print_json, waiting, work_bar
 
 
 @click.command()
-@click.argument("source", metavar="SRC")
-@click.argument("destination", metavar="DST")
+@click.argument("source", metavar="SRC", type=click.Path())
+@click.argument("destination", metavar="DST", type=click.Path())
 @removal_options
 @click.option(
     "--max-shard-size", default="5GB", show_default=True, help="Largest file of weights: a number and MB or GB."
@@ -59,9 +59,10 @@ def fuse(
     estimated = None
     if dry_run:
         device = options.pop("device")
-        planned = fusion.plan_fuse(
-            source, destination, Request(**options), size, memory, engine, address, device, resume, copy
-        )
+        with waiting("planning"):
+            planned = fusion.plan_fuse(
+                source, destination, Request(**options), size, memory, engine, address, device, resume, copy
+            )
         plan, estimated = planned.plan, planned.estimate()
     else:
         with work_bar("fusing") as advance:
@@ -87,9 +88,9 @@ def fuse(
     if as_json:
         print_json(plan.summary() | ({} if estimated is None else {"work": estimated.to_json()}))
         return
-    out.print(tables.plan_table(plan))
+    out.print_table(tables.plan_table(plan))
     if estimated is not None:
-        out.print(tables.work_table(estimated))
+        out.print_table(tables.work_table(estimated))
         for line in tables.work_lines(estimated):
             out.print(line, soft_wrap=True)
     if plan.reason:
