@@ -103,6 +103,10 @@ class Family:
         except InputError as error:
             raise InputError(self._in_its_words(str(error), own)) from error
 
+    def layout(self, architecture: Architecture, names: Collection[str]) -> "Layout":
+        """Where a checkpoint with tensors of these names has them. Raises InputError as Layout.of does."""
+        return Layout.of(self, architecture, names)
+
     def _in_its_words(self, message: str, config: Config) -> str:
         """An error about one of Architecture's fields, by this family's name for it."""
         for name, rule in self.fields.items():
@@ -311,7 +315,7 @@ def laid_out(opened: Opened) -> Layout:
     Raises InputError if its config is none, or its tensors' headers contradict it.
     """
     found = find(opened.config)
-    layout = Layout.of(found, found.architecture(opened.config), opened.headers)
+    layout = found.layout(found.architecture(opened.config), opened.headers)
     opened.check(layout.shapes, ignores=layout.ignores)
     return layout
 

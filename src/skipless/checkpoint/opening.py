@@ -60,6 +60,11 @@ class Canonical:
     def __init__(self, reader: Reader, layout: family.Layout):
         self._reader, self._layout = reader, layout
         shapes = layout.architecture.tensors()
+        if missing := shapes.keys() - layout.places:
+            raise InputError(
+                f"{min(missing)}: expected in what is read tensor by tensor, found it in another form; use the model "
+                f"folder that it was exported from"
+            )
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(shape, (first := reader.tensors[layout.places[name].tensors[0]]).dtype, first.shard)
             for name, shape in shapes.items()
