@@ -194,9 +194,8 @@ class Architecture:
         """
         if (model_type := config.get("model_type")) != "skipless":
             raise InputError(
-                f"config.json: model_type: expected 'skipless', found {model_type!r}; only skipless checkpoints can be "
-                f"rewritten: norms and skip connections block the stream and P-M seams of other models; skipless audit "
-                f"says what could go"
+                f"config.json: model_type: expected 'skipless', found {model_type!r}; norms and skip connections "
+                f"block the stream and P-M seams of other models; skipless audit says what could go"
             )
         fields = {field.name: field for field in dataclasses.fields(cls) if field.name not in FOREIGN}
         for name in config:

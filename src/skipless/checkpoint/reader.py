@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from skipless.checkpoint.headers import INDEX, Folder, Header, ignores_nothing
+from skipless.checkpoint.family import buffers
+from skipless.checkpoint.headers import INDEX, Folder, Header
 from skipless.dtypes import INDEX_NAMES, SAFETENSORS_NAMES
 from skipless.errors import InputError, StorageError
 
@@ -57,18 +58,23 @@ class TensorInfo:
 class CheckpointReader(Folder):
     """A model folder opened for reading. No tensor is read until `tensor` is called.
 
-    device: where tensors are read to, "cpu" or a CUDA device; ignores: whether a tensor does not matter, by its name.
+    device: where tensors are read to, "cpu" or a CUDA device. Buffers that a family's checkpoints hold are no tensors.
     Raises InputError as Folder does, and for tensors of other dtypes than those of weights and indices.
     """
 
-    def __init__(self, folder: Path, device: str = "cpu", ignores: Callable[[str], bool] = ignores_nothing):
+    def __init__(self, folder: Path, device: str = "cpu"):
         self.device = _device(device)
         before = {file.name: _stamp(file) for file in folder.glob("*") if file.is_file()}
         super().__init__(folder)
         names = ["config.json", *self.shards] + ([INDEX] if self._weight_map is not None else [])
+        passed_over = buffers(self.config)
         self._stamps = {name: before.get(name) or _stamp(folder / name) for name in names}
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
-            {name: _info(name, header) for name, header in self.headers.items() if not ignores(name)}
+            {
+                name: _info(name, header)
+                for name, header in self.headers.items()
+                if not any(part in name for part in passed_over)
+            }
         )
 
     @property

@@ -17,7 +17,6 @@ from skipless.checkpoint.headers import (
     MOST_CONFIG,
     MOST_HEADER,
     MOST_INDEX,
-    ignores_nothing,
 )
 from skipless.checkpoint.manifest import JOB
 from skipless.checkpoint.others import PICKLES
@@ -58,14 +57,14 @@ def shown(place: object) -> str:
 class RemoteReader(CheckpointReader):
     """A CheckpointReader of a folder at a URL; `folder` is a local one that holds what describes it."""
 
-    def __init__(self, url: str, device: str = "cpu", ignores: Callable[[str], bool] = ignores_nothing):
+    def __init__(self, url: str, device: str = "cpu"):
         self._url, self._store = url, Store(url)
         self._local = tempfile.TemporaryDirectory(prefix="skipless-")
         self._fetched: set[Path] = set()
         self._range = lru_cache(KEPT)(self._fetch_range)
         try:
             self._versions = self._describe(Path(self._local.name))
-            super().__init__(Path(self._local.name), device, ignores)
+            super().__init__(Path(self._local.name), device)
         except InputError as error:
             raise type(error)(str(error).replace(self._local.name, self.name)) from None
         except OSError as error:

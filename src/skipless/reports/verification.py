@@ -25,7 +25,7 @@ from skipless.algebra.tolerances import OWN_ERROR_FACTOR, TOLERANCES, coarsest, 
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError
-from skipless.inference import Generated, generate, load, load_tokenizer, spread
+from skipless.inference import Generated, arithmetic, generate, load, load_tokenizer, spread
 from skipless.reports.comparing import Data, Relation, compare_data, differing_tensors, relation
 from skipless.reports.routing import Choice, following, follows, noting, routed
 from skipless.rewrite import probe
@@ -51,6 +51,9 @@ OUTLIERS, REROUTED = 0.05, 0.5
 LEAST_KL = 1e-13
 # Tokens beyond a sliding window, so that some of them no longer see the first.
 BEYOND = 32
+
+# What families call the most tokens that a sequence may have.
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 DEFAULT_DTYPES = ("float64", "float32", "bfloat16")
 DEFAULT_PROMPT = 'def read(path):\n    """Read'
@@ -349,7 +352,7 @@ def _inputs(a: CheckpointReader, b: CheckpointReader, prompt: str, tokens: int, 
     vocab_size, other = (_size(config, "vocab_size", None) for config in configs)
     if vocab_size != other:
         raise InputError(f"vocab_size: expected {vocab_size} as in A, found {other} in B")
-    limit = min(_size(config, "max_position_embeddings", 2**31) for config in configs)
+    limit = min(_size(config, name, 2**31) for config in configs for name in POSITIONS)
     tokens = min(tokens, max(1, limit // 2))
     not_run = []
     generator = torch.Generator().manual_seed(seed)
@@ -462,7 +465,8 @@ def _finite(value: Tensor) -> float:
 @torch.no_grad()
 def _logits(model: PreTrainedModel, ids: Tensor, kept: int) -> Tensor:
     """Of the last `kept` tokens of each sequence, (sequences * kept, vocab), in fp64."""
-    logits: Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits
+    with arithmetic(model):
+        logits: Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits
     return logits.flatten(0, 1).double()
 
 

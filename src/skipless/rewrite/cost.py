@@ -86,15 +86,16 @@ def _memory(plan: Plan, task: Task) -> int:
     if not task.seams:
         (name,) = task.writes
         return OVERHEAD + _copied(plan.inputs[name]) + _piece(plan, task, name)
+    inputs, _ = plan.canonical
     largest, left = 0.0, dict[str, float]()
     for seam, later in with_later(task):
         own = [name for name in seam.modules if name in plan.modules[0]]
-        read = sum(plan.inputs[f"{name}.weight"].bytes for name in own if name not in left)
-        held = read + sum(left.values()) + sum(plan.inputs[name].bytes for name in seam.mixed)
+        read = sum(inputs[f"{name}.weight"].bytes for name in own if name not in left)
+        held = read + sum(left.values()) + sum(inputs[name].bytes for name in seam.mixed)
         needed = removal(seam).memory(seam, setting(plan, task, later))
         if len(task.seams) > 1:  # what it gives, as it is handed out
-            needed += sum(8.0 * plan.inputs[f"{name}.weight"].weights for name in own if name not in later)
+            needed += sum(8.0 * inputs[f"{name}.weight"].weights for name in own if name not in later)
         largest = max(largest, held + needed)
         left = {name: size for name, size in left.items() if name not in own}
-        left |= {name: 8.0 * plan.inputs[f"{name}.weight"].weights for name in later if name in own}
+        left |= {name: 8.0 * inputs[f"{name}.weight"].weights for name in later if name in own}
     return OVERHEAD + int(largest)

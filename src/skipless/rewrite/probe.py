@@ -146,6 +146,11 @@ def _reading(reader: RowReader, name: str, change: Change) -> Callable[[slice | 
     return lambda rows: change(name, reader.tensor(name, rows).cpu())
 
 
+def tokens_of(architecture: Architecture) -> int:
+    """How many tokens to look at."""
+    return max(FEWEST, min(MOST, NUMBERS // architecture.hidden_size))
+
+
 @dataclass(frozen=True)
 class Inputs:
     """Tokens, and their positions, each a sequence of its own: (tokens, 1)."""
@@ -156,7 +161,7 @@ class Inputs:
     @classmethod
     def drawn(cls, architecture: Architecture) -> "Inputs":
         """Random ones, always the same."""
-        tokens = max(FEWEST, min(MOST, NUMBERS // architecture.hidden_size))
+        tokens = tokens_of(architecture)
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(architecture.vocab_size, (tokens, 1), generator=generator)
         return cls(ids, torch.randint(architecture.max_position_embeddings, (tokens, 1), generator=generator))
