@@ -33,7 +33,7 @@ def run(*arguments, code=0, **settings):
 def folder(tmp_path_factory):
     """my-model, fused and, in the order of the list, what the examples write."""
     folder = tmp_path_factory.mktemp("examples")
-    save(build(), folder / "my-model")
+    save(build(max_position_embeddings=1024), folder / "my-model")
     return folder
 
 
@@ -71,7 +71,7 @@ def test_an_example_can_be_parsed(example, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_examples_run_one_after_the_other(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    order = ("fuse", "audit", "verify", "count", "limit", "export", "refresh", "bench")
+    order = ("fuse", "audit", "verify", "report", "count", "limit", "export", "refresh", "bench")
     for example in sorted(
         (example for example in EXAMPLES if not example.startswith(LONG)),
         key=lambda example: order.index(example.split()[1]),

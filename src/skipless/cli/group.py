@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from skipless import __version__
-from skipless.cli.commands import audit, bench, count, demo, export, fuse, limit, refresh, train, verify
+from skipless.cli.commands import audit, bench, count, demo, export, fuse, limit, refresh, report, train, verify
 from skipless.cli.help import COMPLETION, add_help
 from skipless.cli.output import err
 from skipless.errors import INTERRUPTED, InputError, printable
@@ -83,6 +83,7 @@ for command in (
     audit.audit,
     fuse.fuse,
     verify.verify,
+    report.report,
     count.count_command,
     limit.limit_command,
     export.export,

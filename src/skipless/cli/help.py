@@ -36,6 +36,11 @@ PAGES = {
         ("skipless verify my-model fused", "skipless verify fused"),
         "not the same function, or not as it was written",
     ),
+    "report": Page(
+        "Show it on one HTML page, with plots",
+        ("skipless report my-model fused --html report.html",),
+        "not the same function",
+    ),
     "count": Page(
         "How many weights, and how many could go?",
         ("skipless count mistral-7b gpt2", "skipless count my-model/config.json --markdown"),

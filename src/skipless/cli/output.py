@@ -26,16 +26,17 @@ out = Terminal()
 err = Terminal(stderr=True)
 
 
+def plain(value: Any) -> Any:
+    """A value as JSON can say it: what it has no number for (infinity, NaN) becomes null."""
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def print_json(value: Any) -> None:
-    """One JSON object on stdout; what JSON has no number for (infinity, NaN) becomes null."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: plain(item) for name, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
+    """One JSON object on stdout."""
     click.echo(json.dumps(plain(value), allow_nan=False))
 
 
