@@ -35,10 +35,9 @@ def removal_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu or cuda."),
         click.option(
             "--remove",
-            default="stream,p",
-            show_default=True,
             metavar="KINDS",
-            help="Kinds of seams to close: of stream, p, values, head, norms.",
+            help="Kinds of seams to close: of stream, p, values, head, norms [default: stream,p]. Of a model with "
+            "skips and norms: of norms, biases [default: both].",
         ),
         click.option(
             "--parallel-removes",
@@ -61,11 +60,11 @@ def known_names(context: click.Context, parameter: click.Parameter, incomplete: 
     return found or [CompletionItem(incomplete, type="file")]
 
 
-def parse_removal(layers_open: str, remove: str, **others: Any) -> dict[str, Any]:
+def parse_removal(layers_open: str, remove: str | None, **others: Any) -> dict[str, Any]:
     """The values of removal_options as fuse and audit take them."""
     return {
         "layers_open": parse_layers(layers_open),
-        "remove": tuple(kind.strip() for kind in remove.split(",")),
+        "remove": None if remove is None else tuple(kind.strip() for kind in remove.split(",")),
         **others,
     }
 
