@@ -80,7 +80,8 @@ def error(before, after):
 
 
 def spoil(folder, change):
-    """Change a folder's tensors."""
+    """Change a folder's tensors, and take away what would tell by their bytes."""
+    (folder / "skipless.json").unlink(missing_ok=True)
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
@@ -150,6 +151,7 @@ def test_a_tensor_left_as_it_was_shows(name, tensor, tmp_path):
     original = load_file(tmp_path / "source" / "model.safetensors")[tensor]
     spoil(tmp_path / "folded", lambda tensors: tensors.update({tensor: original}))
     assert error(tmp_path / "source", tmp_path / "folded") > 1e-5
+    assert not skipless.verify(tmp_path / "source", tmp_path / "folded", dtypes=(), tokens=4).same
 
 
 def forced(monkeypatch, writer, **changes):
@@ -265,6 +267,28 @@ def test_stored_in_any_dtype(name, dtype, tmp_path, caplog):
     assert json.loads((tmp_path / "folded" / "config.json").read_text())["dtype"] == dtype
     assert not caplog.text
     assert skipless.verify(tmp_path / "source", tmp_path / "folded", dtypes=()).same
+
+
+def test_verify_proves_what_it_does_not_run(tmp_path, monkeypatch):
+    """That all tensors and maps agree covers tokens and positions that no run sees."""
+    monkeypatch.setitem(
+        MODELS, "long", ("Llama", {**LLAMA, "max_position_embeddings": 10**5, "tie_word_embeddings": True})
+    )
+    saved("long", tmp_path / "source")
+    skipless.fuse(tmp_path / "source", tmp_path / "folded")
+    found = skipless.verify(tmp_path / "source", tmp_path / "folded", dtypes=(), tokens=4)
+    assert found.same
+    assert found.proved
+    assert found.not_run
+    assert found.maps[0].error < 1e-12
+
+    def neutral_too(tensors):
+        tensors["model.norm.weight"] = torch.ones(32).double()
+
+    spoil(tmp_path / "folded", neutral_too)
+    found = skipless.verify(tmp_path / "source", tmp_path / "folded", dtypes=(), tokens=4)
+    assert found.tensors == ("model.norm.weight",)
+    assert "model.norm.weight: expected as in A" in found.note
 
 
 def test_only_what_is_asked_for(tmp_path):

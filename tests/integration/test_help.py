@@ -12,10 +12,14 @@ from click.testing import CliRunner
 from rich.table import Table
 
 from skipless import cli
+from skipless.architecture.folds import FOLDS
+from skipless.architecture.seams import AUTO, BASES, KINDS
 from skipless.bundled import BUNDLED
 from skipless.cli import output
 from skipless.cli.help import PAGES, exit_codes
 from skipless.cli.terminal import Terminal
+from skipless.rewrite.executors import EXECUTORS
+from skipless.serving.engines import ENGINES
 from tests.models import build, save
 
 EXAMPLES = [example for page in PAGES.values() for example in page.examples]
@@ -191,3 +195,12 @@ def test_what_takes_long_has_a_bar_on_a_terminal_alone(folder, command, verb, mo
     monkeypatch.setattr(output.err, "_force_terminal", False)
     if verb not in ("fusing", "exporting for onnx", "timing"):
         assert verb not in run(*command.split()).stderr
+
+
+def test_choices_are_the_registries():
+    """A removal, an executor or an engine that is added is on the command line, too."""
+    fuse, bench = ({option.name: option for option in cli.main.commands[name].params} for name in ("fuse", "bench"))
+    assert set(fuse["basis"].type.choices) == {AUTO, *BASES}
+    assert set(fuse["engine"].type.choices) == set(EXECUTORS)
+    assert set(bench["engine"].type.choices) == set(ENGINES)
+    assert all(kind in fuse["remove"].help for kind in (*KINDS, *FOLDS))

@@ -7,6 +7,8 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from skipless.architecture.folds import FOLDS
+from skipless.architecture.seams import AUTO, BASES, KINDS, PARALLEL_REMOVES, REMOVABLE
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError
 
@@ -18,8 +20,8 @@ def removal_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = [
         click.option(
             "--basis",
-            type=click.Choice(["auto", "q", "k", "v", "pivoted"]),
-            default="auto",
+            type=click.Choice([AUTO, *BASES]),
+            default=AUTO,
             show_default=True,
             help="What becomes the identity: q_proj (k, v: MHA only), or the best columns of all three.",
         ),
@@ -36,13 +38,13 @@ def removal_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--remove",
             metavar="KINDS",
-            help="Kinds of seams to close: of stream, p, values, head, norms [default: stream,p]. Of a model with "
-            "skips and norms: of norms, biases [default: both].",
+            help=f"Kinds of seams to close: of {', '.join(KINDS)} [default: {','.join(REMOVABLE)}]. Of a model with "
+            f"skips and norms: of {', '.join(FOLDS)} [default: all].",
         ),
         click.option(
             "--parallel-removes",
-            type=click.Choice(["readers", "p"]),
-            default="readers",
+            type=click.Choice(PARALLEL_REMOVES),
+            default=PARALLEL_REMOVES[0],
             show_default=True,
             help="What a parallel model loses: Q (or what the basis says), or P.",
         ),

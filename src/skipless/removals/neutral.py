@@ -81,4 +81,4 @@ def steps(seam: Seam, setting: Setting) -> Iterator[Step]:
 def memory(seam: Seam, setting: Setting) -> float:
     """What comes out, and, of a fused tensor's part, a copy and the place that it is joined in."""
     names = [name for name in seam.modules if name in setting.modules]
-    return float(sum(setting.size(name) * (setting.kept(name).itemsize + 12) for name in names))
+    return float(sum(setting.size(name) * setting.kept(name).itemsize + 2 * setting.info(name).bytes for name in names))

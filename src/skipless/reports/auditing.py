@@ -16,7 +16,7 @@ import torch
 from skipless.algebra.forecast import Forecast, Way, letter
 from skipless.algebra.spectrum import Spectrum, spectrum
 from skipless.architecture.folds import FOLDS
-from skipless.architecture.seams import REMOVABLE, Seam
+from skipless.architecture.seams import AUTO, BASES, REMOVABLE, Seam
 from skipless.checkpoint.opening import Reader, open_source
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError
@@ -24,7 +24,7 @@ from skipless.removals import forecast
 from skipless.reports.counting import moved_by_fuse, removable_as_is
 from skipless.rewrite.casting import underflows
 from skipless.rewrite.modules import read_seam
-from skipless.rewrite.request import AUTO, BASES, Request
+from skipless.rewrite.request import Request
 
 
 @dataclass(frozen=True)

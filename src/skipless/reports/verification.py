@@ -30,6 +30,7 @@ from skipless.reports.comparing import Data, Relation, compare_data, differing_t
 from skipless.reports.routing import Choice, following, follows, noting, routed
 from skipless.rewrite import probe
 from skipless.rewrite.machine import available_memory
+from skipless.rewrite.maps import compare
 from skipless.rewrite.probe import SINGLE, chance
 from skipless.rewrite.record import differences, read_record
 
@@ -272,7 +273,7 @@ def verify(
     storage = nothing
     if not exact:
         steps.next(f"running A as {dtype_name(stored)} stores it")
-        touched = None if related is None else related.touched
+        touched = None if related is None or related.layout else related.touched
         draws = range(min(MOST_DRAWS, math.ceil(ENOUGH / width)))
         storage = _usual(
             [_run(a, torch.float64, reference, 0, _noise(first, stored, touched, draw)).loss for draw in draws]
@@ -318,6 +319,11 @@ def _coarsest(reader: CheckpointReader) -> torch.dtype:
 
 def _maps(related: Relation, a: CheckpointReader, b: CheckpointReader, stored: torch.dtype) -> Iterator[Map]:
     """The maps around closed seams: all together, the worst single column, and the worst row of a rewritten table."""
+    if related.layout is not None:
+        found_moved = (each for each, _, _ in compare(related.layout, related.closed, a, b, stored))
+        worst = max(found_moved, key=_share)
+        yield Map(worst.name, worst.error, worst.limit, "together")
+        return
     source, target = related.source, related.target
     inputs, rounded = probe.Inputs.drawn(source), probe.rounded_as(stored, a.tensors, related.touched)
     exact, found = probe.outputs(a.config, a, inputs, rounded), probe.outputs(b.config, b, inputs)

@@ -15,6 +15,7 @@ import torch
 from skipless.algebra.forecast import Outcome
 from skipless.algebra.rounding import rounding_error
 from skipless.algebra.tolerances import tolerance
+from skipless.architecture.seams import AUTO
 from skipless.checkpoint import files
 from skipless.checkpoint.behind import Behind
 from skipless.checkpoint.digests import Digests
@@ -41,7 +42,7 @@ from skipless.rewrite.model_files import MODEL_FILES, OURS
 from skipless.rewrite.planning import Plan, Task, prepare
 from skipless.rewrite.probe import Checked, Difference, check_fused
 from skipless.rewrite.record import RECORD, tensor_digest, write_record
-from skipless.rewrite.request import AUTO, Request
+from skipless.rewrite.request import Request
 
 
 def fuse(

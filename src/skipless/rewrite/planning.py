@@ -15,7 +15,7 @@ import torch
 from skipless.algebra.forecast import Forecast
 from skipless.algebra.linalg import HALF
 from skipless.architecture.config import Architecture, Module
-from skipless.architecture.seams import Seam, closed
+from skipless.architecture.seams import AUTO, Seam, closed
 from skipless.checkpoint import canonical, family
 from skipless.checkpoint.opening import check_config, read_architecture
 from skipless.checkpoint.reader import CheckpointReader, TensorInfo
@@ -25,7 +25,7 @@ from skipless.removals import forecast
 from skipless.removals.columns import forecast_memory
 from skipless.rewrite.model_files import AUTO_MAP
 from skipless.rewrite.modules import read_seam, tables
-from skipless.rewrite.request import AUTO, Request
+from skipless.rewrite.request import Request
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,11 @@ from skipless.algebra.forecast import Forecast
 from skipless.algebra.tolerances import coarsest, dtype_name
 from skipless.architecture.config import Architecture
 from skipless.architecture.folds import FOLDS, folds, staying
-from skipless.architecture.seams import KINDS, PARALLEL_REMOVES, REMOVABLE, Seam, seams
+from skipless.architecture.seams import AUTO, BASES, KINDS, PARALLEL_REMOVES, REMOVABLE, Seam, seams
 from skipless.checkpoint.reader import TensorInfo
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError
 
-BASES = ("q", "k", "v", "pivoted")
-AUTO = "auto"
 # How the result is laid out: as a skipless model, or as the source's family has it, names and shapes alike.
 LAYOUTS = ("skipless", "family")
 # "auto" takes q, whose model is simpler and needs no gather, up to this multiple of pivoted's error.

@@ -19,7 +19,8 @@ from skipless.serving.engines import FORMATS
     type=click.Choice(["f32", "bf16", "f16", "int8", "int4", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]),
     default="f32",
     show_default=True,
-    help="How to store them; int8 and int4: openvino only, q8_0 to q4_0: gguf only.",
+    metavar="DTYPE",
+    help="How to store them: f32, bf16, f16; openvino: int8, int4; gguf: q8_0, q5_1, q5_0, q4_1, q4_0.",
 )
 @as_json
 def export(model: Path, destination: Path, to: str, weights: str, as_json: bool) -> None:
