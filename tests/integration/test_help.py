@@ -130,6 +130,7 @@ def test_no_number_is_cut_at_any_width(arguments, width, monkeypatch):
     assert set(whole.replace("─", "").split()) == set(text.replace("─", "").split())
 
 
+@pytest.mark.slow
 def test_an_audit_fits(monkeypatch):
     for width, parts in ((60, 5), (80, 3)):  # where a table is parted, layers are numbered again
         monkeypatch.setattr(output.out, "_width", width)
@@ -174,7 +175,7 @@ def test_colours(settings, coloured):
     ("command", "verb"),
     [
         ("fuse my-model bar", "fusing"),
-        ("fuse my-model other --dry-run", "planning"),
+        pytest.param("fuse my-model other --dry-run", "planning", marks=pytest.mark.slow),
         ("audit my-model", "auditing"),
         ("verify my-model bar", "verifying"),
         ("verify bar", "reading"),
