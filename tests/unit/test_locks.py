@@ -1,5 +1,6 @@
 """What make installs is named by its SHA-256, and nothing in the lock files says where a machine has it from."""
 
+import json
 import re
 from pathlib import Path
 
@@ -57,3 +58,12 @@ def test_torch_is_one_release_and_never_the_cuda_build_where_a_cpu_build_is_mean
     assert not cpu & cuda
     assert cpu < set(every["requirements"][1:]) < cpu | cuda
     assert every["requirements"] == every["requirements-vllm"]
+
+
+def test_what_the_site_has_of_others_is_locked_by_its_hash():
+    packages = json.loads((ROOT / "tools" / "site" / "package-lock.json").read_text())["packages"]
+    asked = json.loads((ROOT / "tools" / "site" / "package.json").read_text())["dependencies"]
+    assert packages.pop("")["dependencies"] == asked
+    assert all(package["integrity"].startswith("sha512-") for package in packages.values())
+    assert packages["node_modules/pyodide"]["version"] == asked["pyodide"]
+    assert not any("resolved" in package for package in packages.values())

@@ -4,6 +4,7 @@ import re
 import sys
 import tomllib
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -17,6 +18,7 @@ TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULT
 
 sys.path.insert(0, str(ROOT / "tools"))
 import locks  # noqa: E402
+import pictures  # noqa: E402
 import versions  # noqa: E402
 
 
@@ -93,3 +95,17 @@ def test_a_page_names_files_tests_and_targets_that_exist(page):
         assert target in TARGETS, target
     for file, test in re.findall(r"(tests/\w+/\w+\.py): `(\w+)`", text):
         assert f"def {test}(" in (ROOT / file).read_text()
+
+
+@pytest.mark.parametrize("name", pictures.PICTURES)
+def test_a_picture_is_what_the_code_draws(name):
+    drawn = pictures.PICTURES[name]()
+    assert (pictures.FOLDER / name).read_text(encoding="utf-8") == drawn, "make pictures"
+    assert ElementTree.fromstring(drawn).tag.endswith("svg")
+    assert f"pictures/{name}" in (ROOT / "docs" / "pictures.md").read_text()
+
+
+def test_every_page_has_its_place_in_the_sites_navigation():
+    listed = re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert {file.name for file in (ROOT / "docs").glob("*.md")} <= set(listed)
+    assert len(listed) == len(set(listed))

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from skipless.architecture.config import Module
-from skipless.checkpoint.opening import read_architecture
+from skipless.checkpoint.canonical import Canonical
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.errors import InputError
 from skipless.inference import generate, load, load_tokenizer
 from skipless.reports.auditing import Audit, audit
-from skipless.reports.comparing import relation
+from skipless.reports.comparing import Relation, relation
 from skipless.reports.counting import LETTERS
 from skipless.reports.verification import DEFAULT_DTYPES, DEFAULT_PROMPT, Report, verify
 from skipless.rewrite.card import named
@@ -82,7 +81,7 @@ def overview(
         raise InputError(f"{fused}: expected what fuse has made of {source}, found no seam that was closed in it")
     record = read_record(fused) or {}
     options = record.get("options", {})
-    sizes = [_parts(reader) for reader in (first, second)]
+    sizes = [_parts(reader, related) for reader in (first, second)]
     asked = {name: options[name] for name in ASKED if name in options}
     found = audit(source, **asked, progress=lambda done, total: progress("auditing", done, total))
     report = verify(source, fused, dtypes=DEFAULT_DTYPES, prompt=prompt, tokens=tokens, progress=progress)
@@ -120,22 +119,24 @@ def _bytes(reader: CheckpointReader) -> int:
     return sum(info.bytes for info in reader.tensors.values())
 
 
-def _parts(reader: CheckpointReader) -> Counter[str]:
+def _parts(reader: CheckpointReader, related: Relation) -> Counter[str]:
     """Numbers in a checkpoint by matrix, as the paper calls them, and what else there is."""
-    modules = {module.name: module for module in read_architecture(reader).modules()}
+    tables = {module.name for module in related.source.modules() if module.table}
+    layout = related.layout
+    tensors = reader.tensors if layout is None else Canonical(reader.tensors, reader.tensor, layout).tensors
     sizes: Counter[str] = Counter()
-    for name, info in reader.tensors.items():
+    for name, info in tensors.items():
         if not info.is_index:
             module, _, kind = name.rpartition(".")
-            sizes[_part(modules.get(module), module, kind)] += info.weights
+            sizes[_part(module, kind, module in tables)] += info.weights
     return sizes
 
 
-def _part(module: Module | None, name: str, kind: str) -> str:
-    last = name.rpartition(".")[2]
+def _part(module: str, kind: str, table: bool) -> str:
+    last = module.rpartition(".")[2]
     if kind == "bias":
         return "biases"
-    if module is not None and module.table:
+    if table:
         return "embeddings"
     if last == "lm_head":
         return "head"

@@ -1,0 +1,171 @@
+"""Draw the pictures of docs/pictures.md: `make pictures`. The spaces are those of the code's graph."""
+
+from collections.abc import Iterator
+from html import escape
+from itertools import pairwise
+from pathlib import Path
+
+from skipless.architecture.config import Architecture
+from skipless.architecture.graph import Graph, Place, graph
+
+FOLDER = Path(__file__).parents[1] / "docs" / "pictures"
+STYLE = """
+text { font: 14px system-ui, sans-serif; fill: #1c1e21; text-anchor: middle }
+.small { font-size: 12px; fill: #5c636b } .left { text-anchor: start }
+rect { fill: #eef3fd; stroke: #2458c5 } .plain { fill: #f4f6f8; stroke: #9ba3ab }
+.gone { fill: none; stroke: #9ba3ab; stroke-dasharray: 4 4 }
+path { fill: none; stroke: #5c636b; stroke-width: 1.5 } .skip { stroke: #b8500b }
+#tip path { fill: #5c636b; stroke: none }
+@media (prefers-color-scheme: dark) {
+  text { fill: #e4e7ea } .small { fill: #9ba3ab }
+  rect { fill: #1d2a45; stroke: #8ab0ff } .plain { fill: #1e2328; stroke: #6b737b }
+  .gone { fill: none; stroke: #6b737b }
+  path { stroke: #9ba3ab } .skip { stroke: #ffab6b } #tip path { fill: #9ba3ab }
+}
+"""
+TIP = (
+    '<marker id="tip" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="8" markerHeight="8" orient="auto">'
+    '<path d="M0 0 8 4 0 8z"/></marker>'
+)
+# Fills of spaces, one after the other: readable behind text in both colour schemes.
+FILLS = ("#2458c5", "#23803b", "#8b3fb0", "#b8500b", "#0f7c85")
+
+
+def picture(width: int, height: int, title: str, parts: list[str]) -> str:
+    """A whole SVG file."""
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">'
+    return "\n".join(
+        [head, f"<title>{escape(title)}</title>", f"<style>{STYLE}</style>", f"<defs>{TIP}</defs>", *parts, "</svg>\n"]
+    )
+
+
+def text(x: float, y: float, words: str, kind: str = "") -> str:
+    """A line of text around x."""
+    return f'<text x="{x:g}" y="{y:g}"{f" class={chr(34)}{kind}{chr(34)}" if kind else ""}>{escape(words)}</text>'
+
+
+def box(x: float, y: float, words: str, width: float = 96, kind: str = "", below: str = "") -> list[str]:
+    """A box around (x, y), with words in it and smaller ones below."""
+    lines = [f'<rect x="{x - width / 2:g}" y="{y - 16:g}" width="{width:g}" height="32" rx="4" class="{kind}"/>']
+    return [*lines, text(x, y + 5, words), *([text(x, y + 32, below, "small")] if below else [])]
+
+
+def arrow(*points: tuple[float, float], kind: str = "") -> str:
+    """A line through points, with a tip at its end."""
+    path = " ".join(f"{x:g} {y:g}" for x, y in points)
+    return f'<path d="M{path}" marker-end="url(#tip)"{f" class={chr(34)}{kind}{chr(34)}" if kind else ""}/>'
+
+
+def layer() -> str:
+    """A serial layer before and after (Fig. 1 (a) and (b) of arXiv:2404.12362)."""
+    parts = []
+    columns = (
+        (190, "before", ("O of the layer before", "Q", "K", "V", "P", "M", "O"), ()),
+        (560, "after", ("O Q", "Q", "Q⁻¹ K", "Q⁻¹ V", "P", "P M", "O Q of the next layer"), ("Q", "P")),
+    )
+    for x, title, (first, q, k, v, p, m, last), gone in columns:
+        changed = "" if gone else "plain"
+        kinds = {"attention": "plain", "activation": "plain", **dict.fromkeys(gone, "gone")}
+        parts += [text(x, 24, title), *box(x, 62, first, 170, changed)]
+        for at, name in ((x - 110, q), (x, k), (x + 110, v)):
+            parts += [arrow((x, 78), (x, 96), (at, 96), (at, 118)), *box(at, 134, name, 90, kinds.get(name, changed))]
+            parts.append(arrow((at, 150), (at, 182)))
+        parts += box(x, 198, "attention", 320, "plain")
+        for y, name in ((252, p), (306, m), (360, "activation"), (414, last)):
+            parts += [arrow((x, y - 38), (x, y - 16)), *box(x, y, name, 170, kinds.get(name, changed))]
+    note = "dashed: gone; blue: has taken in what went, or its inverse. Every output is what it was."
+    return picture(750, 470, "A layer before and after", [*parts, text(375, 458, note, "small")])
+
+
+def architecture(block_type: str, residual: str) -> Architecture:
+    """Two layers of a model without norms."""
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 4}
+    switches = {"block_type": block_type, "residual": residual, "ffn_type": "mlp"}
+    return Architecture.from_config({"model_type": "skipless", **sizes, **heads, **switches})
+
+
+MODELS = {
+    "serial, no skips": ("serial", "none"),
+    "serial, a skip past the attention": ("serial", "attention"),
+    "serial, a skip past the FFN": ("serial", "ffn"),
+    "serial, both skips": ("serial", "both"),
+    "parallel, no skips": ("parallel", "none"),
+    "parallel, with its skip": ("parallel", "both"),
+}
+LETTERS = {
+    "embed_tokens": "embeddings", "q_proj": "Q", "k_proj": "K", "v_proj": "V", "o_proj": "P", "up_proj": "M",
+    "gate_proj": "M", "down_proj": "O", "lm_head": "head",
+}  # fmt: skip
+
+
+def spaces() -> str:
+    """For each kind of model its places, coloured by the space they are in, with who writes and who reads them."""
+    parts, y = [], 34
+    for title, (block_type, residual) in MODELS.items():
+        model = architecture(block_type, residual)
+        found = graph(model)
+        count = f"{len(found.spaces)} space{'s' * (len(found.spaces) > 1)}"
+        parts += [text(16, y, f"{title}: {count}", "left"), *_places(model, found, y + 56)]
+        y += 130
+    return picture(760, y - 20, "Spaces of the stream", parts)
+
+
+def _places(model: Architecture, found: Graph, y: float) -> Iterator[str]:
+    places = sorted(
+        (place for space in found.spaces for place in space.places), key=lambda place: (place.layer, place.kind)
+    )
+    at = {place: 90 + 590 * index / (len(places) - 1) for index, place in enumerate(places)}
+    for before, after in pairwise(places):
+        yield arrow((at[before] + 24, y), (at[after] - 24, y))
+    for number, space in enumerate(found.spaces):
+        fill = FILLS[number % len(FILLS)]
+        for before, after in pairwise(space.places):
+            middle = (at[before] + at[after]) / 2
+            curve = f"M{at[before]:g} {y - 18:g} Q{middle:g} {y - 52:g} {at[after]:g} {y - 18:g}"
+            yield f'<path class="skip" d="{curve}" marker-end="url(#tip)"/>'
+        for place in space.places:
+            name = f"{place.kind}{place.layer}"
+            yield f'<circle cx="{at[place]:g}" cy="{y:g}" r="18" fill="{fill}" fill-opacity=".28" stroke="{fill}"/>'
+            yield text(at[place], y + 5, name)
+            wrote, read = (_letters(ports, place) for ports in (space.writers, space.readers))
+            yield text(at[place], y + 36, f"written by {wrote}" if wrote else "", "small")
+            yield text(at[place], y + 51, f"read by {read}" if read else "", "small")
+
+
+def _letters(ports: tuple, place: Place) -> str:
+    names = (LETTERS[port.module.rpartition(".")[2]] for port in ports if port.place == place)
+    return ", ".join(dict.fromkeys(names))
+
+
+def fuse() -> str:
+    """What flows where in a fuse."""
+    steps = (
+        ("SRC", "config.json, headers, tensors", "plain"),
+        ("plan", "seams to close, tasks, shards", ""),
+        ("tasks", "each reads, closes its seams, rounds", ""),
+        ("DST, unfinished", "shards, journal", "plain"),
+        ("probe", "q, k, v, FFN inputs, logits of both", ""),
+        ("DST", "with skipless.json", "plain"),
+    )
+    parts, x, y = [], 110, 46
+    for index, (name, below, kind) in enumerate(steps):
+        column, row = index % 3, index // 3
+        at, height = (x + 265 * column if not row else x + 265 * (2 - column)), y + 120 * row
+        parts += box(at, height, name, 150, kind, below)
+        if index in (0, 1):
+            parts.append(arrow((at + 75, height), (at + 190, height)))
+        elif index == 2:
+            parts.append(arrow((at, height + 38), (at, height + 104)))
+        elif index < 5:
+            parts.append(arrow((at - 75, height), (at - 190, height)))
+    note = "Tasks are independent of each other: several may run at once, on one machine or on many."
+    return picture(760, 250, "The data flow of a fuse", [*parts, text(380, 238, note, "small")])
+
+
+PICTURES = {"layer.svg": layer, "spaces.svg": spaces, "fuse.svg": fuse}
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    for name, draw in PICTURES.items():
+        (FOLDER / name).write_text(draw(), encoding="utf-8")

@@ -1,0 +1,178 @@
+"""What the site has beside docs/: pages of the repository, reference made from the code, and the counter's files."""
+
+import dataclasses
+import io
+import json
+import re
+import zipfile
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import click
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+# Pages of the site that stand elsewhere in the repository.
+ELSEWHERE = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
+    "CODE_OF_CONDUCT.md": "conduct.md",
+}
+# What the public API is (skipless.__all__), and where it comes from; then what else a program may want.
+API = (
+    "skipless.reports.auditing.audit", "skipless.rewrite.fusion.fuse", "skipless.reports.verification.verify",
+    "skipless.reports.counting.count", "skipless.serving.export.export", "skipless.serving.decoding.prepare_decoding",
+    "skipless.reports.auditing.Audit", "skipless.rewrite.planning.Plan", "skipless.reports.verification.Report",
+    "skipless.reports.counting.Count", "skipless.errors.InputError",
+)  # fmt: skip
+# Of the npm registry's pyodide, what a browser loads.
+PYODIDE = ("pyodide.mjs", "pyodide.asm.mjs", "pyodide.asm.wasm", "pyodide-lock.json", "python_stdlib.zip")
+
+LINK = re.compile(r"\[([^\[\]]+)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add them to what is in docs/."""
+    for source, page in ELSEWHERE.items():
+        text = (ROOT / source).read_text(encoding="utf-8")
+        files.append(File.generated(config, page, content=_relinked(text, PurePosixPath("."), config)))
+    for page, text in pages().items():
+        files.append(File.generated(config, page, content=text))
+    for name in PYODIDE:
+        files.append(
+            File.generated(config, f"counter/{name}", abs_src_path=str(HERE / "node_modules" / "pyodide" / name))
+        )
+    files.append(File.generated(config, "counter/skipless.zip", content=bundle()))
+    files.append(File.generated(config, "counter/counter.mjs", abs_src_path=str(HERE / "counter.mjs")))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: Files) -> str:
+    """Links from docs/ into the repository."""
+    if page.file.generated_by:
+        return markdown
+    return _relinked(markdown, PurePosixPath("docs") / PurePosixPath(page.file.src_uri).parent, config)
+
+
+def _relinked(markdown: str, folder: PurePosixPath, config: MkDocsConfig) -> str:
+    """A page of a folder of the repository: links to pages lead to them, others to the repository or, unless mkdocs.yml
+    says where that is, to nowhere: their target is shown.
+    """
+
+    def link(found: re.Match[str]) -> str:
+        words, target, anchor = found.groups(default="")
+        path = _normal(folder / target)
+        if str(path) in ELSEWHERE:
+            return f"[{words}]({ELSEWHERE[str(path)]}{anchor})"
+        if path.parts[0] == "docs":
+            return f"[{words}]({PurePosixPath(*path.parts[1:])}{anchor})"
+        if config.repo_url:
+            return f"[{words}]({config.repo_url.rstrip('/')}/blob/main/{path}{anchor})"
+        return f"{words}, `{path}`"
+
+    return LINK.sub(link, markdown)
+
+
+def _normal(path: PurePosixPath) -> PurePosixPath:
+    parts: list[str] = []
+    for part in path.parts:
+        if part == "..":
+            parts.pop()
+        elif part != ".":
+            parts.append(part)
+    return PurePosixPath(*parts)
+
+
+def pages() -> dict[str, str]:
+    """The pages that are made from the code, by name."""
+    return {
+        "reference/command-line.md": "\n".join(command_line()),
+        "reference/config.md": "\n".join(config_fields()),
+        "reference/python.md": "\n".join(python()),
+        "reference/families.md": "\n".join(families()),
+    }
+
+
+def command_line() -> Iterator[str]:
+    """Every command's own help."""
+    from skipless.cli import main
+
+    yield "# Command line\n"
+    context = click.Context(main, info_name="skipless", terminal_width=100, max_content_width=100)
+    yield f"```text\n{main.get_help(context)}\n```\n"
+    for name in main.list_commands(context):
+        command = main.commands[name]
+        inside = click.Context(command, parent=context, info_name=name, terminal_width=100, max_content_width=100)
+        yield f"## skipless {name}\n\n```text\n{command.get_help(inside)}\n```\n"
+
+
+def config_fields() -> Iterator[str]:
+    """The fields of a skipless config.json: type, default, values."""
+    from skipless.architecture.config import BOOKKEEPING, FOREIGN, VALUES, Architecture
+
+    yield "# Fields of config.json\n"
+    yield "What each means: [the model](../model.md). A field or value that is not here is an error.\n"
+    yield "| field | type | default | values |\n|---|---|---|---|"
+    for field in dataclasses.fields(Architecture):
+        if field.name not in FOREIGN:
+            default = "" if field.default is dataclasses.MISSING else f"`{json.dumps(field.default)}`"
+            values = ", ".join(f"`{json.dumps(value)}`" for value in VALUES.get(field.name, ()))
+            yield f"| `{field.name}` | {_type(field.type)} | {default} | {values} |"
+    yield "\n## Fields that change neither tensors nor seams\n\n| field | type |\n|---|---|"
+    for name, kind in BOOKKEEPING.items():
+        yield f"| `{name}` | {_type(kind)} |"
+
+
+def _type(kind: Any) -> str:
+    return f"`{getattr(kind, '__name__', kind) if not getattr(kind, '__args__', ()) else kind}`".replace("|", "\\|")
+
+
+def python() -> Iterator[str]:
+    """The public functions and what they give, by their docstrings."""
+    yield "# Python\n\n`import skipless` gives `audit`, `count`, `fuse`, `verify` and `InputError`.\n"
+    yield from (f"::: {name}\n" for name in API)
+
+
+def families() -> Iterator[str]:
+    """Every family that is described, and the known models of each."""
+    from skipless.checkpoint import family
+    from skipless.reports.counting import count, table
+
+    yield "# Families\n\nWhat `count` and `audit` read ([more](../families.md)); and the names that `count` knows.\n"
+    yield "| family | known names |\n|---|---|"
+    known: dict[str, list[str]] = {}
+    for name in table()["models"]:
+        known.setdefault(count(name).family, []).append(name)
+    described = {name for each in family.every() for name in each.model_types}
+    for name in sorted({*known, *described}):
+        yield f"| `{name}` | {', '.join(known.get(name, []))} |"
+
+
+def bundle() -> bytes:
+    """What counts, without torch: skipless's own modules, click and rich, for a Python in the browser."""
+    found = io.BytesIO()
+    with zipfile.ZipFile(found, "w", zipfile.ZIP_DEFLATED) as archive:
+        for package, skipped in (("skipless", ("stdlib", "page")), ("click", ()), ("rich", ())):
+            folder = Path(import_module(package).__file__ or "").parent
+            for file in sorted([*folder.rglob("*.py"), *folder.rglob("models.json")]):
+                if not {*skipped} & {*file.parts}:
+                    archive.writestr(zipfile.ZipInfo(f"{package}/{file.relative_to(folder)}"), file.read_bytes())
+        archive.writestr(zipfile.ZipInfo("safetensors.py"), STAND_IN)
+    return found.getvalue()
+
+
+# A config.json has no tensors: headers are never read in a browser.
+STAND_IN = '''class SafetensorError(Exception):
+    """What is never raised."""
+
+
+def safe_open(*arguments, **options):
+    """What is never called."""
+    raise NotImplementedError
+'''
