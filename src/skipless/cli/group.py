@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from skipless import __version__
-from skipless.cli.commands import audit, bench, count, demo, export, fuse, limit, refresh, train, verify
+from skipless.cli.commands import audit, bench, count, demo, evaluate, export, fuse, limit, refresh, train, verify
 from skipless.cli.output import err
 from skipless.errors import INTERRUPTED, InputError, printable
 from skipless.log import printable_logs
@@ -88,5 +88,6 @@ for command in (
     refresh.refresh,
     bench.bench,
     train.train,
+    evaluate.eval_command,
 ):
     main.add_command(command)
