@@ -115,35 +115,6 @@ def killed(folder: Path) -> Path:
     return out
 
 
-# One of several processes.
-COMMAND = """
-import sys
-from pathlib import Path
-from skipless.cli import main
-from skipless.train import corpus, run
-
-texts, *arguments = sys.argv[1:]
-corpus.standard_library = lambda: sorted(Path(texts).iterdir())
-main(["train", *arguments], prog_name="skipless")
-"""
-
-
-def test_of_two_processes_one_prints_and_writes(folder: Path, tmp_path: Path):
-    script, out = tmp_path / "train.py", tmp_path / "out"
-    script.write_text(COMMAND)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
-    done = subprocess.run(
-        [*command, folder / "corpus", folder / "recipe.toml", out, "--json"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert json.loads(done.stdout).keys() == {"held_out_loss", "bits_per_byte"}
-    assert done.stderr.count("step 6: held out") == 1
-    load(out, torch.float32)
-
-
 def test_without_its_extra_it_says_so(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
     monkeypatch.delitem(sys.modules, "skipless.train.run")

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 from skipless.cli import main
 from skipless.errors import InputError
 from skipless.train import run
+from skipless.train.estimate import estimate
 from skipless.train.evaluation import evaluate
 from skipless.train.recipe import Data, Recipe, Start, Tokenizer, described
 from tests.integration.test_train import lines
@@ -167,6 +168,7 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_batch(
         text=True,
         check=True,
     )
+    assert done.stderr.count("step 6: held out") == 1
     assert json.loads(done.stdout)["held_out_loss"] == pytest.approx(trained[1]["held_out_loss"], rel=1e-4)
     assert curve(tmp_path / "out") == pytest.approx(curve(trained[0]), rel=1e-4)
     alone = run.train(Recipe.read(str(tmp_path / "recipe.toml")), tmp_path / "alone")
@@ -188,6 +190,88 @@ def test_nothing_is_left_of_what_cannot_be_trained_on(
     with pytest.raises(InputError, match=message):
         run.train(dataclasses.replace(recipe, **changes), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# The same steps on a model's shards, of which each process has one, as on the whole model.
+SHARDED = """
+import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from skipless.train.initialize import initialize
+from skipless.train.optimizer import MuonAdamW
+from tests.models import build, random_ids
+
+def losses(sharded):
+    model = build(dtype=torch.float32, gate_bias=True)
+    initialize(model)
+    if sharded:
+        for module in (*model.model.layers, model):
+            fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = MuonAdamW(model, 0.02, 0.01)
+    for _ in range(4):
+        ids = random_ids(model, batch=4)
+        own = ids.chunk(2)[distributed.get_rank()] if sharded else ids
+        loss = model(input_ids=own, labels=own).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss = loss.detach()
+        if sharded:
+            distributed.all_reduce(loss)
+        yield loss.item() / (2 if sharded else 1)
+
+distributed.init_process_group("gloo")
+found = [list(losses(sharded)) for sharded in (True, False)]
+if distributed.get_rank() == 0:
+    print(*found, sep=chr(10))
+"""
+
+
+@pytest.mark.slow
+def test_the_optimizer_takes_shards_as_it_takes_the_whole(tmp_path: Path):
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *sys.path)))}
+    done = subprocess.run(
+        [*command, tmp_path / "sharded.py"], env=environment, capture_output=True, text=True, check=True
+    )
+    sharded, whole = map(json.loads, done.stdout.splitlines())
+    assert sharded == pytest.approx(whole, rel=1e-3)  # Muon's own arithmetic is in bfloat16
+    assert sharded[-1] < 0.98 * sharded[0]
+
+
+def test_a_dry_run_says_what_it_would_take_and_writes_nothing(folder: Path, recipe: Recipe, tmp_path: Path):
+    command = ["train", str(folder / "recipe.toml"), str(tmp_path / "out"), "--dry-run", "--processes", "2", "--json"]
+    found = json.loads(CliRunner().invoke(main, command).stdout)
+    model = run.new_model(recipe)
+    assert found["parameters"] == model.num_parameters()
+    assert found["tokens_per_step"] == 2 * 4 * 32
+    assert not (tmp_path / "out").exists()
+
+    kept: dict[int, torch.Tensor] = {weight.data_ptr(): weight for weight in model.parameters()}
+    size = 0
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal size
+        if (place := tensor.untyped_storage().data_ptr()) not in kept:
+            size += tensor.untyped_storage().nbytes()
+        kept[place] = tensor
+        return tensor
+
+    ids = torch.zeros(4, 32, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(input_ids=ids, labels=ids)
+    assert found["memory"]["activations"] == pytest.approx(size, rel=0.02)
+
+    def memory(**changes: Any) -> dict[str, int]:
+        return estimate(dataclasses.replace(recipe, **changes), 2).memory
+
+    assert memory(checkpointing=True)["activations"] < 0.8 * size
+    assert memory(batch_size=8)["activations"] == pytest.approx(2 * size, rel=0.02)
+    assert memory(fsdp=True)["optimizer"] == found["memory"]["optimizer"] // 2
+    with pytest.raises(InputError, match="fsdp: expected a GPU for each process, found none"):
+        run.train(dataclasses.replace(recipe, fsdp=True), tmp_path / "out")
 
 
 def test_help_and_docs_list_every_field():

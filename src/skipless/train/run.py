@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from skipless.checkpoint.headers import read_json_object
+from skipless.checkpoint.opening import check_config
 from skipless.errors import InputError
 from skipless.inference import load
 from skipless.model import SkiplessConfig, SkiplessForCausalLM
@@ -71,7 +72,13 @@ def check_folder(out: Path, recipe: Recipe, resume: bool) -> None:
 
 
 def new_config(recipe: Recipe) -> SkiplessConfig:
-    """The recipe's [model]. Raises InputError for one that is not a model."""
+    """The recipe's [model], or that of the folder it starts from. Raises InputError for one that is not a model."""
+    if recipe.start.folder:
+        start = read_json_object(Path(recipe.start.folder) / "config.json")
+        if (found := start.get("model_type")) != "skipless":
+            raise InputError(f"{recipe.start.folder}: model_type: expected skipless to start from, found {found}")
+        check_config(start)
+        return SkiplessConfig.from_dict(start)
     try:
         return SkiplessConfig(**(recipe.model or {}))
     except (ValueError, TypeError, StrictDataclassError) as error:
@@ -80,16 +87,12 @@ def new_config(recipe: Recipe) -> SkiplessConfig:
 
 def new_model(recipe: Recipe) -> SkiplessForCausalLM:
     """The recipe's model with its starting values, in fp32. Raises InputError for one that cannot be trained."""
-    if not recipe.start.folder:
-        model = SkiplessForCausalLM(new_config(recipe))
-        initialize(model)
-        return model
-    model = load(Path(recipe.start.folder), torch.float32)
-    if not isinstance(model, SkiplessForCausalLM):
-        raise InputError(
-            f"{recipe.start.folder}: model_type: expected skipless to start from, found {model.config.model_type}"
-        )
-    return model.train()
+    config = new_config(recipe)
+    if recipe.start.folder:
+        return load(Path(recipe.start.folder), torch.float32).train()
+    model = SkiplessForCausalLM(config)
+    initialize(model)
+    return model
 
 
 def prepare(recipe: Recipe, vocab_size: int, sequences: int, checkpoints: Path) -> None:
@@ -144,7 +147,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False) -> dict[str, float
         check_folder(out, recipe, resume)
     set_seed(recipe.seed)
     model = new_model(recipe)
-    arguments = training_arguments(recipe, str(checkpoints))
+    arguments = training_arguments(recipe, model.config, str(checkpoints))
     if recipe.checkpointing and not recipe.fsdp:  # which does it itself
         newer = hasattr(model, "activation_checkpointing_enable")  # in transformers 6 there is no other
         enable = model.activation_checkpointing_enable if newer else model.gradient_checkpointing_enable

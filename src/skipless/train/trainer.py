@@ -7,7 +7,7 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, get_wsd_schedule
 
 from skipless.errors import InputError
-from skipless.model import SkiplessForCausalLM
+from skipless.model import SkiplessConfig, SkiplessForCausalLM
 from skipless.train.corpus import Corpus
 from skipless.train.optimizer import MuonAdamW
 from skipless.train.recipe import Recipe
@@ -15,12 +15,21 @@ from skipless.train.recipe import Recipe
 WATCHED = ("loss", "grad_norm", "eval_loss")
 
 
-def training_arguments(recipe: Recipe, folder: str) -> TrainingArguments:
-    """The recipe in transformers' terms. Joins the other processes, if torchrun has started any."""
+def training_arguments(recipe: Recipe, config: SkiplessConfig, folder: str) -> TrainingArguments:
+    """The recipe in transformers' terms. Joins the other processes, if torchrun has started any.
+
+    Raises InputError for FSDP without a GPU, where accelerate would leave it out.
+    """
     fsdp: dict[str, Any] = {}
     if recipe.fsdp:
-        config = {"transformer_layer_cls_to_wrap": ["SkiplessDecoderLayer"], "state_dict_type": "SHARDED_STATE_DICT"}
-        fsdp = {"fsdp": True, "fsdp_config": {**config, "activation_checkpointing": recipe.checkpointing}}
+        if not torch.cuda.is_available():
+            raise InputError("fsdp: expected a GPU for each process, found none; remove it, or look with --dry-run")
+        fsdp["fsdp"] = True
+        fsdp["fsdp_config"] = {
+            "transformer_layer_cls_to_wrap": ["SkiplessDecoderLayer"],
+            "state_dict_type": "SHARDED_STATE_DICT",
+            "activation_checkpointing": recipe.checkpointing,
+        }
     return TrainingArguments(
         output_dir=folder,
         max_steps=recipe.steps,
@@ -38,6 +47,7 @@ def training_arguments(recipe: Recipe, folder: str) -> TrainingArguments:
         seed=recipe.seed,
         report_to="none",
         disable_tqdm=True,
+        ddp_find_unused_parameters=config.ffn_type == "moe",  # of experts, some may have no tokens
         ddp_timeout=86400,  # the others wait while the first tokenizes
         use_cpu=not torch.cuda.is_available(),
         **fsdp,
