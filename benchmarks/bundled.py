@@ -36,7 +36,7 @@ def held_out_loss() -> dict[str, float]:
 
     recipe = Recipe.read("stdlib")
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
-    _, texts = split(read_texts(standard_library()), recipe.held_out, recipe.seed)
+    _, texts = split(read_texts(standard_library()), recipe.data.held_out, recipe.seed)
     blocks = Blocks.from_texts(texts, tokenizer, recipe.sequence_length)
     model = load(BUNDLED, torch.float32)
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """What a terminal shows: help with examples that run, completion, tables of any width, colours, bars."""
 
+import inspect
 import os
 import shlex
 import shutil
@@ -24,7 +25,7 @@ from tests.models import build, save
 
 EXAMPLES = [example for page in PAGES.values() for example in page.examples]
 # Of these, what takes minutes is only parsed: training, and what other tests run.
-LONG = ("skipless demo", "skipless train")
+LONG = ("skipless demo", "skipless train", "skipless eval")
 
 
 def run(*arguments, code=0, **settings):
@@ -57,7 +58,7 @@ def test_help_fits_and_has_examples_and_exit_codes(name, width):
 
 
 def source(name):
-    return (Path(cli.__file__).parent / "commands" / f"{name}.py").read_text()
+    return inspect.getsource(inspect.getmodule(inspect.unwrap(cli.main.commands[name].callback)))
 
 
 def test_every_command_has_a_page():

@@ -15,13 +15,16 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
 
 from skipless.cli import main
 from skipless.errors import InputError
-from skipless.train import run
+from skipless.train import corpus, run
 from skipless.train.data import Blocks, read_texts, split
-from skipless.train.recipe import Recipe
+from skipless.train.log import Bar
+from skipless.train.optimizer import MuonAdamW
+from skipless.train.recipe import Data, Recipe
 from tests.models import load
 
 RECIPE = """
@@ -49,12 +52,13 @@ attention_shaping = "value"
 STALLING = """
 import sys, time
 from pathlib import Path
-from skipless.train import run
+from skipless.train import corpus, run
+from skipless.train.log import Bar
 from skipless.train.recipe import Recipe
 
-corpus, recipe, out = sys.argv[1:]
-run.standard_library = lambda: sorted(Path(corpus).iterdir())
-run.Bar.on_step_begin = lambda self, args, state, control, **kwargs: time.sleep(60 * (state.global_step == 6))
+texts, recipe, out = sys.argv[1:]
+corpus.standard_library = lambda: sorted(Path(texts).iterdir())
+Bar.on_step_begin = lambda self, args, state, control, **kwargs: time.sleep(60 * (state.global_step == 6))
 run.train(Recipe.read(recipe), Path(out))
 """
 
@@ -82,7 +86,7 @@ def _corpus_and_one_thread(folder: Path):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "standard_library", lambda: sorted((folder / "corpus").iterdir()))
+        patch.setattr(corpus, "standard_library", lambda: sorted((folder / "corpus").iterdir()))
         yield
     torch.set_num_threads(threads)
 
@@ -111,36 +115,6 @@ def killed(folder: Path) -> Path:
     return out
 
 
-# One of several processes.
-COMMAND = """
-import sys
-from pathlib import Path
-from skipless.cli import main
-from skipless.train import run
-
-corpus, *arguments = sys.argv[1:]
-run.standard_library = lambda: sorted(Path(corpus).iterdir())
-main(["train", *arguments], prog_name="skipless")
-"""
-
-
-def test_of_two_processes_one_prints_and_writes(folder: Path, tmp_path: Path):
-    script, out = tmp_path / "train.py", tmp_path / "out"
-    script.write_text(COMMAND)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
-    done = subprocess.run(
-        [*command, folder / "corpus", folder / "recipe.toml", out, "--json"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert json.loads(done.stdout).keys() == {"held_out_loss", "bits_per_byte"}
-    assert done.stderr.count("step 6: held out") == 1
-    assert not (out / "checkpoints").exists()
-    load(out, torch.float32)
-
-
 def test_without_its_extra_it_says_so(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
     monkeypatch.delitem(sys.modules, "skipless.train.run")
@@ -157,20 +131,19 @@ def test_leaves_a_model_that_loads(recipe: Recipe, trained: tuple[Path, dict[str
     out, result = trained
     names = {path.name for path in out.iterdir()}
     assert names >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    assert "checkpoints" not in names
-    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o644}
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir() if path.is_file()} == {0o644}
 
     model, tokenizer = load(out, torch.float32), AutoTokenizer.from_pretrained(out)
     assert len(tokenizer) == model.config.vocab_size
     assert model.config.eos_token_id == tokenizer.eos_token_id
-    _, held_out = split(read_texts(run.standard_library()), recipe.held_out, recipe.seed)
+    _, held_out = split(read_texts(corpus.standard_library()), recipe.data.held_out, recipe.seed)
     tokens = Blocks.from_texts(held_out, tokenizer, recipe.sequence_length).tokens
     with torch.no_grad():
         loss = model(input_ids=tokens, labels=tokens).loss.item()
     assert result["held_out_loss"] == pytest.approx(loss, rel=1e-5)
 
     with pytest.MonkeyPatch.context() as patch:  # the same run without a step taken
-        patch.setattr(run.MuonAdamW, "step", lambda *args, **kwargs: None)
+        patch.setattr(MuonAdamW, "step", lambda *args, **kwargs: None)
         at_the_start = run.train(recipe, out.with_name("untrained"))
     assert result["held_out_loss"] < at_the_start["held_out_loss"] - 0.1
     assert result["bits_per_byte"] < at_the_start["bits_per_byte"]
@@ -185,7 +158,7 @@ def test_clips_gradients_and_schedules_both_learning_rates(
         rates.append([group["lr"] for part in optimizer.optimizer.parts for group in part.param_groups])
         norms.append(torch.nn.utils.get_total_norm([weight.grad for weight in model.parameters()]).item())
 
-    monkeypatch.setattr(run.Bar, "on_pre_optimizer_step", watch)
+    monkeypatch.setattr(Bar, "on_pre_optimizer_step", watch)
     run.train(dataclasses.replace(recipe, gradient_clip=0.01), tmp_path)
     assert norms == pytest.approx([0.01] * 12, rel=1e-3)
     factors = [0, 1, 1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]  # 5 % warm-up, 40 % decay
@@ -202,8 +175,8 @@ def test_refuses_a_folder_that_is_not_empty(recipe: Recipe, tmp_path: Path, kill
 
 
 def test_refuses_to_resume_nothing(recipe: Recipe, tmp_path: Path, trained: tuple[Path, dict[str, float]]):
-    for out in (tmp_path, tmp_path / "new", trained[0]):
-        with pytest.raises(InputError, match="expected an unfinished run to resume, found none"):
+    for out, found in ((tmp_path, "none"), (tmp_path / "new", "none"), (trained[0], "one of 12 steps")):
+        with pytest.raises(InputError, match=f"expected an unfinished run to resume, found {found}"):
             run.train(recipe, out, resume=True)
     assert not any(tmp_path.iterdir())
 
@@ -226,7 +199,9 @@ def test_a_killed_run_resumes_bit_for_bit(
     assert run.train(recipe, out, resume=True) == trained[1]
     assert {path.name for path in out.iterdir()} == {path.name for path in trained[0].iterdir()}
     for file in trained[0].iterdir():
-        assert (out / file.name).read_bytes() == file.read_bytes(), file.name
+        if file.is_file():
+            assert (out / file.name).read_bytes() == file.read_bytes(), file.name
+    assert lines(out) == lines(trained[0])
 
 
 @pytest.mark.parametrize("step", [10, 12])  # an epoch's end, the run's end
@@ -239,7 +214,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(
 
     recipe = dataclasses.replace(recipe, save_every=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.Bar, "on_save", interrupt)
+        patch.setattr(Bar, "on_save", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run.train(recipe, tmp_path)
     assert run.train(recipe, tmp_path, resume=True) == trained[1]
@@ -251,10 +226,10 @@ def test_an_interrupted_run_resumes_bit_for_bit(
 def test_refuses_to_save_what_is_not_a_number(field: str, rate: float, eval_every: int, recipe: Recipe, tmp_path: Path):
     recipe = dataclasses.replace(recipe, eval_every=eval_every, **{field: rate})
     with pytest.raises(
-        InputError, match=r"step \d+: (eval_)?loss: expected a number, found nan; lower muon_lr or adamw_"
+        InputError, match=r"step \d+: (eval_loss|loss|grad_norm): expected a number, found \w+; lower muon_lr or adamw_"
     ):
         run.train(recipe, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "log"]
 
 
 @pytest.mark.parametrize(
@@ -293,21 +268,67 @@ def test_command_line(folder: Path, trained: tuple[Path, dict[str, float]], tmp_
     assert "--resume" in found.stderr
 
 
-@pytest.mark.parametrize("change", ["recipe", "corpus"])
-def test_resuming_something_else_is_refused(change: str, recipe: Recipe, tmp_path: Path, monkeypatch: Any):
+@pytest.fixture
+def interrupted(recipe: Recipe, tmp_path: Path) -> Path:
+    """What a run leaves that ended in its first step."""
+
     def stop(*_: Any, **__: Any):
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.Bar, "on_step_end", stop)
+        patch.setattr(Bar, "on_step_end", stop)
         with pytest.raises(KeyboardInterrupt):
             run.train(recipe, tmp_path)
-    if change == "recipe":
-        recipe = dataclasses.replace(recipe, muon_lr=2 * recipe.muon_lr)
-        message = "muon_lr: expected .* with which the run in .* was started, found"
-    else:
-        files = run.standard_library()
-        monkeypatch.setattr(run, "standard_library", lambda: files[1:])
-        message = "corpus: expected '[0-9a-f]{64}', with which"
-    with pytest.raises(InputError, match=message):
-        run.train(recipe, tmp_path, resume=True)
+    return tmp_path
+
+
+def test_resuming_something_else_is_refused(recipe: Recipe, interrupted: Path):
+    for changes, message in (
+        ({"muon_lr": 2 * recipe.muon_lr}, "muon_lr: expected .* with which the run in .* was started, found"),
+        ({"data": Data(held_out=0.3)}, "data.held_out: expected 0.05, with which"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run.train(dataclasses.replace(recipe, **changes), interrupted, resume=True)
+
+
+def test_a_run_goes_on_with_the_text_that_it_began_with(
+    recipe: Recipe, interrupted: Path, trained: tuple[Path, dict[str, float]], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(corpus, "standard_library", list)
+    assert run.train(recipe, interrupted, resume=True) == trained[1]
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    """The log of a run, less its speed."""
+    found = [json.loads(line) for line in (out / "log" / "log.jsonl").read_text().splitlines()]
+    own = ("tokens_per_second", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+    return [{name: value for name, value in line.items() if name not in own} for line in found]
+
+
+def test_the_log_stays(trained: tuple[Path, dict[str, float]]):
+    out, result = trained
+    found = lines(out)
+    assert [line["step"] for line in found] == sorted(line["step"] for line in found)
+    assert found[-1]["eval_loss"] == result["held_out_loss"]
+    assert found[-1]["eval_bits_per_byte"] == result["bits_per_byte"]
+    assert found[-1]["tokens"] == 12 * 4 * 32
+    assert {"loss", "grad_norm", "learning_rate", "epoch"} <= found[0].keys()
+    events = EventAccumulator(str(out / "log")).Reload()
+    losses = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert not (out / "checkpoints" / "runs").exists()
+    assert losses == {line["step"]: pytest.approx(line["loss"]) for line in found if "loss" in line}
+
+
+def test_more_steps_after_the_end(recipe: Recipe, trained: tuple[Path, dict[str, float]], tmp_path: Path, folder: Path):
+    out = shutil.copytree(trained[0], tmp_path / "out")
+    command = ["train", str(folder / "recipe.toml"), str(out), "--resume", "--json"]
+    found = CliRunner().invoke(main, [*command, "--steps", "20"])
+    assert found.exit_code == 0, found.output
+    steps = [line["step"] for line in lines(out)]
+    assert steps == sorted(steps)
+    assert steps[-1] == 20
+    rates = [line["learning_rate"] for line in lines(out) if "loss" in line and line["step"] > 12]
+    assert rates[0] > rates[-1]  # the schedule is that of 20 steps
+    assert json.loads(found.stdout)["held_out_loss"] < trained[1]["held_out_loss"]
+    assert not torch.equal(*(load(each, torch.float32).lm_head.weight for each in (out, trained[0])))
+    assert CliRunner().invoke(main, [*command, "--steps", "20"]).exit_code == 2

@@ -5,12 +5,15 @@ import sys
 import time
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 import skipless
 from skipless.checkpoint import family
 from skipless.cli import main
+from skipless.model.modeling_skipless import rotary_cos_sin
 from skipless.reports.counting import Conditions, count_architecture, table
+from tests.models import build
 
 LLAMA = {
     "model_type": "llama",
@@ -220,3 +223,25 @@ def test_the_tables_totals_are_those_published():
     assert len(known) >= 40
     assert len(totals) >= 30
     assert {name: skipless.count(name).parameters for name in totals} == totals
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("block_type", ["serial", "parallel"])
+def test_how_much_of_its_own_state_a_token_keeps(heads, block_type):
+    """By the rank of a layer's Jacobian for a token that has none but itself to attend to."""
+    model = build(num_key_value_heads=heads, block_type=block_type)
+    x = torch.randn(1, 1, 32, dtype=torch.float64)
+    layer = model.model.layers[0]
+    cos_sin = rotary_cos_sin(torch.zeros(1, 1, dtype=torch.long), model.config, x.dtype)
+    jacobian = torch.autograd.functional.jacobian(lambda x: layer(x, position_embeddings=cos_sin), x)
+    found = counted(json.loads(model.config.to_json_string(use_diff=False)))
+    assert found.architecture.own_state == torch.linalg.matrix_rank(jacobian.reshape(32, 32))
+    assert found.architecture.own_state == (32 if block_type == "parallel" else 8 * heads)
+    assert found.to_json()["own_state"] == found.architecture.own_state
+
+
+def test_count_says_how_much_of_its_own_state_a_token_keeps(tmp_path):
+    for heads, says in ((2, True), (4, False)):
+        (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "num_key_value_heads": heads}))
+        text = " ".join(run(tmp_path / "config.json").stdout.split())
+        assert ("of a token's own state, V passes 16 of 32 dimensions a layer" in text) == says

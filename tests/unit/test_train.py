@@ -40,6 +40,20 @@ class TestRecipe:
         (tmp_path / "stdlib").mkdir()
         SkiplessConfig(**Recipe.read("stdlib").model)
 
+    def test_a_config_replaces_its_model(self, tmp_path: Path):
+        (tmp_path / "tiny.toml").write_text(RECIPE)
+        examples = Path(__file__).parents[2] / "examples"
+        recipe = Recipe.read(str(tmp_path / "tiny.toml"), examples / "fig4a.json")
+        assert SkiplessConfig(**recipe.model).residual == "both"
+        (tmp_path / "llama.json").write_text('{"model_type": "llama"}')
+        for name, message in (
+            ("llama.json", 'model_type: expected "skipless", found another'),
+            ("tiny.toml", "expected a config.json, found"),
+            ("none.json", "expected a config.json, found"),
+        ):
+            with pytest.raises(InputError, match=f"{name}: {message}"):
+                Recipe.read(str(tmp_path / "tiny.toml"), tmp_path / name)
+
     def test_unknown_name_lists_the_known_ones(self):
         with pytest.raises(InputError, match=r"no-such-recipe: expected a recipe file or one of .*stdlib"):
             Recipe.read("no-such-recipe")
@@ -48,6 +62,10 @@ class TestRecipe:
         ("old", "new", "message"),
         [
             ("steps = 12", "steps = 12\nstepz = 3", "stepz: expected one of .*steps"),
+            ("[model]", "[data]\nfile = 'a'\n[model]", "data.file: expected one of files, .*; remove it"),
+            ("[model]", "[data]\nfiles = 3\n[model]", "data.files: expected a pattern or a list of them, found 3"),
+            ("[model]", "data = 3\n[model]", "data: expected Data, found 3"),
+            ("[model]", "[start]\nfolder = 'a'\n[model]", "model: expected none beside start.folder"),
             ("steps = 12", "", "steps: expected a value, found none"),
             ("[model]\nhidden_size = 32", "", "model: expected a value, found none"),
             ("steps = 12", "steps = 1.5", "steps: expected int, found 1.5"),

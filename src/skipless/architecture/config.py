@@ -339,6 +339,13 @@ class Architecture:
         return self.num_key_value_heads * self.head_dim
 
     @property
+    def own_state(self) -> int:
+        """Without skips, how many dimensions of a token's own state, of hidden_size, a layer passes on at most, other
+        than by what it attends to: a serial layer what V keeps, a parallel one all, by its FFN.
+        """
+        return self.hidden_size if self.block_type == "parallel" else min(self.hidden_size, self.value_width)
+
+    @property
     def projections(self) -> dict[str, int]:
         """Output widths of Q, K and V."""
         return {"q": self.query_width, "k": self.value_width, "v": self.value_width}

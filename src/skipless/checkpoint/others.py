@@ -40,7 +40,8 @@ def is_copied(path: PurePath, copy: Iterable[str] = ()) -> bool:
     """Whether a file, by its path in the model folder, is copied along: if it is wanted, or `copy` names it.
 
     copy: shell patterns of files, or of folders with all that is in them: of names anywhere, or, with a /, of paths.
-    What is hidden - a name with a dot before it, __pycache__ - is named by a pattern with the same first character.
+    What is hidden - a name with a dot before it, __pycache__, checkpoints - is named by a pattern with the same first
+    character.
     Weights are never copied, nor names that do not print, which skipless.json could not hold.
     """
     if _is_weights(path) or not str(path).isprintable():
@@ -90,7 +91,7 @@ def _is_weights(path: PurePath) -> bool:
 
 
 def _hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__pycache__"
+    return name.startswith(".") or name in ("__pycache__", "checkpoints")  # the latter: of a model in training
 
 
 def _fits(name: str, pattern: str) -> bool:

@@ -10,7 +10,20 @@ from typing import Any
 import click
 
 from skipless import __version__
-from skipless.cli.commands import audit, bench, count, demo, export, fuse, limit, refresh, report, train, verify
+from skipless.cli.commands import (
+    audit,
+    bench,
+    count,
+    demo,
+    evaluate,
+    export,
+    fuse,
+    limit,
+    refresh,
+    report,
+    train,
+    verify,
+)
 from skipless.cli.help import COMPLETION, add_help
 from skipless.cli.output import err
 from skipless.errors import INTERRUPTED, InputError, printable
@@ -90,6 +103,7 @@ for command in (
     refresh.refresh,
     bench.bench,
     train.train,
+    evaluate.eval_command,
 ):
     add_help(command)
     main.add_command(command)

@@ -61,6 +61,10 @@ PAGES = {
         "Train a skipless model",
         ("skipless train stdlib trained", "skipless train stdlib trained --resume"),
     ),
+    "eval": Page(
+        "Loss and perplexity on a text",
+        ("skipless eval trained --data 'texts/*.txt'", "skipless eval trained --data held-out.jsonl --field content"),
+    ),
 }
 COMPLETION = """\b
 Complete commands, options and names with Tab, in bash:

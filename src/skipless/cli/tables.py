@@ -403,6 +403,12 @@ def count_notes(counts: Sequence[Count], conditions: Conditions) -> Iterator[str
     for count in counts:
         for reason in count.exact.blocked:
             yield f"{count.name}, if skipless: {reason}"
+        d, own = count.architecture.hidden_size, count.architecture.own_state
+        if own < d:
+            yield (
+                f"{count.name}, if skipless: of a token's own state, V passes {own:,} of {d:,} dimensions a layer; MHA "
+                "and parallel layers pass all (docs/train.md)"
+            )
         if count.architecture.query_width != count.architecture.hidden_size:
             yield f"{count.name}: Q is not square, so 'trained so' counts Q and P without saying what replaces them"
 

@@ -103,6 +103,7 @@ class Count:
         total = sum(self.as_is.values())
         return {
             **values,
+            "own_state": self.architecture.own_state,
             "limit": {"removable": self.limit},
             "as_is": {**self.as_is, "total": total, "saving": total / self.parameters},
         }

@@ -1,11 +1,14 @@
-"""The training text: the running interpreter's own standard library, so that anyone can repeat a run offline."""
+"""Text as blocks of tokens; and the text that everyone has, the running interpreter's own standard library."""
 
+import itertools
 import random
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import Dataset
@@ -14,6 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from skipless.errors import InputError
 
 END_OF_FILE = "<|endoftext|>"
+# Documents that are tokenized at once, in parallel.
+ENCODED = 256
 
 # Tests repeat themselves, and idlelib and lib2to3's fixtures are not representative Python; site-packages is not ours.
 LEFT_OUT = frozenset({"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__"})
@@ -46,7 +51,7 @@ def split(texts: Sequence[str], held_out: float, seed: int) -> tuple[list[str], 
     return shuffled[cut:], shuffled[:cut]
 
 
-def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer (arXiv:1508.07909) of exactly `vocab_size` tokens, as a HuggingFace tokenizer.
 
     Raises InputError when the bytes alone are more, or the texts do not give as many.
@@ -68,34 +73,66 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
+def encoded(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[list[int], int]]:
+    """Of each text, its tokens with END_OF_FILE, or what the tokenizer has for it, behind them, and its bytes.
+
+    Raises InputError for a tokenizer that has no such token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise InputError("tokenizer: expected one with an eos_token, which goes between documents, found none")
+    texts = iter(texts)
+    while batch := list(itertools.islice(texts, ENCODED)):
+        tokens = tokenizer.backend_tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        for text, found in zip(batch, tokens, strict=True):
+            yield [*found.ids, tokenizer.eos_token_id], len(text.encode())
+
+
+def write_tokens(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast, file: Path, dtype: Any) -> tuple[int, int]:
+    """Write the tokens of all texts, one behind the other, as integers of `dtype`; how many, and of how many bytes."""
+    count, size = 0, 0
+    with file.open("wb") as out:
+        for tokens, length in encoded(texts, tokenizer):
+            np.asarray(tokens, dtype).tofile(out)
+            count, size = count + len(tokens), size + length
+    return count, size
+
+
 @dataclass(frozen=True)
 class Blocks(Dataset[dict[str, torch.Tensor]]):
     """Consecutive blocks of tokens, for transformers' Trainer.
 
-    tokens (blocks, sequence_length) int64; bytes_per_token is that of the text the blocks were cut from.
+    tokens (blocks, sequence_length), of any integers; bytes_per_token is that of the text the blocks were cut from,
+    None where it is not known.
     """
 
     tokens: torch.Tensor
-    bytes_per_token: float
+    bytes_per_token: float | None
 
     @classmethod
-    def from_texts(cls, texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> "Blocks":
-        """Tokenize, join with END_OF_FILE, and cut; the tokens after the last whole block are dropped.
-
-        Raises InputError when there is no whole block.
-        """
-        encoded = tokenizer.backend_tokenizer.encode_batch_fast(list(texts))
-        stream = torch.tensor([token for text in encoded for token in (*text.ids, tokenizer.eos_token_id)])
-        blocks = len(stream) // sequence_length
+    def cut(cls, tokens: torch.Tensor, sequence_length: int, bytes_per_token: float | None = None) -> "Blocks":
+        """Cut (tokens,) and drop what is left over. Raises InputError when there is no whole block."""
+        blocks = len(tokens) // sequence_length
         if blocks == 0:
             raise InputError(
-                f"sequence_length: expected at most the text's {len(stream)} tokens, found {sequence_length}"
+                f"sequence_length: expected at most the text's {len(tokens)} tokens, found {sequence_length}"
             )
-        size = sum(len(text.encode()) for text in texts)
-        return cls(stream[: blocks * sequence_length].view(blocks, sequence_length), size / len(stream))
+        return cls(tokens[: blocks * sequence_length].view(blocks, sequence_length), bytes_per_token)
+
+    @classmethod
+    def from_texts(cls, texts: Iterable[str], tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> "Blocks":
+        """Tokenize, join with END_OF_FILE, and cut. Raises InputError when there is no whole block."""
+        pairs = list(encoded(texts, tokenizer))
+        stream = torch.tensor([token for tokens, _ in pairs for token in tokens])
+        return cls.cut(stream, sequence_length, sum(size for _, size in pairs) / max(1, len(stream)))
+
+    def split(self, held_out: float) -> tuple["Blocks", "Blocks"]:
+        """All blocks but the last, and those, a fraction `held_out` of all, at least one."""
+        kept = len(self) - max(1, round(held_out * len(self)))
+        return Blocks(self.tokens[:kept], None), Blocks(self.tokens[kept:], None)
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
+        tokens = self.tokens[index].long()
+        return {"input_ids": tokens, "labels": tokens}

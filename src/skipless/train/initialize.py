@@ -66,8 +66,8 @@ def initialize_attention(attention: SkiplessAttention) -> None:
 
 
 def initialize_ffn(mlp: SkiplessMLP) -> None:
-    """M orthogonal, O its pseudo-inverse over the activation's gain. A gate with a bias starts open (1) and nearly
-    constant; one without, under a norm, as any matrix.
+    """M orthogonal, O its pseudo-inverse, which is its transpose, over the activation's gain. A gate with a bias starts
+    open (1) and nearly constant; one without, under a norm, as any matrix.
     """
     nn.init.orthogonal_(mlp.up_proj.weight)
     if mlp.gate_proj is None:
@@ -80,7 +80,7 @@ def initialize_ffn(mlp: SkiplessMLP) -> None:
         nn.init.normal_(mlp.gate_proj.weight, std=GATE_SPREAD * mlp.gate_proj.in_features**-0.5)
         nn.init.ones_(mlp.gate_proj.bias)
         gain = mlp.act_fn(torch.ones(()))
-    mlp.down_proj.weight.copy_(torch.linalg.pinv(mlp.up_proj.weight) / gain)
+    mlp.down_proj.weight.copy_(mlp.up_proj.weight.T / gain)
 
 
 def share_output(layer: SkiplessDecoderLayer) -> None:

@@ -10,7 +10,8 @@ from torch import nn
 class MuonAdamW(torch.optim.Optimizer):
     """torch.optim.Muon and torch.optim.AdamW side by side (arXiv:2502.16982); no weight decay.
 
-    Their parameter groups are shared with this optimizer, so that a scheduler set on it drives both.
+    They share this optimizer's parameter groups and its state, so that a scheduler set on it drives both, and whoever
+    saves it, or puts shards in the place of its parameters (FSDP), needs to know of one alone.
     """
 
     def __init__(self, model: nn.Module, muon_lr: float, adamw_lr: float):
@@ -22,7 +23,11 @@ class MuonAdamW(torch.optim.Optimizer):
             torch.optim.AdamW(others, lr=adamw_lr, betas=(0.9, 0.95), weight_decay=0.0),
         )
         super().__init__([group for part in self.parts for group in part.param_groups], {})
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        self._share()
+
+    def _share(self) -> None:
+        for part, group in zip(self.parts, self.param_groups, strict=True):
+            part.param_groups, part.state = [group], self.state
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -34,10 +39,6 @@ class MuonAdamW(torch.optim.Optimizer):
             part.step()
         return loss
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"parts": [part.state_dict() for part in self.parts]}
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for part, state in zip(self.parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        super().load_state_dict(state_dict)
+        self._share()

@@ -1,103 +1,50 @@
-"""Train a skipless model by a recipe: corpus, tokenizer, model, transformers' Trainer, and a folder that loads."""
+"""Train a skipless model by a recipe: tokens, model, transformers' Trainer, and a folder that loads."""
 
-import dataclasses
-import hashlib
 import json
-import math
-import os
 import shutil
-import time
+import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import accelerate  # noqa: F401  (Trainer needs it, and says so only when it begins)
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, get_wsd_schedule, set_seed
+from transformers import PreTrainedTokenizerFast, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from skipless.checkpoint.headers import read_json_object
+from skipless.checkpoint.opening import check_config
 from skipless.errors import InputError
+from skipless.inference import load
 from skipless.model import SkiplessConfig, SkiplessForCausalLM
 from skipless.quiet import no_library_bars
-from skipless.train.data import Blocks, read_texts, split, standard_library, train_tokenizer
+from skipless.train import corpus
 from skipless.train.initialize import initialize
-from skipless.train.optimizer import MuonAdamW
+from skipless.train.log import Bar, callbacks, is_first
 from skipless.train.recipe import Recipe
+from skipless.train.trainer import SkiplessTrainer, training_arguments
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, LOG = "checkpoints", "log"
 RECIPE = "recipe.json"
 
 
-def is_first() -> bool:
-    """Whether this process is the one of those that torchrun has started (or the only one) that prints and writes."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-class Bar(TrainerCallback):
-    """A progress bar with loss, held-out loss, tokens/s and time left, on stderr; fits in 80 columns."""
-
-    def __init__(self, tokens_per_step: int, bits_per_byte: float):
-        self.tokens_per_step, self.bits_per_byte = tokens_per_step, bits_per_byte
-        self.progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=None),
-            TextColumn("loss {task.fields[loss]}  held out {task.fields[held_out]}  {task.fields[speed]} tokens/s"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not is_first(),
-        )
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started, self.first_step = time.perf_counter(), state.global_step
-        self.task = self.progress.add_task(
-            "", total=state.max_steps, loss="-", held_out="-", speed="-", completed=state.global_step
-        )
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        steps = state.global_step - self.first_step
-        speed = steps * self.tokens_per_step / (time.perf_counter() - self.started)
-        self.progress.update(self.task, completed=state.global_step, speed=f"{speed:,.0f}")
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        logs = logs or {}
-        if "loss" in logs:
-            self.progress.update(self.task, loss=f"{logs['loss']:.3f}")
-        if "eval_loss" in logs:
-            loss = logs["eval_loss"]
-            held_out = f"{loss:.3f} nats a token, {loss * self.bits_per_byte:.3f} bits a byte"
-            self.progress.update(self.task, held_out=f"{loss:.3f}")
-            if is_first():
-                self.progress.console.print(f"step {state.global_step}: held out {held_out}")
-
-
-class StopAtNaN(TrainerCallback):
-    """Ends a run when its loss is no longer a number, so that no such model is saved."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        for name, value in (logs or {}).items():
-            if name in ("loss", "eval_loss") and not math.isfinite(value):
-                raise InputError(
-                    f"step {state.global_step}: {name}: expected a number, found {value}; "
-                    "lower muon_lr or adamw_lr in the recipe and start again"
-                )
-
-
-def newest_checkpoint(checkpoints: Path) -> str | None:
+def newest_checkpoint(checkpoints: Path) -> Path | None:
     """The newest checkpoint that a kill did not cut short: Trainer writes its state into the folder last."""
-    for folder in sorted(checkpoints.glob("checkpoint-*"), key=lambda folder: -int(folder.name.split("-")[1])):
+    for folder in sorted(checkpoints.glob("checkpoint-*"), key=lambda folder: -_step(folder)):
         with suppress(FileNotFoundError, json.JSONDecodeError):
             json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-            return str(folder)
+            return folder
     return None
 
 
-def check_folder(out: Path, fields: dict[str, Any], resume: bool) -> None:
-    """Refuse to write over files, to resume what is not there, or to resume with another recipe or corpus."""
+def _step(checkpoint: Path | None) -> int:
+    return 0 if checkpoint is None else int(checkpoint.name.split("-")[1])
+
+
+def check_folder(out: Path, recipe: Recipe, resume: bool) -> None:
+    """Refuse to write over files, to resume what is not there or is done, or to resume with another recipe; more steps
+    than before may be asked for.
+    """
     saved = out / CHECKPOINTS / RECIPE
     if not resume:
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -110,6 +57,12 @@ def check_folder(out: Path, fields: dict[str, Any], resume: bool) -> None:
             f"{out}: expected an unfinished run to resume, found none; start a new folder without --resume"
         )
     started = read_json_object(saved)
+    done = started.pop("done", 0)
+    if recipe.steps <= done:
+        raise InputError(f"{out}: expected an unfinished run to resume, found one of {done} steps; --steps takes more")
+    fields = recipe.to_json()
+    if done:
+        started["steps"] = fields["steps"]
     for name, found in fields.items():
         if found != started.get(name):
             raise InputError(
@@ -118,81 +71,102 @@ def check_folder(out: Path, fields: dict[str, Any], resume: bool) -> None:
             )
 
 
-def train(recipe: Recipe, out: Path, *, resume: bool = False) -> dict[str, float]:
-    """Train, and leave a model folder with its tokenizer in `out`; returns held-out loss (nats a token), bits a byte.
-
-    Checkpoints go to `out`/checkpoints while training runs; after a kill, `resume` goes on from the newest one (from
-    the start if there is none yet). Of several processes, which torchrun starts, each takes a batch of its own, and the
-    first alone prints and writes. Raises InputError when `out` is not empty (without `resume`), or has no run to
-    resume (with it), for a model or corpus that cannot be trained, and when the loss stops being a number.
-    """
-    checkpoints = out / CHECKPOINTS
-    set_seed(recipe.seed)
-    texts = read_texts(standard_library())
-    corpus = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-    fields = json.loads(json.dumps({**dataclasses.asdict(recipe), "corpus": corpus}))
-    if is_first():
-        check_folder(out, fields, resume)
-    training_texts, held_out_texts = split(texts, recipe.held_out, recipe.seed)
+def new_config(recipe: Recipe) -> SkiplessConfig:
+    """The recipe's [model], or that of the folder it starts from. Raises InputError for one that is not a model."""
+    if recipe.start.folder:
+        start = read_json_object(Path(recipe.start.folder) / "config.json")
+        if (found := start.get("model_type")) != "skipless":
+            raise InputError(f"{recipe.start.folder}: model_type: expected skipless to start from, found {found}")
+        check_config(start)
+        return SkiplessConfig.from_dict(start)
     try:
-        config = SkiplessConfig(**recipe.model)
-    except (ValueError, StrictDataclassError) as error:
+        return SkiplessConfig(**(recipe.model or {}))
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise InputError(f"model: {error.__cause__ or error}") from error
-    tokenizer = train_tokenizer(training_texts, config.vocab_size)
-    config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
-    training = Blocks.from_texts(training_texts, tokenizer, recipe.sequence_length)
-    held_out = Blocks.from_texts(held_out_texts, tokenizer, recipe.sequence_length)
-    bits_per_byte = 1 / math.log(2) / held_out.bytes_per_token
 
+
+def new_model(recipe: Recipe) -> SkiplessForCausalLM:
+    """The recipe's model with its starting values, in fp32. Raises InputError for one that cannot be trained."""
+    config = new_config(recipe)
+    if recipe.start.folder:
+        return load(Path(recipe.start.folder), torch.float32).train()
     model = SkiplessForCausalLM(config)
     initialize(model)
-    optimizer = MuonAdamW(model, recipe.muon_lr, recipe.adamw_lr)
-    scheduler = get_wsd_schedule(
-        optimizer,
-        num_warmup_steps=round(recipe.warmup * recipe.steps),
-        num_decay_steps=round(recipe.decay * recipe.steps),
-        num_training_steps=recipe.steps,
-        decay_type="linear",
-    )
-    if is_first():
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        (checkpoints / RECIPE).write_text(json.dumps(fields), encoding="utf-8")
-    bar = Bar(recipe.batch_size * recipe.sequence_length, bits_per_byte)
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=str(checkpoints),
-            max_steps=recipe.steps,
-            per_device_train_batch_size=recipe.batch_size,
-            per_device_eval_batch_size=recipe.batch_size,
-            max_grad_norm=recipe.gradient_clip,
-            bf16=recipe.bf16,
-            eval_strategy="steps",
-            eval_steps=recipe.eval_every,
-            save_steps=recipe.save_every,
-            save_total_limit=2,
-            logging_steps=10,
-            logging_nan_inf_filter=False,
-            seed=recipe.seed,
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=not torch.cuda.is_available(),
-        ),
-        train_dataset=training,
-        eval_dataset=held_out,
-        optimizers=(optimizer, scheduler),
-        callbacks=[bar, StopAtNaN()],
-    )
-    trainer.remove_callback(PrinterCallback)
-    with no_library_bars(), bar.progress:
-        trainer.train(resume_from_checkpoint=newest_checkpoint(checkpoints))
-        loss = trainer.evaluate()["eval_loss"]
-        config.use_cache = True  # Trainer turned it off
-        if is_first():
-            model.to(getattr(torch, recipe.dtype)).save_pretrained(out)
-    if is_first():
-        for file in out.glob("*.safetensors"):
-            shutil.copymode(out / "config.json", file)  # safetensors ignores the umask
+    return model
+
+
+def prepare(recipe: Recipe, vocab_size: int, sequences: int, checkpoints: Path) -> None:
+    """Write down the recipe, and its text as tokens, unless a killed run has; nothing, if that cannot be trained on."""
+    new = [folder for folder in (checkpoints, checkpoints.parent) if not folder.exists()]
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    saved = checkpoints / RECIPE
+    done = read_json_object(saved).get("done", 0) if saved.exists() else 0
+    saved.write_text(json.dumps(recipe.to_json() | {"done": done}), encoding="utf-8")
+    try:
+        if not corpus.is_made(checkpoints):
+            corpus.make(recipe, vocab_size, checkpoints)
+        corpus.made(recipe, vocab_size, checkpoints, sequences)
+    except InputError:
+        for folder in new:
+            shutil.rmtree(folder)
+        raise
+
+
+def save(trainer: SkiplessTrainer, recipe: Recipe, tokenizer: PreTrainedTokenizerFast | None, out: Path) -> None:
+    """Write the model folder, and that the run is done."""
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not is_first():
+        return
+    config = trainer.model.config
+    config.use_cache = True  # Trainer turned it off
+    with torch.device("meta"):
+        model = SkiplessForCausalLM(config)
+    model.load_state_dict(state, assign=True)
+    model.tie_weights()
+    model.to(getattr(torch, recipe.dtype)).save_pretrained(out)
+    for file in out.glob("*.safetensors"):
+        shutil.copymode(out / "config.json", file)  # safetensors ignores the umask
+    if tokenizer is not None:
         tokenizer.save_pretrained(out)
-        shutil.rmtree(checkpoints)
-    return {"held_out_loss": loss, "bits_per_byte": loss * bits_per_byte}
+    saved = recipe.to_json() | {"done": recipe.steps}
+    (out / CHECKPOINTS / RECIPE).write_text(json.dumps(saved), encoding="utf-8")
+
+
+def train(recipe: Recipe, out: Path, *, resume: bool = False) -> dict[str, float | None]:
+    """Train, and leave a model folder with its tokenizer in `out`; returns held-out loss (nats a token), bits a byte
+    (None where the tokens came without a tokenizer).
+
+    `out`/checkpoints has the tokens and the newest checkpoints, from which `resume` goes on: after a kill (from the
+    start if there is none yet), or, with more steps, after the end. `out`/log stays, too. Of several processes, which
+    torchrun starts, each takes a batch of its own, and the first alone prints and writes. Raises InputError when `out`
+    is not empty (without `resume`), or has no run to resume (with it), for a model or corpus that cannot be trained,
+    and when the loss stops being a number.
+    """
+    checkpoints = out / CHECKPOINTS
+    if is_first():
+        check_folder(out, recipe, resume)
+    set_seed(recipe.seed)
+    model = new_model(recipe)
+    arguments = training_arguments(recipe, model.config, str(checkpoints))
+    if recipe.checkpointing and not recipe.fsdp:  # which does it itself
+        newer = hasattr(model, "activation_checkpointing_enable")  # in transformers 6 there is no other
+        enable = model.activation_checkpointing_enable if newer else model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    sequences = recipe.batch_size * recipe.accumulate * arguments.world_size
+    with arguments.main_process_first(local=False):
+        if is_first():
+            prepare(recipe, model.config.vocab_size, sequences, checkpoints)
+    if not corpus.is_made(checkpoints):
+        sys.exit(2)  # the first process has said why
+    text = corpus.made(recipe, model.config.vocab_size, checkpoints, sequences)
+    if text.tokenizer is not None:
+        model.config.bos_token_id = model.config.eos_token_id = text.tokenizer.eos_token_id
+
+    newest = newest_checkpoint(checkpoints)
+    bar = Bar(sequences * recipe.sequence_length, text)
+    trainer = SkiplessTrainer(recipe, model, text, arguments, callbacks(bar, out / LOG, _step(newest)))
+    with no_library_bars(), bar.progress:
+        trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+        loss = trainer.last_evaluation()
+        save(trainer, recipe, text.tokenizer, out)
+    return {"held_out_loss": loss, "bits_per_byte": text.bits_per_byte(loss)}

@@ -1,7 +1,9 @@
 """`skipless train`."""
 
+import dataclasses
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -9,21 +11,57 @@ from skipless.cli.options import as_json
 from skipless.cli.output import err, out, print_json
 from skipless.errors import INTERRUPTED, extra
 
+if TYPE_CHECKING:
+    from skipless.train.estimate import Estimate
 
-@click.command()
+
+class WithFields(click.Command):
+    """Ends its help with the fields of a recipe."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from skipless.train.recipe import described
+
+        with formatter.section("Fields of a recipe"):
+            formatter.write_dl(
+                [(name, f"{about} [default: {default}]" if default else about) for name, default, about in described()]
+            )
+
+
+@click.command(cls=WithFields)
 @click.argument("recipe")
 @click.argument("out_folder", metavar="OUT", type=click.Path(path_type=Path))
-@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in OUT.")
+@click.option("--model", type=click.Path(path_type=Path), help="A config.json instead of the recipe's [model].")
+@click.option("--steps", type=click.IntRange(1), help="As many steps instead of the recipe's.")
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in OUT; at the end, with more --steps.")
+@click.option("--dry-run", is_flag=True, help="Only say what it would take: memory, tokens, FLOPs. Writes nothing.")
+@click.option("--processes", type=click.IntRange(1), default=1, show_default=True, help="With --dry-run: how many.")
 @as_json
-def train(recipe: str, out_folder: Path, resume: bool, as_json: bool) -> None:
+def train(
+    recipe: str,
+    out_folder: Path,
+    model: Path | None,
+    steps: int | None,
+    resume: bool,
+    dry_run: bool,
+    processes: int,
+    as_json: bool,
+) -> None:
     """Train a skipless model by RECIPE (a TOML file, or a bundled name: stdlib) into the folder OUT."""
     with extra("train"):
+        from skipless.train.log import is_first
         from skipless.train.recipe import Recipe
-        from skipless.train.run import is_first
         from skipless.train.run import train as run
 
+    read = Recipe.read(recipe, model)
+    if steps is not None:
+        read = dataclasses.replace(read, steps=steps)
+    if dry_run:
+        from skipless.train.estimate import estimate
+
+        tell(estimate(read, processes), as_json)
+        return
     try:
-        result = run(Recipe.read(recipe), out_folder, resume=resume)
+        result = run(read, out_folder, resume=resume)
     except KeyboardInterrupt:
         err.print(f"interrupted; go on with: skipless train {recipe} {out_folder} --resume", soft_wrap=True)
         sys.exit(INTERRUPTED)
@@ -32,4 +70,18 @@ def train(recipe: str, out_folder: Path, resume: bool, as_json: bool) -> None:
     if as_json:
         print_json(result)
     else:
-        out.print(f"held out: {result['held_out_loss']:.3f} nats a token, {result['bits_per_byte']:.3f} bits a byte")
+        bits = result["bits_per_byte"]
+        more = "" if bits is None else f", {bits:.3f} bits a byte"
+        out.print(f"held out: {result['held_out_loss']:.3f} nats a token{more}")
+
+
+def tell(found: "Estimate", as_json: bool) -> None:
+    """Print an estimate."""
+    total = sum(found.memory.values())
+    if as_json:
+        print_json(dataclasses.asdict(found) | {"memory_total": total})
+        return
+    parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in found.memory.items())
+    out.print(f"weights: {found.parameters:,}")
+    out.print(f"tokens: {found.tokens_per_step:,} a step, {found.tokens:,} in all: {found.flops:.1e} FLOPs")
+    out.print(f"memory a process: {total / 1e9:.1f} GB ({parts})", soft_wrap=True)

@@ -1,0 +1,46 @@
+"""`skipless eval`."""
+
+import dataclasses
+from pathlib import Path
+
+import click
+
+from skipless.cli.options import as_json
+from skipless.cli.output import out, print_json
+from skipless.dtypes import DTYPE_NAMES
+from skipless.errors import extra
+
+
+@click.command("eval")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--data", multiple=True, required=True, metavar="PATTERN", help="Files as in a recipe's data.files.")
+@click.option("--field", default="text", show_default=True, help="The field of rows that holds the text.")
+@click.option("--sequence-length", type=click.IntRange(2), help="[default: 1024, or what the model has positions for]")
+@click.option("--tokens", type=click.IntRange(2), help="As many at most.")
+@click.option("--dtype", type=click.Choice(DTYPE_NAMES), default="float32", show_default=True, help="To compute in.")
+@as_json
+def eval_command(
+    model: Path,
+    data: tuple[str, ...],
+    field: str,
+    sequence_length: int | None,
+    tokens: int | None,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """How well MODEL, a folder that transformers loads, predicts a text: loss, bits a byte, perplexity."""
+    with extra("train"):
+        import torch
+
+        from skipless.train.evaluation import evaluate
+
+    found = evaluate(
+        model, data, field=field, sequence_length=sequence_length, most_tokens=tokens, dtype=getattr(torch, dtype)
+    )
+    if as_json:
+        print_json(dataclasses.asdict(found))
+    else:
+        bits = "" if found.bits_per_byte is None else f"{found.bits_per_byte:.3f} bits a byte, "
+        out.print(
+            f"{found.loss:.3f} nats a token, {bits}perplexity {found.perplexity:,.1f}, on {found.tokens:,} tokens"
+        )

@@ -1,0 +1,295 @@
+"""Training on text of one's own: tokens, tokenizer, start, several batches and processes to a step; and evaluation."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import AutoTokenizer
+
+from skipless.cli import main
+from skipless.errors import InputError
+from skipless.train import run
+from skipless.train.estimate import estimate
+from skipless.train.evaluation import evaluate
+from skipless.train.recipe import Data, Recipe, Start, Tokenizer, described
+from tests.integration.test_train import lines
+from tests.models import load
+from tests.pages import ROOT, blocks, commands, shape
+from tests.pages import run as execute
+
+TRAIN = (ROOT / "docs" / "train.md").read_text(encoding="utf-8")
+RECIPE = """
+steps = 6
+batch_size = 4
+sequence_length = 32
+muon_lr = 0.02
+adamw_lr = 0.01
+log_every = 1
+
+[data]
+files = "{folder}/text/*.py"
+held_out_files = ["{folder}/held_out/*.py"]
+
+[model]
+vocab_size = 300
+hidden_size = 32
+intermediate_size = 48
+num_hidden_layers = 2
+num_attention_heads = 4
+max_position_embeddings = 64
+gate_bias = true
+attention_shaping = "value"
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text to train on, some to hold out, and a recipe."""
+    folder = tmp_path_factory.mktemp("data")
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    for part, names in {"text": ("bisect", "heapq", "stat"), "held_out": ("keyword", "token")}.items():
+        (folder / part).mkdir()
+        for name in names:
+            (folder / part / f"{name}.py").write_text((stdlib / f"{name}.py").read_text()[:3000])
+    (folder / "recipe.toml").write_text(RECIPE.format(folder=folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(folder: Path) -> Recipe:
+    return Recipe.read(str(folder / "recipe.toml"))
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path, recipe: Recipe) -> tuple[Path, dict[str, float]]:
+    torch.set_num_threads(1)
+    return folder / "trained", run.train(recipe, folder / "trained")
+
+
+def curve(out: Path) -> list[float]:
+    """Each step's loss."""
+    return [line["loss"] for line in lines(out) if "loss" in line]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load(out, torch.float32).state_dict()
+
+
+class TestEval:
+    def test_is_what_the_trainer_says_of_the_text_it_held_out(self, folder: Path, trained: tuple[Path, dict[str, Any]]):
+        out, result = trained
+        command = ["eval", str(out), "--data", f"{folder}/held_out/*.py", "--sequence-length", "32"]
+        found = CliRunner().invoke(main, [*command, "--json"])
+        assert found.exit_code == 0, found.output
+        values = json.loads(found.stdout)
+        assert values["loss"] == pytest.approx(result["held_out_loss"], rel=1e-5)
+        assert values["bits_per_byte"] == pytest.approx(result["bits_per_byte"], rel=1e-5)
+        assert values["perplexity"] == pytest.approx(math.exp(values["loss"]))
+        assert "perplexity" in CliRunner().invoke(main, command).stdout
+        other = evaluate(out, [f"{folder}/text/*.py"], sequence_length=32)
+        assert other.loss < values["loss"]
+
+    def test_takes_tokens_and_no_more_than_it_is_asked(self, folder: Path, trained: tuple[Path, dict[str, Any]]):
+        out, result = trained
+        tokens = evaluate(out, [str(out / "checkpoints" / "held_out.bin")], sequence_length=32)
+        assert tokens.loss == pytest.approx(result["held_out_loss"], rel=1e-5)
+        assert tokens.bits_per_byte is None
+        assert evaluate(out, [f"{folder}/text/*.py"], sequence_length=32, most_tokens=100).tokens == 96
+
+    def test_refuses_what_it_cannot_do(self, folder: Path, trained: tuple[Path, dict[str, Any]]):
+        text = f"{folder}/text/*.py"
+        with pytest.raises(InputError, match=r"sequence_length: expected 2 to 64, for which .* found 65"):
+            evaluate(trained[0], [text], sequence_length=65)
+        with pytest.raises(InputError, match="sequence_length: expected at most the text's 3 tokens, found 64"):
+            evaluate(trained[0], [text], most_tokens=3)
+        assert CliRunner().invoke(main, ["eval", str(trained[0]), "--data", str(folder / "no*")]).exit_code == 2
+
+
+def test_tokens_train_as_the_text_that_they_were_made_of(
+    recipe: Recipe, trained: tuple[Path, dict[str, Any]], tmp_path: Path
+):
+    out, result = trained
+    made = out / "checkpoints"
+    np.save(tmp_path / "held_out.npy", np.fromfile(made / "held_out.bin", np.uint16).astype(np.int32))
+    data = Data(files=(str(made / "training.bin"),), held_out_files=(f"{tmp_path}/*.npy",))
+    tokens = dataclasses.replace(recipe, data=data, tokenizer=Tokenizer(str(out)))
+    found = run.train(tokens, tmp_path / "out")
+    assert found["held_out_loss"] == result["held_out_loss"]
+    assert found["bits_per_byte"] == pytest.approx(result["bits_per_byte"], rel=0.02)  # less the ends of documents
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+    bare = dataclasses.replace(recipe, data=dataclasses.replace(data, held_out_files=()), steps=1)
+    found = run.train(bare, tmp_path / "bare")
+    assert found["bits_per_byte"] is None
+    assert not (tmp_path / "bare" / "tokenizer.json").exists()
+
+
+def test_starts_from_a_model_with_its_tokenizer(recipe: Recipe, trained: tuple[Path, dict[str, Any]], tmp_path: Path):
+    out, result = trained
+    further = dataclasses.replace(recipe, model=None, start=Start(str(out)), steps=1, warmup=0.0, decay=0.0)
+    still = dataclasses.replace(further, muon_lr=0.0, adamw_lr=0.0)
+    assert run.train(still, tmp_path / "still")["held_out_loss"] == pytest.approx(result["held_out_loss"], rel=1e-6)
+    assert all(torch.equal(weight, weights(out)[name]) for name, weight in weights(tmp_path / "still").items())
+    run.train(further, tmp_path / "further")
+    assert not torch.equal(weights(tmp_path / "further")["lm_head.weight"], weights(out)["lm_head.weight"])
+    first, second = (AutoTokenizer.from_pretrained(each) for each in (out, tmp_path / "further"))
+    assert first.get_vocab() == second.get_vocab()
+
+
+@pytest.mark.parametrize("changes", [{"batch_size": 2, "accumulate": 2}, {"checkpointing": True}])
+def test_the_same_step_in_less_memory(
+    changes: dict[str, Any], recipe: Recipe, trained: tuple[Path, dict[str, Any]], tmp_path: Path
+):
+    run.train(dataclasses.replace(recipe, **changes), tmp_path / "out")
+    assert curve(tmp_path / "out") == pytest.approx(curve(trained[0]), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_steps_of_one_with_twice_the_batch(
+    folder: Path, recipe: Recipe, trained: tuple[Path, dict[str, Any]], tmp_path: Path
+):
+    text = (folder / "recipe.toml").read_text()
+    (tmp_path / "recipe.toml").write_text(text.replace("batch_size = 4", "batch_size = 2"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "skipless", "train", tmp_path / "recipe.toml", tmp_path / "out", "--json"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr.count("step 6: held out") == 1
+    assert json.loads(done.stdout)["held_out_loss"] == pytest.approx(trained[1]["held_out_loss"], rel=1e-4)
+    assert curve(tmp_path / "out") == pytest.approx(curve(trained[0]), rel=1e-4)
+    alone = run.train(Recipe.read(str(tmp_path / "recipe.toml")), tmp_path / "alone")
+    assert alone["held_out_loss"] != pytest.approx(trained[1]["held_out_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 1000}, "batch_size: expected at most the text's .* sequences a step, found 1000"),
+        ({"sequence_length": 10**6}, "sequence_length: expected at most the .* tokens of training, found 1000000"),
+        ({"data": Data(files=("nothing/*",))}, r"nothing/\*: expected files, found none"),
+        ({"tokenizer": Tokenizer("nowhere")}, "nowhere: expected a tokenizer that transformers loads"),
+    ],
+)
+def test_nothing_is_left_of_what_cannot_be_trained_on(
+    changes: dict[str, Any], message: str, recipe: Recipe, tmp_path: Path
+):
+    with pytest.raises(InputError, match=message):
+        run.train(dataclasses.replace(recipe, **changes), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# The same steps on a model's shards, of which each process has one, as on the whole model.
+SHARDED = """
+import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from skipless.train.initialize import initialize
+from skipless.train.optimizer import MuonAdamW
+from tests.models import build, random_ids
+
+def losses(sharded):
+    model = build(dtype=torch.float32, gate_bias=True)
+    initialize(model)
+    if sharded:
+        for module in (*model.model.layers, model):
+            fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = MuonAdamW(model, 0.02, 0.01)
+    for _ in range(4):
+        ids = random_ids(model, batch=4)
+        own = ids.chunk(2)[distributed.get_rank()] if sharded else ids
+        loss = model(input_ids=own, labels=own).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss = loss.detach()
+        if sharded:
+            distributed.all_reduce(loss)
+        yield loss.item() / (2 if sharded else 1)
+
+distributed.init_process_group("gloo")
+found = [list(losses(sharded)) for sharded in (True, False)]
+if distributed.get_rank() == 0:
+    print(*found, sep=chr(10))
+"""
+
+
+@pytest.mark.slow
+def test_the_optimizer_takes_shards_as_it_takes_the_whole(tmp_path: Path):
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *sys.path)))}
+    done = subprocess.run(
+        [*command, tmp_path / "sharded.py"], env=environment, capture_output=True, text=True, check=True
+    )
+    sharded, whole = map(json.loads, done.stdout.splitlines())
+    assert sharded == pytest.approx(whole, rel=1e-3)  # Muon's own arithmetic is in bfloat16
+    assert sharded[-1] < 0.98 * sharded[0]
+
+
+def test_a_dry_run_says_what_it_would_take_and_writes_nothing(folder: Path, recipe: Recipe, tmp_path: Path):
+    command = ["train", str(folder / "recipe.toml"), str(tmp_path / "out"), "--dry-run", "--processes", "2", "--json"]
+    found = json.loads(CliRunner().invoke(main, command).stdout)
+    model = run.new_model(recipe)
+    assert found["parameters"] == model.num_parameters()
+    assert found["tokens_per_step"] == 2 * 4 * 32
+    assert not (tmp_path / "out").exists()
+
+    kept: dict[int, torch.Tensor] = {weight.data_ptr(): weight for weight in model.parameters()}
+    size = 0
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal size
+        if (place := tensor.untyped_storage().data_ptr()) not in kept:
+            size += tensor.untyped_storage().nbytes()
+        kept[place] = tensor
+        return tensor
+
+    ids = torch.zeros(4, 32, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(input_ids=ids, labels=ids)
+    assert found["memory"]["activations"] == pytest.approx(size, rel=0.02)
+
+    def memory(**changes: Any) -> dict[str, int]:
+        return estimate(dataclasses.replace(recipe, **changes), 2).memory
+
+    assert memory(checkpointing=True)["activations"] < 0.8 * size
+    assert memory(batch_size=8)["activations"] == pytest.approx(2 * size, rel=0.02)
+    assert memory(fsdp=True)["optimizer"] == found["memory"]["optimizer"] // 2
+    with pytest.raises(InputError, match="fsdp: expected a GPU for each process, found none"):
+        run.train(dataclasses.replace(recipe, fsdp=True), tmp_path / "out")
+
+
+def test_help_and_docs_list_every_field():
+    text = " ".join(CliRunner().invoke(main, ["train", "--help"]).stdout.split())
+    for name, default, about in described():
+        assert f"{name} {about}" in text
+        assert f"| `{name}` | {f'`{default}`' if default else ''} | {about} |" in TRAIN
+
+
+@pytest.mark.alone
+def test_the_pages_commands_train_fuse_and_generate(tmp_path: Path):
+    ((_, recipe),) = blocks(TRAIN, "toml")
+    ((_, block),) = blocks(TRAIN, "console")
+    (tmp_path / "recipe.toml").write_text(recipe)
+    (tmp_path / "texts").mkdir()
+    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-c]*.py")):
+        (tmp_path / "texts" / f"{file.stem}.txt").write_text(file.read_text())
+    train, fuse, generate = commands(block)
+    assert shape(execute(["bash", "-c", train[0]], tmp_path)) == shape(train[1])
+    assert "wrote fused" in execute(["bash", "-c", fuse[0]], tmp_path)
+    assert "generated_text" in execute(["bash", "-c", generate[0]], tmp_path)
