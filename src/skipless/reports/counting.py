@@ -150,6 +150,7 @@ def count_architecture(name: str, family_name: str, architecture: Architecture, 
     whole = removal(
         sum(seam.saves for seam in possible), sum(_read_less(seam, architecture, conditions) for seam in possible)
     )
+    stored = max(WEIGHT_BYTES[conditions.dtype], WEIGHT_BYTES["bfloat16"])  # fuse stores no integers
     bases = [basis for seam in possible if seam.kind == "stream" for basis in seam.identities][:1]
     return Count(
         name=name,
@@ -162,7 +163,7 @@ def count_architecture(name: str, family_name: str, architecture: Architecture, 
         embeddings=parts["embeddings"],
         nominal=nominal,
         exact=Exact(**dataclasses.asdict(whole), basis=bases[0] if bases else None, blocked=reasons(every)),
-        everything=sum(seam.saves for seam in closable(architecture.skipless())),
+        everything=sum(seam.saves for seam in closable(architecture.skipless(), stored)),
         limit=removable_at_most(architecture),
         as_is=removable_as_is(architecture),
     )
