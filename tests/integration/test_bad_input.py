@@ -7,8 +7,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+import skipless
 from skipless import InputError, cli, fuse
+from skipless.architecture.config import Architecture
+from skipless.architecture.limit import limit
+from skipless.checkpoint.headers import read_json_object
 from skipless.checkpoint.reader import CheckpointReader
+from skipless.reports.counting import Conditions
 from tests.models import build, edit_config, edit_tensors, save
 
 Q1 = "model.layers.1.self_attn.q_proj.weight"
@@ -302,10 +307,31 @@ def test_options_that_do_not_go_together(source, tmp_path, options, message):
     refuse(tmp_path, *options, message=message)
 
 
-def test_a_result_that_would_be_larger(tmp_path):
-    save(build(head_dim=4), tmp_path / "source")
-    message = "value_order: expected to be smaller than the 64 bytes"
-    refuse(tmp_path, "--remove", "values", "--dtype", "float16", message=message)
+VALUE_ORDER = "model.layers.0.self_attn.value_order: expected at most the 144 bytes of the weights that it replaces"
+COLUMN_ORDER = "lm_head.column_order: expected at most the 200 bytes of the weights that it replaces, found 320"
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "message"),
+    [
+        ({"head_dim": 6}, "values", VALUE_ORDER),
+        ({"hidden_size": 10, "head_dim": 8, "vocab_size": 80}, "head", COLUMN_ORDER),
+    ],
+    ids=["values", "head"],
+)
+def test_a_result_that_would_be_larger(tmp_path, fields, kind, message):
+    """It is refused by fuse, is not safe by audit, and is not counted by limit and count."""
+    source = save(build(**fields), tmp_path / "source")
+    refuse(tmp_path, "--remove", kind, "--dtype", "float16", message=message)
+    audited = skipless.audit(source, remove=(kind,), dtype="float16")
+    assert not audited.safe
+    assert message in audited.problems[0]
+    found = limit(Architecture.from_config(read_json_object(source / "config.json")))
+    assert kind not in found.removed
+    assert any(message in line for line in found.blocked)
+    fp32, fp16 = (skipless.count(source, Conditions(dtype)).everything for dtype in ("float32", "float16"))
+    plan = skipless.fuse(source, tmp_path / "fused", remove=(kind,), dtype="float32")
+    assert fp32 - fp16 == plan.parameters[0] - plan.parameters[1]
 
 
 def test_biases_that_would_be_more_than_p(tmp_path):

@@ -151,7 +151,7 @@ def _writers(a: Architecture) -> Iterable[Port]:
     norms, first = _there(a, ("model.embed_norm",)), Place("s", 0)
     yield Port("model.project_in" if a.embedding_size else "model.embed_tokens", first, norms)
     if a.position_type == "learned":
-        yield Port("model.position_embeddings", first, norms)
+        yield Port("model.position_embeddings", first)  # added after that norm
     for i in range(a.num_hidden_layers):
         layer, after = f"model.layers.{i}", Place("s", i + 1)
         serial = a.block_type == "serial"

@@ -13,6 +13,9 @@ from skipless.architecture.graph import Space, graph
 from skipless.architecture.seams import KINDS, Seam, reasons, seams
 from skipless.errors import InputError
 
+# Bytes of a weight in half precision.
+HALF = 2
+
 
 @dataclass(frozen=True)
 class Limit:
@@ -33,28 +36,35 @@ class Limit:
 
 
 def limit(architecture: Architecture) -> Limit:
-    """The formula, and what `fuse` can remove of it."""
+    """The formula, and what `fuse` can remove of it where weights are stored in half precision."""
     if architecture.stream_basis or architecture.p_removed or architecture.values_removed or architecture.head_removed:
         raise InputError("config.json: expected a model that has not been fused, for which there is a formula")
     removed: dict[str, int] = {}
     for seam in closable(architecture):
         removed[seam.kind] = removed.get(seam.kind, 0) + seam.saves
+    possible = [seam for seam in seams(architecture) if not seam.blocked]
+    unpaid = {seam.kind: reason for seam in reversed(possible) if (reason := seam.unpaid(HALF))}
     return Limit(
         parameters=sum(math.prod(shape) for shape in architecture.tensors().values()),
         terms={name: count for name, count in terms(architecture).items() if count},
         at_least=_unknown(architecture),
         removed=removed,
-        blocked=reasons(seams(architecture, values=True)),
+        blocked=(
+            *reasons(seams(architecture, values="values" not in unpaid, norms=True)),
+            *(f"the {kind} seams: {reason}" for kind, reason in unpaid.items()),
+        ),
     )
 
 
-def closable(architecture: Architecture) -> list[Seam]:
-    """The seams that one fuse closes when it is asked for all kinds that can be asked for together."""
+def closable(architecture: Architecture, itemsize: float = HALF) -> list[Seam]:
+    """The seams that one fuse closes when it is asked for all kinds that can be asked for together, where a weight
+    takes `itemsize` bytes.
+    """
     kinds = list(KINDS)
     while True:
-        found = seams(architecture, values="values" in kinds or None)
+        found = seams(architecture, values="values" in kinds or None, norms="norms" in kinds)
         every = [seam for seam in found if seam.kind in kinds and not seam.spared(kinds)]
-        blocked = {seam.kind for seam in every if seam.blocked}
+        blocked = {seam.kind for seam in every if seam.blocked or seam.unpaid(itemsize)}
         if not blocked:
             return every
         if "stream" in blocked and "values" in kinds and not _stream_blocked(architecture):
@@ -63,7 +73,7 @@ def closable(architecture: Architecture) -> list[Seam]:
 
 
 def _stream_blocked(architecture: Architecture) -> bool:
-    return any(seam.blocked for seam in seams(architecture) if seam.kind == "stream")
+    return any(seam.blocked for seam in seams(architecture, norms=True) if seam.kind == "stream")
 
 
 def terms(architecture: Architecture) -> dict[str, int]:

@@ -17,6 +17,8 @@ BASES = ("q", "k", "v", "pivoted")
 AUTO = "auto"
 # What is removed unless something else is asked for.
 REMOVABLE = ("stream", "p")
+# Of an int32.
+INDEX_BYTES = 4
 # What gives up d^2 weights at a stream seam of a parallel model: Q, K, V that read it, or P that writes it.
 PARALLEL_REMOVES = ("readers", "p")
 
@@ -38,7 +40,8 @@ class Seam:
         "rows"          `width` rows of the first writer (of each block's columns) become the identity
         "gain"          the norm's gain merges into the readers
         "table"         the norm is applied to the table's rows once and for all
-    order: the index tensor that puts passed and stored columns (rows) in their places.
+    order: the index tensor that puts passed and stored columns (rows) in their places; indices: how many it has, where
+    they may take more than the block that they replace (of the other kinds d^2 is always more).
     bias_takers: the modules that take in the bias of the module that goes.
     duals: modules whose outputs the seam's tied table reads transposed (the last O, when the head is the embedding).
     followers: further readers, which take in the basis and keep their shape (V, if its heads lose a block of their own;
@@ -70,6 +73,7 @@ class Seam:
     taken: str = ""
     gains: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
+    indices: int = 0
     seen: dict[str, int] = dataclasses.field(default_factory=dict, hash=False)
 
     def way(self, basis: str) -> str:
@@ -84,6 +88,16 @@ class Seam:
     def refusal(self) -> str | None:
         """Why it cannot be closed, in a sentence, or None."""
         return self.blocked and f"the {self.kind} seam of layer {self.layer} is blocked by {self.blocked}"
+
+    def unpaid(self, itemsize: float) -> str | None:
+        """Why closing it saves nothing where a weight takes `itemsize` bytes, in a sentence, or None."""
+        saved, spent = int(self.saves * itemsize), self.indices * INDEX_BYTES
+        if spent <= saved:
+            return None
+        return (
+            f"{self.order}: expected at most the {saved:,} bytes of the weights that it replaces, found {spent:,}; "
+            f"leave {self.kind} out of --remove"
+        )
 
     def spared(self, kinds: Collection[str]) -> bool:
         """Whether it stays open, and is not refused, when these kinds are asked for: one that is asked for by default,
@@ -115,13 +129,19 @@ class Wanted:
     values: bool = False
 
 
-def seams(architecture: Architecture, parallel_removes: str = "readers", values: bool | None = None) -> list[Seam]:
+def seams(
+    architecture: Architecture, parallel_removes: str = "readers", values: bool | None = None, norms: bool = False
+) -> list[Seam]:
     """The seams that are still open, in the order in which they are closed, blocked ones included with the reason.
 
-    parallel_removes, values: as in Wanted (None: whether they have been).
+    parallel_removes, values: as in Wanted (None: whether they have been). norms: whether the norms seams will be closed
+    first; one that goes into the table then blocks nothing.
     """
     wanted = Wanted(parallel_removes, architecture.values_removed if values is None else values)
-    found = [seam for find in KINDS.values() for seam in find(architecture, wanted)]
+    found = _norm_seams(architecture, wanted)
+    gone = [seam for seam in found if norms and seam.norms]
+    left = closed(architecture, gone, "") if gone else architecture
+    found += [seam for kind, find in KINDS.items() if kind != "norms" for seam in find(left, wanted)]
     order = list(KINDS)
     return sorted(found, key=lambda seam: (seam.kind != "norms", seam.layer, order.index(seam.kind)))
 
@@ -277,7 +297,8 @@ def _stream_seam(architecture: Architecture, layer: int, wanted: Wanted) -> Seam
         blocked, taken = "--parallel-removes p: its d^2 weights go from P of the layer before", "p"
     if blocked is None and architecture.values_removed:
         blocked = (
-            "values_removed: v_proj passes inputs of the stream through, which fixes its basis; close both at once"
+            "values_removed: v_proj passes inputs of the stream through, which fixes its basis; close both at once, of "
+            "the original"
         )
     d, widths = architecture.hidden_size, dict(architecture.projections)
     chosen = {name: width for name, width in widths.items() if not (name == "v" and wanted.values)}
@@ -353,7 +374,7 @@ def _value_seam(architecture: Architecture, layer: int) -> Seam:
     if architecture.p_removed and not architecture.p_merged:
         blocked = (
             f"p_removed: heads of layer {layer} pass through {'o_proj' if architecture.p_rows else 'to the stream'} as "
-            f"they are; close value seams before"
+            f"they are; close both at once, of the original"
         )
     elif architecture.stream_basis in ("v", "pivoted"):
         blocked = (
@@ -371,6 +392,7 @@ def _value_seam(architecture: Architecture, layer: int) -> Seam:
         readers=readers,
         identities={"rows": (f"{attention}.v_proj",)},
         order=f"{attention}.value_order",
+        indices=heads * architecture.hidden_size,
         bias_takers=readers,
         mixed=(
             *(name for name in architecture.gain_tensors(layer) if name.startswith(attention)),
@@ -473,7 +495,10 @@ def _rows_stay(architecture: Architecture, layer: int) -> str | None:
     if architecture.stream_basis and architecture.layers_open != tuple(range(1, layers)):
         return f"stream_basis {architecture.stream_basis!r}: of its stream seams Q, K, V have given up d^2 weights"
     if architecture.values_removed and layer + 1 < layers:
-        return "values_removed: v_proj passes inputs of the stream through, which fixes its basis; close P first"
+        return (
+            "values_removed: v_proj passes inputs of the stream through, which fixes its basis; close both at once, of "
+            "the original"
+        )
     if heads < d:
         return f"heads * head_dim ({heads}) being less than hidden_size ({d}): {heads} rows cannot stand for the stream"
     if architecture.tie_word_embeddings:
@@ -513,6 +538,7 @@ def _head_seams(architecture: Architecture, wanted: Wanted) -> list[Seam]:
         identities={"head": ("lm_head",)},
         rest="lm_head",
         order="lm_head.column_order",
+        indices=architecture.vocab_size,
         saves=d**2,
         followers=tuple(name for name in _names(space.readers) if name != "lm_head"),
         blocked=blocked,
@@ -577,15 +603,16 @@ def _norm_seam(architecture: Architecture, norm: str, way: str, readers: tuple[s
 
 
 def _table_norm(architecture: Architecture) -> str | None:
-    """The norm that reads nothing but the token table: it can be applied to the table's rows."""
-    plain = architecture.position_type != "learned" and not architecture.embedding_size
-    if architecture.tie_word_embeddings or not plain:
+    """The norm that reads nothing but the token table: it can be applied to the table's rows. Learned positions are
+    added after a norm of the embeddings.
+    """
+    if architecture.tie_word_embeddings or architecture.embedding_size:
         return None
     space, first = graph(architecture).before(0), "model.layers.0.input_layernorm"
     if written := space.writers[0].norms:
         return written[0]
     alone = len(space.places) == 1 and all(port.norms == (first,) for port in space.readers)
-    return first if alone else None
+    return first if alone and architecture.position_type != "learned" else None
 
 
 def _norm_readers(architecture: Architecture, norm: str) -> tuple[str, ...]:

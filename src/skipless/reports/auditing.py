@@ -163,7 +163,8 @@ def audit(
             problem = seam.refusal
             if not problem:
                 way = seam.way(basis)
-                problem = audits[seam].problems[way].get(request.stored(reader.tensors, seam, way))
+                foretold = audits[seam].problems[way].get(request.stored(reader.tensors, seam, way))
+                problem = request.unpaid(reader.tensors, seam, way) or foretold
             if problem:
                 found[seam] = problem
         return basis, reason, found

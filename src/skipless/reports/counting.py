@@ -156,6 +156,7 @@ def count_architecture(name: str, family_name: str, architecture: Architecture, 
         sum(seam.saves for seam in possible), sum(_read_less(seam, architecture, conditions) for seam in possible)
     )
     by_fuse, stays = moved_by_fuse(family_name, architecture)
+    stored = max(WEIGHT_BYTES[conditions.dtype], WEIGHT_BYTES["bfloat16"])  # fuse stores no integers
     bases = [basis for seam in possible if seam.kind == "stream" for basis in seam.identities][:1]
     return Count(
         name=name,
@@ -168,7 +169,7 @@ def count_architecture(name: str, family_name: str, architecture: Architecture, 
         embeddings=parts["embeddings"],
         nominal=nominal,
         exact=Exact(**dataclasses.asdict(whole), basis=bases[0] if bases else None, blocked=reasons(every)),
-        everything=sum(seam.saves for seam in closable(architecture.skipless())),
+        everything=sum(seam.saves for seam in closable(architecture.skipless(), stored)),
         limit=removable_at_most(architecture),
         as_is=removable_as_is(architecture),
         by_fuse=by_fuse,

@@ -269,13 +269,8 @@ def _family_tasks(layout: family.Layout, closing: Iterable[Seam], order: Iterabl
 def _check_smaller(plan: Plan, closing: Iterable[Seam], request: Request) -> None:
     """Raise InputError where indices would take more than the blocks they replace, or new biases more than is saved."""
     for seam in closing:
-        if seam.kind == "values" and (order := plan.outputs.get(seam.order)) is not None:
-            saved = seam.saves * plan.outputs[f"{seam.writers[0]}.weight"].dtype.itemsize
-            if order.bytes > saved:
-                raise InputError(
-                    f"{seam.order}: expected to be smaller than the {saved:,} bytes of the blocks of "
-                    f"{seam.writers[0]} that it replaces, found {order.bytes:,}; leave values out of --remove"
-                )
+        if reason := request.unpaid(plan.inputs, seam, seam.way(plan.basis)):
+            raise InputError(reason)
     before, after = plan.parameters
     if after >= before:
         raise InputError(
