@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from skipless.algebra.linalg import product
-from skipless.algebra.rounding import rounding_error
+from skipless.algebra.rounding import rounding_error, subnormal_power
 from skipless.algebra.tolerances import coarsest, tolerance
 from skipless.architecture.config import Architecture
 from skipless.architecture.graph import graph
@@ -59,7 +59,7 @@ def compare(
     what rounding makes of each by itself, of the source's and of what was written.
     """
     architecture = layout.architecture
-    sides = (maps(layout, seams, reader, rounding_error(stored)) for reader in (source, written))
+    sides = (maps(layout, seams, reader, stored) for reader in (source, written))
     for (name, before, spoiled), (_, after, rounded) in zip(*sides, strict=True):
         scale = before.norm().item()
         off, own, explained = ((a - b).norm().item() for a, b in ((after, before), (spoiled, before), (rounded, after)))
@@ -71,9 +71,9 @@ def compare(
 
 @torch.no_grad()
 def maps(
-    layout: Layout, seams: Sequence[Seam], reader: RowReader, rounding: float
+    layout: Layout, seams: Sequence[Seam], reader: RowReader, stored: torch.dtype
 ) -> Iterator[tuple[str, Float[Tensor, "tokens outputs"], Float[Tensor, "tokens outputs"]]]:
-    """What each matrix around these seams gives: its name, exactly, and with weights off by so much at random."""
+    """What each matrix around these seams gives: its name, exactly, and with weights off as by storing them so."""
     architecture, moved = layout.architecture, {seam.writers[0]: seam for seam in seams}
     touched = {name for seam in seams for name in seam.modules}
     tensors = Canonical(reader.tensors, lru_cache(2)(reader.tensor), layout)
@@ -84,13 +84,13 @@ def maps(
             bias = f"{norm}.bias"
             x = x * tensors.tensor(f"{norm}.weight").double().cpu()
             x = x + tensors.tensor(bias).double().cpu() if bias in tensors.tensors else x
-        y, name = _apply(tensors, module, x, rounding), module
+        y, name = _apply(tensors, module, x, stored), module
         if module in moved and module.endswith("k_proj"):
             y = torch.cat([half - half.mean(0) for half in y.chunk(2)])
         elif module in moved:
             (name,) = moved[module].readers
             heads = shared(y, architecture.num_key_value_heads, architecture.num_attention_heads)
-            y = _apply(tensors, name, heads, rounding)
+            y = _apply(tensors, name, heads, stored)
         exact, spoiled = y.chunk(2)
         yield name, exact, spoiled
 
@@ -102,12 +102,15 @@ def _reading(architecture: Architecture, touched: set[str]) -> Iterator[tuple[st
             yield port.module, port.norms
 
 
-def _apply(tensors: Canonical, module: str, x: Float[Tensor, "n d"], rounding: float) -> Float[Tensor, "n m"]:
-    """The map x W + b, of the second half of x as if W and b were rounded."""
+def _apply(tensors: Canonical, module: str, x: Float[Tensor, "n d"], stored: torch.dtype) -> Float[Tensor, "n m"]:
+    """The map x W + b, of the second half of x as if W and b were rounded; small numbers as if they were larger."""
     exact, second = x.chunk(2)
+    rounding, floor = rounding_error(stored), math.sqrt(subnormal_power(stored))
     noise = _drawn(second.shape, f"rounding {module}")
     off = torch.cat([exact, second * (1 + rounding * noise)])
     y = product(tensors.tensor(f"{module}.weight").cpu(), off.T, torch.float64, torch.float64).T
+    below = _drawn(y[len(exact) :].shape, f"rounding {module}'s smallest")
+    y[len(exact) :] += rounding * floor * second.norm(dim=1, keepdim=True) * below
     if f"{module}.bias" in tensors.tensors:
         bias = tensors.tensor(f"{module}.bias").double().cpu()
         y = y + bias
