@@ -7,7 +7,6 @@ V's went, what P makes of v. What else the model does, its other tensors do, whi
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from zlib import crc32
 
 import torch
@@ -20,7 +19,7 @@ from skipless.algebra.tolerances import coarsest, tolerance
 from skipless.architecture.config import Architecture
 from skipless.architecture.graph import graph
 from skipless.architecture.seams import Seam
-from skipless.checkpoint.canonical import Canonical
+from skipless.checkpoint.canonical import Canonical, keeping
 from skipless.checkpoint.family import Layout, laid_out
 from skipless.checkpoint.opening import RowReader
 from skipless.checkpoint.reader import CheckpointReader
@@ -76,7 +75,7 @@ def maps(
     """What each matrix around these seams gives: its name, exactly, and with weights off as by storing them so."""
     architecture, moved = layout.architecture, {seam.writers[0]: seam for seam in seams}
     touched = {name for seam in seams for name in seam.modules}
-    tensors = Canonical(reader.tensors, lru_cache(2)(reader.tensor), layout)
+    tensors = Canonical(reader.tensors, keeping(reader.tensor, layout), layout)
     for module, norms in _reading(architecture, touched):
         n = _drawn((tokens_of(architecture), architecture.hidden_size), f"stream of {module}")
         x = n.repeat(2, 1)
