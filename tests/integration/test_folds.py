@@ -291,6 +291,22 @@ def test_verify_proves_what_it_does_not_run(tmp_path, monkeypatch):
     assert "model.norm.weight: expected as in A" in found.note
 
 
+def test_gains_that_leave_a_matrix_too_small_for_its_dtype_are_told(tmp_path, caplog):
+    saved("llama", tmp_path / "source")
+
+    def small(tensors):
+        for name in list(tensors):
+            gain = 1e-5 if "post_attention_layernorm" in name else 1.0
+            tensors[name] = (tensors[name] * gain).to(torch.bfloat16)
+
+    spoil(tmp_path / "source", small)
+    skipless.fuse(tmp_path / "source", tmp_path / "fine", dtype="float32")
+    assert not caplog.text
+    skipless.fuse(tmp_path / "source", tmp_path / "folded", dtype="float16")
+    assert "above the" in caplog.text
+    assert "use a finer --dtype" in caplog.text
+
+
 def test_only_what_is_asked_for(tmp_path):
     saved("gpt2", tmp_path / "source")
     before = load_file(tmp_path / "source" / "model.safetensors")

@@ -3,7 +3,8 @@
 A norm gives x = n g + c, with n the normalized stream, gain g and bias c (LayerNorm's), and matrices read x W + b:
 
     norms    W -> diag(g) W, b -> b + c W; then g = 1, c = 0
-    biases   K's: adds q b_K to all of a query's scores, which the softmax takes away again; then b_K = 0
+    biases   K's: adds q b_K to all of a query's scores, which the softmax takes away again (no family described here
+             caps its scores without RoPE); then b_K = 0
              V's: the softmax's rows sum to 1, so P's bias takes b_V P in (each head its own part); then b_V = 0
 
 Seams of such a model: the same shapes before and after, so that it loads wherever it did.

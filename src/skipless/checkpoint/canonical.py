@@ -1,6 +1,7 @@
 """Another family's tensors by our names, and back: parts of fused ones, in the orientation of nn.Linear."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 
 import torch
 
@@ -42,6 +43,12 @@ def infos(tensors: Mapping[str, TensorInfo], layout: Layout) -> dict[str, Tensor
         name: TensorInfo(shape, (first := tensors[layout.places[name].tensors[0]]).dtype, first.shard)
         for name, shape in shapes.items()
     }
+
+
+def keeping(read: Callable[[str], torch.Tensor], layout: Layout) -> Callable[[str], torch.Tensor]:
+    """The same, but of what is fused, whose parts are asked for in turn, the last weight and bias are kept."""
+    kept = lru_cache(2)(read)
+    return lambda name: kept(name) if len(layout.parts[name]) > 1 else read(name)
 
 
 def restored(

@@ -320,7 +320,7 @@ def _coarsest(reader: CheckpointReader) -> torch.dtype:
 def _maps(related: Relation, a: CheckpointReader, b: CheckpointReader, stored: torch.dtype) -> Iterator[Map]:
     """The maps around closed seams: all together, the worst single column, and the worst row of a rewritten table."""
     if related.layout is not None:
-        found_moved = (each for each, _, _ in compare(related.layout, related.closed, a, b, stored))
+        found_moved = (each for each, _ in compare(related.layout, related.closed, a, b, stored))
         worst = max(found_moved, key=_share)
         yield Map(worst.name, worst.error, worst.limit, "together")
         return

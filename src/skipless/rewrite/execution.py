@@ -7,7 +7,6 @@ forgotten after its last use.
 import dataclasses
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
@@ -16,7 +15,7 @@ from skipless.algebra.forecast import Outcome
 from skipless.algebra.linalg import blocks, slices
 from skipless.algebra.rows import Rows
 from skipless.architecture.seams import Seam
-from skipless.checkpoint.canonical import Canonical, restored
+from skipless.checkpoint.canonical import Canonical, keeping, restored
 from skipless.checkpoint.digests import Digests
 from skipless.checkpoint.opening import Read
 from skipless.checkpoint.reader import CheckpointReader, not_finite
@@ -59,14 +58,9 @@ def run_task(plan: Plan, task: Task, read: Read) -> Done:
     elif plan.layout is None:
         tensors = _close_all(plan, task, read, outcomes)
     else:
-        layout, kept = plan.layout, cache(read)
-
-        def whole(name: str) -> torch.Tensor:
-            """A stored tensor, kept if several parts of it will be asked for."""
-            return kept(name) if len(layout.parts[name]) > 1 else read(name)
-
-        made = _close_all(plan, task, Canonical(plan.inputs, whole, layout).tensor, outcomes)
-        tensors = restored(made, layout, whole)
+        whole = keeping(read, plan.layout)
+        made = _close_all(plan, task, Canonical(plan.inputs, whole, plan.layout).tensor, outcomes)
+        tensors = restored(made, plan.layout, whole)
     return Done(_finite(tensors), outcomes)
 
 

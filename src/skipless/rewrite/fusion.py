@@ -97,11 +97,11 @@ def fuse(
         reader.check_unchanged()
         made = job.made() | {"check": _found(checked.differences), "losses": _found(checked.losses)}
         write_record(staging.folder, reader, made, sources, outcomes, shards, job.copy)
-    _warn(outcomes, checked.losses)
+    _warn(plan, outcomes, checked.losses)
     return plan
 
 
-def _warn(outcomes: Iterable[Outcome], losses: Sequence[Difference]) -> None:
+def _warn(plan: Plan, outcomes: Iterable[Outcome], losses: Sequence[Difference]) -> None:
     """Of what loses more than it may: of seams by their forecasts, or, if none of these says so, as it was found."""
     problems = [outcome.problem for outcome in outcomes if outcome.problem is not None]
     problems = problems or [
@@ -110,9 +110,10 @@ def _warn(outcomes: Iterable[Outcome], losses: Sequence[Difference]) -> None:
     ]
     if problems:
         logger.warning(
-            "%s%s; run skipless verify, and if it says no, use --basis pivoted or a finer --dtype, or leave it open",
+            "%s%s; run skipless verify, and if it says no, use %s",
             problems[0],
             f" (and {len(problems) - 1} more)" if len(problems) > 1 else "",
+            "--basis pivoted or a finer --dtype, or leave it open" if plan.layout is None else "a finer --dtype",
         )
 
 
@@ -199,7 +200,7 @@ def plan_fuse(
     if isinstance(found, Path) and found.suffix == ".gguf":
         raise InputError(
             f"{source}: expected a model folder, found a GGUF file, which count and audit read, and fuse does not; "
-            f"convert it (transformers: from_pretrained(..., gguf_file=...), then save_pretrained) and fuse that"
+            f"fuse the safetensors that it was made of"
         )
     reader = open_reader(source, device)
     request = request.of(family_of(reader.config))
