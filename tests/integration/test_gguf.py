@@ -29,7 +29,7 @@ def fields(file):
     return {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
 
 
-VALUES = [name for name, (_, options) in FORMS.items() if options and "values" in options.get("remove", ())]
+VALUES = [name for name, fields in FORMS.items() if fields.get("values_removed")]
 
 
 @pytest.mark.parametrize("name", [name for name in FORMS if name not in VALUES])
@@ -88,11 +88,12 @@ def test_fewer_bits(weights, tmp_path):
     source = form("pivoted", tmp_path)
     file = exported(source, tmp_path / "out", weights)
     written, found = reader.CheckpointReader(source), opening.open_source(file).reader
-    steps = {"bf16": 2**-8, "f16": 2**-11, "q8_0": 1 / 254, "q4_0": 1 / 8}  # of a block's largest
+    # of a block's largest; a block's scale is in fp16
+    steps = {"bf16": 2**-8, "f16": 2**-11, "q8_0": 1 / 254 + 2**-11, "q4_0": 1 / 8 + 2**-11}
     for name in written.tensors:
         expected, values = written.tensor(name), found.tensor(name)
         if expected.dim() > 1:
-            assert 0 < (values - expected).abs().max() <= 1.01 * steps[weights] * expected.abs().max(), name
+            assert 0 < (values - expected).abs().max() <= steps[weights] * expected.abs().max(), name
         else:
             assert torch.equal(values, expected), name
 
