@@ -60,7 +60,7 @@ def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: File
 
 
 def _relinked(markdown: str, file: str, config: MkDocsConfig) -> str:
-    """A file of the repository as a page: its links to pages lead to them, others into the repository. Of these the path
+    """A file of the repository as a page: its links to pages lead there, others into the repository. Of these the path
     alone is shown while mkdocs.yml has no repo_url.
     """
     here = posixpath.dirname(ELSEWHERE.get(file, file.removeprefix("docs/")))
