@@ -3,11 +3,12 @@
 import dataclasses
 import io
 import json
+import posixpath
 import re
 import zipfile
 from collections.abc import Iterator
 from importlib import import_module
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import click
@@ -41,7 +42,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add them to what is in docs/."""
     for source, page in ELSEWHERE.items():
         text = (ROOT / source).read_text(encoding="utf-8")
-        files.append(File.generated(config, page, content=_relinked(text, PurePosixPath("."), config)))
+        files.append(File.generated(config, page, content=_relinked(text, source, config)))
     for page, text in pages().items():
         files.append(File.generated(config, page, content=text))
     for name in PYODIDE:
@@ -55,38 +56,25 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: Files) -> str:
     """Links from docs/ into the repository."""
-    if page.file.generated_by:
-        return markdown
-    return _relinked(markdown, PurePosixPath("docs") / PurePosixPath(page.file.src_uri).parent, config)
+    return markdown if page.file.generated_by else _relinked(markdown, f"docs/{page.file.src_uri}", config)
 
 
-def _relinked(markdown: str, folder: PurePosixPath, config: MkDocsConfig) -> str:
-    """A page of a folder of the repository: links to pages lead to them, others to the repository or, unless mkdocs.yml
-    says where that is, to nowhere: their target is shown.
+def _relinked(markdown: str, file: str, config: MkDocsConfig) -> str:
+    """A file of the repository as a page: its links to pages lead there, others into the repository. Of these the path
+    alone is shown while mkdocs.yml has no repo_url.
     """
+    here = posixpath.dirname(ELSEWHERE.get(file, file.removeprefix("docs/")))
 
     def link(found: re.Match[str]) -> str:
         words, target, anchor = found.groups(default="")
-        path = _normal(folder / target)
-        if str(path) in ELSEWHERE:
-            return f"[{words}]({ELSEWHERE[str(path)]}{anchor})"
-        if path.parts[0] == "docs":
-            return f"[{words}]({PurePosixPath(*path.parts[1:])}{anchor})"
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(file), target))
+        if path in ELSEWHERE or path.startswith("docs/"):
+            return f"[{words}]({posixpath.relpath(ELSEWHERE.get(path, path.removeprefix('docs/')), here)}{anchor})"
         if config.repo_url:
             return f"[{words}]({config.repo_url.rstrip('/')}/blob/main/{path}{anchor})"
-        return f"{words}, `{path}`"
+        return f"`{path}`" if words == path else f"{words}, `{path}`"
 
     return LINK.sub(link, markdown)
-
-
-def _normal(path: PurePosixPath) -> PurePosixPath:
-    parts: list[str] = []
-    for part in path.parts:
-        if part == "..":
-            parts.pop()
-        elif part != ".":
-            parts.append(part)
-    return PurePosixPath(*parts)
 
 
 def pages() -> dict[str, str]:
