@@ -8,13 +8,14 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import torch
 
 from skipless.algebra.forecast import Forecast, Way, letter
 from skipless.algebra.spectrum import Spectrum, spectrum
+from skipless.algebra.tolerances import coarsest, dtype_name
 from skipless.architecture.seams import REMOVABLE, Seam
 from skipless.checkpoint.opening import Reader, open_source
 from skipless.dtypes import DTYPE_NAMES
@@ -22,7 +23,9 @@ from skipless.errors import InputError
 from skipless.removals import forecast
 from skipless.reports.counting import removable_as_is
 from skipless.rewrite.casting import underflows
+from skipless.rewrite.forecasting import Together, forecast_group, together
 from skipless.rewrite.modules import read_seam
+from skipless.rewrite.planning import connected, in_turn
 from skipless.rewrite.request import AUTO, BASES, Request
 
 
@@ -47,12 +50,31 @@ class SeamAudit:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What a request would do: the basis, and why; forecasts of the seams that it closes; what is not safe about which;
+    and what all of them lose together.
+    """
+
+    basis: str
+    reason: str
+    forecasts: Mapping[Seam, Forecast]
+    problems: Mapping[Seam, str]
+    together: Together | None
+
+    @property
+    def safe(self) -> bool:
+        """Whether all of it is."""
+        return not self.problems and (self.together is None or not self.together.problem)
+
+
+@dataclass(frozen=True)
 class Audit:
     """Every open seam, and the answer: basis, by which stream seams would be closed, and why; what would not be safe.
 
     problems: of this model; if_skipless: of one with its matrices and without skips and norms. alternatives: options of
     fuse that would make it safe, if as it was asked for it is not. as_is: what can be removed exactly beside seams,
-    weights and biases by kind (counting.removable_as_is); parameters: how many there are in all.
+    weights and biases by kind (counting.removable_as_is); parameters: how many there are in all. together: what all
+    that was asked for loses, on the way through the layers, in the coarsest dtype of storage.
     """
 
     family: str
@@ -64,6 +86,7 @@ class Audit:
     alternatives: tuple[str, ...]
     as_is: Mapping[str, int]
     parameters: int
+    together: Together | None = None
 
     @property
     def safe(self) -> bool:
@@ -100,7 +123,10 @@ def audit(
     asked = request.seams(skipless)
     every = [seam for seam in request.every(skipless) if seam.kind in {*REMOVABLE, *request.remove}]
     refusals = {(seam.kind, seam.layer): seam for seam in request.every(source)}
+    closing = connected(seam for seam in asked if not seam.refusal)
+    later = {seam: after for group in closing for seam, _, after in in_turn(group)}
     forecasts: dict[Seam, Forecast] = {}
+    groups: dict[tuple[Seam, ...], dict[str, dict[Seam, Forecast]]] = {}
     audits: dict[Seam, SeamAudit] = {}
     for done, seam in enumerate(every):
         progress(done, len(every))
@@ -110,7 +136,9 @@ def audit(
         stored = {way: request.stored(reader.tensors, seam, way) for way in seam.identities if possible}
         foretold = Forecast(seam, {}, {})
         if possible:
-            foretold = forecasts[seam] = forecast(seam, affines, DTYPE_NAMES, rest_dtype=rest_dtype)
+            after = later.get(seam, frozenset())
+            foretold = forecast(seam, affines, DTYPE_NAMES, rest_dtype=rest_dtype, later=after)
+            foretold = forecasts[seam] = dataclasses.replace(foretold, left={})
         audits[seam] = SeamAudit(
             kind=seam.kind,
             layer=seam.layer,
@@ -119,10 +147,7 @@ def audit(
             matrices={letter(name): spectrum(affines[name].weight) for name in matrices if name in affines},
             original=foretold.original,
             ways=foretold.ways,
-            problems={
-                way: {name: problem for name in foretold.original if (problem := foretold.problem(way, name))}
-                for way in foretold.ways
-            },
+            problems=_problems(foretold),
             stored=stored,
         )
     progress(len(every), len(every))
@@ -139,30 +164,49 @@ def audit(
         problems = {} if request.dtype is None else cast(request.dtype)
         return [problem for name, problem in problems.items() if name.rpartition(".")[0] not in rewritten]
 
-    def answer(request: Request) -> tuple[str, str, dict[Seam, str]]:
-        """The basis, why, and the problems of a request, skips and norms left out."""
+    def one_by_one(closing: Iterable[Seam], basis: str) -> dict[Seam, Forecast]:
+        """The forecasts of seams that are closed, where they share modules one after the other."""
+        found: dict[Seam, Forecast] = {}
+        for group in map(tuple, connected(closing)):
+            if len(group) == 1:
+                found |= {seam: forecasts[seam] for seam in group}
+                continue
+            known = groups.setdefault(group, {})
+            if basis not in known:
+                read = partial(read_seam, source, read=reader.tensor)
+                known[basis] = forecast_group(group, basis, read, DTYPE_NAMES, rest_dtype)
+            found |= known[basis]
+        return found
+
+    def answer(request: Request) -> Answer:
+        """What a request would do, skips and norms left out."""
         asked = request.seams(skipless)
         basis, reason = request.decide(skipless, reader.tensors, asked, forecasts.__getitem__)
-        found = {}
-        for seam in asked:
-            problem = seam.refusal
-            if not problem:
-                way = seam.way(basis)
-                problem = audits[seam].problems[way].get(request.stored(reader.tensors, seam, way))
-            if problem:
-                found[seam] = problem
-        return basis, reason, found
+        closing = [seam for seam in asked if not seam.refusal]
+        foretold = one_by_one(closing, basis)
+        stored = {seam: request.stored(reader.tensors, seam, seam.way(basis)) for seam in closing}
+        problems = {seam: seam.refusal or foretold[seam].problem(seam.way(basis), stored[seam]) for seam in asked}
+        dtype = dtype_name(coarsest(getattr(torch, name) for name in stored.values())) if stored else None
+        expected = None if dtype is None else together(skipless, forecasts, foretold, basis, dtype)
+        return Answer(basis, reason, foretold, {seam: each for seam, each in problems.items() if each}, expected)
 
-    basis, reason, found = answer(request)
+    chosen = answer(request)
+    for seam, foretold in chosen.forecasts.items():  # as they are one after the other
+        ways = {**audits[seam].ways, **foretold.ways}
+        unsafe = {**audits[seam].problems, **_problems(foretold)}
+        audits[seam] = dataclasses.replace(audits[seam], original=foretold.original, ways=ways, problems=unsafe)
+    basis, reason, found = chosen.basis, chosen.reason, chosen.problems
     blocked = _refusals(refusals[seam.kind, seam.layer] for seam in asked if not seam.refusal)
     lossy = copied(request)
     problems = (*_refusals(found), *(problem for seam, problem in found.items() if not seam.refusal), *lossy)
+    if not problems and chosen.together is not None and chosen.together.problem:
+        problems = (chosen.together.problem,)
     alternatives = []
     others = _others(request, [seam.layer for seam in found if seam.kind == "stream"])
     for option, other in others if problems and not blocked else ():
         with suppress(InputError):  # a basis that this model cannot have
             wanted = other.seams(skipless)  # without values, its stream seams are not the ones that were read
-            if wanted and audits.keys() >= set(wanted) and not answer(other)[2] and not copied(other):
+            if wanted and audits.keys() >= set(wanted) and answer(other).safe and not copied(other):
                 alternatives.append(option)
     return Audit(
         family=opened.family,
@@ -174,7 +218,16 @@ def audit(
         alternatives=tuple(alternatives),
         as_is=removable_as_is(source),
         parameters=sum(info.weights for info in reader.tensors.values() if not info.is_index),
+        together=chosen.together,
     )
+
+
+def _problems(foretold: Forecast) -> dict[str, dict[str, str]]:
+    """By way and dtype, why closing a seam so is not safe."""
+    return {
+        way: {name: problem for name in foretold.original if (problem := foretold.problem(way, name))}
+        for way in foretold.ways
+    }
 
 
 class _Whole:

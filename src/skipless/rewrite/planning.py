@@ -6,7 +6,7 @@ memory together, and tasks are independent of each other, so that an engine may 
 
 import dataclasses
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -154,9 +154,12 @@ def prepare(
                 f"{found / 1e9:.1f} GB; use --basis q, --basis pivoted, or a machine that has more"
             )
         dtypes = dict.fromkeys(request.stored(reader.tensors, seam, way) for way in ways)
-        return forecast(seam, read_seam(source, seam, reader.tensor, reader.tensor), tuple(dtypes), ways)
+        affines = read_seam(source, seam, reader.tensor, reader.tensor)
+        return forecast(seam, affines, tuple(dtypes), ways, later=later[seam])
 
-    basis, reason = request.decide(source, reader.tensors, _closing(source, request), foretell)
+    closing = _closing(source, request)
+    later = {seam: after for group in connected(closing) for seam, _, after in in_turn(group)}
+    basis, reason = request.decide(source, reader.tensors, closing, foretell)
     return make_plan(reader, dataclasses.replace(request, basis=basis), reason, max_shard_size)
 
 
@@ -247,7 +250,7 @@ def _tasks(source: Architecture, target: Architecture, closing: Iterable[Seam]) 
     """One task per group of seams that share modules, one per tensor that stays as it is, in the output's order."""
     before, after = _modules(source), _modules(target)
     writer_of = {name: Task((), (name,), (name,)) for name in target.tensors()}
-    for group in _connected(closing):
+    for group in connected(closing):
         names = list(dict.fromkeys(name for seam in group for name in seam.modules))
         left = [name for name in (*names, *(seam.rest for seam in group)) if name in after]
         reads = tuple(tensor for name in names if name in before for tensor in before[name].tensors())
@@ -258,7 +261,7 @@ def _tasks(source: Architecture, target: Architecture, closing: Iterable[Seam]) 
     return tuple(dict.fromkeys(writer_of[name] for name in target.tensors()))
 
 
-def _connected(closing: Iterable[Seam]) -> list[list[Seam]]:
+def connected(closing: Iterable[Seam]) -> list[list[Seam]]:
     """Group seams that share a module, in order: they must be closed one after the other on the same tensors."""
     groups: dict[int, list[Seam]] = {}
     group_of: dict[str, int] = {}
@@ -267,6 +270,15 @@ def _connected(closing: Iterable[Seam]) -> list[list[Seam]]:
         groups[number] = [*(other for key in touching for other in groups.pop(key)), seam]
         group_of.update(dict.fromkeys((name for other in groups[number] for name in other.modules), number))
     return list(groups.values())
+
+
+def in_turn(group: Sequence[Seam]) -> Iterator[tuple[Seam, frozenset[str], frozenset[str]]]:
+    """The seams of a task in turn, each with those of its modules that an earlier, and that a later one rewrites."""
+    first = {name: number for number, seam in reversed([*enumerate(group)]) for name in seam.modules}
+    last = {name: number for number, seam in enumerate(group) for name in seam.modules}
+    for number, seam in enumerate(group):
+        earlier = frozenset(name for name in seam.modules if first[name] < number)
+        yield seam, earlier, frozenset(name for name in seam.modules if last[name] > number)
 
 
 def _fused_config(config: Mapping[str, object], target: Architecture, dtype: str | None) -> dict[str, object]:
