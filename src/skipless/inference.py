@@ -1,12 +1,15 @@
 """Load a model folder whole, and decode greedily, with a cache and without."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import skipless.model  # noqa: F401  (registers the AutoClasses)
@@ -42,10 +45,28 @@ def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
                 f"{folder}: expected all tensors of the model and no others, found {kind} {sorted(info[kind])[0]}"
             )
     for name, buffer in model.named_buffers():
-        size = buffer.shape[-1]
-        if name.endswith("_order") and not (buffer.sort().values == torch.arange(size)).all():
+        if name.endswith("_order") and not (buffer.sort().values == torch.arange(size := buffer.shape[-1])).all():
             raise InputError(f"{folder}: {name}: expected each of 0..{size - 1} once; the file is damaged")
+    if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # the others know no fp64
     return model.eval()
+
+
+class InDouble(TorchFunctionMode):
+    """Has what is computed in fp32 whatever a model's dtype - norms and softmax, in most of transformers' - be fp64."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def finer(value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
+
+        function = torch.Tensor.double if function is torch.Tensor.float else function
+        return function(*map(finer, args), **{name: finer(value) for name, value in (kwargs or {}).items()})
+
+
+def arithmetic(model: PreTrainedModel) -> AbstractContextManager[object]:
+    """In what a model is to be run: one in fp64, unless it is skipless and so anyway, wholly so."""
+    foreign = model.config.model_type != "skipless"
+    return InDouble() if model.dtype == torch.float64 and foreign else nullcontext()
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -110,8 +131,9 @@ def spread(logits: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def generate(model: PreTrainedModel, ids: torch.Tensor, tokens: int) -> Generated:
     """Continue a prompt (1, length) greedily, by so many tokens, and run the same tokens once more without a cache."""
-    output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy_config(tokens))
-    again = model(input_ids=output.sequences[:, :-1], use_cache=False, logits_to_keep=tokens).logits[0]
+    with arithmetic(model):
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy_config(tokens))
+        again = model(input_ids=output.sequences[:, :-1], use_cache=False, logits_to_keep=tokens).logits[0]
     return Generated(output.sequences[0, ids.shape[1] :], torch.cat(output.logits).to(again.dtype), again)
 
 

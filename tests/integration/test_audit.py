@@ -391,7 +391,9 @@ def test_a_picture_of_condition_numbers(source, tmp_path):
 
 def test_what_can_go_from_a_model_as_it_is(tmp_path):
     found = skipless.audit(save(build(position_type="learned", attention_bias=True), tmp_path / "source"))
-    assert found.as_is == {"values": 3 * 2 * 8**2, "norm_gains": 0, "k_bias": 3 * 16, "v_bias": 3 * 16}
+    assert found.as_is == {
+        "values": 3 * 2 * 8**2, "norm_gains": 0, "norm_biases": 0, "k_bias": 3 * 16, "v_bias": 3 * 16,
+    }  # fmt: skip
     rope = skipless.audit(save(build(attention_bias=True), tmp_path / "rope"))
     assert rope.as_is["k_bias"] == 0
 

@@ -265,7 +265,9 @@ def test_a_config(source, changes, message):
         ({"is_encoder_decoder": True}, "is_encoder_decoder: expected one of False; found True, which is not supported"),
         ({"return_dict": False}, "return_dict: expected one of True; found False, which is not supported"),
         ({"id2label": {"a": "b"}}, "config.json: invalid literal for int() with base 10: 'a'"),
-        ({"initializer_range": 0.02}, "initializer_range: not a field of a skipless model, found 0.02; remove it"),
+        ({"attention_dropout": 0.1}, "attention_dropout: expected 0, found 0.1, which is not supported"),
+        ({"use_sliding_window": True}, "use_sliding_window: expected False, found True, which is not supported"),
+        ({"layer_types": ["full_attention"]}, "layer_types: expected 'full_attention' 2 times, with"),
     ],
     ids=str,
 )

@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCac
 
 from skipless.model import SkiplessConfig, SkiplessForCausalLM, SkiplessModel
 from skipless.model.modeling_skipless import CACHE, rotary_cos_sin
-from tests.models import TINY, build, edit_tensors, load, random_ids, save
+from skipless.rewrite.model_files import AUTO_MAP, copy_model_files
+from tests.models import TINY, build, edit_config, edit_tensors, load, random_ids, save
 from tests.tolerances import FP32, FP64
 
 HALF_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
@@ -362,6 +363,19 @@ def test_saving_and_loading_is_exact(tmp_path, dtype, fields):
     assert not torch.equal(load(single, dtype).state_dict()[name], expected[name])
 
 
+@pytest.mark.parametrize("options", [{}, {"trust_remote_code": True}], ids=str)
+def test_a_tensor_that_should_be_gone_is_an_error(tmp_path, options):
+    folder = save(build(**CLOSED), tmp_path)
+    copy_model_files(folder)
+    edit_config(folder, auto_map=AUTO_MAP)
+    for model in (AutoModelForCausalLM, AutoModel, SkiplessForCausalLM):
+        model.from_pretrained(folder, **options)
+    edit_tensors(folder, model__layers__0__self_attn__q_proj__weight=torch.eye(32))
+    for model in (AutoModelForCausalLM, AutoModel, SkiplessForCausalLM):
+        with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj.weight: expected no such tensor"):
+            model.from_pretrained(folder, **options)
+
+
 def test_a_missing_tensor_is_reported_and_the_others_are_kept(tmp_path):
     model = build(attention_shaping="full", attention_bias=True)
     save(model, tmp_path)
@@ -658,7 +672,10 @@ def test_the_comparison_sees_every_tensor(ffn_type):
         ("rope_parameters.rope_type", {"rope_parameters": {**HALF_ROPE, "rope_type": "yarn", "factor": 2.0}}),
         ("rope_parameters.partial_rotary_factor", {"rope_parameters": {**HALF_ROPE, "partial_rotary_factor": 0.4}}),
         ("rope_parameters.partial_rotary_factor", {"head_dim": 7}),
-        ("rope_parameters", {"position_type": "learned", "rope_parameters": HALF_ROPE}),
+        ("rope_parameters", {"position_type": "learned", "rope_parameters": {"rope_type": "linear", "factor": 2.0}}),
+        ("num_experts_per_tok", {"num_experts_per_tok": 2}),
+        ("num_experts_per_tok", {**MOE, "num_experts_per_tok": 5}),
+        ("num_local_experts", {**MOE, "num_local_experts": None}),
         ("rope_parameters.factor", {"rope_parameters": {**HALF_ROPE, "factor": 8.0}}),
         ("layers_open", {"layers_open": [1]}),
         ("layers_open", {"stream_basis": "q", "layers_open": [7]}),
@@ -684,16 +701,31 @@ def test_unsupported_values_are_refused_by_name(name, fields):
         {"sliding_windows": 4},
         {"rms_norm_eps": 1e-5},
         {"rope_theta": 5000.0},
-        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
         {"n_routed_experts": 8},
-        {"layer_types": ["full_attention"] * 3},
-        {"attention_dropout": 0.1},
         {"router_aux_loss_coef": 0.02},
     ],
     ids="-".join,
 )
 def test_unknown_fields_are_refused_by_name(fields):
     with pytest.raises(ValueError, match=f"{next(iter(fields))}: not a field"):
+        SkiplessConfig(**{**TINY, **fields})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"layer_types": ["full_attention"] * 2},
+        {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+        {"layer_types": ["full_attention"] * 3, "sliding_window": 8},
+        {"use_sliding_window": False, "sliding_window": 8},
+        {"pretraining_tp": 2},
+        {"attention_dropout": 0.1},
+    ],
+    ids=str,
+)
+def test_fields_of_other_models_that_would_change_something_are_refused(fields):
+    with pytest.raises(ValueError, match=f"{next(iter(fields))}: expected .*, found .*, which is not supported"):
         SkiplessConfig(**{**TINY, **fields})
 
 

@@ -1,15 +1,18 @@
 """What one command says of a model, the others say, too: what is refused, and how much there is to remove."""
 
+import json
+
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 import skipless
 from skipless import cli
 from skipless.architecture.config import Architecture
 from skipless.architecture.limit import limit
 from skipless.checkpoint.headers import read_json_object
-from tests.models import build, edit_config, save
+from tests.models import build, edit_config, load, relative_error, save
 
 COMMANDS = (["count"], ["limit"], ["audit"], ["fuse", "--dry-run"], ["fuse"])
 ROPE = {"rope_theta": 1e4, "factor": 2.0}
@@ -27,6 +30,11 @@ ROPE = {"rope_theta": 1e4, "factor": 2.0}
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"p_removd": True}, "p_removd"),
         ({"sliding_window": -1}, "sliding_window"),
+        ({"qk_norm": False}, "qk_norm: expected one of null, head_dim; found False"),
+        ({"num_experts_per_tok": 2}, "num_experts_per_tok: expected null with ffn_type 'glu', found 2"),
+        ({"ffn_type": "moe", "num_local_experts": 0}, "num_local_experts: expected a positive number"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling: expected None"),
+        ({"position_type": "none", "rope_parameters": {"rope_type": "linear"}}, "rope_parameters: expected null, or"),
     ],
     ids=str,
 )
@@ -41,6 +49,38 @@ def test_a_config_is_refused_by_all_in_the_same_words(source, tmp_path, changes,
     assert len(said) == 1
     assert field in said.pop()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "left"),
+    [
+        ({}, {"initializer_range": 0.02, "attention_dropout": 0.0, "pretraining_tp": 1, "is_decoder": False}),
+        ({}, {"use_sliding_window": False, "rope_scaling": None, "layer_types": ["full_attention"] * 3}),
+        ({"sliding_window": 8}, {"use_sliding_window": True, "layer_types": ["sliding_attention"] * 3}),
+        ({}, {"num_local_experts": 0, "num_experts_per_tok": 0}),
+        ({"attn_logit_softcapping": 30.0, "final_logit_softcapping": 20.0}, {"attn_logit_softcapping": 30}),
+        ({"position_type": "alibi"}, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
+    ],
+    ids=str,
+)
+def test_what_converters_leave_is_accepted_and_changes_nothing(fields, left, tmp_path):
+    source = save(build(dtype=torch.float32, **fields), tmp_path / "source")
+    assert fuse(source, tmp_path / "before") == 0
+    config = read_json_object(source / "config.json")
+    (source / "config.json").write_text(json.dumps({**config, **left}))
+    assert fuse(source, tmp_path / "after") == 0
+    for command, *options in COMMANDS[:-1]:
+        places = [source, tmp_path / "none"] if command == "fuse" else [source]
+        assert CliRunner().invoke(cli.main, [command, *map(str, places), *options]).exit_code == 0, command
+    tensors = [load_file(tmp_path / name / "model.safetensors") for name in ("before", "after")]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
+    before, after = (load(tmp_path / name, torch.float32) for name in ("before", "after"))
+    assert relative_error(after, before) == 0
+
+
+def fuse(source, destination):
+    return CliRunner().invoke(cli.main, ["fuse", str(source), str(destination)]).exit_code
 
 
 MODELS = {

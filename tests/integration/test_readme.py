@@ -1,43 +1,48 @@
-"""What the README shows is what happens: its commands and its Python run, and print what it says, numbers aside."""
+"""What the README and the pages of commands show is what happens: they run, and print what is said, numbers aside."""
 
 import subprocess
 import sys
 
 import pytest
 
-from tests.pages import README, ROOT, blocks, commands, run, shape
+from tests.pages import README, ROOT, blocks, commands, page, run, shape
 
 pytestmark = pytest.mark.alone
 
-BLOCKS = blocks(README, "console", "python")
+PAGES = {"README": README, "removals": page("removals"), "count": page("count")}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("readme")
-    (folder / "src").symlink_to(ROOT / "src")
-    return folder
+def folders(tmp_path_factory):
+    """A folder for each page, whose commands find there what earlier ones of it have written."""
+    found = {}
+    for name in PAGES:
+        found[name] = tmp_path_factory.mktemp(name)
+        (found[name] / "src").symlink_to(ROOT / "src")
+    return found
 
 
 def steps():
-    for language, block in BLOCKS:
-        if language == "python":
-            yield pytest.param([sys.executable, "-c", block], None, id="python")
-            continue
-        for command, output in commands(block):
-            yield pytest.param(["bash", "-c", command], output, id=command)
+    for name, text in PAGES.items():
+        for language, block in blocks(text, "console", "python"):
+            if language == "python":
+                yield pytest.param(name, [sys.executable, "-c", block], None, id=f"{name}: python")
+                continue
+            for command, output in commands(block):
+                yield pytest.param(name, ["bash", "-c", command], output, id=f"{name}: {command}")
 
 
-@pytest.mark.parametrize(("command", "output"), list(steps()))
-def test_it_runs_and_prints_what_the_readme_says(folder, command, output):
-    printed = run(command, folder)
+@pytest.mark.parametrize(("name", "command", "output"), list(steps()))
+def test_it_runs_and_prints_what_the_page_says(folders, name, command, output):
+    printed = run(command, folders[name])
     if output is not None:
         assert shape(printed) == shape(output)
 
 
-def test_the_readme_shows_commands_and_python():
-    assert {language for language, _ in BLOCKS} == {"console", "python"}
-    assert "@@" not in README
+@pytest.mark.parametrize("name", PAGES)
+def test_each_page_shows_commands(name):
+    assert any(language == "console" for language, _ in blocks(PAGES[name], "console", "python"))
+    assert "@@" not in PAGES[name]
 
 
 @pytest.mark.parametrize("target", ["demo", "test", "check"])

@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize(("command", "output"), STEPS, ids=[command for command, _ in STEPS])
 def test_commands(folder, command, output):
-    for engine in ("openvino", "onnx"):
+    for engine in ("openvino", "onnx", "gguf"):
         if f"--to {engine}" in command:
             pytest.importorskip(engine, reason=f"needs the [{engine}] extra: pip install 'skipless[{engine}]'")
     assert shape(run(["bash", "-c", command], folder)) == shape(output)

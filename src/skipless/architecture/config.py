@@ -61,7 +61,9 @@ HOMOGENEOUS = ("relu", "leaky_relu", "linear", "relu2")
 
 
 class Bookkeeping(TypedDict, total=False):
-    """config.json fields that change neither the tensors nor the seams, and what transformers takes them for."""
+    """config.json fields that change neither the tensors nor the seams, and what transformers takes them for; what
+    converters leave may say nothing else (the model file's `neutral`).
+    """
 
     model_type: str
     architectures: list[str] | None
@@ -79,6 +81,12 @@ class Bookkeeping(TypedDict, total=False):
     eos_token_id: int | list[int] | None
     pad_token_id: int | None
     initializer_range: int | float
+    is_decoder: bool
+    attention_dropout: int | float
+    pretraining_tp: int
+    rope_scaling: dict[str, Any] | None
+    layer_types: list[str] | None
+    use_sliding_window: bool
     return_dict: bool
     output_hidden_states: bool | None
     output_attentions: bool | None
@@ -186,9 +194,8 @@ class Architecture:
         """
         if (model_type := config.get("model_type")) != "skipless":
             raise InputError(
-                f"config.json: model_type: expected 'skipless', found {model_type!r}; only skipless checkpoints can be "
-                f"rewritten: norms and skip connections block the stream and P-M seams of other models; skipless audit "
-                f"says what could go"
+                f"config.json: model_type: expected 'skipless', found {model_type!r}; norms and skip connections "
+                f"block the stream and P-M seams of other models; skipless audit says what could go"
             )
         fields = {field.name: field for field in dataclasses.fields(cls) if field.name not in FOREIGN}
         for name in config:
@@ -202,8 +209,9 @@ class Architecture:
             name: config[name] for name in fields if name in config and not (name in NULLABLE and config[name] is None)
         }
         for name, unsupported in UNSUPPORTED.items():
-            if values.get(name) in unsupported:
-                expected = ", ".join(str(value or "null") for value in VALUES[name] if value not in unsupported)
+            supported = [value for value in VALUES[name] if value not in unsupported]
+            if values.get(name) not in supported:
+                expected = ", ".join(str(value or "null") for value in supported)
                 raise InputError(
                     f"config.json: {name}: expected one of {expected}; found {values[name]!r}, not supported"
                 )
@@ -260,6 +268,8 @@ class Architecture:
             raise InputError(
                 f"config.json: num_hidden_layers: expected at most {MOST_LAYERS:,}, found {self.num_hidden_layers:,}"
             )
+        if self.ffn_type == "moe" and not self.num_local_experts:
+            raise InputError("config.json: num_local_experts: expected a positive number with ffn_type 'moe', found 0")
         if self.ffn_type == "moe" and not 0 < self.num_experts_per_tok <= self.num_local_experts:
             raise InputError(
                 f"config.json: num_experts_per_tok: expected 1..{self.num_local_experts}, the number of experts, found "
@@ -583,7 +593,7 @@ def _checked(name: str, field: "dataclasses.Field[Any]", value: Any) -> Any:
     """A config value of the field's type and range, or InputError. Lists become tuples."""
     expected = field.type
     if expected is int or (expected == int | None and value is not None):
-        if type(value) is not int or not 0 < value < 2**31:
+        if type(value) is not int or not (0 < value < 2**31 or value == field.default == 0):
             raise InputError(f"config.json: {name}: expected a positive integer below 2^31, found {value!r}")
     elif expected is float:
         if type(value) not in (int, float) or not 0 <= value < 1:

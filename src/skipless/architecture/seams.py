@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from skipless.architecture.config import HOMOGENEOUS, Architecture
 from skipless.architecture.graph import Port, Space, graph
 
+# What becomes the identity when stream seams are closed: a projection, or the best columns of all three.
+BASES = ("q", "k", "v", "pivoted")
+AUTO = "auto"
 # What is removed unless something else is asked for.
 REMOVABLE = ("stream", "p")
 # What gives up d^2 weights at a stream seam of a parallel model: Q, K, V that read it, or P that writes it.

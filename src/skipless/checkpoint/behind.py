@@ -1,4 +1,4 @@
-"""Work done in order by another thread, beside what comes next."""
+"""A worker thread that does work in order while the caller goes on."""
 
 from collections import deque
 from collections.abc import Callable
@@ -6,14 +6,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 
 class Behind:
-    """A thread of this name; what waits for it holds at most `room` bytes, or is one piece of work."""
+    """A thread of this name. Waiting work holds at most `room` bytes, or is a single piece."""
 
     def __init__(self, name: str, room: int):
         self._thread, self._room = ThreadPoolExecutor(1, name), room
         self._waiting: deque[tuple[int, Future[None]]] = deque()
 
     def add(self, size: int, work: Callable[..., None], *arguments: object) -> None:
-        """Have something done that holds `size` bytes. Raises what earlier work has raised."""
+        """Queue work that holds `size` bytes. Raises what earlier work raised."""
         while self._waiting and (
             self._waiting[0][1].done() or size + sum(held for held, _ in self._waiting) > self._room
         ):
@@ -21,10 +21,10 @@ class Behind:
         self._waiting.append((size, self._thread.submit(work, *arguments)))
 
     def finish(self) -> None:
-        """Wait for all of it. Raises what it has raised."""
+        """Wait for all queued work. Raises what it raised."""
         while self._waiting:
             self._waiting.popleft()[1].result()
 
     def close(self) -> None:
-        """End the thread once it has done what it is at, and leave out what still waits."""
+        """Let the current piece finish, drop the rest, and end the thread."""
         self._thread.shutdown(cancel_futures=True)

@@ -1,6 +1,6 @@
-"""SHA-256 of what is read of a checkpoint, taken beside the work by another thread.
+"""SHA-256 of the tensors that are read, computed by another thread.
 
-The digest is of the very bytes that were used, so that a source that was changed while it was read can be told.
+Each digest covers the very bytes that were used. A source that changes while it is read shows.
 """
 
 import hashlib
@@ -38,11 +38,11 @@ class Digests:
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """What the headers say of them."""
+        """The tensors' headers, by name."""
         return self._reader.tensors
 
     def tensor(self, name: str, rows: slice | None = None, /) -> torch.Tensor:
-        """Read one, or rows of it."""
+        """Read a tensor, or some of its rows."""
         return self._reader.tensor(name, rows, self._take)
 
     def _take(self, name: str, start: int, data: memoryview) -> None:
@@ -59,6 +59,6 @@ class Digests:
             self._found[name] = found
 
     def finish(self) -> dict[str, str]:
-        """The digests of all tensors that were read whole, once they are there."""
+        """Wait for the digests of all tensors that were read whole."""
         self._behind.finish()
         return {name: found.hexdigest() for name, found in self._found.items()}

@@ -61,8 +61,9 @@ class Family:
         concatenated   q0 q1 q2 q3 k0 k1 v0 v1        grouped   q0 q1 k0 v0 q2 q3 k1 v1
 
     norm_heads: of a norm of queries and keys, each head has its own tensor ("names", with {h} in its name), or row of
-    one ("rows"). transposed: linear layers are stored (inputs, outputs). ignored: parts of names of tensors that are no
-    weights, or belong to another model.
+    one ("rows"). gain_offset: norms' gains are stored less this (Gemma's 1 + w as w). transposed: linear layers are
+    stored (inputs, outputs). buffers, beside: parts of names of tensors that are no weights, and of those of another
+    model in the same files.
     """
 
     model_types: tuple[str, ...]
@@ -76,8 +77,10 @@ class Family:
     variants: tuple[Mapping[str, str], ...] = ()
     qkv: str = "concatenated"
     norm_heads: str | None = None
+    gain_offset: float = 0.0
     transposed: bool = False
-    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    beside: tuple[str, ...] = ()
 
     def config(self, config: Config) -> Config:
         """The language model's part, with this family's defaults. Raises InputError if it is not an object."""
@@ -102,6 +105,10 @@ class Family:
             return Architecture.from_values(values)
         except InputError as error:
             raise InputError(self._in_its_words(str(error), own)) from error
+
+    def layout(self, architecture: Architecture, names: Collection[str]) -> "Layout":
+        """Where a checkpoint with tensors of these names has them. Raises InputError as Layout.of does."""
+        return Layout.of(self, architecture, names)
 
     def _in_its_words(self, message: str, config: Config) -> str:
         """An error about one of Architecture's fields, by this family's name for it."""
@@ -146,12 +153,14 @@ class Lenient(dict[str, Any]):
 class Place:
     """Where a canonical tensor lies: in these stored tensors, one after the other, or in ranges of the rows of one.
 
-    rows: ranges (start, stop) of its outputs; all of them if it is empty. transposed: stored (inputs, outputs).
+    rows: ranges (start, stop) of its outputs; all of them if it is empty. transposed: stored (inputs, outputs). offset:
+    what is added to the numbers that are stored.
     """
 
     tensors: tuple[str, ...]
     rows: tuple[tuple[int, int], ...] = ()
     transposed: bool = False
+    offset: float = 0.0
 
 
 class Layout:
@@ -233,7 +242,7 @@ class Layout:
             shape = size if self.family.norm_heads == "names" else (heads, *size)
             if self.family.norm_heads == "names":
                 tensors = tuple(stored.replace("{h}", str(head)) for head in range(heads))
-        self.places[tensor] = Place(tensors)
+        self.places[tensor] = Place(tensors, offset=self.family.gain_offset if kind == "weight" else 0.0)
         for one in tensors:
             self.shapes[one] = shape
 
@@ -248,10 +257,19 @@ class Layout:
         layouts = [cls(family, architecture, prefix, names) for prefix in family.prefixes for names in variants]
         return max(layouts, key=lambda layout: sum(name in names for name in layout.shapes))
 
+    @cached_property
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """Stored tensor -> the canonical tensors that lie in it."""
+        found: dict[str, tuple[str, ...]] = {}
+        for name, place in self.places.items():
+            for stored in place.tensors:
+                found[stored] = (*found.get(stored, ()), name)
+        return found
+
     def ignores(self, name: str) -> bool:
         """Whether a stored tensor does not belong to the model: a buffer, the head of tied embeddings."""
         tied = self.architecture.tie_word_embeddings and name == f"{self._stored('lm_head')}.weight"
-        return tied or any(part in name for part in self.family.ignored)
+        return tied or any(part in name for part in (*self.family.buffers, *self.family.beside))
 
 
 def every() -> Iterator[Family]:
@@ -272,6 +290,17 @@ def find(config: Config) -> Family:
         f"config.json: model_type: expected one of skipless, {', '.join(sorted(known))}; found {model_type!r}; another "
         f"is described by one file in skipless/checkpoint/families, as in docs/families.md"
     )
+
+
+def family_of(config: Config) -> str | None:
+    """What a config.json's family is called; None for a skipless model. Raises InputError as find does."""
+    return None if config.get("model_type") == "skipless" else find(config).model_types[0]
+
+
+def buffers(config: Config) -> tuple[str, ...]:
+    """Parts of names of tensors that are no weights in this config's family; none if it is not described."""
+    found = (family.buffers for family in every() if config.get("model_type") in family.model_types)
+    return next(found, ())
 
 
 def _check_layers(architecture: Architecture, names: Collection[str]) -> None:
@@ -311,7 +340,7 @@ def laid_out(opened: Opened) -> Layout:
     Raises InputError if its config is none, or its tensors' headers contradict it.
     """
     found = find(opened.config)
-    layout = Layout.of(found, found.architecture(opened.config), opened.headers)
+    layout = found.layout(found.architecture(opened.config), opened.headers)
     opened.check(layout.shapes, ignores=layout.ignores)
     return layout
 

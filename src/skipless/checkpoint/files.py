@@ -1,4 +1,4 @@
-"""The files of a folder in the making: every call to the system that makes, reads, changes or removes one.
+"""The file layer: every system call that makes, reads, changes or removes a file of an unfinished folder.
 
 What is written is made new, in the place of what had its name: a link that somebody put there is not followed. What is
 gone on with, or believed, is a regular file without another name. Errors name the file.
@@ -41,7 +41,7 @@ class File:
 
     @contextmanager
     def _naming(self) -> Iterator[None]:
-        """Errors of a descriptor do not say of which file."""
+        """Name the file in errors of a descriptor, which do not."""
         try:
             yield
         except OSError as error:
@@ -49,7 +49,7 @@ class File:
             raise
 
     def read(self, size: int) -> bytes:
-        """So many bytes; fewer at the end."""
+        """Read `size` bytes; fewer at the end."""
         with self._naming():
             found = os.read(self.descriptor, size)
             while found and len(found) < size and (more := os.read(self.descriptor, size - len(found))):
@@ -57,7 +57,7 @@ class File:
         return found
 
     def blocks(self, size: int | None = None) -> Iterator[bytes]:
-        """So many bytes (None: all that follow), BLOCK at a time; fewer at the end."""
+        """Read `size` bytes (None: all that follow), BLOCK at a time; fewer at the end."""
         while size != 0 and (block := self.read(BLOCK if size is None else min(size, BLOCK))):
             size = None if size is None else size - len(block)
             yield block
@@ -70,40 +70,40 @@ class File:
                 left = left[os.write(self.descriptor, left) :]
 
     def seek(self, place: int) -> None:
-        """Read and write from there on."""
+        """Move to this byte."""
         os.lseek(self.descriptor, place, os.SEEK_SET)
 
     def resize(self, size: int) -> None:
-        """Cut it off, or let zeros follow."""
+        """Truncate the file, or extend it with zeros."""
         with self._naming():
             os.ftruncate(self.descriptor, size)
 
     def sync(self) -> None:
-        """See to it that what was written is on disk."""
+        """Sync to disk."""
         with self._naming():
             os.fsync(self.descriptor)
 
 
 def opened(path: Path) -> File:
-    """Any file, or symlink to one, that can be read without waiting. Raises InputError for what is none."""
+    """Open a regular file, or a symlink to one. Raises InputError for anything else (a FIFO would block)."""
     check_file(path, "a file")
     return File(path, os.O_RDONLY)
 
 
 def create(path: Path) -> File:
-    """A new file, in the place of what had its name."""
+    """Create a new file. Whatever had its name is removed first."""
     remove(path)
     return File(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | NO_LINK)
 
 
 def reopen(path: Path, writing: bool = False) -> File:
-    """A file that we have made. Raises FileNotFoundError if there is none, InputError for what we cannot have made."""
+    """Open a file that we made. Raises FileNotFoundError if there is none, InputError for what we cannot have made."""
     check_own(path)
     return File(path, (os.O_RDWR if writing else os.O_RDONLY) | NO_LINK)
 
 
 def read(path: Path, most: int) -> bytes:
-    """What is in a file that we have made. Raises as `reopen` does, and InputError for more than so many bytes."""
+    """The bytes of a file that we made. Raises as `reopen` does, and InputError for more than `most` bytes."""
     with reopen(path) as file:
         found = file.read(most + 1)
     if len(found) > most:
@@ -112,14 +112,14 @@ def read(path: Path, most: int) -> bytes:
 
 
 def write(path: Path, parts: Iterable[bytes]) -> None:
-    """A new file of these bytes, in the place of what had its name."""
+    """Write these bytes to a new file. Whatever had its name is removed first."""
     with create(path) as file:
         for part in parts:
             file.write(part)
 
 
 def replace(path: Path, parts: Iterable[bytes]) -> None:
-    """The same, whole or not at all, on disk."""
+    """Replace a file by these bytes atomically, synced to disk."""
     with create(beside(path)) as file:
         for part in parts:
             file.write(part)
@@ -128,29 +128,29 @@ def replace(path: Path, parts: Iterable[bytes]) -> None:
 
 
 def beside(path: Path) -> Path:
-    """Where a file is made that is to replace another."""
+    """The temporary name of a file that will replace another."""
     return path.with_name(f".{path.name}.new")
 
 
 def copy(path: Path, to: Path, put: Callable[[Path, Iterable[bytes]], None] = write) -> None:
-    """A new file of what is in another one."""
+    """Copy a file to a new file."""
     with opened(path) as file:
         put(to, file.blocks())
 
 
 def remove(path: Path) -> None:
-    """Take a name of a file away, if there is one."""
+    """Remove a file, if it exists."""
     with suppress(FileNotFoundError):
         os.unlink(path)
 
 
 def rename(path: Path, to: Path) -> None:
-    """Give a file or folder another name."""
+    """Rename a file or folder."""
     os.rename(path, to)
 
 
 def make_folder(path: Path) -> None:
-    """A folder, if there is none. Raises InputError if there is something else."""
+    """Make a folder, if it does not exist. Raises InputError if something else has its name."""
     try:
         os.mkdir(path)
     except FileExistsError:
@@ -158,18 +158,18 @@ def make_folder(path: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove an empty folder, if there is one."""
+    """Remove an empty folder, if it exists."""
     with suppress(FileNotFoundError):
         os.rmdir(path)
 
 
 def names(folder: Path) -> list[str]:
-    """What is in a folder."""
+    """The names in a folder."""
     return sorted(os.listdir(folder))
 
 
 def sync(path: Path) -> None:
-    """See to it that a file, or a folder's list of files, is on disk; where folders cannot be, nothing."""
+    """Sync a file, or a folder's list of files, to disk. Systems that cannot sync folders skip them."""
     if os.name == "nt":
         return
     with File(path, os.O_RDONLY) as file:
@@ -198,6 +198,6 @@ def check_folder(path: Path) -> None:
 
 
 def _refuse_link(path: Path, found: os.stat_result) -> None:
-    """What is written must not end up elsewhere."""
+    """Refuse a symlink: it would lead what is written elsewhere."""
     if stat.S_ISLNK(found.st_mode):
         raise InputError(f"{path}: expected no symbolic link there, found one to {os.readlink(path)}; remove it")

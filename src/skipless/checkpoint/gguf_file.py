@@ -11,6 +11,8 @@ from skipless.errors import InputError
 
 # Metadata that lists or describes tokens is no part of the architecture, and large.
 TOKENIZER = "tokenizer."
+# How the name of a tensor of indices ends.
+INDEX = "_order"
 
 # Values from which on metadata is a list of tokens or merges, and values in all that is shorter: the package takes up
 # to 2 kB of memory for each that it reads.
@@ -46,7 +48,10 @@ class GGUFReader:
         _check_places(file, self._file)
         self._tensors = {tensor.name: tensor for tensor in self._file.tensors}
         shapes = {name: tuple(int(size) for size in tensor.shape[::-1]) for name, tensor in self._tensors.items()}
-        self.headers = {name: Header(shape, "F32", file.name) for name, shape in shapes.items()}
+        self.headers = {
+            name: Header(shape, "I32" if self._tensors[name].tensor_type.name == "I32" else "F32", file.name)
+            for name, shape in shapes.items()
+        }
         self.config: Mapping[str, Any] = {
             **metadata,
             "model_type": f"gguf-{metadata.get('general.architecture')}",
@@ -57,16 +62,17 @@ class GGUFReader:
 
     def check(self, expected: Mapping[str, tuple[int, ...]], ignores: Callable[[str], bool] = ignores_nothing) -> None:
         """Compare names and shapes with what the metadata promises. Raises InputError for the first difference."""
-        check_headers(self.headers, str(self.path), "the metadata", expected, (), ignores)
+        indices = [name for name in expected if name.endswith(INDEX)]
+        check_headers(self.headers, str(self.path), "the metadata", expected, indices, ignores)
 
     @property
     def tensors(self) -> Mapping[str, Any]:
-        """As reader.TensorInfo says it; all will be fp32."""
-        import torch
+        """As reader.TensorInfo says it; all weights will be fp32."""
+        from skipless.checkpoint.reader import DTYPES, TensorInfo
 
-        from skipless.checkpoint.reader import TensorInfo
-
-        return {name: TensorInfo(header.shape, torch.float32, header.shard) for name, header in self.headers.items()}
+        return {
+            name: TensorInfo(header.shape, DTYPES[header.dtype], header.shard) for name, header in self.headers.items()
+        }
 
     def tensor(self, name: str) -> Any:
         """Read one tensor. Raises InputError if it cannot be dequantized, or holds NaN or infinity."""
@@ -75,6 +81,8 @@ class GGUFReader:
         from gguf.quants import dequantize
 
         found = self._tensors[name]
+        if self.headers[name].dtype == "I32":
+            return torch.from_numpy(np.array(found.data))
         try:
             values = dequantize(found.data, found.tensor_type).reshape(self.headers[name].shape)
         except (NotImplementedError, ValueError) as error:

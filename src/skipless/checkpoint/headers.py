@@ -1,4 +1,4 @@
-"""What a model folder promises: config.json, and names, shapes and dtypes in safetensors headers. No torch."""
+"""A model folder's config.json and safetensors headers: names, shapes and dtypes of all tensors. Imports no torch."""
 
 import json
 import os
@@ -54,12 +54,12 @@ class Header:
 
 
 def ignores_nothing(name: str) -> bool:
-    """No tensor is without meaning."""
+    """The default `ignores`: every tensor counts."""
     return False
 
 
 class Folder:
-    """A model folder of which no tensor has been read.
+    """A model folder, by its config and headers. No tensor is read.
 
     Raises InputError naming the file, field or tensor for anything missing, truncated, contradicting or not
     safetensors; pickle files are never opened.
@@ -132,7 +132,7 @@ class Folder:
         return found
 
     def left_out(self, copy: Collection[str] = ()) -> list[str]:
-        """What else is in the folder, beside config.json and the weights: files, and folders with all in them."""
+        """Files that are not copied, beside config.json and the weights. A folder stands for all that is in it."""
         ours = {"config.json", INDEX, *self.shards}
         return sorted(
             f"{path.as_posix()}{'/' * (self.folder / path).is_dir()}"
@@ -257,7 +257,7 @@ def check_file(file: Path, expected: str, folder: Path | None = None) -> int:
 
 
 def kind(found: os.stat_result) -> str:
-    """What something is that is no regular file, in words."""
+    """What kind of file it is, in words, if it is not a regular one."""
     return FILE_TYPES.get(stat.S_IFMT(found.st_mode), "something else")
 
 
@@ -285,7 +285,7 @@ def _is_snapshot(folder: Path) -> bool:
 
 
 def _weight_map(index: Path, folder: Path) -> dict[str, str]:
-    """Tensors and their shards, files beside the index. Raises InputError."""
+    """Tensor name -> shard, from the index. Raises InputError for a bad index."""
     found = read_json_object(index, MOST_INDEX, folder).get("weight_map")
     if not isinstance(found, dict) or not found:
         raise InputError(f"{index}: weight_map: expected tensor names and their files, found none")
@@ -308,7 +308,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 class _JSONError(ValueError):
-    """Text that is no JSON, or JSON that no model comes with."""
+    """Text that is not JSON, or JSON that no model needs."""
 
 
 def parse_json(text: bytes) -> Any:
@@ -319,18 +319,18 @@ def parse_json(text: bytes) -> Any:
 
 
 def _values(text: bytes) -> int:
-    """How many values JSON may hold, before it is parsed: very many may be within a few bytes."""
+    """An upper bound of the values in JSON text, before parsing: a few bytes may hold very many."""
     return sum(map(text.count, (b",", b"[", b"{")))
 
 
 def _check_values(text: bytes, file: Path) -> None:
-    """Raise InputError for JSON that holds more values than any that comes with a model."""
+    """Raise InputError for JSON with more values than any model needs."""
     if (values := _values(text)) > MOST_VALUES:
         raise InputError(f"{file}: expected at most {MOST_VALUES:,} JSON values, found up to {values:,}; correct it")
 
 
 def _parse(text: bytes) -> Any:
-    """JSON whose objects have each key once, with short integers, and not deep. Raises _JSONError."""
+    """Parse JSON without duplicate keys, long integers or deep nesting. Raises _JSONError."""
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=_once, parse_int=_integer)
     except RecursionError:

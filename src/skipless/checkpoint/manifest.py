@@ -1,4 +1,4 @@
-"""What is known of an unfinished fuse: for which job it was begun, and what of it is on disk.
+"""The state of an unfinished fuse: the job that it was begun for, and the tasks that are on disk.
 
 The job (of what source, with which options, by which versions) is written once, and never changes. The journal gets a
 line when a task's tensors are on disk, so that a process that is killed loses the tasks it was at and no other.
@@ -49,7 +49,7 @@ class Manifest:
 
     @classmethod
     def begin(cls, folder: Path, job: Mapping[str, Any]) -> "Manifest":
-        """Write down a new job, whole or not at all."""
+        """Write a new job file atomically."""
         job = {"format": FORMAT, **job}
         files.replace(folder / JOB, [json.dumps(job, indent=2).encode()])
         files.sync(folder)
@@ -75,7 +75,7 @@ class Manifest:
         return manifest
 
     def _read(self, journal: files.File) -> None:
-        """Note what the journal's whole lines say: one that a kill has cut short is none."""
+        """Read the journal's whole lines. A line that a kill cut short does not count."""
         for line in islice(_lines(journal), MOST_LINES):
             self._size += len(line) + 1
             try:
@@ -86,7 +86,7 @@ class Manifest:
                 self.done[task] = entry
 
     def check(self, job: Mapping[str, Any]) -> None:
-        """Raise InputError, naming the first difference, if this is not the same job."""
+        """Raise InputError, naming the first difference, unless this is the same job."""
         for name, then, now in _differences(self.job, json.loads(json.dumps({"format": FORMAT, **job}))):
             raise InputError(
                 f"{name}: expected {json.dumps(then)}, as when this fuse was begun, found {json.dumps(now)}; give it "
@@ -94,7 +94,7 @@ class Manifest:
             )
 
     def add(self, task: int, entry: Entry) -> None:
-        """Write down that a task's tensors are on disk."""
+        """Add a line to the journal: a task's tensors are on disk."""
         fields = {"task": task, "tensors": entry.digests, "sources": entry.sources, "outcomes": entry.outcomes}
         line = json.dumps(fields).encode() + b"\n"
         with self._journal() as file:
@@ -113,7 +113,7 @@ class Manifest:
 
 
 def read_job(folder: Path) -> dict[str, Any] | None:
-    """The job in a folder, or None if there is none. Raises InputError for what no fuse can have written."""
+    """The job in a folder, or None. Raises InputError for a file that no fuse can have written."""
     file = folder / JOB
     try:
         job = parse_json(files.read(file, MOST_BYTES))
@@ -130,7 +130,7 @@ def read_job(folder: Path) -> dict[str, Any] | None:
 
 
 def _check_job(job: object) -> None:
-    """Raise ValueError for what no fuse writes down as its job."""
+    """Raise ValueError for a job that no fuse writes."""
     if not isinstance(job, dict) or job.get("format") != FORMAT:
         raise ValueError(f"another format than {FORMAT}")
     for name in ("basis", "reason"):
@@ -140,7 +140,7 @@ def _check_job(job: object) -> None:
 
 
 def _lines(journal: files.File) -> Iterator[bytes]:
-    """Whole lines, up to the first one that is longer than any."""
+    """The whole lines, up to the first that is longer than a fuse writes."""
     rest = b""
     for block in journal.blocks():
         *whole, rest = (rest + block).split(b"\n")
@@ -150,7 +150,7 @@ def _lines(journal: files.File) -> Iterator[bytes]:
 
 
 def _entry(fields: object) -> tuple[int, Entry]:
-    """What a line of the journal says. Raises ValueError for what no fuse writes there."""
+    """Parse a line of the journal. Raises ValueError for a line that no fuse writes."""
     if not isinstance(fields, dict) or fields.keys() != {"task", "tensors", "sources", "outcomes"}:
         raise ValueError("other fields")
     task, tensors, sources, outcomes = (fields[name] for name in ("task", "tensors", "sources", "outcomes"))
@@ -168,7 +168,7 @@ def _is_digest(value: object) -> bool:
 
 
 def _differences(then: object, now: object, name: str = "job") -> Iterator[tuple[str, object, object]]:
-    """Fields whose values are not the same, by their path."""
+    """The paths of fields whose values differ."""
     if isinstance(then, Mapping) and isinstance(now, Mapping):
         for key in dict.fromkeys((*then, *now)):
             path = str(key) if name == "job" else f"{name}.{key}"

@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from skipless.architecture.config import Architecture
 from skipless.checkpoint import family, gguf_file
+from skipless.checkpoint.canonical import Canonical
 from skipless.checkpoint.headers import Folder
 from skipless.checkpoint.reader import CheckpointReader, TensorInfo
 from skipless.errors import InputError
@@ -54,25 +55,6 @@ class Source:
     reader: Reader
 
 
-class Canonical:
-    """Another family's checkpoint, by our names: parts of fused tensors, in the orientation of nn.Linear."""
-
-    def __init__(self, reader: Reader, layout: family.Layout):
-        self._reader, self._layout = reader, layout
-        shapes = layout.architecture.tensors()
-        self.tensors: Mapping[str, TensorInfo] = {
-            name: TensorInfo(shape, (first := reader.tensors[layout.places[name].tensors[0]]).dtype, first.shard)
-            for name, shape in shapes.items()
-        }
-
-    def tensor(self, name: str) -> torch.Tensor:
-        place = self._layout.places[name]
-        parts = [self._reader.tensor(stored) for stored in place.tensors]
-        whole = parts[0].T if place.transposed else torch.cat(parts) if len(parts) > 1 else parts[0]
-        rows = torch.cat([whole[start:stop] for start, stop in place.rows]) if place.rows else whole
-        return rows.reshape(self.tensors[name].shape).contiguous()
-
-
 def open_source(path: Path, device: str = "cpu") -> Source:
     """Any checkpoint: a skipless model folder, one of a family that is described, or a GGUF file.
 
@@ -84,8 +66,8 @@ def open_source(path: Path, device: str = "cpu") -> Source:
         skipless = CheckpointReader(path, device)
         return Source("skipless", read_architecture(skipless), skipless)
     layout = family.laid_out(opened)
-    reader = CheckpointReader(path, device, layout.ignores) if isinstance(opened, Folder) else opened
-    return Source(layout.family.model_types[0], layout.architecture, Canonical(reader, layout))
+    reader = CheckpointReader(path, device) if isinstance(opened, Folder) else opened
+    return Source(layout.family.model_types[0], layout.architecture, Canonical(reader.tensors, reader.tensor, layout))
 
 
 def read_architecture(reader: CheckpointReader) -> Architecture:

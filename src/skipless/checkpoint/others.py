@@ -53,14 +53,14 @@ def is_copied(path: PurePath, copy: Iterable[str] = ()) -> bool:
 
 
 def is_entered(folder: PurePath, copy: Iterable[str] = ()) -> bool:
-    """Whether there may be something to copy in a folder, by its path in the model folder."""
+    """Whether a folder, by its path in the model folder, may hold something to copy."""
     return not any(map(_hidden, folder.parts)) or any(
         names(pattern, folder) or _leads(pattern, folder) for pattern in copy
     )
 
 
 def names(pattern: str, path: PurePath) -> bool:
-    """Whether a pattern names a path, or a folder in which it is and is not hidden."""
+    """Whether a pattern names a path, or a folder around it in which the path is not hidden."""
     parts = PurePath(pattern).parts
     if not parts:
         return False
@@ -74,14 +74,14 @@ def names(pattern: str, path: PurePath) -> bool:
 
 
 def tell_left_out(left_out: Sequence[str]) -> None:
-    """Say, in a line of the log, what of a folder is not copied."""
+    """Log, in one line, what is not copied."""
     if left_out:
         more = f" and {len(left_out) - MOST_LISTED:,} more" if len(left_out) > MOST_LISTED else ""
         logger.warning("not copied: %s%s; --copy PATTERN copies more", ", ".join(left_out[:MOST_LISTED]), more)
 
 
 def unused(copy: Iterable[str], copied: Sequence[PurePath]) -> Iterator[str]:
-    """Patterns that name nothing of what is copied."""
+    """The patterns that name none of the copied files."""
     yield from (pattern for pattern in copy if not any(names(pattern, path) for path in copied))
 
 
@@ -98,6 +98,6 @@ def _fits(name: str, pattern: str) -> bool:
 
 
 def _leads(pattern: str, folder: PurePath) -> bool:
-    """Whether what the pattern names may be in this folder."""
+    """Whether a file that the pattern names may lie in this folder."""
     parts = PurePath(pattern).parts
     return len(folder.parts) < len(parts) and all(map(_fits, folder.parts, parts))

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from skipless.checkpoint.headers import INDEX, Folder, Header, ignores_nothing
+from skipless.checkpoint.family import buffers
+from skipless.checkpoint.headers import INDEX, Folder, Header
 from skipless.dtypes import INDEX_NAMES, SAFETENSORS_NAMES
 from skipless.errors import InputError, StorageError
 
@@ -27,7 +28,7 @@ BLOCK = 2**22
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of a tensor."""
+    """A tensor's shape, dtype and shard, from its header."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -40,49 +41,54 @@ class TensorInfo:
 
     @property
     def weights(self) -> int:
-        """How many numbers it holds."""
+        """The number of elements."""
         return math.prod(self.shape)
 
     @property
     def bytes(self) -> int:
-        """Its size in the file."""
+        """The size in bytes."""
         return self.weights * self.dtype.itemsize
 
     @property
     def row_bytes(self) -> int:
-        """The size of one row of it: all that is of one index in the first dimension."""
+        """The size in bytes of one row: one index of the first dimension."""
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
 
 class CheckpointReader(Folder):
     """A model folder opened for reading. No tensor is read until `tensor` is called.
 
-    device: where tensors are read to, "cpu" or a CUDA device; ignores: whether a tensor does not matter, by its name.
+    device: where tensors are read to, "cpu" or a CUDA device. Buffers that a family's checkpoints hold are no tensors.
     Raises InputError as Folder does, and for tensors of other dtypes than those of weights and indices.
     """
 
-    def __init__(self, folder: Path, device: str = "cpu", ignores: Callable[[str], bool] = ignores_nothing):
+    def __init__(self, folder: Path, device: str = "cpu"):
         self.device = _device(device)
         before = {file.name: _stamp(file) for file in folder.glob("*") if file.is_file()}
         super().__init__(folder)
         names = ["config.json", *self.shards] + ([INDEX] if self._weight_map is not None else [])
+        passed_over = buffers(self.config)
         self._stamps = {name: before.get(name) or _stamp(folder / name) for name in names}
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
-            {name: _info(name, header) for name, header in self.headers.items() if not ignores(name)}
+            {
+                name: _info(name, header)
+                for name, header in self.headers.items()
+                if not any(part in name for part in passed_over)
+            }
         )
 
     @property
     def place(self) -> str:
-        """What to call it, and open it by, anywhere."""
+        """The path or URL to open it by, from anywhere."""
         return str(self.folder.resolve())
 
     @property
     def name(self) -> str:
-        """What to call it to anybody: its place without secrets."""
+        """The place without secrets, for messages and records."""
         return self.place
 
     def fetch(self, file: Path) -> Path:
-        """Where a file of other_files can be read."""
+        """The local path of one of other_files."""
         return self.folder / file
 
     def fingerprint(self, copy: Collection[str] = ()) -> dict[str, Any]:
@@ -98,7 +104,7 @@ class CheckpointReader(Folder):
         return {name: stamp[:2] for name, stamp in self.fingerprint().items()}
 
     def check_unchanged(self) -> None:
-        """Raise InputError if a file is no longer the one whose header was read."""
+        """Raise InputError if a file has changed since its header was read."""
         for name in self._stamps:
             self._check_stamp(name, (self.folder / name).stat())
 
@@ -150,7 +156,7 @@ class CheckpointReader(Folder):
                     left -= count
 
     def _read(self, name: str, start: int, into: memoryview) -> int:
-        """Fill a buffer with a tensor's bytes from `start` on; how many there were."""
+        """Fill a buffer with a tensor's bytes from `start` on; returns how many were read."""
         done = 0
         with self._opened(name) as file:
             file.seek(start, os.SEEK_CUR)
@@ -160,7 +166,7 @@ class CheckpointReader(Folder):
 
     @contextmanager
     def _opened(self, name: str) -> Iterator[io.FileIO]:
-        """The file of a tensor, at its first byte."""
+        """Open a tensor's file at its first byte."""
         path = self.folder / self.tensors[name].shard
         try:
             with path.open("rb", buffering=0) as file:
@@ -176,7 +182,7 @@ class CheckpointReader(Folder):
 
 
 def changed(file: str) -> InputError:
-    """What to say of a file that is no longer the one whose header was read."""
+    """The message for a file that has changed since its header was read."""
     return InputError(
         f"{file}: expected the file as it was when its header was read, found it changed meanwhile; let nothing write "
         f"to it, and begin anew"
@@ -184,13 +190,13 @@ def changed(file: str) -> InputError:
 
 
 def uncache(descriptor: int, size: int = 0) -> None:
-    """Take the first `size` bytes of a file (0: all) out of the system's cache, where it lets us: the disk is read."""
+    """Drop the first `size` bytes of a file (0: all) from the page cache, so that reads reach the disk."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, 0, size, os.POSIX_FADV_DONTNEED)
 
 
 def not_finite(tensor: torch.Tensor) -> int:
-    """How many of its numbers are NaN or infinite. Of a block whose sum is finite, none."""
+    """The number of NaN or infinite elements. A block with a finite sum has none."""
     blocks = tensor.reshape(-1).split(BLOCK)
     suspect = (block for block in blocks if not torch.isfinite(block.sum()))
     return sum(block.numel() - int(torch.isfinite(block).sum()) for block in suspect)
@@ -217,7 +223,7 @@ def _info(name: str, header: Header) -> TensorInfo:
 
 
 def _device(name: str) -> torch.device:
-    """The device of that name. Raises InputError if there is none, or none that computes in fp64."""
+    """The device of that name. Raises InputError if it does not exist or cannot compute in fp64."""
     try:
         device = torch.device(name)
     except RuntimeError:

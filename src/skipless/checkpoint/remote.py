@@ -17,7 +17,6 @@ from skipless.checkpoint.headers import (
     MOST_CONFIG,
     MOST_HEADER,
     MOST_INDEX,
-    ignores_nothing,
 )
 from skipless.checkpoint.manifest import JOB
 from skipless.checkpoint.others import PICKLES
@@ -51,21 +50,21 @@ def located(place: object) -> str | Path:
 
 
 def shown(place: object) -> str:
-    """What to call a place to anybody: a URL without secrets."""
+    """A place for messages: a URL without user, password and query."""
     return redacted(str(place)) if "://" in str(place) else str(place)
 
 
 class RemoteReader(CheckpointReader):
     """A CheckpointReader of a folder at a URL; `folder` is a local one that holds what describes it."""
 
-    def __init__(self, url: str, device: str = "cpu", ignores: Callable[[str], bool] = ignores_nothing):
+    def __init__(self, url: str, device: str = "cpu"):
         self._url, self._store = url, Store(url)
         self._local = tempfile.TemporaryDirectory(prefix="skipless-")
         self._fetched: set[Path] = set()
         self._range = lru_cache(KEPT)(self._fetch_range)
         try:
             self._versions = self._describe(Path(self._local.name))
-            super().__init__(Path(self._local.name), device, ignores)
+            super().__init__(Path(self._local.name), device)
         except InputError as error:
             raise type(error)(str(error).replace(self._local.name, self.name)) from None
         except OSError as error:
@@ -88,7 +87,7 @@ class RemoteReader(CheckpointReader):
 
     @property
     def _read_files(self) -> list[str]:
-        """The files that say what the model is, and its weights."""
+        """The names of the config, the index and the shards."""
         return ["config.json", *([INDEX] if INDEX in self._versions else []), *self.shards]
 
     def _describe(self, folder: Path) -> dict[str, dict[str, str]]:
@@ -179,7 +178,7 @@ class RemoteReader(CheckpointReader):
         return memoryview(data)
 
     def warm(self, names: Iterable[str], stop: Callable[[], bool] = lambda: False) -> None:
-        """Nothing: what is far away is in no cache of this system."""
+        """Do nothing: this system caches no remote file."""
 
 
 def _version(info: Mapping[str, Any]) -> dict[str, str]:
@@ -188,7 +187,7 @@ def _version(info: Mapping[str, Any]) -> dict[str, str]:
 
 
 def open_reader(place: str | Path, device: str = "cpu") -> CheckpointReader:
-    """A skipless model folder at a path or URL."""
+    """Open a skipless model folder at a path or URL."""
     found = located(place)
     return RemoteReader(found, device) if isinstance(found, str) else CheckpointReader(found, device)
 
@@ -207,14 +206,14 @@ class RemotePlace:
 
     @property
     def unfinished(self) -> Path:
-        """Where it is in the making: here."""
+        """The local folder in which it is made."""
         name = self._store.name.rstrip("/")
         number = hashlib.sha256(name.encode()).hexdigest()[:8]
         return Path.cwd() / f".{name.rpartition('/')[2]}-{number}.unfinished"
 
     @property
     def disk(self) -> Path:
-        """A folder on the disk that is written."""
+        """A folder on the disk that is written to."""
         return Path.cwd()
 
     def check(self) -> None:
@@ -225,7 +224,7 @@ class RemotePlace:
             raise InputError(f"{self}: expected a new folder, found one that exists; choose another or remove it")
 
     def publish(self, folder: Path) -> None:
-        """Send a folder, and read it again. Raises StorageError if other bytes come back."""
+        """Upload a folder and read it back. Raises StorageError if other bytes come back."""
         files = (path for path in folder.rglob("*") if path.is_file())
         for path in sorted(files, key=lambda path: path.name == "config.json"):
             name = path.relative_to(folder).as_posix()
@@ -234,7 +233,7 @@ class RemotePlace:
                 raise StorageError(f"{self}: {name}: expected what was sent, found other bytes there")
 
     def _is_there(self, file: Path, name: str) -> bool:
-        """Whether the bytes of a file are what is at the place of that name."""
+        """Whether the remote file of that name holds the same bytes."""
         size = file.stat().st_size
         if self._store.size(name, self._store.info(name)) != size:
             return False

@@ -30,25 +30,25 @@ KEPT = "what is done is kept: go on with --resume"
 
 
 class Place(Protocol):
-    """Where a folder is to be."""
+    """The destination of a new folder."""
 
     @property
     def unfinished(self) -> Path:
-        """Where it is in the making, on a disk."""
+        """The local folder in which it is made."""
 
     @property
     def disk(self) -> Path:
-        """A folder on that disk that is there."""
+        """An existing folder on the same disk."""
 
     def check(self) -> None:
-        """Raise InputError where no new folder can be made."""
+        """Raise InputError if no new folder can be made here."""
 
     def publish(self, folder: Path) -> None:
-        """Give what is in `folder` its name."""
+        """Give the finished folder its name."""
 
 
 class LocalPlace:
-    """A path at which there is nothing yet."""
+    """A local path that does not exist yet."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -156,7 +156,7 @@ def beside(place: LocalPlace) -> Iterator[Path]:
 
 
 def _begun(place: Place, job: Mapping[str, Any], written: Collection[Path], resume: bool) -> Manifest | None:
-    """What an earlier call has begun there of this job, or None. Raises InputError for anything else that is there."""
+    """The unfinished work on this job that is there, or None. Raises InputError for anything else."""
     folder = place.unfinished
     try:
         manifest = Manifest.load(folder)
@@ -175,7 +175,7 @@ def _begun(place: Place, job: Mapping[str, Any], written: Collection[Path], resu
 
 
 def _check_folder(folder: Path) -> None:
-    """Raise InputError for a folder that no fuse has made, so that nothing of it is touched."""
+    """Raise InputError for a folder that no fuse has made. Nothing in it is touched."""
     ours = {LOCK, JOB, JOURNAL, files.beside(Path(JOB)).name}
     with suppress(FileNotFoundError):
         files.check_folder(folder)
@@ -214,7 +214,7 @@ def _check_model(model: Path, written: Iterable[Path]) -> set[Path]:
 
 
 def _check_whole(model: Path, written: Collection[Path]) -> None:
-    """Raise StorageError unless the folder holds what the job writes, and nothing else."""
+    """Raise StorageError unless the folder holds exactly what the job writes."""
     try:
         missing = set(written) - _check_model(model, written)
     except InputError as error:
@@ -224,7 +224,7 @@ def _check_whole(model: Path, written: Collection[Path]) -> None:
 
 
 def _discard(folder: Path, written: Iterable[Path]) -> None:
-    """Remove what a fuse has written there, and no more; job.json last, as without it nothing there is ours."""
+    """Remove what a fuse has written, and nothing else; job.json last, since only it says that the rest is ours."""
     folders = {parent for file in written for parent in file.parents if parent.name}
     with suppress(OSError):
         files.remove(folder / JOURNAL)
@@ -239,7 +239,7 @@ def _discard(folder: Path, written: Iterable[Path]) -> None:
 
 @contextmanager
 def _locked(place: Place) -> Iterator[None]:
-    """The folder in the making, made if it is not there, with no other process at it; gone if nothing was begun."""
+    """Hold the lock of the unfinished folder. It is made if missing, and removed if nothing was begun."""
     folder = place.unfinished
     lock = FileLock(folder / LOCK, timeout=0)
     try:

@@ -80,7 +80,7 @@ class CheckpointWriter:
             self._offsets[name] += len(header)
 
     def _opened(self, shard: str) -> files.File:
-        """A shard, new if there is none."""
+        """Open a shard; create it if it does not exist."""
         try:
             return files.reopen(self.folder / shard, writing=True)
         except FileNotFoundError:
@@ -107,7 +107,7 @@ class CheckpointWriter:
         return None
 
     def digest(self, name: str) -> str | None:
-        """The SHA-256 of the bytes that are in a tensor's place; None where all are zero, as before it is written."""
+        """The SHA-256 of the bytes at a tensor's place; None if all are zero, as before it is written."""
         size = self.tensors[name].bytes
         with files.reopen(self.folder / self.tensors[name].shard) as file:
             file.seek(self._offsets[name])
@@ -158,7 +158,7 @@ class CheckpointWriter:
 
 
 def write_json(file: Path, value: Mapping[str, object]) -> None:
-    """A new file: an object as indented JSON."""
+    """Write an object to a new file, as indented JSON."""
     files.write(file, [to_json(value)])
 
 

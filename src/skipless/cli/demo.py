@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from skipless.bundled import BUNDLED
+from skipless.cli.output import count_bar, step_bar, waiting, work_bar
 from skipless.inference import generate, load, load_tokenizer
 from skipless.reports.verification import Report, verify
 from skipless.rewrite.fusion import fuse
@@ -37,19 +38,23 @@ def demo(say: Callable[[str], None]) -> Demo:
     say("The bundled model, a skipless transformer trained on Python source, continues a prompt:")
     original = load(BUNDLED, torch.float32)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
-    before = generate(original, ids, TOKENS)
+    with waiting("generating"):
+        before = generate(original, ids, TOKENS)
     text = PROMPT + tokenizer.decode(before.tokens)
     say(text)
     with tempfile.TemporaryDirectory() as folder:
         fused_folder = Path(folder) / "fused"
         say("Fusing it (256 columns of Q, K, V become the identity, P merges into the FFN), stored in float32 ...")
-        plan = fuse(BUNDLED, fused_folder, dtype="float32")
+        with work_bar("fusing") as advance:
+            plan = fuse(BUNDLED, fused_folder, dtype="float32", progress=advance)
         say("Verifying it against the original ...")
-        report = verify(BUNDLED, fused_folder, prompt=PROMPT)
+        with step_bar("verifying") as step:
+            report = verify(BUNDLED, fused_folder, prompt=PROMPT, progress=step)
         fused = load(fused_folder, torch.float32)
         after = generate(fused, ids, TOKENS)
         say("Timing both, in turns ...")
         runners = [("original", TorchRunner(original)), ("fused", TorchRunner(fused))]
-        bench = measure(runners, Work(context=16, tokens=64, prefill=0), rounds=15)
+        with count_bar("timing") as count:
+            bench = measure(runners, Work(context=16, tokens=64, prefill=0), rounds=15, progress=count)
     same, caches = bool(torch.equal(before.tokens, after.tokens)), (before.broken_cache(), after.broken_cache())
     return Demo(text, same, caches, plan, report, bench)

@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from skipless import __version__
-from skipless.cli.commands import audit, bench, count, demo, export, fuse, limit, refresh, train, verify
+from skipless.cli.commands import audit, bench, count, demo, export, fuse, limit, refresh, report, train, verify
+from skipless.cli.help import COMPLETION, add_help
 from skipless.cli.output import err
 from skipless.errors import INTERRUPTED, InputError, printable
 from skipless.log import printable_logs
@@ -68,7 +69,7 @@ class Group(click.Group):
             sys.exit(3)
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]}, epilog=COMPLETION)
 @click.version_option(__version__)
 def main() -> None:
     """Remove, exactly, the weights a transformer without skip connections does not need.
@@ -82,6 +83,7 @@ for command in (
     audit.audit,
     fuse.fuse,
     verify.verify,
+    report.report,
     count.count_command,
     limit.limit_command,
     export.export,
@@ -89,4 +91,5 @@ for command in (
     bench.bench,
     train.train,
 ):
+    add_help(command)
     main.add_command(command)

@@ -5,7 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
+from skipless.architecture.folds import FOLDS
+from skipless.architecture.seams import AUTO, BASES, KINDS, PARALLEL_REMOVES, REMOVABLE
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError
 
@@ -17,8 +20,8 @@ def removal_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = [
         click.option(
             "--basis",
-            type=click.Choice(["auto", "q", "k", "v", "pivoted"]),
-            default="auto",
+            type=click.Choice([AUTO, *BASES]),
+            default=AUTO,
             show_default=True,
             help="What becomes the identity: q_proj (k, v: MHA only), or the best columns of all three.",
         ),
@@ -34,15 +37,14 @@ def removal_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu or cuda."),
         click.option(
             "--remove",
-            default="stream,p",
-            show_default=True,
             metavar="KINDS",
-            help="Kinds of seams to close: of stream, p, values, head, norms.",
+            help=f"Kinds of seams to close: of {', '.join(KINDS)} [default: {','.join(REMOVABLE)}]. Of a model with "
+            f"skips and norms: of {', '.join(FOLDS)} [default: all].",
         ),
         click.option(
             "--parallel-removes",
-            type=click.Choice(["readers", "p"]),
-            default="readers",
+            type=click.Choice(PARALLEL_REMOVES),
+            default=PARALLEL_REMOVES[0],
             show_default=True,
             help="What a parallel model loses: Q (or what the basis says), or P.",
         ),
@@ -52,11 +54,19 @@ def removal_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def parse_removal(layers_open: str, remove: str, **others: Any) -> dict[str, Any]:
+def known_names(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Completes the names that count and limit know, or else files."""
+    from skipless.reports.counting import table
+
+    found = [CompletionItem(name) for name in table()["models"] if name.startswith(incomplete)]
+    return found or [CompletionItem(incomplete, type="file")]
+
+
+def parse_removal(layers_open: str, remove: str | None, **others: Any) -> dict[str, Any]:
     """The values of removal_options as fuse and audit take them."""
     return {
         "layers_open": parse_layers(layers_open),
-        "remove": tuple(kind.strip() for kind in remove.split(",")),
+        "remove": None if remove is None else tuple(kind.strip() for kind in remove.split(",")),
         **others,
     }
 

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from skipless.cli.terminal import Terminal
 
@@ -17,30 +26,48 @@ out = Terminal()
 err = Terminal(stderr=True)
 
 
+def plain(value: Any) -> Any:
+    """A value as JSON can say it: what it has no number for (infinity, NaN) becomes null."""
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def print_json(value: Any) -> None:
-    """One JSON object on stdout; what JSON has no number for (infinity, NaN) becomes null."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: plain(item) for name, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
+    """One JSON object on stdout."""
     click.echo(json.dumps(plain(value), allow_nan=False))
 
 
-def progress_bar(verb: str) -> Progress:
-    """A bar on stderr that goes when it is done, if that is a terminal."""
-    columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
+def _progress(verb: str, *columns: ProgressColumn) -> Progress:
+    """On stderr, if that is a terminal; it goes when it is done."""
+    first = (TextColumn(verb, markup=False), BarColumn(bar_width=20))
+    return Progress(*first, *columns, console=err, transient=True, disable=not err.is_terminal)
+
+
+@contextmanager
+def waiting(verb: str) -> Iterator[None]:
+    """A bar that moves, and the time, for work of which nobody knows how long it takes."""
+    bar = _progress(verb, TimeElapsedColumn())
+    bar.add_task("", total=None)
+    with bar:
+        yield
+
+
+@contextmanager
+def count_bar(verb: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar for work of equal steps, called with how many are done, of how many."""
+    bar = _progress(verb, MofNCompleteColumn(), TimeRemainingColumn())
+    number = bar.add_task("", total=None)
+    with bar:
+        yield lambda done, total: bar.update(number, completed=done, total=total)
 
 
 @contextmanager
 def step_bar(verb: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr for work of named steps, called with what is done next, steps done, and their number."""
-    columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
-    bar = Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
+    """A bar for work of named steps, called with what is done next, steps done, and their number."""
+    bar = _progress(verb, MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
     number = bar.add_task("", total=None)
     with bar:
         yield lambda step, done, total: bar.update(number, description=step, completed=done, total=total)
@@ -48,9 +75,8 @@ def step_bar(verb: str) -> Iterator[Callable[[str, int, int], None]]:
 
 @contextmanager
 def work_bar(verb: str) -> Iterator[Callable[[Any, Any], None]]:
-    """A bar on stderr for fuse's `progress`, by FLOPs and bytes, with GFLOP/s and the time left."""
-    columns = (TextColumn(verb), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rate]}"))
-    bar = Progress(*columns, TimeRemainingColumn(), console=err, transient=True, disable=not err.is_terminal)
+    """A bar for fuse's `progress`, by FLOPs and bytes, with GFLOP/s and the time left."""
+    bar = _progress(verb, TaskProgressColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
     number = bar.add_task("", total=None, rate="")
     last = time.monotonic()
 

@@ -17,6 +17,7 @@ from skipless.reports.counting import Conditions, Count, Removal
 if TYPE_CHECKING:  # so that counting loads no torch
     from skipless.algebra.spectrum import Spectrum
     from skipless.architecture.limit import Limit
+    from skipless.architecture.seams import Seam
     from skipless.cli.demo import Demo
     from skipless.reports.auditing import Audit, SeamAudit
     from skipless.reports.certificate import Certificate
@@ -30,9 +31,10 @@ MEGABYTE = 10**6
 
 
 def plan_table(plan: Plan) -> Table:
-    """What a fuse reads, writes and saves: one row per kind of task, then totals."""
-    table = Table(title=f"fuse by {plan.basis}", box=box.SIMPLE_HEAD)
-    for column in ("task", "count", "reads", "writes", "saves"):
+    """What a fuse reads, writes and saves (of a family's own layout: moves): one row per kind of task, then totals."""
+    moved = plan.layout is not None
+    table = Table(title="fold" if moved else f"fuse by {plan.basis}", box=box.SIMPLE_HEAD)
+    for column in ("task", "count", "reads", "writes", "moves" if moved else "saves"):
         table.add_column(column, justify="left" if column == "task" else "right")
     kinds: dict[str, list[tuple[int, int, int]]] = {}
     for task in plan.tasks:
@@ -42,7 +44,8 @@ def plan_table(plan: Plan) -> Table:
         table.add_row(kind, f"{len(tasks):,}", _megabytes(reads), _megabytes(writes), f"{saved:,}")
     table.add_section()
     before, after = plan.parameters
-    table.add_row("parameters", "", f"{before:,}", f"{after:,}", f"{before - after:,} ({1 - after / before:.1%})")
+    less = f"{plan.neutral:,}" if moved else f"{before - after:,} ({1 - after / before:.1%})"
+    table.add_row("parameters", "", f"{before:,}", f"{after:,}", less)
     before, after = plan.bytes
     table.add_row(
         "bytes",
@@ -56,8 +59,13 @@ def plan_table(plan: Plan) -> Table:
 
 
 def _kind(task: Task) -> str:
-    kind = " + ".join(dict.fromkeys(f"close {seam.kind} seam" for seam in task.seams)) or "copy"
+    kind = " + ".join(dict.fromkeys(map(_verb, task.seams))) or "copy"
     return f"{kind} by rows" if task.by_rows else kind
+
+
+def _verb(seam: Seam) -> str:
+    """What is done with a seam; one by which nothing goes is no seam to a user."""
+    return f"close {seam.kind} seam" if any(seam.identities.values()) else f"fold {seam.kind}"
 
 
 def work_table(estimate: Estimate) -> Table:
@@ -158,6 +166,12 @@ def _loss(seam: SeamAudit, way: str, dtype: str) -> Text | str:
 
 def audit_lines(audit: Audit) -> Iterator[Text | str]:
     """What an audit comes to, in words."""
+    if audit.moves:
+        yield Text.assemble(
+            ("safe to move", "green"), f": {audit.moves:,} numbers, with the same options: skipless fuse"
+        )
+        yield from map(printable, audit.stays)
+        return
     if not any(seam.asked for seam in audit.seams):
         yield "nothing to remove: every seam of this model is closed already, or left open on request"
         return
@@ -178,6 +192,9 @@ def audit_lines(audit: Audit) -> Iterator[Text | str]:
     parts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in audit.as_is.items() if count)
     total = sum(audit.as_is.values())
     yield f"exactly removable besides: {total:,} ({total / audit.parameters:.2%}): {parts}"
+    if audit.by_fuse:
+        yield f"of that, skipless fuse moves {audit.by_fuse:,} into the matrices beside them"
+    yield from map(printable, audit.stays)
 
 
 def _condition(found: Spectrum) -> str:
@@ -338,6 +355,7 @@ def count_rows(counts: Sequence[Count]) -> list[tuple[str, ...]]:
     add("at most, if skipless", lambda count: f"{count.limit:,} ({count.limit / count.weights:.1%})")
     add("of that, by all seams", lambda count: f"{count.everything:,} ({count.everything / count.limit:.2%})")
     add("exactly, as it is", lambda count: f"{(gone := sum(count.as_is.values())):,} ({gone / count.parameters:.1%})")
+    add("of that, by fuse", lambda count: "-" if count.by_fuse is None else f"{count.by_fuse:,}")
     return rows
 
 

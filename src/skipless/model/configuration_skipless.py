@@ -43,9 +43,13 @@ BOOKKEEPING = frozenset(
     {
         "model_type", "auto_map", "torch_dtype", "name_or_path", "_name_or_path", "_commit_hash", "num_labels",
         "attn_implementation", "_attn_implementation", "experts_implementation", "output_attentions",
-        "quantization_config",
+        "quantization_config", "initializer_range",
     }
 )  # fmt: skip
+# Fields of other models that converters leave: this one has no use for them, so they may say nothing.
+NEUTRAL = frozenset(
+    {"attention_dropout", "is_decoder", "layer_types", "pretraining_tp", "rope_scaling", "use_sliding_window"}
+)
 
 
 @strict
@@ -102,8 +106,8 @@ class SkiplessConfig(PreTrainedConfig):
     num_experts_per_tok: int | None = None
     norm_topk_prob: bool = True
     sliding_window: int | None = None
-    attn_logit_softcapping: float | None = None
-    final_logit_softcapping: float | None = None
+    attn_logit_softcapping: float | int | None = None
+    final_logit_softcapping: float | int | None = None
     position_type: str = "rope"
     attention_shaping: str | None = None
     stream_basis: str | None = None
@@ -120,9 +124,14 @@ class SkiplessConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         generation = GenerationConfig._get_default_generation_params()
-        for name in kwargs:
-            if name not in BOOKKEEPING and name not in generation:
-                raise ValueError(f"{name}: not a field of a skipless model, found {kwargs[name]!r}; remove it")
+        for name, value in kwargs.items():
+            if name not in NEUTRAL and name not in BOOKKEEPING and name not in generation:
+                raise ValueError(f"{name}: not a field of a skipless model, found {value!r}; remove it")
+        self.check_neutral(kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in NEUTRAL}
+        for name in ("num_local_experts", "num_experts_per_tok"):
+            if self.ffn_type != "moe" and getattr(self, name) == 0:
+                setattr(self, name, None)
         for name in SIZES:
             if (size := getattr(self, name)) is not None and size < 1:
                 raise ValueError(f"{name}: expected a positive integer, found {size!r}")
@@ -138,7 +147,24 @@ class SkiplessConfig(PreTrainedConfig):
         rope_parameters = self.rope_parameters
         super().__post_init__(**kwargs)
         if not self.position_type.startswith("rope"):
-            self.rope_parameters = rope_parameters  # the base class would add a rope_theta that nothing reads
+            # nothing rotates: of the default, which the base class would add, too, nothing is kept
+            default = (rope_parameters or {}).get("rope_type", "default") == "default"
+            self.rope_parameters = None if default else rope_parameters
+
+    def check_neutral(self, values: dict[str, Any]) -> None:
+        """Refuse fields of other models that would change something if this model read them."""
+        window = self.sliding_window is not None
+        expected = {"attention_dropout": 0, "pretraining_tp": 1, "rope_scaling": None, "use_sliding_window": window}
+        for name, value in expected.items():
+            if values.get(name, value) != value:
+                raise ValueError(f"{name}: expected {value!r}, found {values[name]!r}, which is not supported")
+        kind = "sliding_attention" if window else "full_attention"
+        kinds = values.get("layer_types")
+        if kinds is not None and (len(kinds) != self.num_hidden_layers or set(kinds) != {kind}):
+            raise ValueError(
+                f"layer_types: expected {kind!r} {self.num_hidden_layers} times, with sliding_window "
+                f"{self.sliding_window}, found {kinds!r}, which is not supported"
+            )
 
     def validate_architecture(self) -> None:
         """Refuse, by name, what the model file does not implement (run by @strict after construction)."""
@@ -201,15 +227,15 @@ class SkiplessConfig(PreTrainedConfig):
 
     def validate_ffn(self) -> None:
         """Refuse experts without their numbers, numbers without experts, and caps that are none."""
-        moe = (self.num_local_experts, self.num_experts_per_tok)
+        experts, taken = self.num_local_experts, self.num_experts_per_tok
         if self.ffn_type == "moe":
-            if None in moe or self.num_experts_per_tok > self.num_local_experts:
-                raise ValueError(
-                    f"num_local_experts: expected a number of experts, and in num_experts_per_tok how many of them a "
-                    f"token takes; found {moe[0]} and {moe[1]}"
-                )
-        elif moe != (None, None):
-            raise ValueError(f"num_local_experts: expected null with ffn_type {self.ffn_type!r}, found {moe[0]}")
+            if experts is None:
+                raise ValueError("num_local_experts: expected a number of experts with ffn_type 'moe', found null")
+            if taken is None or taken > experts:
+                raise ValueError(f"num_experts_per_tok: expected 1..{experts}, the number of experts, found {taken}")
+        for name, found in (("num_local_experts", experts), ("num_experts_per_tok", taken)):
+            if self.ffn_type != "moe" and found is not None:
+                raise ValueError(f"{name}: expected null with ffn_type {self.ffn_type!r}, found {found}")
         for name in ("attn_logit_softcapping", "final_logit_softcapping"):
             if (cap := getattr(self, name)) is not None and not 0 < cap < float("inf"):
                 raise ValueError(f"{name}: expected a positive number or null, found {cap}")
@@ -266,7 +292,10 @@ class SkiplessConfig(PreTrainedConfig):
         """Refuse rope_parameters that rotate nothing, too much, or in a way the model file does not know."""
         if not self.position_type.startswith("rope"):
             if self.rope_parameters:
-                raise ValueError(f"rope_parameters: expected null with position_type {self.position_type!r}")
+                raise ValueError(
+                    f"rope_parameters: expected null, or the default, with position_type {self.position_type!r}, found "
+                    f"rope_type {self.rope_parameters['rope_type']!r}"
+                )
             return
         if (rope_type := self.rope_parameters.get("rope_type", "default")) != "default":
             raise ValueError(f"rope_parameters.rope_type: expected 'default', found {rope_type!r}, not supported")

@@ -532,6 +532,19 @@ class SkiplessPreTrainedModel(PreTrainedModel):
             self._can_compile_fullgraph = False
         super().__init__(config, *args, **kwargs)
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As of any model; but a checkpoint that has more than its config says, such as a q_proj that should be the
+        identity, is another model's: ValueError naming the tensor. A head may be left out.
+        """
+        model, found = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        for name in sorted(name for name in found["unexpected_keys"] if not name.startswith("lm_head.")):
+            raise ValueError(
+                f"{name}: expected no such tensor with stream_basis {model.config.stream_basis!r} and the other fields "
+                f"of config.json, found one; this config.json is another checkpoint's"
+            )
+        return (model, found) if output_loading_info else model
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Variance 1 / inputs, since no norm will rescale; shaped attention starts as its value path."""

@@ -1,8 +1,8 @@
 """Ways to remove a block of weights, one module each: how it is closed, what that costs, and how exact it will be.
 
 architecture/seams.py says which seams a model has, and by which ways each can be closed; a module here ties a way to
-the algebra. A new removal is one such module and its entry in WAYS, and its seams' in seams.KINDS. Imports algebra,
-checkpoint and architecture.
+the algebra. A new removal is one such module and its entry in WAYS, and its seams' in seams.KINDS (or in folds.py, for
+what moves within a family's own layout). Imports algebra, checkpoint and architecture.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from skipless.algebra.affine import Affine
 from skipless.algebra.forecast import Forecast
 from skipless.architecture.seams import Seam
 from skipless.checkpoint.opening import Read
-from skipless.removals import columns, merge, rows, table
+from skipless.removals import columns, merge, neutral, rows, table
 from skipless.removals.setting import Closed, Setting, Step
 
 __all__ = ["WAYS", "Removal", "forecast", "removal"]
@@ -59,6 +59,9 @@ WAYS: dict[str, Removal] = {
     "p": merge,
     "gain": merge,
     "table": table,
+    "fold": neutral,
+    "key_bias": neutral,
+    "value_bias": neutral,
 }
 
 

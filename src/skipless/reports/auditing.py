@@ -16,17 +16,18 @@ import torch
 from skipless.algebra.forecast import Forecast, Way, letter
 from skipless.algebra.spectrum import Spectrum, spectrum
 from skipless.algebra.tolerances import coarsest, dtype_name
-from skipless.architecture.seams import REMOVABLE, Seam
+from skipless.architecture.folds import FOLDS
+from skipless.architecture.seams import AUTO, BASES, REMOVABLE, Seam
 from skipless.checkpoint.opening import Reader, open_source
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError
 from skipless.removals import forecast
-from skipless.reports.counting import removable_as_is
+from skipless.reports.counting import moved_by_fuse, removable_as_is
 from skipless.rewrite.casting import underflows
 from skipless.rewrite.forecasting import Together, forecast_group, together
 from skipless.rewrite.modules import read_seam
 from skipless.rewrite.planning import connected, in_turn
-from skipless.rewrite.request import AUTO, BASES, Request
+from skipless.rewrite.request import Request
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,10 @@ class Audit:
 
     problems: of this model; if_skipless: of one with its matrices and without skips and norms. alternatives: options of
     fuse that would make it safe, if as it was asked for it is not. as_is: what can be removed exactly beside seams,
-    weights and biases by kind (counting.removable_as_is); parameters: how many there are in all. together: what all
-    that was asked for loses, on the way through the layers, in the coarsest dtype of storage.
+    weights and biases by kind (counting.removable_as_is); by_fuse: of that, what fuse moves in another family's layout,
+    and stays: what it leaves there, and why (counting.Count). parameters: how many there are in all. moves: if kinds of
+    that layout were asked for, how many numbers, and nothing stands in the way. together: what
+    all that was asked for loses, on the way through the layers, in the coarsest dtype of storage.
     """
 
     family: str
@@ -85,7 +88,10 @@ class Audit:
     if_skipless: tuple[str, ...]
     alternatives: tuple[str, ...]
     as_is: Mapping[str, int]
+    by_fuse: int | None
+    stays: tuple[str, ...]
     parameters: int
+    moves: int = 0
     together: Together | None = None
 
     @property
@@ -101,7 +107,7 @@ def audit(
     dtype: str | None = None,
     rest_dtype: str | None = None,
     layers_open: Iterable[int] = (),
-    remove: Iterable[str] = REMOVABLE,
+    remove: Iterable[str] | None = None,
     parallel_removes: str = "readers",
     device: str = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -119,9 +125,18 @@ def audit(
     opened = open_source(Path(model), device)
     source, reader = opened.architecture, opened.reader
     skipless = source if source.norm_type == "none" else source.skipless()
-    request = Request(basis, dtype, rest_dtype, tuple(layers_open), tuple(remove), parallel_removes)
+    kinds = None if remove is None else tuple(remove)
+    request = Request(basis, dtype, rest_dtype, tuple(layers_open), kinds, parallel_removes)
+    parameters = sum(info.weights for info in reader.tensors.values() if not info.is_index)
+    as_is, family = removable_as_is(source), opened.family
+    by_fuse, stays = moved_by_fuse(family, source)
+    if by_fuse is not None and kinds and set(kinds) <= set(FOLDS):
+        moving = request.of(family)
+        moves = sum(seam.saves for seam in moving.seams(source))
+        stays = tuple(moving.note(source).splitlines())
+        return Audit(family, basis, "", (), (), (), (), as_is, by_fuse, stays, parameters, moves)
     asked = request.seams(skipless)
-    every = [seam for seam in request.every(skipless) if seam.kind in {*REMOVABLE, *request.remove}]
+    every = [seam for seam in request.every(skipless) if seam.kind in {*REMOVABLE, *request.kinds}]
     refusals = {(seam.kind, seam.layer): seam for seam in request.every(source)}
     closing = connected(seam for seam in asked if not seam.refusal)
     later = {seam: after for group in closing for seam, _, after in in_turn(group)}
@@ -165,10 +180,10 @@ def audit(
         return [problem for name, problem in problems.items() if name.rpartition(".")[0] not in rewritten]
 
     def one_by_one(closing: Iterable[Seam], basis: str) -> dict[Seam, Forecast]:
-        """The forecasts of seams that are closed, where they share modules one after the other."""
+        """The forecasts of seams that are closed, one after the other where one leaves what another closes again."""
         found: dict[Seam, Forecast] = {}
         for group in map(tuple, connected(closing)):
-            if len(group) == 1:
+            if not any(after & {*seam.readers, *seam.followers} for seam, _, after in in_turn(group)):
                 found |= {seam: forecasts[seam] for seam in group}
                 continue
             known = groups.setdefault(group, {})
@@ -216,8 +231,10 @@ def audit(
         problems=(*blocked, *_refusals(found)) if blocked else problems,
         if_skipless=problems,
         alternatives=tuple(alternatives),
-        as_is=removable_as_is(source),
-        parameters=sum(info.weights for info in reader.tensors.values() if not info.is_index),
+        as_is=as_is,
+        by_fuse=by_fuse,
+        stays=stays,
+        parameters=parameters,
         together=chosen.together,
     )
 
@@ -261,5 +278,5 @@ def _others(request: Request, layers: Iterable[int]) -> Iterator[tuple[str, Requ
         yield f"--dtype {name}", dataclasses.replace(request, dtype=name)
     if layers := tuple(sorted({*request.layers_open, *layers})):
         yield f"--layers-open {','.join(map(str, layers))}", dataclasses.replace(request, layers_open=layers)
-    for kind in request.remove if len(request.remove) > 1 else ():
+    for kind in request.kinds if len(request.kinds) > 1 else ():
         yield f"--remove {kind}", dataclasses.replace(request, remove=(kind,))

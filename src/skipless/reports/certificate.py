@@ -6,7 +6,7 @@ The Jacobian is that of all logits on many random sequences, at random weights: 
 import dataclasses
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -76,15 +76,20 @@ class Certificate:
         return right and left and all(rank.gap > GAP for rank in ranks)
 
 
-def certify(architecture: Architecture) -> Certificate:
-    """Count the limit of a small copy before and after fusing it. Raises InputError for what the model does not run."""
+def certify(
+    architecture: Architecture, progress: Callable[[str, int, int], None] = lambda step, done, total: None
+) -> Certificate:
+    """Count the limit of a small copy before and after fusing it. Raises InputError for what the model does not run.
+
+    `progress` is called with which copy is looked at, how many of its parameters have been, and how many it has.
+    """
     config = shrink(architecture)
     small = Architecture.from_config({"model_type": "skipless", **config})
     found = limit(small)
     torch.manual_seed(0)
     model = SkiplessForCausalLM(SkiplessConfig(**config)).double().eval()
     _randomize(model)
-    before, after = rank(model), None
+    before, after = rank(model, partial(progress, "a small copy")), None
     kinds = tuple(dict.fromkeys(seam.kind for seam in closable(small)))
     removed = 0
     if kinds:
@@ -93,7 +98,7 @@ def certify(architecture: Architecture) -> Certificate:
             plan = fuse(Path(folder) / "source", Path(folder) / "fused", remove=kinds, basis="auto")
             fused = load(Path(folder) / "fused", torch.float64)
         removed = plan.parameters[0] - plan.parameters[1]
-        after = rank(fused)
+        after = rank(fused, partial(progress, "the copy, fused"))
     return Certificate(config, found.removable, not found.at_least, kinds, removed, before, after)
 
 
@@ -152,11 +157,12 @@ def _randomize(model: SkiplessForCausalLM) -> None:
             weight.normal_(std=1 if "embed" in name or weight.ndim == 1 else weight.shape[-1] ** -0.5)
 
 
-def rank(model: SkiplessForCausalLM) -> Rank:
+def rank(model: SkiplessForCausalLM, progress: Callable[[int, int], None] = lambda done, total: None) -> Rank:
     """The rank of the Jacobian of all logits by all parameters, its columns scaled to the same length.
 
     Of each token's logits random mixtures are taken, other ones of each, ROWS times as many in all as parameters: a
-    random projection onto more dimensions than the rank is keeps it (with probability 1).
+    random projection onto more dimensions than the rank is keeps it (with probability 1). `progress` is called with how
+    many parameters have been looked at, of how many.
     """
     model.set_attn_implementation("eager")
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -173,7 +179,7 @@ def rank(model: SkiplessForCausalLM) -> Rank:
         found: torch.Tensor = functional_call(model, changed, (tokens,), {"use_cache": False}).logits
         return (found[..., None, :] @ mixing).flatten()
 
-    parts = []
+    parts, looked = [], 0
     with torch.no_grad():  # some numbers at a time, which takes less memory
         for name, value in parameters.items():
             flat, done = value.flatten(), 0
@@ -181,6 +187,7 @@ def rank(model: SkiplessForCausalLM) -> Rank:
                 before, after = flat[:done], flat[done + len(part) :]
                 parts.append(jacfwd(partial(logits, name, before, after))(part))
                 done += len(part)
+                progress(looked := looked + len(part), count)
     columns = torch.cat(parts, 1)
     lengths = columns.norm(dim=0)
     columns[:, lengths < ZERO * lengths.max()] = 0

@@ -16,7 +16,10 @@ from transformers import AutoConfig
 
 from skipless.algebra.linalg import slices
 from skipless.architecture.config import Architecture
+from skipless.architecture.folds import folds
 from skipless.architecture.seams import Seam, seams
+from skipless.checkpoint.canonical import Canonical
+from skipless.checkpoint.family import Layout, laid_out
 from skipless.checkpoint.headers import MOST_CONFIG, check_file, check_links, read_json_object
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.errors import InputError
@@ -156,20 +159,26 @@ def _other_source(a: CheckpointReader, record: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Relation:
-    """Two checkpoints of one skipless architecture, B with fewer weights or as many. closed: seams that are open in A
-    and not in B; touched: the modules that closing them rewrites.
+    """Two checkpoints of one architecture, B with fewer weights or as many. closed: seams that are open in A and not in
+    B; touched: the modules that closing them rewrites. layout: where these lie, in another family's model.
     """
 
     source: Architecture
     target: Architecture
     closed: tuple[Seam, ...]
     touched: frozenset[str]
+    layout: Layout | None = None
+
+    def touches(self, tensor: str) -> bool:
+        """Whether closing these seams rewrites a stored tensor."""
+        names = (tensor,) if self.layout is None else self.layout.parts.get(tensor, ())
+        return any(name.rpartition(".")[0] in self.touched for name in names)
 
 
 def relation(a: CheckpointReader, b: CheckpointReader) -> Relation | None:
     """How B was made of A, if fuse could have; None for other models, and for architectures that differ."""
     if any(reader.config.get("model_type") != "skipless" for reader in (a, b)):
-        return None
+        return _relation_of_families(a, b)
     source, target = (Architecture.from_config(reader.config) for reader in (a, b))
     plain: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(source) if field.name in REMOVED}
     if dataclasses.replace(source, **plain) != dataclasses.replace(target, **plain):
@@ -179,6 +188,27 @@ def relation(a: CheckpointReader, b: CheckpointReader) -> Relation | None:
     except LookupError:
         return None
     return Relation(source, target, closed, frozenset(name for seam in closed for name in seam.modules))
+
+
+def _relation_of_families(a: CheckpointReader, b: CheckpointReader) -> Relation | None:
+    """The same, of models in a family's own layout: what has moved in B, and had not in A."""
+    try:
+        first, second = (laid_out(reader) for reader in (a, b))
+    except InputError:  # of a family that is not described
+        return None
+    if (first.family, first.architecture, first.places) != (second.family, second.architecture, second.places):
+        return None
+    every = [seam for seam in folds(first.architecture) if not seam.blocked]
+    moved = tuple(seam for seam in every if _is_neutral(b, first, seam) and not _is_neutral(a, first, seam))
+    touched = frozenset(name for seam in moved for name in seam.modules)
+    return Relation(first.architecture, first.architecture, moved, touched, first)
+
+
+def _is_neutral(reader: CheckpointReader, layout: Layout, seam: Seam) -> bool:
+    """Whether what a seam's writer holds is gone: a norm's gain 1 and bias 0, or a bias 0."""
+    tensors, (writer,) = Canonical(reader.tensors, reader.tensor, layout), seam.writers
+    values = {f"{writer}.bias": 0.0} | ({f"{writer}.weight": 1.0} if seam.kind == "norms" else {})
+    return all(bool((tensors.tensor(name) == value).all()) for name, value in values.items() if name in tensors.tensors)
 
 
 def _closed(source: Architecture, target: Architecture) -> Iterator[Seam]:
@@ -206,7 +236,7 @@ def differing_tensors(
     found = []
     for name, info in a.tensors.items():
         progress()
-        if name.rpartition(".")[0] in related.touched:
+        if related.touches(name):
             continue
         other = b.tensors.get(name)
         if other is None or other.shape != info.shape or not _equal(a, b, name):

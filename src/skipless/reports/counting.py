@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from skipless.architecture.config import Architecture, Module
+from skipless.architecture.folds import folds, staying
 from skipless.architecture.limit import closable, terms
 from skipless.architecture.seams import REMOVABLE, Seam, reasons, seams
 from skipless.bundled import KNOWN
@@ -76,7 +77,8 @@ class Count:
     with experts, if any has). nominal: trained without Q and P (qp), K and P, V and P, Fig. 1 and 3 of the paper; None
     where e != d. exact: rewriting a skipless version of it, stream and P-M seams; everything:
     all kinds of seams. limit: what could go from one at most
-    (removable_at_most). as_is: what can go from the model as it is, by what it is.
+    (removable_at_most). as_is: what can go from the model as it is, by what it is; by_fuse: of that, what fuse moves
+    (None: nothing of that kind, moved_by_fuse), and stays, why it leaves the rest of norms and biases.
     """
 
     name: str
@@ -92,6 +94,8 @@ class Count:
     everything: int
     limit: int
     as_is: Mapping[str, int]
+    by_fuse: int | None
+    stays: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -150,6 +154,7 @@ def count_architecture(name: str, family_name: str, architecture: Architecture, 
     whole = removal(
         sum(seam.saves for seam in possible), sum(_read_less(seam, architecture, conditions) for seam in possible)
     )
+    by_fuse, stays = moved_by_fuse(family_name, architecture)
     bases = [basis for seam in possible if seam.kind == "stream" for basis in seam.identities][:1]
     return Count(
         name=name,
@@ -165,6 +170,8 @@ def count_architecture(name: str, family_name: str, architecture: Architecture, 
         everything=sum(seam.saves for seam in closable(architecture.skipless())),
         limit=removable_at_most(architecture),
         as_is=removable_as_is(architecture),
+        by_fuse=by_fuse,
+        stays=stays,
     )
 
 
@@ -179,22 +186,29 @@ def removable_at_most(architecture: Architecture) -> int:
 
 
 def removable_as_is(architecture: Architecture) -> dict[str, int]:
-    """What can go exactly from a model with its skips and norms: value seams, gains that fold into what reads them, K's
-    bias where no rotation stands between it and the softmax, V's bias where P has one to take it in.
-    """
-    layers, norms = architecture.num_hidden_layers, set(architecture.norms)
-    d, e = architecture.hidden_size, architecture.value_width
-    biased = architecture.attention_bias or architecture.qkv_bias
-    found = {"values": layers * e * architecture.head_dim, "norm_gains": 0, "k_bias": 0, "v_bias": 0}
-    if architecture.norm_type != "none":
-        sites = sum(name in norms for name in ("input_layernorm", "post_attention_layernorm"))
-        head = "model.norm" in norms and not architecture.tie_word_embeddings and not architecture.embedding_size
-        found["norm_gains"] = d * (layers * sites + head)
-    if biased and not architecture.position_type.startswith("rope") and architecture.qk_norm is None:
-        found["k_bias"] = layers * e
-    if architecture.attention_bias:
-        found["v_bias"] = layers * e
+    """What can go exactly from a model with its skips and norms: value seams, and what can be moved (folds.folds)."""
+    values = architecture.num_hidden_layers * architecture.value_width * architecture.head_dim
+    found = {"values": values, "norm_gains": 0, "norm_biases": 0, "k_bias": 0, "v_bias": 0}
+    for seam in folds(architecture):
+        if seam.blocked:
+            continue
+        if seam.kind == "norms":
+            found["norm_gains"] += seam.width
+            found["norm_biases"] += seam.saves - seam.width
+        else:
+            found["k_bias" if "key_bias" in seam.identities else "v_bias"] += seam.saves
     return found
+
+
+def moved_by_fuse(family_name: str, architecture: Architecture) -> tuple[int | None, tuple[str, ...]]:
+    """Of that, what fuse moves in the family's layout - gains become 1, biases 0 - and what stays there, in words.
+
+    None: it moves nothing of this kind (a skipless model, a GGUF file).
+    """
+    if family_name == "skipless" or family_name.startswith("gguf"):
+        return None, ()
+    every = folds(architecture)
+    return sum(seam.saves for seam in every if not seam.blocked), staying(every)
 
 
 def resolve(model: str | Path) -> tuple[str, str, Architecture]:

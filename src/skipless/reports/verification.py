@@ -25,16 +25,20 @@ from skipless.algebra.tolerances import OWN_ERROR_FACTOR, TOLERANCES, coarsest, 
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError
-from skipless.inference import Generated, generate, load, load_tokenizer, spread
+from skipless.inference import Generated, arithmetic, generate, load, load_tokenizer, spread
 from skipless.reports.comparing import Data, Relation, compare_data, differing_tensors, relation
 from skipless.reports.routing import Choice, following, follows, noting, routed
 from skipless.rewrite import probe
 from skipless.rewrite.machine import available_memory
+from skipless.rewrite.maps import compare
 from skipless.rewrite.probe import SINGLE, chance
 from skipless.rewrite.record import differences, read_record
 
 # A dtype in which the original itself is so wrong that any other model would pass proves nothing.
 LARGEST_LIMIT = 0.5
+# What A loses by being stored is a mean over so many numbers at least: of a narrow model, over several such draws.
+ENOUGH, MOST_DRAWS = 64, 8
+
 # What is run: at most so many positions, and so many logits (512 MB in fp64), unless all are asked for.
 MAX_POSITIONS = 4096
 MAX_LOGITS = 2**26
@@ -48,6 +52,9 @@ OUTLIERS, REROUTED = 0.05, 0.5
 LEAST_KL = 1e-13
 # Tokens beyond a sliding window, so that some of them no longer see the first.
 BEYOND = 32
+
+# What families call the most tokens that a sequence may have.
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 DEFAULT_DTYPES = ("float64", "float32", "bfloat16")
 DEFAULT_PROMPT = 'def read(path):\n    """Read'
@@ -260,13 +267,17 @@ def verify(
     cast = {name: info.dtype for name, info in second.tensors.items()} if exact else None
     reference = _Reference(a, inputs, cast)
     proved = related is not None and not tensors and all(each.passed for each in maps)
-    margin = chance(min(_size(first.config, "hidden_size", 1), inputs.vocab_size))
+    width = min(_size(first.config, "hidden_size", 1), inputs.vocab_size)
+    margin = chance(width)
     nothing = Loss(0.0, 0.0, 0.0, 1.0, 0.0, 1.0)
     storage = nothing
     if not exact:
         steps.next(f"running A as {dtype_name(stored)} stores it")
-        touched = None if related is None else related.touched
-        storage = _run(a, torch.float64, reference, 0, _noise(first, stored, touched)).loss
+        touched = None if related is None or related.layout else related.touched
+        draws = range(min(MOST_DRAWS, math.ceil(ENOUGH / width)))
+        storage = _usual(
+            [_run(a, torch.float64, reference, 0, _noise(first, stored, touched, draw)).loss for draw in draws]
+        )
     rows, generated = [], dict[str, Sequence[Generated]]({"A": reference.greedy})
     for name in dtypes:
         kind = getattr(torch, name)
@@ -308,6 +319,11 @@ def _coarsest(reader: CheckpointReader) -> torch.dtype:
 
 def _maps(related: Relation, a: CheckpointReader, b: CheckpointReader, stored: torch.dtype) -> Iterator[Map]:
     """The maps around closed seams: all together, the worst single column, and the worst row of a rewritten table."""
+    if related.layout is not None:
+        found_moved = (each for each, _, _ in compare(related.layout, related.closed, a, b, stored))
+        worst = max(found_moved, key=_share)
+        yield Map(worst.name, worst.error, worst.limit, "together")
+        return
     source, target = related.source, related.target
     inputs, rounded = probe.Inputs.drawn(source), probe.rounded_as(stored, a.tensors, related.touched)
     exact, found = probe.outputs(a.config, a, inputs, rounded), probe.outputs(b.config, b, inputs)
@@ -342,7 +358,7 @@ def _inputs(a: CheckpointReader, b: CheckpointReader, prompt: str, tokens: int, 
     vocab_size, other = (_size(config, "vocab_size", None) for config in configs)
     if vocab_size != other:
         raise InputError(f"vocab_size: expected {vocab_size} as in A, found {other} in B")
-    limit = min(_size(config, "max_position_embeddings", 2**31) for config in configs)
+    limit = min(_size(config, name, 2**31) for config in configs for name in POSITIONS)
     tokens = min(tokens, max(1, limit // 2))
     not_run = []
     generator = torch.Generator().manual_seed(seed)
@@ -393,12 +409,12 @@ def _size(config: Mapping[str, Any], name: str, default: int | None) -> int:
 
 
 def _noise(
-    reader: CheckpointReader, dtype: torch.dtype, touched: Collection[str] | None
+    reader: CheckpointReader, dtype: torch.dtype, touched: Collection[str] | None, draw: int
 ) -> Callable[[PreTrainedModel], None]:
     """What storing a checkpoint's weights in a dtype does to a model that has loaded them in fp64: rounding, and, to
     those of modules that are rewritten (None: all), noise where they have no more bits than that.
     """
-    change, others = probe.stored_as(dtype, touched), _coarsest(reader)
+    change, others = probe.stored_as(dtype, touched, draw), _coarsest(reader)
 
     def changed(model: PreTrainedModel) -> None:
         for name, weight in model.named_parameters():
@@ -455,7 +471,8 @@ def _finite(value: Tensor) -> float:
 @torch.no_grad()
 def _logits(model: PreTrainedModel, ids: Tensor, kept: int) -> Tensor:
     """Of the last `kept` tokens of each sequence, (sequences * kept, vocab), in fp64."""
-    logits: Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits
+    with arithmetic(model):
+        logits: Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits
     return logits.flatten(0, 1).double()
 
 
@@ -480,6 +497,18 @@ def _ties(found: Sequence[Generated], expected: Sequence[Generated], limit: floa
             if not gap <= 2 * SINGLE * limit * spread(scores[None])[0]:
                 return False
     return True
+
+
+def _usual(losses: Sequence[Loss]) -> Loss:
+    """What several draws lose: their mean square error, and the worst of the rest."""
+    return Loss(
+        (sum(loss.error**2 for loss in losses) / len(losses)) ** 0.5,
+        max(loss.worst for loss in losses),
+        sum(loss.kl for loss in losses) / len(losses),
+        min(loss.top1 for loss in losses),
+        max(loss.lead for loss in losses),
+        min(loss.greedy for loss in losses),
+    )
 
 
 def _together(own: Loss, storage: Loss) -> Loss:

@@ -41,6 +41,9 @@ def card(plan: Plan, options: Mapping[str, Any], name: str, source: str | None, 
 
 def _own(plan: Plan, options: Mapping[str, Any], name: str) -> Iterator[str]:
     (before, after), (bytes_before, bytes_after) = plan.parameters, plan.bytes
+    if plan.layout is not None:
+        yield from _moved(plan, options, name)
+        return
     yield f"# {_plain(name)}, less weights that carry no information"
     yield ""
     yield f"Written by skipless {__version__}: the same function, of fewer weights (arXiv:2404.12362)."
@@ -50,14 +53,11 @@ def _own(plan: Plan, options: Mapping[str, Any], name: str) -> Iterator[str]:
     yield f"| parameters | {before:,} | {after:,} | {1 - after / before:.1%} |"
     yield f"| bytes of tensors | {bytes_before:,} | {bytes_after:,} | {1 - bytes_after / bytes_before:.1%} |"
     yield ""
-    seams = [seam for task in plan.tasks for seam in task.seams]
-    for kind in dict.fromkeys(seam.kind for seam in seams):
-        closed = [seam for seam in seams if seam.kind == kind]
+    for kind, closed in plan.kinds.items():
         ways = ", ".join(dict.fromkeys(seam.way(plan.basis) for seam in closed))
         saved = sum(seam.saves for seam in closed)
         yield f"- {len(closed)} {kind} seams closed by {ways}: {saved:,} weights less"
-    asked = ", ".join(f"{key} {_shown(value)}" for key, value in options.items() if value not in (None, (), ""))
-    yield f"- asked for: {asked}"
+    yield f"- asked for: {_asked(options)}"
     yield ""
     yield (
         "Expected errors by seam, versions, and the SHA-256 of all that was read and written are in skipless.json. "
@@ -68,6 +68,35 @@ def _own(plan: Plan, options: Mapping[str, Any], name: str) -> Iterator[str]:
         "To load it: `import skipless.model`, then `AutoModelForCausalLM.from_pretrained(...)`; or, without skipless, "
         "`trust_remote_code=True`, for which the model's two Python files are here."
     )
+
+
+def _moved(plan: Plan, options: Mapping[str, Any], name: str) -> Iterator[str]:
+    """Of a family's model, in whose layout nothing goes."""
+    assert plan.layout is not None
+    family, (count, _) = plan.layout.family.model_types[0], plan.parameters
+    yield f"# {_plain(name)}, its norms and biases folded"
+    yield ""
+    yield (
+        f"Written by skipless {__version__}: the same function, and the same tensors by name and shape, so that it "
+        f"loads as any {family} model does. {plan.neutral:,} of {count:,} numbers have moved into the matrices beside "
+        f"them: gains that are now 1, biases that are now 0."
+    )
+    yield ""
+    for kind, seams in plan.kinds.items():
+        moved = sum(seam.saves for seam in seams)
+        yield f"- {kind}: {moved:,} numbers, in {len(seams)} places"
+    yield from (f"- {_plain(line)}" for line in plan.note.splitlines())
+    yield f"- asked for: {_asked(options)}"
+    yield ""
+    yield (
+        "Versions, and the SHA-256 of all that was read and written are in skipless.json. `skipless verify SOURCE "
+        "THIS` compares both models, `skipless verify THIS` the bytes with that record."
+    )
+
+
+def _asked(options: Mapping[str, Any]) -> str:
+    """The options that say something."""
+    return ", ".join(f"{key} {_shown(value)}" for key, value in options.items() if value not in (None, (), ""))
 
 
 def _shown(value: object) -> str:

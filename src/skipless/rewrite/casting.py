@@ -1,4 +1,4 @@
-"""What tensors lose that are only cast: numbers below the least that their new dtype can hold become zero.
+"""Underflow of tensors that are only cast: numbers below their new dtype's smallest become zero.
 
 Rounding leaves each number off by the dtype's relative error. A tensor that is off by more holds numbers that are too
 small for it, and rewriting does not come into it; larger ones than it can hold, which become infinity, are refused
@@ -39,7 +39,7 @@ class Underflow:
 def underflows(
     before: Mapping[str, TensorInfo], after: Mapping[str, torch.dtype], read: Read, vectors: bool = False
 ) -> Iterator[Underflow]:
-    """Of the tensors that are cast to these dtypes, those that lose small numbers.
+    """The tensors that lose small numbers when they are cast to these dtypes.
 
     vectors: look at biases and gains alone, not at matrices: what these lose may be little beside what they are added
     to, or all of it.

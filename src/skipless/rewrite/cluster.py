@@ -135,12 +135,12 @@ class Submission:
         self._memory = WORKER + self.cost.memory
 
     def _work(self) -> Callable[..., Iterator[Any]]:
-        """What a worker does."""
+        """The function that a worker runs."""
         return carry_out
 
     @property
     def name(self) -> str:
-        """What to call it: the first tensor that it gives."""
+        """Its name in messages: the first tensor that it gives."""
         return next(iter(self._outputs))
 
     def submit(self, job: "ray.ObjectRef[Input]") -> None:
@@ -163,7 +163,7 @@ class Submission:
         self.results: ray.ObjectRefGenerator = remote.remote(self._environment, [job], self.number)
 
     def lack(self) -> str:
-        """Why no machine of the cluster can run it; or nothing."""
+        """Why no machine of the cluster can run it; empty if one can."""
         if self._machines():
             return ""
         machines = [machine["Resources"] for machine in ray.nodes() if machine["Alive"]]
@@ -174,7 +174,7 @@ class Submission:
         )
 
     def _machines(self) -> list[str]:
-        """The nodes of the cluster that it fits on."""
+        """The cluster's nodes with enough memory for it."""
         return [
             machine["NodeID"]
             for machine in ray.nodes()
@@ -191,7 +191,7 @@ class Submission:
         return {"CPU": self._cpus, "memory": self._memory} | ({"GPU": self._gpus} if self._gpus else {})
 
     def done(self) -> Done:
-        """What it gives, as it comes."""
+        """Its tensors, as they arrive."""
         outcomes: list[Outcome] = []
         sources: dict[str, str] = {}
         return Done(self._tensors(outcomes, sources), outcomes, sources, self._confirm)
@@ -220,7 +220,7 @@ class Submission:
                 raise _changed(name, self._report.worker, f"SHA-256 {found} instead of {expected}")
 
     def next(self) -> Any:
-        """The next that the worker hands out, once it is there."""
+        """Wait for the worker's next result."""
         _first([self])
         try:
             return ray.get(next(self.results))
@@ -233,7 +233,7 @@ class Submission:
             ) from error
 
     def cancel(self) -> None:
-        """Stop it, between two steps."""
+        """Cancel it between two steps."""
         with suppress(RayError):
             ray.cancel(self.results)
 
@@ -267,7 +267,7 @@ def _first(running: Sequence[Submission]) -> Submission:
 
 
 def _changed(name: str, worker: str, found: str) -> StorageError:
-    """What has arrived of a tensor is not what was sent."""
+    """The error for a tensor that arrived with other bytes than were sent."""
     return StorageError(
         f"{name}: expected to get what {worker} has computed, got {found}; check the memory of both machines and the "
         f"network between them"
@@ -275,7 +275,7 @@ def _changed(name: str, worker: str, found: str) -> StorageError:
 
 
 def _cause(error: RayTaskError) -> Exception:
-    """What went wrong in a worker, as it would have been raised here."""
+    """The error of a worker, as this process would have raised it."""
     if isinstance(error.cause, RuntimeError) and "failed to import on the worker" in str(error.cause):
         found = str(error.cause).strip().splitlines()[-1]
         return StorageError(
@@ -293,7 +293,7 @@ def _listed(resources: Mapping[str, float]) -> str:
 
 
 def _tensor(data: np.ndarray, info: TensorInfo) -> torch.Tensor:
-    """A tensor of these bytes, or rows of it, in Ray's shared memory: it cannot be changed."""
+    """A tensor, or some of its rows, over these bytes of Ray's shared memory. It is read-only."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(data).view(info.dtype).reshape(-1, *info.shape[1:])
@@ -368,7 +368,7 @@ def carry_out_unsent(
 
 @lru_cache(1)
 def _opened(reference: "ray.ObjectRef[Input]") -> tuple[Plan, CheckpointReader]:
-    """The plan, and the source as this worker sees it."""
+    """The plan, and the source as opened by this worker."""
     job = ray.get(reference)
     try:
         reader = open_reader(job.place, job.device)

@@ -39,24 +39,24 @@ def cost(plan: Plan, task: Task) -> Cost:
 
 
 def needed(plan: Plan, tasks: Iterable[Task]) -> int:
-    """Bytes that carrying out tasks adds to what the process holds: the largest one's, and what waits to be written."""
+    """Bytes that running tasks adds to the process: those of the largest task, and of what waits to be written."""
     return max((cost(plan, task).memory for task in tasks), default=0) + waiting(plan)
 
 
 def least(plan: Plan) -> Plan:
-    """The plan with every task by rows that takes less memory so."""
+    """The plan with each task by rows for which that saves memory."""
     every = plan.by_rows(plan.tasks)
     pairs = zip(plan.tasks, every.tasks, strict=True)
     return plan.by_rows([task for task, other in pairs if cost(every, other).memory < cost(plan, task).memory])
 
 
 def waiting(plan: Plan) -> int:
-    """Bytes of the largest that a task hands out at a time, one of which may wait to be written."""
+    """Bytes of the largest piece that a task hands out. One piece may wait to be written."""
     return max(_piece(plan, task, name) for task in plan.tasks for name in task.writes)
 
 
 def _piece(plan: Plan, task: Task, name: str) -> int:
-    """Bytes of a tensor that a task hands out at a time."""
+    """Bytes of the pieces in which a task hands out a tensor."""
     info = plan.outputs[name]
     if not task.seams:
         return _copied(plan.inputs[name]) * info.dtype.itemsize // plan.inputs[name].dtype.itemsize
@@ -66,7 +66,7 @@ def _piece(plan: Plan, task: Task, name: str) -> int:
 
 
 def _copied(info: TensorInfo) -> int:
-    """Bytes of a tensor that are copied at a time."""
+    """Bytes of the pieces in which a tensor is copied."""
     return min(info.bytes, max(COPIED, info.row_bytes))
 
 
@@ -86,15 +86,16 @@ def _memory(plan: Plan, task: Task) -> int:
     if not task.seams:
         (name,) = task.writes
         return OVERHEAD + _copied(plan.inputs[name]) + _piece(plan, task, name)
+    inputs, _ = plan.canonical
     largest, left = 0.0, dict[str, float]()
     for seam, earlier, later in in_turn(task.seams):
         own = [name for name in seam.modules if name in plan.modules[0]]
-        read = sum(plan.inputs[f"{name}.weight"].bytes for name in own if name not in left)
-        held = read + sum(left.values()) + sum(plan.inputs[name].bytes for name in seam.mixed)
+        read = sum(inputs[f"{name}.weight"].bytes for name in own if name not in left)
+        held = read + sum(left.values()) + sum(inputs[name].bytes for name in seam.mixed)
         needed = removal(seam).memory(seam, setting(plan, task, earlier, later))
         if len(task.seams) > 1:  # what it gives, as it is handed out
-            needed += sum(8.0 * plan.inputs[f"{name}.weight"].weights for name in own if name not in later)
+            needed += sum(8.0 * inputs[f"{name}.weight"].weights for name in own if name not in later)
         largest = max(largest, held + needed)
         left = {name: size for name, size in left.items() if name not in own}
-        left |= {name: 8.0 * plan.inputs[f"{name}.weight"].weights for name in later if name in own}
+        left |= {name: 8.0 * inputs[f"{name}.weight"].weights for name in later if name in own}
     return OVERHEAD + int(largest)

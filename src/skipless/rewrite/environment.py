@@ -1,4 +1,4 @@
-"""What must be the same for a task to give the same, bit for bit."""
+"""The environment that a task's bits depend on."""
 
 import os
 
@@ -23,7 +23,7 @@ def environment() -> dict[str, object]:
 
 
 def blas_threads() -> int:
-    """On how many threads numpy's and scipy's OpenBLAS computes: what it is told when it is loaded, or all cores."""
+    """The threads of numpy's and scipy's OpenBLAS: as set when it is loaded, or all cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     told = (os.environ.get(name, "") for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"))
     return min(cores, next((int(value) for value in told if value.isdecimal() and int(value)), cores))

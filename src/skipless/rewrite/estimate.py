@@ -1,4 +1,4 @@
-"""What a plan will cost: FLOPs, bytes, memory and time, from shapes and this machine's measured rates."""
+"""Estimate a plan's FLOPs, bytes, memory and time from shapes and this machine's measured rates."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ class Estimate:
         return total
 
     def seconds_of(self, found: Cost) -> float:
-        """The arithmetic of a task."""
+        """Seconds of a task's arithmetic."""
         return sum(flops / self.rates.flops[name] for name, flops in found.flops.items())
 
     @property
@@ -48,12 +48,12 @@ class Estimate:
 
     @property
     def check(self) -> float:
-        """Seconds of reading what was written, and then it and the source to compare them."""
+        """Seconds of reading the result again, and then both source and result to compare them."""
         return (sum(self.plan.bytes) + self.plan.bytes[1]) / self.rates.disk
 
     @property
     def seconds(self) -> float:
-        """All in all."""
+        """Seconds in all."""
         return max(self.arithmetic, self.disk) + self.check
 
     def to_json(self) -> dict[str, object]:

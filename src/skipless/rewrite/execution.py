@@ -7,6 +7,7 @@ forgotten after its last use.
 import dataclasses
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -14,6 +15,7 @@ from skipless.algebra.affine import Affine
 from skipless.algebra.forecast import Outcome
 from skipless.algebra.linalg import blocks, slices
 from skipless.algebra.rows import Rows
+from skipless.checkpoint.canonical import Canonical, restored
 from skipless.checkpoint.digests import Digests
 from skipless.checkpoint.opening import Read
 from skipless.checkpoint.reader import CheckpointReader, not_finite
@@ -51,7 +53,19 @@ def run_task(plan: Plan, task: Task, read: Read) -> Done:
     Taking one raises InputError if casting it to a smaller dtype has overflowed.
     """
     outcomes: list[Outcome] = []
-    tensors = _close_all(plan, task, read, outcomes) if task.seams else _copy(plan, task, read)
+    if not task.seams:
+        tensors = _copy(plan, task, read)
+    elif plan.layout is None:
+        tensors = _close_all(plan, task, read, outcomes)
+    else:
+        layout, kept = plan.layout, cache(read)
+
+        def whole(name: str) -> torch.Tensor:
+            """A stored tensor, kept if several parts of it will be asked for."""
+            return kept(name) if len(layout.parts[name]) > 1 else read(name)
+
+        made = _close_all(plan, task, Canonical(plan.inputs, whole, layout).tensor, outcomes)
+        tensors = restored(made, layout, whole)
     return Done(_finite(tensors), outcomes)
 
 
@@ -69,7 +83,7 @@ def run_digested(plan: Plan, task: Task, reader: CheckpointReader) -> Done:
 
 
 def _finite(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same, each looked at by this thread: the writing one would wait for threads that the next seam keeps busy."""
+    """Check each tensor on this thread: the writer thread would block on the pool that the next seam uses."""
     for name, tensor in tensors:
         if not_finite(tensor):
             raise InputError(
@@ -116,16 +130,16 @@ def setting(
 ) -> Setting:
     """What a removal is told of a task's tensors. earlier, later: modules that another seam rewrites."""
     modules = plan.modules[0]
-    return Setting(plan.source, plan.basis, plan.inputs, plan.outputs, modules, earlier, later, task.by_rows)
+    return Setting(plan.source, plan.basis, *plan.canonical, modules, earlier, later, task.by_rows)
 
 
 def _stored(plan: Plan, affines: dict[str, Affine]) -> Iterator[tuple[str, torch.Tensor]]:
     """Modules as the checkpoint stores them, in the output's dtype; each is forgotten."""
-    _, after = plan.modules
+    (_, after), (_, outputs) = plan.modules, plan.canonical
     for name in list(affines):
         weight, bias = affines[name].weight, affines[name].bias
         del affines[name]
-        dtype, turned = plan.outputs[f"{name}.weight"].dtype, not (after[name].table or after[name].diagonal)
+        dtype, turned = outputs[f"{name}.weight"].dtype, not (after[name].table or after[name].diagonal)
         if isinstance(weight, Rows):
             yield from ((f"{name}.weight", part) for part in _made(weight, dtype, turned))
             continue
@@ -133,7 +147,7 @@ def _stored(plan: Plan, affines: dict[str, Affine]) -> Iterator[tuple[str, torch
         yield f"{name}.weight", weight
         del weight
         if bias is not None:
-            yield f"{name}.bias", bias.to(plan.outputs[f"{name}.bias"].dtype)
+            yield f"{name}.bias", bias.to(outputs[f"{name}.bias"].dtype)
 
 
 def _made(weight: Rows, dtype: torch.dtype, turned: bool) -> Iterator[torch.Tensor]:

@@ -43,7 +43,7 @@ EXECUTORS: dict[str, Executor] = {"local": run_local, "ray": run_ray}
 
 
 def choose_executor(name: str, address: str | None = None) -> Executor:
-    """The executor of that name. Raises InputError if there is none, or if it cannot run here."""
+    """The executor of that name. Raises InputError if it does not exist or cannot run here."""
     if name not in EXECUTORS:
         raise InputError(f"engine: expected one of {', '.join(EXECUTORS)}, found {name!r}")
     if name != "ray":

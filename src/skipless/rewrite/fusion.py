@@ -15,10 +15,11 @@ import torch
 from skipless.algebra.forecast import Outcome
 from skipless.algebra.rounding import rounding_error
 from skipless.algebra.tolerances import tolerance
-from skipless.architecture.seams import REMOVABLE
+from skipless.architecture.seams import AUTO
 from skipless.checkpoint import files
 from skipless.checkpoint.behind import Behind
 from skipless.checkpoint.digests import Digests
+from skipless.checkpoint.family import family_of
 from skipless.checkpoint.headers import INDEX
 from skipless.checkpoint.manifest import JOURNAL, Entry, Manifest
 from skipless.checkpoint.others import tell_left_out, unused
@@ -36,11 +37,12 @@ from skipless.rewrite.estimate import Estimate, estimate, within_memory
 from skipless.rewrite.execution import Done
 from skipless.rewrite.executors import Executor, choose_executor
 from skipless.rewrite.machine import available_memory, measure, resident_memory
+from skipless.rewrite.maps import check_moved
 from skipless.rewrite.model_files import MODEL_FILES, OURS
 from skipless.rewrite.planning import Plan, Task, prepare
 from skipless.rewrite.probe import Checked, Difference, check_fused
-from skipless.rewrite.record import tensor_digest, write_record
-from skipless.rewrite.request import AUTO, Request
+from skipless.rewrite.record import RECORD, tensor_digest, write_record
+from skipless.rewrite.request import Request
 
 
 def fuse(
@@ -51,8 +53,9 @@ def fuse(
     dtype: str | None = None,
     rest_dtype: str | None = None,
     layers_open: Iterable[int] = (),
-    remove: Iterable[str] = REMOVABLE,
+    remove: Iterable[str] | None = None,
     parallel_removes: str = "readers",
+    layout: str | None = None,
     max_shard_size: int = 5 * 10**9,
     max_memory: int | None = None,
     engine: str = "local",
@@ -64,7 +67,9 @@ def fuse(
 ) -> Plan:
     """Write `source` without Q (or K, V) and P into the new folder `destination`, and return what was done.
 
-    basis, dtype, rest_dtype, layers_open, remove, parallel_removes: what is asked for (request.Request). max_shard_size
+    Of a model with skips and norms, of any family that is described, norms' gains and biases are moved instead
+    (architecture/folds.py). basis, dtype, rest_dtype, layers_open, remove, parallel_removes, layout: what is asked for
+    (request.Request). max_shard_size
     in bytes; max_memory: of this process, if it computes, in bytes (None: what is free). engine: "local", or "ray" with
     the cluster at `address` (None: one on this machine). device: where the algebra is done, "cpu" or a CUDA device
     (their results differ in the last bits). copy: shell patterns of files of `source` that are copied along beside
@@ -74,7 +79,8 @@ def fuse(
     InputError for anything that stands in the way; `destination` then does not exist. What is on disk when the disk
     fails or the process is stopped is kept.
     """
-    request = Request(basis, dtype, rest_dtype, tuple(layers_open), tuple(remove), parallel_removes)
+    kinds = None if remove is None else tuple(remove)
+    request = Request(basis, dtype, rest_dtype, tuple(layers_open), kinds, parallel_removes, layout)
     job = plan_fuse(
         source, destination, request, max_shard_size, max_memory, engine, address, device, resume, tuple(copy)
     )
@@ -155,7 +161,8 @@ class Job:
     def files(self) -> tuple[Path, ...]:
         """All that is written, relative to the new folder."""
         shards = [*self.plan.shards, INDEX] if len(self.plan.shards) > 1 else [*self.plan.shards]
-        return (*map(Path, ("config.json", *shards, *sorted(OURS))), *{*self.copied, Path(CARD)})
+        own = (RECORD, *(file.name for file in model_files(self.plan)))
+        return (*map(Path, ("config.json", *shards, *sorted(own))), *{*self.copied, Path(CARD)})
 
     def manifest(self) -> dict[str, Any]:
         """What must be the same for two runs to write the same bytes."""
@@ -189,7 +196,13 @@ def plan_fuse(
     if isinstance(found, Path):
         _check_outside(place, [found])
     place.check()
+    if isinstance(found, Path) and found.suffix == ".gguf":
+        raise InputError(
+            f"{source}: expected a model folder, found a GGUF file, which count and audit read, and fuse does not; "
+            f"convert it (transformers: from_pretrained(..., gguf_file=...), then save_pretrained) and fuse that"
+        )
     reader = open_reader(source, device)
+    request = request.of(family_of(reader.config))
     copied = [file for file in reader.other_files(copy) if str(file) not in OURS]
     _check_outside(place, (reader.folder / name for name in ("config.json", *reader.shards, *map(str, copied))))
     for pattern in unused(copy, copied):
@@ -205,7 +218,7 @@ def plan_fuse(
     else:
         plan = prepare(reader, request, max_shard_size, resident_memory(), limit if here else None)
     needed = plan.bytes[1] + sum(
-        file.stat().st_size for file in (*MODEL_FILES, *(reader.folder / each for each in copied))
+        file.stat().st_size for file in (*model_files(plan), *(reader.folder / each for each in copied))
     )
     free = shutil.disk_usage(place.disk).free
     if begun is None and needed > free:
@@ -216,6 +229,11 @@ def plan_fuse(
         raise InputError(str(lost))
     tell_left_out([name for name in reader.left_out(copy) if name not in OURS])
     return Job(request, max_shard_size, chosen, place, reader, plan, copy, tuple(copied), bool(begun and begun.done))
+
+
+def model_files(plan: Plan) -> tuple[Path, ...]:
+    """The files of code that a plan's result carries: a skipless model's; of another family none."""
+    return MODEL_FILES if plan.layout is None else ()
 
 
 def destination_place(destination: str | Path) -> Place:
@@ -271,6 +289,8 @@ def _check(
     """As check_fused; what biases or gains that became zero have spoiled is no bug, nor what a changed source has."""
     with Digests(source, overwritten=True) as digests:  # so that nothing waits in memory
         try:
+            if plan.layout is not None:
+                return check_moved(plan, digests, fused)
             return check_fused(plan, source.config, digests, fused, outcomes)
         except BugError:
             for found in underflows(plan.inputs, _copied(plan), source.tensor, vectors=True):
@@ -288,7 +308,7 @@ def _copy_others(job: Job, folder: Path) -> None:
         for parent in reversed(file.parents):
             files.make_folder(folder / parent)
         files.copy(job.reader.fetch(file), folder / file)
-    for file in MODEL_FILES:
+    for file in model_files(job.plan):
         files.copy(file, folder / file.name)
 
 

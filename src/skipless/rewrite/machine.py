@@ -1,4 +1,4 @@
-"""What this machine does a second, measured in about one, how much memory it has, and what becomes of freed memory."""
+"""Measure this machine's speed, in about a second, and its memory; let freed memory be reused."""
 
 import ctypes
 import resource
@@ -61,7 +61,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def available_memory() -> int:
-    """Bytes that can be used without swapping: what the system says, or what our control group (v2) has left."""
+    """Bytes that can be used without swapping: the system's figure, or what the control group (v2) has left."""
     found, group = [psutil.virtual_memory().available], Path("/sys/fs/cgroup")
     with suppress(OSError, ValueError, KeyError):  # there is none, or its limit is "max"
         used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
@@ -72,7 +72,7 @@ def available_memory() -> int:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process has held.
+    """The largest resident memory of this process so far, in bytes.
 
     Linux's getrusage would say that of the process that started this one, if that is more.
     """
@@ -84,7 +84,7 @@ def peak_memory() -> int:
 
 
 def resident_memory() -> int:
-    """Bytes that this process holds."""
+    """The resident memory of this process, in bytes."""
     return int(psutil.Process().memory_info().rss)
 
 

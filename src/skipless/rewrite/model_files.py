@@ -25,7 +25,7 @@ MOST = 10**6
 
 
 def copy_model_files(folder: Path) -> None:
-    """Put this version's files into a folder, in the place of others: each whole or not at all."""
+    """Replace a folder's model files by this version's, each atomically."""
     for file in MODEL_FILES:
         files.copy(file, folder / file.name, files.replace)
 
@@ -61,13 +61,13 @@ def refresh(folder: Path, tell: Callable[[str], None], dry_run: bool = False) ->
 
 
 def other_model_files(folder: Path) -> list[str]:
-    """Which of a folder's model files are not this version's, absent ones included; none if it has none at all."""
+    """The folder's model files that differ from this version's or are absent; none if it has none at all."""
     here = [file for file in MODEL_FILES if (folder / file.name).exists()]
     return [file.name for file in MODEL_FILES if here and _text(folder / file.name, folder) != _text(file)]
 
 
 def changes(folder: Path) -> Iterator[str]:
-    """What replacing a folder's model files by this version's would change, as the lines of a unified diff."""
+    """The unified diff from a folder's model files to this version's, line by line."""
     for file in MODEL_FILES:
         before, after = _text(folder / file.name, folder).splitlines(), _text(file).splitlines()
         names = f"{folder / file.name}", f"{folder / file.name} (skipless's)"

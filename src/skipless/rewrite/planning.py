@@ -6,7 +6,7 @@ memory together, and tasks are independent of each other, so that an engine may 
 
 import dataclasses
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +15,8 @@ import torch
 from skipless.algebra.forecast import Forecast
 from skipless.algebra.linalg import HALF
 from skipless.architecture.config import Architecture, Module
-from skipless.architecture.seams import Seam, closed
+from skipless.architecture.seams import AUTO, Seam, closed
+from skipless.checkpoint import canonical, family
 from skipless.checkpoint.opening import check_config, read_architecture
 from skipless.checkpoint.reader import CheckpointReader, TensorInfo
 from skipless.checkpoint.writer import plan_shards
@@ -24,7 +25,7 @@ from skipless.removals import forecast
 from skipless.removals.columns import forecast_memory
 from skipless.rewrite.model_files import AUTO_MAP
 from skipless.rewrite.modules import read_seam, tables
-from skipless.rewrite.request import AUTO, Request
+from skipless.rewrite.request import Request
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Task:
 class Plan:
     """All that a fuse will do. `inputs`, `outputs`: every tensor of source and result; `config`: the new one.
 
-    basis: how stream seams are closed; reason: why, if it was chosen from the weights.
+    basis: how stream seams are closed; reason: why, if it was chosen from the weights. layout: where our names lie in
+    tensors of another family (None: the model is skipless, and they are its own).
     """
 
     source: Architecture
@@ -57,11 +59,32 @@ class Plan:
     outputs: Mapping[str, TensorInfo]
     config: Mapping[str, object]
     note: str = ""
+    layout: family.Layout | None = None
 
     @cached_property
     def modules(self) -> tuple[dict[str, Module], dict[str, Module]]:
         """The modules of source and target by name."""
         return _modules(self.source), _modules(self.target)
+
+    @cached_property
+    def canonical(self) -> tuple[Mapping[str, TensorInfo], Mapping[str, TensorInfo]]:
+        """Inputs and outputs by our names."""
+        if self.layout is None:
+            return self.inputs, self.outputs
+        return canonical.infos(self.inputs, self.layout), canonical.infos(self.outputs, self.layout)
+
+    @cached_property
+    def kinds(self) -> dict[str, list[Seam]]:
+        """The seams that are closed, by kind."""
+        found: dict[str, list[Seam]] = {}
+        for seam in (seam for task in self.tasks for seam in task.seams):
+            found.setdefault(seam.kind, []).append(seam)
+        return found
+
+    @property
+    def neutral(self) -> int:
+        """Of a family's layout, the numbers that become neutral: gains that are 1, and biases that are 0."""
+        return sum(seam.saves for seams in self.kinds.values() for seam in seams) if self.layout else 0
 
     @cached_property
     def touched(self) -> frozenset[str]:
@@ -126,6 +149,7 @@ class Plan:
             "tasks": len(self.tasks),
             "parameters_before": before,
             "parameters_after": after,
+            **({"neutral": self.neutral, "stays": self.note.splitlines()} if self.layout else {}),
             "bytes_before": bytes_before,
             "bytes_after": bytes_after,
             "shards": sorted(self.shards),
@@ -143,6 +167,8 @@ def prepare(
 
     Raises InputError if choosing takes a process that holds `held` bytes already beyond `limit` (None: there is none).
     """
+    if request.layout == "family":
+        return plan_family(reader, request, max_shard_size)
     source = read_architecture(reader)
     ways = ("q", "pivoted")
 
@@ -190,6 +216,59 @@ def make_plan(reader: CheckpointReader, request: Request, reason: str = "", max_
     return plan
 
 
+def plan_family(reader: CheckpointReader, request: Request, max_shard_size: int = 5 * 10**9) -> Plan:
+    """Plan what moves within the layout of another family's model: every tensor keeps its name and shape.
+
+    Raises InputError as make_plan does.
+    """
+    layout = family.laid_out(reader)
+    source = layout.architecture
+    closing = request.seams(source)
+    if not closing:
+        reasons = request.note(source).splitlines()
+        raise InputError(f"nothing to move: {reasons[0] if reasons else 'this model has no norms and no biases'}")
+    order = (*layout.shapes, *sorted(reader.tensors.keys() - layout.shapes.keys()))
+    kept = {
+        name: (info.shape, info.dtype if request.dtype is None or info.is_index else getattr(torch, request.dtype))
+        for name, info in ((name, reader.tensors[name]) for name in order)
+    }
+    config = dict(reader.config)
+    own = {**config[layout.family.inside]} if layout.family.inside in config else config
+    if request.dtype is not None:
+        for fields in (config, own):
+            for name in {"dtype", "torch_dtype"} & fields.keys() or ({"dtype"} if fields is config else ()):
+                fields[name] = request.dtype
+    if own is not config:
+        config[layout.family.inside] = own
+    return Plan(
+        source=source,
+        target=source,
+        basis=request.basis,
+        reason="",
+        tasks=_family_tasks(layout, closing, order),
+        inputs=reader.tensors,
+        outputs=plan_shards(kept, max_shard_size),
+        config=config,
+        note=request.note(source),
+        layout=layout,
+    )
+
+
+def _family_tasks(layout: family.Layout, closing: Iterable[Seam], order: Iterable[str]) -> tuple[Task, ...]:
+    """One task per group of seams that share stored tensors, one per tensor that stays as it is, in this order."""
+    modules = _modules(layout.architecture)
+
+    def stored(seam: Seam) -> tuple[str, ...]:
+        tensors = (tensor for name in seam.modules for tensor in modules[name].tensors())
+        return tuple(dict.fromkeys(place for tensor in tensors for place in layout.places[tensor].tensors))
+
+    task_of = {name: Task((), (name,), (name,)) for name in order}
+    for group in connected(closing, stored):
+        names = tuple(dict.fromkeys(name for seam in group for name in stored(seam)))
+        task_of.update(dict.fromkeys(names, Task(tuple(group), names, names)))
+    return tuple(dict.fromkeys(task_of.values()))
+
+
 def _check_smaller(plan: Plan, closing: Iterable[Seam], request: Request) -> None:
     """Raise InputError where indices would take more than the blocks they replace, or new biases more than is saved."""
     for seam in closing:
@@ -203,7 +282,7 @@ def _check_smaller(plan: Plan, closing: Iterable[Seam], request: Request) -> Non
     before, after = plan.parameters
     if after >= before:
         raise InputError(
-            f"remove: expected fewer than {before:,} weights without {', '.join(request.remove)}, found {after:,}: the "
+            f"remove: expected fewer than {before:,} weights without {', '.join(request.kinds)}, found {after:,}: the "
             f"biases that matrices gain are more than that saves; leave p out of --remove"
         )
 
@@ -261,14 +340,18 @@ def _tasks(source: Architecture, target: Architecture, closing: Iterable[Seam]) 
     return tuple(dict.fromkeys(writer_of[name] for name in target.tensors()))
 
 
-def connected(closing: Iterable[Seam]) -> list[list[Seam]]:
-    """Group seams that share a module, in order: they must be closed one after the other on the same tensors."""
+def connected(
+    closing: Iterable[Seam], parts: Callable[[Seam], Iterable[str]] = lambda seam: seam.modules
+) -> list[list[Seam]]:
+    """Group seams that share a module (or what else they consist of), in order: they must be closed one after the other
+    on the same tensors.
+    """
     groups: dict[int, list[Seam]] = {}
     group_of: dict[str, int] = {}
     for number, seam in enumerate(closing):
-        touching = sorted({group_of[name] for name in seam.modules if name in group_of})
+        touching = sorted({group_of[name] for name in parts(seam) if name in group_of})
         groups[number] = [*(other for key in touching for other in groups.pop(key)), seam]
-        group_of.update(dict.fromkeys((name for other in groups[number] for name in other.modules), number))
+        group_of.update(dict.fromkeys((name for other in groups[number] for name in parts(other)), number))
     return list(groups.values())
 
 

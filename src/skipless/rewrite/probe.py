@@ -102,16 +102,17 @@ def exactly(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.double()
 
 
-def stored_as(dtype: torch.dtype, touched: Collection[str] | None = None) -> Change:
+def stored_as(dtype: torch.dtype, touched: Collection[str] | None = None, draw: int = 0) -> Change:
     """What storing weights in a dtype does to them: rounding, or, where they have no more bits than it has, noise as
-    large, if they are those of these modules (None: of any).
+    large, if they are those of these modules (None: of any). draw: which of many; after the first, all is noise.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(draw)
 
     def changed(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if torch.finfo(tensor.dtype).eps < torch.finfo(dtype).eps:
+        finer = torch.finfo(tensor.dtype).eps < torch.finfo(dtype).eps
+        if finer and not draw:
             return tensor.to(dtype).double()
-        if touched is not None and name.rpartition(".")[0] not in touched:
+        if not finer and touched is not None and name.rpartition(".")[0] not in touched:
             return tensor.double()
         noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
         return tensor.double() * (1 + rounding_error(dtype) * noise)
@@ -145,6 +146,11 @@ def _reading(reader: RowReader, name: str, change: Change) -> Callable[[slice | 
     return lambda rows: change(name, reader.tensor(name, rows).cpu())
 
 
+def tokens_of(architecture: Architecture) -> int:
+    """How many tokens to look at."""
+    return max(FEWEST, min(MOST, NUMBERS // architecture.hidden_size))
+
+
 @dataclass(frozen=True)
 class Inputs:
     """Tokens, and their positions, each a sequence of its own: (tokens, 1)."""
@@ -155,7 +161,7 @@ class Inputs:
     @classmethod
     def drawn(cls, architecture: Architecture) -> "Inputs":
         """Random ones, always the same."""
-        tokens = max(FEWEST, min(MOST, NUMBERS // architecture.hidden_size))
+        tokens = tokens_of(architecture)
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(architecture.vocab_size, (tokens, 1), generator=generator)
         return cls(ids, torch.randint(architecture.max_position_embeddings, (tokens, 1), generator=generator))

@@ -1,19 +1,22 @@
 """What is to be removed: which seams, in which basis, stored in which dtype. fuse does it, audit foretells it."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Self
 
 from skipless.algebra.forecast import Forecast
 from skipless.algebra.tolerances import coarsest, dtype_name
 from skipless.architecture.config import Architecture
-from skipless.architecture.seams import KINDS, PARALLEL_REMOVES, REMOVABLE, Seam, seams
+from skipless.architecture.folds import FOLDS, folds, staying
+from skipless.architecture.seams import AUTO, BASES, KINDS, PARALLEL_REMOVES, REMOVABLE, Seam, seams
 from skipless.checkpoint.reader import TensorInfo
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError
 
-BASES = ("q", "k", "v", "pivoted")
-AUTO = "auto"
+# How the result is laid out: as a skipless model, or as the source's family has it, names and shapes alike.
+LAYOUTS = ("skipless", "family")
 # "auto" takes q, whose model is simpler and needs no gather, up to this multiple of pivoted's error.
 AS_GOOD = 1.1
 
@@ -25,28 +28,55 @@ class Request:
     basis: what becomes the identity: the projection "q", "k" or "v" (Fig. 1 b, c, d), "pivoted" (the best d columns of
     all three), or "auto": one of "q" and "pivoted", whichever the weights suit. dtype: that of every tensor of the
     result (None: each keeps its own); rest_dtype: that of rest_proj, "float32" or None. layers_open: layers whose
-    stream seam stays open. remove: the kinds of seams to close (seams.KINDS). parallel_removes: in a parallel model,
-    where Q and P cannot both go, what does: "readers" (Q, or what the basis says) or "p".
+    stream seam stays open. remove: the kinds of seams to close (seams.KINDS; in a family's layout folds.FOLDS).
+    parallel_removes: in a parallel model, where Q and P cannot both go, what does: "readers" (Q, or what the basis
+    says) or "p". layout: of LAYOUTS. None (remove, layout): what is usual for the source (Request.of).
     """
 
     basis: str = AUTO
     dtype: str | None = None
     rest_dtype: str | None = None
     layers_open: tuple[int, ...] = ()
-    remove: tuple[str, ...] = REMOVABLE
+    remove: tuple[str, ...] | None = None
     parallel_removes: str = "readers"
+    layout: str | None = None
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of seams asked for."""
+        usual = FOLDS if self.layout == "family" else REMOVABLE
+        return usual if self.remove is None else self.remove
+
+    def of(self, family: str | None) -> Self:
+        """The same, of a model of this family (None: a skipless one), in the layout that it can have.
+
+        Raises InputError for one that it cannot.
+        """
+        if self.layout not in (None, *LAYOUTS):
+            raise InputError(f"layout: expected {' or '.join(LAYOUTS)}, found {self.layout!r}")
+        if family is None and self.layout == "family":
+            raise InputError("layout: expected skipless for a skipless model, found 'family'; leave it out")
+        if family is not None and self.layout == "skipless":
+            raise InputError(
+                f"layout: expected family for a {family} model, found 'skipless': skip connections and norms block the "
+                f"stream and P-M seams that a skipless layout leaves out; leave it out"
+            )
+        usual = {"remove": self.kinds} if family is None else {"layout": "family"}
+        return dataclasses.replace(self, **usual)
 
     def seams(self, source: Architecture) -> list[Seam]:
         """The open seams asked for, blocked or not. Raises InputError for options that make no sense."""
         if self.dtype is not None and self.dtype not in DTYPE_NAMES:
             raise InputError(f"dtype: expected one of {', '.join(DTYPE_NAMES)}, found {self.dtype!r}")
+        if self.layout == "family":
+            return self._folds(source)
         if self.basis not in (AUTO, *BASES):
             raise InputError(f"basis: expected one of {', '.join((AUTO, *BASES))}, found {self.basis!r}")
         if self.rest_dtype is not None and (self.rest_dtype != "float32" or self.basis not in (AUTO, "pivoted")):
             raise InputError(
                 f"rest_dtype: expected 'float32' with basis 'pivoted', found {self.rest_dtype!r} with {self.basis!r}"
             )
-        if unknown := sorted(set(self.remove) - set(KINDS)):
+        if unknown := sorted(set(self.kinds) - set(KINDS)):
             raise InputError(f"remove: expected some of {', '.join(KINDS)}; found {unknown[0]!r}")
         if self.parallel_removes not in PARALLEL_REMOVES:
             raise InputError(
@@ -61,10 +91,10 @@ class Request:
         asked = [
             seam
             for seam in self.every(source)
-            if seam.kind in self.remove and not (seam.kind == "stream" and seam.layer in self.layers_open)
+            if seam.kind in self.kinds and not (seam.kind == "stream" and seam.layer in self.layers_open)
         ]
-        asked = [seam for seam in asked if not seam.spared(self.remove)]  # their weights go elsewhere (self.note)
-        if self.basis == "v" and {"stream", "values"} <= set(self.remove):
+        asked = [seam for seam in asked if not seam.spared(self.kinds)]  # their weights go elsewhere (self.note)
+        if self.basis == "v" and {"stream", "values"} <= set(self.kinds):
             raise InputError(
                 "basis: expected one without v with --remove stream,values, as heads of V cannot be the stream and "
                 "lose a block, too; found 'v'"
@@ -78,17 +108,41 @@ class Request:
                 )
         return asked
 
+    def _folds(self, source: Architecture) -> list[Seam]:
+        """What can be moved within a family's layout, of the kinds asked for. Raises InputError for other options."""
+        if unknown := sorted(set(self.kinds) - set(FOLDS)):
+            raise InputError(
+                f"remove: expected some of {', '.join(FOLDS)} for a model with skips and norms, found {unknown[0]!r}: "
+                f"norms and skip connections block its stream and P-M seams, and its layout has a place for every "
+                f"block; skipless audit says what could go"
+            )
+        for name in ("basis", "rest_dtype", "layers_open", "parallel_removes"):
+            usual = getattr(Request(), name)
+            if (found := getattr(self, name)) != usual:
+                raise InputError(
+                    f"{name}: expected none for a model with skips and norms, none of whose stream seams can be "
+                    f"closed; found {found!r}"
+                )
+        every = folds(source)
+        for kind in self.remove or ():
+            if not any(seam.kind == kind and not seam.blocked for seam in every):
+                reasons = staying(seam for seam in every if seam.kind == kind)
+                raise InputError(f"remove: {kind}: nothing to move: {reasons[0] if reasons else 'this model has none'}")
+        return [seam for seam in every if seam.kind in self.kinds and not seam.blocked]
+
     def every(self, source: Architecture) -> list[Seam]:
         """All open seams, as they are when what is asked for is closed."""
-        return seams(source, self.parallel_removes, "values" in self.remove or None)
+        return seams(source, self.parallel_removes, "values" in self.kinds or None)
 
     def note(self, source: Architecture) -> str:
         """What of what was asked for stays, as its weights go elsewhere, and why; or nothing."""
-        spared = [seam for seam in self.every(source) if seam.kind in self.remove and seam.spared(self.remove)]
+        if self.layout == "family":
+            return "\n".join(staying(seam for seam in folds(source) if seam.kind in self.kinds))
+        spared = [seam for seam in self.every(source) if seam.kind in self.kinds and seam.spared(self.kinds)]
         if source.block_type != "parallel" or source.residual != "none":
             kinds = " and ".join(dict.fromkeys(seam.kind for seam in spared))
             return f"{kinds} seams stay, in {len(spared)} places: {spared[0].blocked}" if spared else ""
-        if not {"stream", "p"} <= set(self.remove):
+        if not {"stream", "p"} <= set(self.kinds):
             return ""
         d, layers = source.hidden_size, source.num_hidden_layers
         kept = "P" if self.parallel_removes == "readers" else "Q, K and V of the layers after the first"

@@ -19,4 +19,4 @@ ENGINES = {
 }
 
 # What `export` writes: the module that does (with WEIGHTS and `write`).
-FORMATS = {"openvino": "openvino", "onnx": "onnx"}
+FORMATS = {"openvino": "openvino", "onnx": "onnx", "gguf": "gguf"}

@@ -7,4 +7,5 @@ FAMILY = Family(
     fields={**LLAMA_FIELDS, "attention_bias": "attention_bias"},
     defaults={**LLAMA_DEFAULTS, "head_dim": 256, "tie_word_embeddings": True, "attention_bias": False},
     fixed=LLAMA_FIXED,
+    gain_offset=1.0,
 )

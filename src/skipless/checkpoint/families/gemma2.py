@@ -16,6 +16,7 @@ FAMILY = Family(
             "model.norm",
         ),
     },
+    gain_offset=1.0,
     names={
         "attention_output_norm": "post_attention_layernorm",
         "post_attention_layernorm": "pre_feedforward_layernorm",

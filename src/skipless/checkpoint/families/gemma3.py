@@ -11,5 +11,5 @@ FAMILY = dataclasses.replace(
     prefixes=("model.", "language_model.model.", "model.language_model."),
     defaults={**gemma2.FAMILY.defaults, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262208},
     fixed={**gemma2.FAMILY.fixed, "qk_norm": "head_dim"},
-    ignored=("rotary_emb.inv_freq", "vision_tower.", "multi_modal_projector."),
+    beside=("vision_tower.", "multi_modal_projector."),
 )

@@ -33,5 +33,5 @@ FAMILY = Family(
         "mlp.up_proj": "ffn_up",
         "mlp.down_proj": "ffn_down",
     },
-    ignored=("rope_freqs.",),
+    buffers=("rope_freqs.",),
 )

@@ -28,5 +28,5 @@ FAMILY = Family(
         "mlp.down_proj": "mlp.c_proj",
     },
     transposed=True,
-    ignored=(".attn.bias", ".attn.masked_bias"),
+    buffers=(".attn.bias", ".attn.masked_bias"),
 )

@@ -22,5 +22,5 @@ FAMILY = Family(
         "mlp.down_proj": "mlp.dense_4h_to_h",
     },
     qkv="grouped",
-    ignored=("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"),
+    buffers=("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"),
 )

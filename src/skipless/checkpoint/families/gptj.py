@@ -29,5 +29,5 @@ FAMILY = Family(
         "mlp.up_proj": "mlp.fc_in",
         "mlp.down_proj": "mlp.fc_out",
     },
-    ignored=(".attn.bias", ".attn.masked_bias", ".attn.embed_positions"),
+    buffers=(".attn.bias", ".attn.masked_bias", ".attn.embed_positions"),
 )

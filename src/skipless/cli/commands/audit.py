@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from skipless.cli.options import as_json, parse_removal, removal_options
-from skipless.cli.output import out, print_json, progress_bar, tell_of_other_model_files
+from skipless.cli.output import count_bar, out, print_json, tell_of_other_model_files
 
 
 @click.command()
@@ -17,7 +17,7 @@ from skipless.cli.output import out, print_json, progress_bar, tell_of_other_mod
 @click.option("--plot", type=click.Path(path_type=Path), help="Condition numbers by layer, as a .png or .svg.")
 @as_json
 def audit(model: Path, plot: Path | None, as_json: bool, **removal: Any) -> None:
-    """What can be removed from MODEL, and at what loss? Exit code 1 if what the options ask for is not safe.
+    """What can be removed from MODEL, and at what loss?
 
     MODEL is a model folder of any family that is known, or a GGUF file. Where its skips and norms block what is asked
     for, the losses are those of a model with the same matrices and without them.
@@ -32,18 +32,15 @@ def audit(model: Path, plot: Path | None, as_json: bool, **removal: Any) -> None
     if plot is not None:
         plotting.check(plot)
     tell_of_other_model_files(model)
-    with progress_bar("auditing") as progress:
-        bar = progress.add_task("", total=None)
-        found = auditing.audit(
-            model, progress=lambda done, total: progress.update(bar, completed=done, total=total), **options
-        )
+    with count_bar("auditing") as progress:
+        found = auditing.audit(model, progress=progress, **options)
     if plot is not None:
         plotting.plot_conditions(found, plot, f"{model.resolve().stem}: condition numbers")
     if as_json:
         print_json({**dataclasses.asdict(found), "safe": found.safe})
     else:
         for table in tables.audit_tables(found):
-            out.print(table)
+            out.print_table(table)
         for line in tables.audit_lines(found):
             out.print(line, soft_wrap=True)
     sys.exit(0 if found.safe else 1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from skipless.cli.options import as_json
-from skipless.cli.output import out, print_json, progress_bar, tell_of_other_model_files
+from skipless.cli.output import count_bar, out, print_json, tell_of_other_model_files
 from skipless.dtypes import DTYPE_NAMES
 from skipless.serving.engines import ENGINES
 
@@ -51,8 +51,7 @@ def bench(
 ) -> None:
     """Time greedy decoding and prompts of models A, B, ... in turns, beside what the machine's memory allows.
 
-    Each model runs in a process of its own. Ratios are those of a round, and what is printed is their median. Exit code
-    1 if a model's cache is broken: what it then generates is another model's.
+    Each model runs in a process of its own. Ratios are those of a round, and what is printed is their median.
     """
     from skipless.cli import plotting, tables
     from skipless.serving import bench as room
@@ -61,8 +60,7 @@ def bench(
         plotting.check(plot)
     tell_of_other_model_files(*models)
     work = room.Work(batches or (1,), context, tokens, prefill)
-    with progress_bar("timing") as progress:
-        bar = progress.add_task("", total=None)
+    with count_bar("timing") as progress:
         found = room.bench(
             models,
             shape=shape,
@@ -72,7 +70,7 @@ def bench(
             compiled=compiled,
             work=work,
             rounds=rounds,
-            progress=lambda done, total: progress.update(bar, completed=done, total=total),
+            progress=progress,
         )
     if plot is not None:
         plotting.plot_speeds(found, plot)
@@ -80,7 +78,7 @@ def bench(
         print_json(dataclasses.asdict(found))
     else:
         out.print(tables.bench_line(found), soft_wrap=True)
-        out.print(tables.bench_table(found))
+        out.print_table(tables.bench_table(found))
         for name, problem in found.broken_caches.items():
             out.print(f"a broken cache: {name}: {problem}", soft_wrap=True)
     sys.exit(1 if found.broken_caches else 0)

@@ -5,14 +5,14 @@ import sys
 
 import click
 
-from skipless.cli.options import as_json
+from skipless.cli.options import as_json, known_names
 from skipless.cli.output import out, print_json
 from skipless.errors import InputError
 from skipless.reports.counting import WEIGHT_BYTES
 
 
 @click.command("count")
-@click.argument("models", nargs=-1, metavar="[CONFIG|FOLDER|NAME ...]")
+@click.argument("models", nargs=-1, metavar="[CONFIG|FOLDER|NAME ...]", shell_complete=known_names)
 @click.option("--paper", is_flag=True, help="The paper's table, counted again.")
 @click.option("--list", "listed", is_flag=True, help="The names that are known.")
 @click.option(
@@ -80,6 +80,6 @@ def count_command(
     elif as_markdown:
         click.echo(tables.markdown(rows))
     else:
-        out.print(tables.count_table(rows))
+        out.print_table(tables.count_table(rows))
         for note in notes:
             out.print(note, soft_wrap=True)

@@ -30,9 +30,9 @@ def demo(as_json: bool) -> None:
             }
         )
     else:
-        out.print(tables.report_table(result.report))
+        out.print_table(tables.report_table(result.report))
         out.print(result.report.note, soft_wrap=True)
-        out.print(tables.demo_table(result))
+        out.print_table(tables.demo_table(result))
         for problem in filter(None, result.caches):
             out.print(f"a broken cache: {problem}", soft_wrap=True)
     sys.exit(0 if result.report.same and result.same_tokens and not any(result.caches) else 1)

@@ -7,13 +7,18 @@ from typing import Any
 import click
 
 from skipless.cli.options import as_json, parse_removal, parse_size, removal_options
-from skipless.cli.output import err, out, print_json, work_bar
+from skipless.cli.output import err, out, print_json, waiting, work_bar
 
 
 @click.command()
-@click.argument("source", metavar="SRC")
-@click.argument("destination", metavar="DST")
+@click.argument("source", metavar="SRC", type=click.Path())
+@click.argument("destination", metavar="DST", type=click.Path())
 @removal_options
+@click.option(
+    "--layout",
+    type=click.Choice(["skipless", "family"]),
+    help="How DST is laid out: as a skipless model, or as SRC's own family has it [default: as SRC is].",
+)
 @click.option(
     "--max-shard-size", default="5GB", show_default=True, help="Largest file of weights: a number and MB or GB."
 )
@@ -38,6 +43,7 @@ from skipless.cli.output import err, out, print_json, work_bar
 def fuse(
     source: str,
     destination: str,
+    layout: str | None,
     max_shard_size: str,
     max_memory: str | None,
     engine: str,
@@ -48,20 +54,25 @@ def fuse(
     as_json: bool,
     **removal: Any,
 ) -> None:
-    """Write the skipless checkpoint SRC without the weights it does not need into the new folder DST."""
+    """Write the checkpoint SRC without the weights it does not need into the new folder DST.
+
+    Of a skipless model Q (or K, V) and P go. Of a model with skips and norms, of any family that is known, no tensor
+    goes: gains of norms and biases move into the matrices beside them, and become 1 and 0; it loads wherever SRC does.
+    """
     from skipless.checkpoint.remote import shown
     from skipless.cli import tables
     from skipless.rewrite import fusion
     from skipless.rewrite.request import Request
 
-    options, size = parse_removal(**removal), parse_size("--max-shard-size", max_shard_size)
+    options, size = {**parse_removal(**removal), "layout": layout}, parse_size("--max-shard-size", max_shard_size)
     memory = None if max_memory is None else parse_size("--max-memory", max_memory)
     estimated = None
     if dry_run:
         device = options.pop("device")
-        planned = fusion.plan_fuse(
-            source, destination, Request(**options), size, memory, engine, address, device, resume, copy
-        )
+        with waiting("planning"):
+            planned = fusion.plan_fuse(
+                source, destination, Request(**options), size, memory, engine, address, device, resume, copy
+            )
         plan, estimated = planned.plan, planned.estimate()
     else:
         with work_bar("fusing") as advance:
@@ -87,9 +98,9 @@ def fuse(
     if as_json:
         print_json(plan.summary() | ({} if estimated is None else {"work": estimated.to_json()}))
         return
-    out.print(tables.plan_table(plan))
+    out.print_table(tables.plan_table(plan))
     if estimated is not None:
-        out.print(tables.work_table(estimated))
+        out.print_table(tables.work_table(estimated))
         for line in tables.work_lines(estimated):
             out.print(line, soft_wrap=True)
     if plan.reason:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from skipless.cli.options import as_json
-from skipless.cli.output import out, print_json, step_bar
+from skipless.cli.output import out, print_json, step_bar, waiting
 from skipless.dtypes import DTYPE_NAMES
 
 
@@ -42,7 +42,7 @@ def verify(
     full: bool,
     as_json: bool,
 ) -> None:
-    """Are A and B (made from A) the same function? Exit code 1 if they are not.
+    """Are A and B (made from A) the same function?
 
     Files are compared as data, tensors one by one, and both models are run. Of A alone, which fuse has written: is it
     still what was written, by the SHA-256 in its skipless.json?
@@ -51,7 +51,8 @@ def verify(
     from skipless.reports import verification
 
     if b is None:
-        changed = verification.verify_record(a)
+        with waiting("reading"):
+            changed = verification.verify_record(a)
         if as_json:
             print_json({"same": not changed, "differences": changed})
         else:
@@ -72,7 +73,7 @@ def verify(
     if as_json:
         print_json(dataclasses.asdict(report))
     else:
-        out.print(tables.report_table(report))
+        out.print_table(tables.report_table(report))
         for line in tables.report_lines(report):
             out.print(line, soft_wrap=True)
     sys.exit(0 if report.same else 1)

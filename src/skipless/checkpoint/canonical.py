@@ -1,0 +1,74 @@
+"""Another family's tensors by our names, and back: parts of fused ones, in the orientation of nn.Linear."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import torch
+
+from skipless.checkpoint.family import Layout, Place
+from skipless.checkpoint.reader import TensorInfo
+from skipless.errors import InputError
+
+
+class Canonical:
+    """A checkpoint's tensors by our names. tensors: what is known of them before they are read."""
+
+    def __init__(self, tensors: Mapping[str, TensorInfo], read: Callable[[str], torch.Tensor], layout: Layout):
+        self._read, self._layout = read, layout
+        self.tensors = infos(tensors, layout)
+
+    def tensor(self, name: str, rows: slice | None = None, /) -> torch.Tensor:
+        """Read one, or rows (start, stop) of it: in its dtype, or, if it is stored less an offset, in fp64."""
+        place = self._layout.places[name]
+        parts = [self._read(stored) for stored in place.tensors]
+        whole = parts[0].T if place.transposed else torch.cat(parts) if len(parts) > 1 else parts[0]
+        chosen = torch.cat([whole[start:stop] for start, stop in place.rows]) if place.rows else whole
+        found = chosen.reshape(self.tensors[name].shape).contiguous()
+        found = found.double() + place.offset if place.offset else found
+        return found if rows is None else found[rows]
+
+
+def infos(tensors: Mapping[str, TensorInfo], layout: Layout) -> dict[str, TensorInfo]:
+    """What is known of the canonical tensors, by what is known of the stored ones.
+
+    Raises InputError for a layout that lacks one of them.
+    """
+    shapes = layout.architecture.tensors()
+    if missing := shapes.keys() - layout.places:
+        raise InputError(
+            f"{min(missing)}: expected in what is read tensor by tensor, found it in another form; use the model "
+            f"folder that it was exported from"
+        )
+    return {
+        name: TensorInfo(shape, (first := tensors[layout.places[name].tensors[0]]).dtype, first.shard)
+        for name, shape in shapes.items()
+    }
+
+
+def restored(
+    made: Iterable[tuple[str, torch.Tensor]], layout: Layout, read: Callable[[str], torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Canonical tensors as the family stores them, under its names; what is fused comes at the end, its other parts as
+    they are read.
+    """
+    fused: dict[str, torch.Tensor] = {}
+    for name, tensor in made:
+        place = layout.places[name]
+        (stored,) = place.tensors
+        tensor = tensor - place.offset if place.offset else tensor
+        if not place.rows:
+            yield stored, (tensor.T if place.transposed else tensor).reshape(layout.shapes[stored]).contiguous()
+        else:
+            if stored not in fused:
+                fused[stored] = read(stored).to(tensor.dtype, copy=True)
+            _put(fused[stored], place, tensor)
+        del tensor
+    while fused:
+        yield fused.popitem()
+
+
+def _put(whole: torch.Tensor, place: Place, part: torch.Tensor) -> None:
+    """Write a part into the rows of a fused tensor that are its own."""
+    turned = whole.T if place.transposed else whole
+    sizes = [stop - start for start, stop in place.rows]
+    for (start, stop), rows in zip(place.rows, part.split(sizes), strict=True):
+        turned[start:stop] = rows

@@ -1,0 +1,99 @@
+"""GGUF files of architecture "skipless", as `skipless export --to gguf` writes them (integrations/llama.cpp).
+
+They have the tensors of the model folder, under llama.cpp's names, but for these: an FFN's experts lie in one tensor;
+a gain of a head is there for each of its outputs; and the values of a closed seam have their identity columns back,
+which cost less than gathering others would.
+"""
+
+import json
+from collections.abc import Collection
+from typing import Any
+
+from skipless.architecture.config import Architecture, Module
+from skipless.checkpoint.family import Config, Family, Layout, Place
+from skipless.errors import InputError
+
+# The metadata that holds config.json.
+CONFIG = "skipless.config"
+
+
+class SkiplessLayout(Layout):
+    """Where a GGUF file of a skipless architecture has its tensors; of values of a closed seam, no places."""
+
+    def __init__(self, family: Family, architecture: Architecture, *names: Any):
+        super().__init__(family, architecture, *names)
+        size, heads = architecture.head_dim, range(architecture.num_attention_heads)
+        for layer in range(architecture.num_hidden_layers):
+            for tensor in architecture.gain_tensors(layer):
+                stored = self._stored(tensor)
+                self.places[tensor] = Place((stored,), tuple((head * size, head * size + 1) for head in heads))
+                self.shapes[stored] = (architecture.query_width,)
+        for tensor, shape in architecture.index_tensors().items():
+            if not tensor.endswith("value_order"):
+                stored = self._stored(tensor)
+                self.places[tensor] = Place((stored,))
+                self.shapes[stored] = shape
+
+    def _module(self, module: Module) -> None:
+        parts, stored = module.name.split("."), self._stored(module.name)
+        if parts[4:5] == ["experts"]:
+            expert = int(parts[5])
+            for tensor, shape in module.tensors().items():
+                stacked = f"{stored}.{tensor.rpartition('.')[2]}"
+                self.places[tensor] = Place((stacked,), ((expert, expert + 1),))
+                self.shapes[stacked] = (self.architecture.num_local_experts, *shape)
+        elif parts[-1] == "v_proj" and self.architecture.values_removed:
+            self.shapes[f"{stored}.weight"] = (module.outputs, self.architecture.hidden_size)
+        else:
+            super()._module(module)
+
+
+class SkiplessFamily(Family):
+    """Files that say all in one field, as config.json does."""
+
+    def architecture(self, config: Config) -> Architecture:
+        try:
+            own = json.loads(config[CONFIG])
+        except (KeyError, TypeError, ValueError):
+            own = None
+        if not isinstance(own, dict):
+            raise InputError(f"{CONFIG}: expected the text of a config.json in the metadata, found none; export anew")
+        return Architecture.from_config(own)
+
+    def layout(self, architecture: Architecture, names: Collection[str]) -> Layout:
+        return SkiplessLayout.of(self, architecture, names)
+
+
+FAMILY = SkiplessFamily(
+    model_types=("gguf-skipless",),
+    prefixes=("",),
+    layers="blk.{i}",
+    names={
+        "model.embed_tokens": "token_embd",
+        "model.position_embeddings": "position_embd",
+        "model.embed_norm": "token_embd_norm",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+        "lm_head.column_order": "output_order",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "self_attn.rest_proj": "attn_qkv",
+        "self_attn.column_order": "attn_qkv_order",
+        "self_attn.row_order": "attn_output_order",
+        "self_attn.q_norm": "attn_q_norm",
+        "self_attn.k_norm": "attn_k_norm",
+        "self_attn.alpha": "attn_alpha",
+        "self_attn.beta": "attn_beta",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "mlp.router": "ffn_gate_inp",
+        "mlp.experts.{e}.gate_proj": "ffn_gate_exps",
+        "mlp.experts.{e}.up_proj": "ffn_up_exps",
+        "mlp.experts.{e}.down_proj": "ffn_down_exps",
+    },
+)

@@ -1,0 +1,85 @@
+"""What a family's layout keeps, emptied: a norm's gain and bias, K's bias and V's move, and become 1 and 0.
+
+The identities stand in architecture/folds.py. Each matrix is rounded once, from the product.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from skipless.algebra.affine import Affine, read
+from skipless.algebra.forecast import Forecast, Outcome, Way
+from skipless.algebra.linalg import blocks, precision
+from skipless.algebra.tolerances import coarsest, dtype_name
+from skipless.architecture.seams import Seam
+from skipless.checkpoint.opening import Read
+from skipless.removals.setting import Closed, Setting, Step
+
+
+def close(seam: Seam, affines: dict[str, Affine], setting: Setting, tensor: Read) -> Closed:
+    """Move what the writer holds into its readers, and leave it neutral."""
+    (way,) = seam.identities
+    dtype = dtype_name(coarsest(setting.stored(name) for name in seam.modules))
+    (writer,) = seam.writers
+    held = affines.pop(writer)
+    if way == "fold":
+        remaining = {name: _folded(held, affines.pop(name), setting.kept(name)) for name in seam.readers}
+        held = dataclasses.replace(held, weight=torch.ones_like(held.weight))
+    else:
+        remaining = {name: _with_values(seam, held, affines.pop(name)) for name in seam.readers}
+    bias = None if held.bias is None else torch.zeros_like(held.bias)
+    return (
+        {writer: dataclasses.replace(held, bias=bias), **remaining},
+        None,
+        Outcome(seam.kind, seam.layer, way, dtype, {}, {}),
+    )
+
+
+def _folded(norm: Affine, reader: Affine, dtype: torch.dtype) -> Affine:
+    """W -> diag(g) W in `dtype`, b -> b + c W."""
+    bias = None if norm.bias is None else read(norm.bias, reader.weight)
+    stored = reader.weight.T  # (outputs, inputs), as it lies in the file
+    within = precision(stored.dtype, norm.weight.dtype, dtype)
+    within = torch.float32 if within == torch.bfloat16 else within
+    gain, folded = norm.weight.to(within), torch.empty_like(stored, dtype=dtype)
+    for rows in blocks(stored):
+        folded[rows] = stored[rows].to(within) * gain
+    return dataclasses.replace(reader, weight=folded.T).with_bias(bias)
+
+
+def _with_values(seam: Seam, values: Affine, p: Affine) -> Affine:
+    """b_P -> b_P + b_V P, with each key-value head's part of b_V once for each head of its group."""
+    assert values.bias is not None
+    return p.with_bias(read(shared(values.bias, seam.blocks, p.weight.shape[0] // seam.width), p.weight))
+
+
+def shared(values: Float[Tensor, "... e"], groups: int, heads: int) -> Float[Tensor, "... D"]:
+    """Values of key-value heads, each once for each head that reads it."""
+    return values.unflatten(-1, (groups, -1)).repeat_interleave(heads // groups, -2).flatten(-2)
+
+
+def forecast(
+    seam: Seam,
+    affines: Mapping[str, Affine],
+    dtypes: Sequence[str],
+    ways: Iterable[str] | None = None,
+    rest_dtype: str | None = None,
+    later: frozenset[str] = frozenset(),
+) -> Forecast:
+    """Nothing is solved for, so that nothing is lost but by rounding what is rewritten."""
+    nothing: dict[str, dict[str, float]] = {dtype: {} for dtype in dtypes}
+    return Forecast(seam, nothing, {way: Way(None, None, nothing) for way in seam.identities})
+
+
+def steps(seam: Seam, setting: Setting) -> Iterator[Step]:
+    """None of third order: every number once."""
+    return iter(())
+
+
+def memory(seam: Seam, setting: Setting) -> float:
+    """What comes out, and, of a fused tensor's part, a copy and the place that it is joined in."""
+    names = [name for name in seam.modules if name in setting.modules]
+    return float(sum(setting.size(name) * setting.kept(name).itemsize + 2 * setting.info(name).bytes for name in names))

@@ -1,0 +1,152 @@
+"""All there is to say of a fused model beside its source: what went, at what loss, is it the same, what both write."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from skipless.architecture.config import Module
+from skipless.checkpoint.opening import read_architecture
+from skipless.checkpoint.reader import CheckpointReader
+from skipless.errors import InputError
+from skipless.inference import generate, load, load_tokenizer
+from skipless.reports.auditing import Audit, audit
+from skipless.reports.comparing import relation
+from skipless.reports.counting import LETTERS
+from skipless.reports.verification import DEFAULT_DTYPES, DEFAULT_PROMPT, Report, verify
+from skipless.rewrite.card import named
+from skipless.rewrite.record import read_record
+
+# Options of fuse, as its record has them, that audit takes, too.
+ASKED = ("basis", "dtype", "rest_dtype", "layers_open", "remove", "parallel_removes")
+
+# What a model is made of, in the paper's letters and in this order.
+REST, OTHER = "rest of Q, K, V", "other"
+PARTS = ("Q", "K", "V", REST, "P", "M", "O", "embeddings", "head", "biases", OTHER)
+
+
+@dataclass(frozen=True)
+class Closed:
+    """Seams of one kind that are closed: how many, by which ways, and how many weights that saves."""
+
+    kind: str
+    count: int
+    ways: tuple[str, ...]
+    saves: int
+
+
+@dataclass(frozen=True)
+class Overview:
+    """A source and what was made of it.
+
+    parameters, bytes: of all tensors, before and after; parts: numbers by matrix (of PARTS), before and after. closed:
+    what was closed; options: of fuse, as the record says (empty without one); stored: kind of seam -> layer -> the
+    error that it was closed with (where that was looked at). texts: what both write after the prompt, in fp32, or None
+    where the source has no tokenizer.
+    """
+
+    source: str
+    fused: str
+    parameters: tuple[int, int]
+    bytes: tuple[int, int]
+    parts: Mapping[str, tuple[int, int]]
+    closed: tuple[Closed, ...]
+    options: Mapping[str, Any]
+    stored: Mapping[str, Mapping[int, float]]
+    audit: Audit
+    report: Report
+    prompt: str
+    texts: tuple[str, str] | None
+
+
+def overview(
+    source: str | Path,
+    fused: str | Path,
+    *,
+    prompt: str = DEFAULT_PROMPT,
+    tokens: int = 64,
+    progress: Callable[[str, int, int], None] = lambda step, done, total: None,
+) -> Overview:
+    """Audit the source as it was fused, verify what came of it, and let both continue the prompt by so many tokens.
+
+    `progress` is called with what is done next, how many steps are done, and of how many. Raises InputError for folders
+    of which the one was not made of the other, and for those that do not load.
+    """
+    source, fused = Path(source), Path(fused)
+    first, second = CheckpointReader(source), CheckpointReader(fused)
+    related = relation(first, second)
+    if related is None or not related.closed:
+        raise InputError(f"{fused}: expected what fuse has made of {source}, found no seam that was closed in it")
+    record = read_record(fused) or {}
+    options = record.get("options", {})
+    sizes = [_parts(reader) for reader in (first, second)]
+    asked = {name: options[name] for name in ASKED if name in options}
+    found = audit(source, **asked, progress=lambda done, total: progress("auditing", done, total))
+    report = verify(source, fused, dtypes=DEFAULT_DTYPES, prompt=prompt, tokens=tokens, progress=progress)
+    texts = None
+    if (source / "tokenizer.json").exists():
+        texts = (_text(source, prompt, tokens), _text(fused, prompt, tokens))
+    stored: dict[str, dict[int, float]] = {}
+    for seam in record.get("seams", ()):
+        if seam["errors"]:
+            stored.setdefault(seam["kind"], {})[seam["layer"]] = max(seam["errors"].values())
+    basis = related.target.stream_basis or ""
+    kinds = dict.fromkeys(seam.kind for seam in related.closed)
+    return Overview(
+        source=named(str(source)),
+        fused=named(str(fused)),
+        parameters=(sizes[0].total(), sizes[1].total()),
+        bytes=(_bytes(first), _bytes(second)),
+        parts={name: (sizes[0][name], sizes[1][name]) for name in PARTS if sizes[0][name] or sizes[1][name]},
+        closed=tuple(_closed(kind, [seam for seam in related.closed if seam.kind == kind], basis) for kind in kinds),
+        options=asked,
+        stored=stored,
+        audit=found,
+        report=report,
+        prompt=prompt,
+        texts=texts,
+    )
+
+
+def _closed(kind: str, seams: list[Any], basis: str) -> Closed:
+    ways = tuple(dict.fromkeys(seam.way(basis) for seam in seams))
+    return Closed(kind, len(seams), ways, sum(seam.saves for seam in seams))
+
+
+def _bytes(reader: CheckpointReader) -> int:
+    return sum(info.bytes for info in reader.tensors.values())
+
+
+def _parts(reader: CheckpointReader) -> Counter[str]:
+    """Numbers in a checkpoint by matrix, as the paper calls them, and what else there is."""
+    modules = {module.name: module for module in read_architecture(reader).modules()}
+    sizes: Counter[str] = Counter()
+    for name, info in reader.tensors.items():
+        if not info.is_index:
+            module, _, kind = name.rpartition(".")
+            sizes[_part(modules.get(module), module, kind)] += info.weights
+    return sizes
+
+
+def _part(module: Module | None, name: str, kind: str) -> str:
+    last = name.rpartition(".")[2]
+    if kind == "bias":
+        return "biases"
+    if module is not None and module.table:
+        return "embeddings"
+    if last == "lm_head":
+        return "head"
+    if last == "rest_proj":
+        return REST
+    return LETTERS[last].upper() if last in LETTERS else OTHER
+
+
+def _text(folder: Path, prompt: str, tokens: int) -> str:
+    """What a model in fp32 writes after a prompt."""
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    text: str = tokenizer.decode(generate(load(folder, torch.float32), ids, tokens).tokens)
+    return text

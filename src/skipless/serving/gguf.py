@@ -1,0 +1,181 @@
+"""GGUF for llama.cpp: one file, with the architecture "skipless" that integrations/llama.cpp adds to it.
+
+Tensors and metadata have llama.cpp's names; families/gguf_skipless.py lists the tensors, and reads them back.
+"""
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, LlamaFileType
+from gguf.constants import GGML_QUANT_SIZES
+from gguf.quants import quantize
+
+from skipless.architecture.config import Architecture
+from skipless.checkpoint.families.gguf_skipless import CONFIG, FAMILY
+from skipless.checkpoint.family import Layout
+from skipless.checkpoint.opening import read_architecture
+from skipless.checkpoint.reader import CheckpointReader
+from skipless.errors import InputError
+from skipless.model.configuration_skipless import SkiplessConfig
+from skipless.quiet import errors_only
+from skipless.serving.gguf_tokenizer import add_tokenizer
+
+MODEL = "model.gguf"
+WEIGHTS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+# Our activations, by the names that skipless.cpp knows.
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+# Matrices that llama.cpp wants in fp32: one is added to the stream, the other chooses experts.
+IN_FULL = ("position_embd.weight", "ffn_gate_inp.weight")
+# ALiBi's slopes end at 2^-8 (arXiv:2108.12409).
+ALIBI = 8.0
+# LLAMA_MAX_LAYERS and LLAMA_MAX_EXPERTS.
+MOST_LAYERS, MOST_EXPERTS = 512, 1024
+
+
+def write(source: Path, folder: Path, weights: str) -> None:
+    """The skipless model folder `source` as one file in `folder`, read and written tensor by tensor.
+
+    weights: how matrices are stored, of WEIGHTS; those whose rows are no multiple of its blocks are in f16, vectors in
+    f32. Raises InputError for a model or a tokenizer that llama.cpp cannot run.
+    """
+    reader = CheckpointReader(source)
+    architecture = read_architecture(reader)
+    with errors_only("transformers"):
+        config = SkiplessConfig.from_dict(copy.deepcopy(dict(reader.config)))
+    check(architecture, config)
+    layout = FAMILY.layout(architecture, reader.tensors)
+    kinds = {name: stored_as(name, shape, architecture, weights) for name, shape in layout.shapes.items()}
+    writer = gguf.GGUFWriter(folder / MODEL, "skipless")
+    try:
+        add_metadata(writer, config)
+        writer.add_string(CONFIG, json.dumps(dict(reader.config)))
+        writer.add_file_type(LlamaFileType["ALL_F32" if weights == "f32" else f"MOSTLY_{weights.upper()}"])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        add_tokenizer(writer, source, architecture.vocab_size)
+        for name, shape in layout.shapes.items():
+            block, size = GGML_QUANT_SIZES[kinds[name]]
+            count = math.prod(shape) // block * size
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), count, kinds[name])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        parts = stored_from(layout)
+        for name in layout.shapes:
+            values = tensor(name, parts[name], layout, reader)
+            index = kinds[name] is GGMLQuantizationType.I32
+            writer.write_tensor_data(values if index else quantize(values, kinds[name]))
+    finally:
+        writer.close()
+
+
+def check(architecture: Architecture, config: SkiplessConfig) -> None:
+    """Raise InputError, naming the field, for what the architecture in llama.cpp does not compute."""
+    experts = config.ffn_type == "moe"
+    read = architecture.query_width if config.p_removed and config.p_merged else architecture.hidden_size
+    for name, expected, fits in (
+        ("attention_shaping", "null or 'value'", config.attention_shaping != "full"),
+        ("residual_gains", "false", not config.residual_gains),
+        ("sliding_window", "null", config.sliding_window is None),
+        ("hidden_act", f"one of {', '.join(ACTIVATIONS)}", config.hidden_act in ACTIVATIONS),
+        ("hidden_act", "another than 'gelu' for experts", not (experts and config.hidden_act == "gelu")),
+        (
+            "p_removed",
+            "false with experts, unless the heads together are hidden_size wide",
+            not experts or read == config.hidden_size,
+        ),
+        ("num_hidden_layers", f"at most {MOST_LAYERS}", config.num_hidden_layers <= MOST_LAYERS),
+        ("num_local_experts", f"at most {MOST_EXPERTS}", (config.num_local_experts or 0) <= MOST_EXPERTS),
+    ):
+        if not fits:
+            raise InputError(f"config.json: {name}: expected {expected} for gguf, found {getattr(config, name)!r}")
+
+
+def add_metadata(writer: gguf.GGUFWriter, config: SkiplessConfig) -> None:
+    """The fields of the architecture that llama.cpp reads."""
+    rope = config.position_type.startswith("rope")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_parallel_residual(config.block_type == "parallel")
+    writer.add_string("skipless.residual", config.residual)
+    writer.add_string("skipless.hidden_activation", ACTIVATIONS[config.hidden_act])
+    writer.add_rope_dimension_count(config.rotary_dim if rope else 0)
+    if rope:
+        writer.add_rope_freq_base((config.rope_parameters or {})["rope_theta"])
+        writer.add_bool("skipless.rope.interleaved", config.position_type == "rope_interleaved")
+    if config.position_type == "alibi":
+        writer.add_max_alibi_bias(ALIBI)
+    if config.norm_type == "layer":
+        writer.add_layer_norm_eps(config.norm_eps)
+    if config.norm_type == "rms" or config.qk_norm:
+        writer.add_layer_norm_rms_eps(config.norm_eps)
+    if config.ffn_type == "moe":
+        writer.add_expert_count(config.num_local_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_weights_norm(config.norm_topk_prob)
+    if config.attn_logit_softcapping is not None:
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+    if config.final_logit_softcapping is not None:
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+
+
+def stored_as(name: str, shape: tuple[int, ...], architecture: Architecture, weights: str) -> GGMLQuantizationType:
+    """How a tensor of the file is stored: indices as such, what is no large matrix in fp32, the others as asked."""
+    if name.endswith("_order"):
+        return GGMLQuantizationType.I32
+    rest = architecture.rest_dtype == "float32" and name.endswith("attn_qkv.weight")
+    if len(shape) == 1 or name.endswith((".bias", *IN_FULL)) or rest:
+        return GGMLQuantizationType.F32
+    kind = GGMLQuantizationType[weights.upper()]
+    return GGMLQuantizationType.F16 if shape[-1] % GGML_QUANT_SIZES[kind][0] else kind
+
+
+def stored_from(layout: Layout) -> dict[str, list[str]]:
+    """Which of the model folder's tensors each of the file's is made of."""
+    found: dict[str, list[str]] = {name: [] for name in layout.shapes}
+    for tensor, place in layout.places.items():
+        found[place.tensors[0]].append(tensor)
+    return found
+
+
+def tensor(name: str, parts: list[str], layout: Layout, reader: CheckpointReader) -> np.ndarray[Any, Any]:
+    """One tensor of the file, in fp32 or, of indices, int32."""
+    if not parts:
+        return whole_values(int(name.split(".")[1]), layout.architecture, reader)
+    values = [reader.tensor(part) for part in parts]
+    found = torch.stack(values) if len(values) > 1 else values[0]
+    if not found.dtype.is_floating_point:
+        return found.numpy()
+    if found.numel() < math.prod(layout.shapes[name]):  # a gain of each head, for each of its outputs
+        found = found.repeat_interleave(layout.architecture.head_dim)
+    return found.float().reshape(layout.shapes[name]).numpy()
+
+
+def whole_values(layer: int, architecture: Architecture, reader: CheckpointReader) -> np.ndarray[Any, Any]:
+    """v_proj of a closed value seam with its identity columns, (heads * head_dim, hidden_size)."""
+    attention = f"model.layers.{layer}.self_attn"
+    weight, order = reader.tensor(f"{attention}.v_proj.weight"), reader.tensor(f"{attention}.value_order").long()
+    size, heads = architecture.head_dim, architecture.num_key_value_heads
+    identity = torch.eye(size, dtype=weight.dtype).expand(heads, -1, -1)
+    ordered = torch.cat((identity, weight.unflatten(0, (heads, size))), -1)
+    found = torch.empty_like(ordered).scatter_(-1, order[:, None].expand_as(ordered), ordered)
+    return found.flatten(0, 1).float().numpy()
