@@ -7,8 +7,10 @@ of seam is closed alone, and several together. Measured, in fp64, with white inp
 on the way through each layer that is rewritten, x O V P M, head by head, and of the last O and the head. Beside them,
 the errors of logits on random tokens, relative, the median over tokens, as a multiple of the original's in that dtype.
 
-Exits with 1 if a forecast is off by more than 15 %, or something that is called safe loses more than 2.5 times what the
-original does. The last line is one JSON object.
+Models with biases stand apart: of single inputs, biases are most of what is read, and one vector of them is one draw of
+rounding errors. Exits with 1 if a forecast of a seam or layer of those without is off by more than 15 %, or something
+that is called safe, with biases or without, loses more than 2.5 times what the original does. The last line is one JSON
+object.
 """
 
 import argparse
@@ -150,7 +152,8 @@ def judge(seed: int, found: dict[str, dict[str, list[float]]], unsafe: list[str]
                 except InputError:
                     continue
                 audit, after = skipless.audit(source, **options), load(fused)
-                seen, numbers = found[f"{dtype} {kind}"], audit.together
+                biases = ", with biases" if fields["attention_bias"] else ""
+                seen, numbers = found[f"{dtype} {kind}{biases}"], audit.together
                 reads, ways = on_the_way(after)
                 for seam in audit.seams:
                     if seam.asked and seam.kind == "stream":
@@ -189,14 +192,15 @@ def main() -> None:
     table = Table(title=f"forecast / measured, median (worst), of {arguments.models} random models")
     for column in ("", *names.values(), "multiple of the original's", "called safe"):
         table.add_column(column)
-    for kind, seen in found.items():
+    for kind, seen in sorted(found.items(), key=lambda item: item[0].endswith("biases")):
         cells = [f"{median(seen[name]):.2f} ({worst(seen[name]):.2f})" if seen[name] else "" for name in names]
         multiples = f"{median(seen['multiple']):.2f} ({max(seen['multiple']):.2f})"
         table.add_row(kind, *cells, multiples, f"{sum(seen['safe'])} of {len(seen['safe'])}")
     Console(width=140).print(table)
     print(*unsafe, sep="\n")
     off = {kind: worst(seen["read"] + seen["way"]) for kind, seen in found.items()}
-    wrong = [kind for kind, ratio in off.items() if abs(math.log(ratio)) > math.log(1 + OFF)]
+    judged = {kind: ratio for kind, ratio in off.items() if not kind.endswith("biases")}
+    wrong = [kind for kind, ratio in judged.items() if abs(math.log(ratio)) > math.log(1 + OFF)]
     print(json.dumps({"models": arguments.models, "worst": off, "off": wrong, "unsafe": unsafe}))
     sys.exit(1 if wrong or unsafe else 0)
 
