@@ -200,7 +200,7 @@ class LastGain:
         return {"lm_head": dataclasses.replace(head, weight=gain[:, None] * head.weight)}, None, outcome
 
     @staticmethod
-    def forecast(seam, affines, dtypes, ways=None, rest_dtype=None):
+    def forecast(seam, affines, dtypes, ways=None, rest_dtype=None, later=frozenset()):
         nothing = {dtype: {"logits": 0.0} for dtype in dtypes}
         return Forecast(seam, nothing, {"last": Way(None, None, nothing)})
 

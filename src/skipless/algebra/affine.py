@@ -17,12 +17,17 @@ from skipless.architecture.seams import Seam
 class Affine:
     """A module's map, its weight in any dtype, its bias in fp64. A norm's gain is a diagonal, its weight a vector.
 
-    `one_hot`: its inputs are rows of the unit matrix, so every row can take a bias in.
+    `table`: one of its rows is looked up at a time; `one_hot`: and every row can take a bias in. moment: the
+    covariance of its inputs, in blocks of them one after the other, and mean: what they are for any token, where a seam
+    that was closed before has made them other than white.
     """
 
     weight: Float[Matrix, "inputs outputs"] | Float[Tensor, "outputs"]
     bias: Float[Tensor, "outputs"] | None = None
     one_hot: bool = False
+    table: bool = False
+    moment: Float[Tensor, "blocks n n"] | None = None
+    mean: Float[Tensor, "inputs"] | None = None
 
     def with_bias(self, bias: Float[Tensor, "outputs"] | None) -> "Affine":
         """The same map plus a bias."""

@@ -8,13 +8,14 @@ would take longer than the rounding itself, it is the mean of a sample.
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from skipless.algebra.affine import Affine
 from skipless.algebra.linalg import blocks, max_abs, product, squares
 from skipless.algebra.rounding import rounding_error, subnormal_power
 from skipless.algebra.rows import Matrix
@@ -90,11 +91,13 @@ class Forecast:
 
     The original's weights are taken to use all their bits: a bf16 checkpoint would lose nothing in bf16. And none of
     them is taken to be too small for the dtype, so that such numbers, where closing the seam makes them, count as loss.
+    left: by way, the modules that are closed again by a later seam, as this one leaves them.
     """
 
     seam: Seam
     original: Mapping[str, Mapping[str, float]]
     ways: Mapping[str, Way]
+    left: Mapping[str, Mapping[str, Affine]] = field(default_factory=dict, repr=False)
 
     def outcome(self, way: str, dtype: str) -> Outcome:
         """What has become of the seam, closed by `way` and stored in `dtype`."""

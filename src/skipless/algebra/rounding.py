@@ -16,6 +16,9 @@ Feedback: with H = L D L^T, L unit upper triangular, tr(E H E^T) = sum_j D_j |(E
 first to last, and each makes up for the errors of those before it (LDL^T rounding, arXiv:2307.13304; GPTQ,
 arXiv:2210.17323). In two directions, tr(G E N E^T) = sum_ij Dg_i Dn_j (Lg^T E Ln)_ij^2, and entry (i, j) makes up for
 all (a <= i, b <= j) before it.
+
+Where rows of a writer W become the identity, x [I; K] A (round_passed), it is the same turned around: K is rounded with
+feedback under E[x^T x] and A A^T, A is re-solved against it, and then rounded under the moment of what it reads.
 """
 
 import dataclasses
@@ -243,6 +246,48 @@ def round_seam(
     return rounded, stored
 
 
+def round_passed(
+    kept: Float[Tensor, "l s"],
+    readers: Sequence[Float[Tensor, "_ s"]],
+    moment: Float[Tensor, "n n"] | None,
+    dtype: torch.dtype,
+    dtypes: Sequence[torch.dtype],
+) -> tuple[Float[Tensor, "l s"], list[Float[Tensor, "_ s"]], Float[Tensor, "s s"]]:
+    """K and the A of x [I; K] A as they are best stored, and the moment of x [I; K'].
+
+    readers: A^T of each. moment: E[x^T x], with n = s + l, the entries that are passed first (None: the identity).
+    dtype, dtypes: of K, and of each A; one in fp32 or fp64 is not rounded, but made to suit what is.
+    """
+    size, stored = kept.shape[1], kept
+    if dtype in HALF and len(kept):
+        along = factorize(torch.stack([gram(reader) for reader in readers]).sum(0), (kept**2).mean(0))
+        if moment is None:
+            stored = round_rows(kept, torch.zeros_like(along.upper), along, dtype, (kept**2).mean(0))
+        else:
+            stored = round_both_ways(kept, factorize(moment[size:, size:], squares(kept, 1)), along, dtype)
+    after, lost = stored.double(), kept - stored.double()
+    if moment is None:
+        read, missed = passed_moment(after, None), after.T @ lost
+    else:
+        read, missed = passed_moment(after, moment), (moment[:size, size:] + after.T @ moment[size:, size:]) @ lost
+    power = torch.stack([squares(reader, 0) for reader in readers]).sum(0)
+    under = factorize(read, power)
+    change = under.solve(missed).T
+    rounded = [round_rows(each, change, under, kind, power) for each, kind in zip(readers, dtypes, strict=True)]
+    return stored, rounded, read
+
+
+def passed_moment(kept: Float[Tensor, "l s"], moment: Float[Tensor, "n n"] | None) -> Float[Tensor, "s s"]:
+    """E[y^T y] of y = x [I; K], with E[x^T x] = moment (None: the identity)."""
+    size = kept.shape[1]
+    if moment is None:
+        read = gram(kept)
+        read.diagonal().add_(1)
+        return read
+    mixed = moment[:size, size:] @ kept
+    return moment[:size, :size] + mixed + mixed.T + kept.T @ moment[size:, size:] @ kept
+
+
 def _metric_dtype(rests: Sequence[Rest], passed_weights: Tensor, half: bool) -> torch.dtype:
     """In what G is summed: fp32 where its 1e-7 is nothing beside what R will be off by, or what R is shrunk by."""
     coarse = all(rest.dtype == torch.bfloat16 for rest in rests if rest.dtype in HALF)
@@ -319,6 +364,11 @@ def moment(writers: Sequence[Float[Matrix, "_ d"]], dtype: torch.dtype = torch.f
 def mean_squares(writers: Sequence[Float[Matrix, "_ d"]]) -> Float[Tensor, "d"]:
     """What the writers' columns add to the stream's mean square."""
     return torch.stack([_mean(writer, lambda rows: squares(rows, 0)) for writer in writers]).sum(0)
+
+
+def mean_row(matrix: Float[Matrix, "n d"]) -> Float[Tensor, "d"]:
+    """The mean of all rows."""
+    return _mean(matrix, lambda rows: rows.sum(0, dtype=torch.float64))
 
 
 def _mean(matrix: Float[Matrix, "n d"], sums: Callable[[Tensor], Tensor]) -> Float[Tensor, "d"]:

@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from skipless.architecture.seams import REMOVABLE
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import printable
 from skipless.reports.counting import Conditions, Count, Removal
@@ -176,6 +177,9 @@ def audit_lines(audit: Audit) -> Iterator[Text | str]:
         return
     if audit.reason:
         yield f"basis {audit.basis}: {audit.reason}"
+    if audit.together is not None and any(seam.asked and seam.kind not in REMOVABLE for seam in audit.seams):
+        multiple = audit.together.multiple
+        yield f"all together, stored in {audit.together.dtype}: {multiple:.2f} times the error of the original"
     yield from (Text.assemble(("not safe:", "red"), f" {printable(problem)}") for problem in audit.problems)
     if audit.alternatives:
         yield f"safe instead: {' or '.join(audit.alternatives)}"

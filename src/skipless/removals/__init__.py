@@ -33,10 +33,12 @@ class Removal(Protocol):
         dtypes: Sequence[str],
         ways: Iterable[str] | None = None,
         rest_dtype: str | None = None,
+        later: frozenset[str] = frozenset(),
     ) -> Forecast:
         """What closing a seam by each of `ways` (None: all there are) will cost in each dtype.
 
-        affines: every module of seam.modules. rest_dtype: that of the rest of pivoted columns, if it is another.
+        affines: every module of seam.modules. rest_dtype: that of the rest of pivoted columns, if it is another. later:
+        modules that a later seam rewrites again, which are kept in fp64 till then.
         """
 
     def steps(self, seam: Seam, setting: Setting) -> Iterator[Step]:
@@ -74,6 +76,7 @@ def forecast(
     dtypes: Sequence[str],
     ways: Iterable[str] | None = None,
     rest_dtype: str | None = None,
+    later: frozenset[str] = frozenset(),
 ) -> Forecast:
     """What closing a seam by each of `ways` (None: all there are) will cost in each dtype: see Removal.forecast."""
-    return removal(seam).forecast(seam, affines, dtypes, ways, rest_dtype)
+    return removal(seam).forecast(seam, affines, dtypes, ways, rest_dtype, later)

@@ -18,7 +18,17 @@ from torch import Tensor
 from skipless.algebra.affine import Affine
 from skipless.algebra.basis import Basis, candidate, join
 from skipless.algebra.forecast import PROBES, Forecast, Way, letter, mean_square, precision_of, reach, relative
-from skipless.algebra.linalg import HALF, ROWS, block_rows, max_abs, multiply, product, slices, squares
+from skipless.algebra.linalg import (
+    HALF,
+    ROWS,
+    block_rows,
+    max_abs,
+    multiply,
+    product,
+    slices,
+    solve_triangular,
+    squares,
+)
 from skipless.algebra.rounding import (
     COLUMNS,
     Rest,
@@ -26,6 +36,7 @@ from skipless.algebra.rounding import (
     factorize,
     joint_metric,
     left_by_solving,
+    mean_row,
     mean_squares,
     moment,
     noise_weights,
@@ -105,9 +116,36 @@ def close(seam: Seam, affines: dict[str, Affine], setting: Setting, read: Read) 
     del basis
     if getattr(torch, name) in HALF:
         stream = round_stream(stream, opened.weights, opened.extra_weights, dtypes)
+    stream = handed_on(stream, setting.later)
     outcome = opened.measure(way, condition, stream, dtypes, name).outcome(way, name)
     widths = {name: weight.shape[1] for name, weight in opened.readers.items()}
     return modules(seam, way, stream, widths), column_order(stream), outcome
+
+
+def handed_on(stream: Stream, later: frozenset[str]) -> Stream:
+    """A stream whose followers know the moment and mean of what they read, where a later seam closes them again."""
+    followers = dict(stream.followers)
+    for name in later & followers.keys():
+        writers = {each: stream.writers[each] for each in list(stream.writers)[: stream.seen.get(name)]}
+        weights = [writer.weight for writer in writers.values()]
+        read = moment(weights, F32 if all(weight.dtype in HALF for weight in weights) else F64).double()
+        read, mean = of_white_inputs(list(writers.values()), read)
+        for each, writer in writers.items():
+            mean = mean if writer.bias is None else mean + stream.bias_shares[each] * writer.bias
+        followers[name] = dataclasses.replace(followers[name], moment=read[None], mean=mean)
+    return dataclasses.replace(stream, followers=followers)
+
+
+def of_white_inputs(
+    writers: Sequence[Affine], read: Float[Tensor, "d d"]
+) -> tuple[Float[Tensor, "d d"], Float[Tensor, "d"]]:
+    """Covariance and mean of what these write with white inputs, or, of tables, any row, but for biases. read: the
+    moment of any row of each.
+    """
+    if not writers[0].table:
+        return len(writers[0].weight) * read, read.new_zeros(len(read))
+    mean = torch.stack([mean_row(writer.weight) for writer in writers]).sum(0)
+    return read - torch.outer(mean, mean), mean
 
 
 def stored_dtypes(seam: Seam, setting: Setting) -> dict[str, torch.dtype]:
@@ -136,10 +174,11 @@ def forecast(
     dtypes: Sequence[str],
     ways: Iterable[str] | None = None,
     rest_dtype: str | None = None,
+    later: frozenset[str] = frozenset(),
 ) -> Forecast:
     """What closing a seam by each way will cost in each dtype. rest_dtype: that of the rest of pivoted columns."""
     stream = OpenStream(seam, affines)
-    return stream.forecast(dtypes, {way: stream.basis(way) for way in ways or seam.identities}, rest_dtype)
+    return stream.forecast(dtypes, {way: stream.basis(way) for way in ways or seam.identities}, rest_dtype, later)
 
 
 class OpenStream:
@@ -217,11 +256,18 @@ class OpenStream:
         bare = {name: dataclasses.replace(self.affines[name], weight=self.sample[name].weight) for name in self.rows}
         self.affines = {**self.affines, **bare}
 
-    def forecast(self, dtypes: Sequence[str], bases: Mapping[str, Basis], rest_dtype: str | None = None) -> Forecast:
-        """What closing it in each of these bases will cost in each dtype."""
+    def forecast(
+        self,
+        dtypes: Sequence[str],
+        bases: Mapping[str, Basis],
+        rest_dtype: str | None = None,
+        later: frozenset[str] = frozenset(),
+    ) -> Forecast:
+        """What closing it in each of these bases will cost in each dtype; later: as in removals.forecast."""
         original = {dtype: self._original(dtype, self.powers) for dtype in dtypes}
-        ways = {way: self._way(way, basis, dtypes, rest_dtype) for way, basis in bases.items()}
-        return Forecast(self.seam, original, ways)
+        found = {way: self._way(way, basis, dtypes, rest_dtype, later) for way, basis in bases.items()}
+        ways, left = {way: each for way, (each, _) in found.items()}, {way: each for way, (_, each) in found.items()}
+        return Forecast(self.seam, original, ways, left)
 
     def measure(
         self, way: str, condition: float, stream: Stream, dtypes: Mapping[str, torch.dtype], judged: str
@@ -278,6 +324,11 @@ class OpenStream:
                     f"published"
                 )
 
+    def width(self, name: str) -> int:
+        """Columns of what reads the stream."""
+        weight = self.affines[name].weight
+        return len(weight) if name in self.seam.duals else weight.shape[1]
+
     def _seen(self, name: str) -> int:
         """How many of the writers have written before a reader or follower reads."""
         return self.seam.seen.get(name, len(self.rows))
@@ -316,11 +367,13 @@ class OpenStream:
                 power = power + self.seam.bias_share(writer) * bias.square()
         return power
 
-    def _way(self, way: str, basis: Basis, dtypes: Sequence[str], rest_dtype: str | None) -> Way:
-        """What the seam closed in a basis, usable or not, loses."""
+    def _way(
+        self, way: str, basis: Basis, dtypes: Sequence[str], rest_dtype: str | None, later: frozenset[str]
+    ) -> tuple[Way, dict[str, Affine]]:
+        """What the seam closed in a basis, usable or not, loses; and what it leaves for a later seam."""
         lost = dict.fromkeys(self.outputs, math.inf)
         if not basis.usable:
-            return Way(basis.condition, math.inf, dict.fromkeys(dtypes, lost))
+            return Way(basis.condition, math.inf, dict.fromkeys(dtypes, lost)), {}
         # without the writers' rows, which would take longest and of which `moment` says enough
         bare = {
             name: dataclasses.replace(self.affines[name], weight=self.affines[name].weight[0:0])
@@ -329,8 +382,9 @@ class OpenStream:
         stream = close_stream(self.seam, {**self.affines, **bare}, basis)
         chosen = join(list(self.readers.values())).T[basis.columns].double().T
         metric = multiply(chosen.T, multiply(self.moment, chosen))
-        extra = [dual.weight.T for dual in stream.duals.values()]
-        extra += [follower.weight for follower in stream.followers.values()]
+        extra = {name: dual.weight.T for name, dual in stream.duals.items()}
+        extra |= {name: follower.weight for name, follower in stream.followers.items()}
+        extra_weights = self.extra_weights.split([matrix.shape[1] for matrix in extra.values()])
         passed_weights, errors, largest = self.weights[stream.kept], {}, 0.0
         written = max(reach(writer, chosen) for writer in self.writers)
         for name in dtypes:
@@ -338,12 +392,17 @@ class OpenStream:
             finer = dtype if rest_dtype is None or way != "pivoted" else getattr(torch, rest_dtype)
             rests = [Rest(stream.rest.weight, self.weights[stream.others], torch.promote_types(dtype, finer))]
             largest = rests[0].largest(passed_weights)
-            if extra:
-                rests.append(Rest(torch.cat(extra, 1), self.extra_weights, dtype))
+            for (other, matrix), weights in zip(extra.items(), extra_weights, strict=True):
+                rests.append(Rest(matrix, weights, torch.float64 if other in later else dtype))
             numbers = max([written, *(max_abs(rest.matrix) for rest in rests if rest.matrix.numel())])
             fits = numbers <= torch.finfo(dtype).max
             errors[name] = self._fused(stream, rests, metric, name) if fits else lost
-        return Way(basis.condition, largest, errors)
+        left = {}
+        if kept := later & stream.followers.keys():
+            read, _ = of_white_inputs([self.affines[name] for name in self.seam.writers], self.moment)
+            read = multiply(chosen.T, multiply(read, chosen))
+            left = {name: dataclasses.replace(stream.followers[name], moment=read[None]) for name in kept}
+        return Way(basis.condition, largest, errors), left
 
     def _fused(self, stream: Stream, rests: Sequence[Rest], metric: Tensor, dtype: str) -> dict[str, float]:
         """Relative errors of q, k, v (and logits); metric: E[x^T x] of the closed seam's stream."""
@@ -352,7 +411,10 @@ class OpenStream:
         power = sum((bias.square() for bias in biases), torch.zeros_like(metric[0]))
         rest_bias = stream.rest.bias
         if getattr(torch, dtype) in HALF:
-            passed, others, matrix = self._shaped(rests, self.weights[stream.kept], metric, dtype)
+            added = torch.stack(biases).sum(0) if rest_bias is None and biases else torch.zeros_like(power)
+            passed, others, matrix = self._shaped(rests, self.weights[stream.kept], metric, dtype, added)
+            if rest_bias is None:  # they are rows like any other (round_stream)
+                power = torch.zeros_like(power)
             if rest_bias is not None:  # as round_stream has it make up for the writers'
                 rest_bias = rest_bias + sum((bias @ (stream.rest.weight - matrix) for bias in biases), 0)
         else:
@@ -364,13 +426,17 @@ class OpenStream:
         if rest_bias is not None:
             own = own + unit**2 * rest_bias.square()
         squares = torch.cat([torch.cat([passed, own])[torch.cat([stream.kept, stream.others]).argsort()], extra])
-        parts = squares.split([reader.shape[1] for reader in self.outputs.values()])
-        return {
-            name: relative(part.sum().item(), self.powers[name]) for name, part in zip(self.outputs, parts, strict=True)
-        }
+        of = {name: what for what, group in self.followers.items() for name in group}
+        of |= dict.fromkeys(stream.duals, "logits") | {name: letter(name) for name in self.readers}
+        names = (*self.readers, *stream.duals, *stream.followers)
+        parts = squares.split([self.width(name) for name in names])
+        lost = dict.fromkeys(self.outputs, 0.0)
+        for name, part in zip(names, parts, strict=True):
+            lost[of[name]] += part.sum().item()
+        return {name: relative(square, self.powers[name]) for name, square in lost.items()}
 
     def _shaped(
-        self, rests: Sequence[Rest], passed_weights: Tensor, metric: Tensor, dtype: str
+        self, rests: Sequence[Rest], passed_weights: Tensor, metric: Tensor, dtype: str, added: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Squared errors of the passed and the rests' columns after rounding.round_seam, as means over PROBES samples;
         and the first rest as it is before it is rounded.
@@ -378,6 +444,7 @@ class OpenStream:
         The stream's error, in rows rounded under M, and the rests', U, in columns rounded under N and shrunk, are
         independent. Re-solving X spreads U: with T = W_r R^T M^-1, U T goes to the passed columns, U (1 - T R) stays.
         A rest in fp32 is not rounded but solved for last, which leaves a part of what the stream's error does to it.
+        added: the biases that each token has in the stream, which are rows of their own.
         """
         generator = torch.Generator().manual_seed(0)
 
@@ -391,8 +458,10 @@ class OpenStream:
         left = left_by_solving(self.writers)
         weights = repaired_weights(rests, left)
         under = factorize(joint_metric(after, passed_weights, weights), power)
-        written = under.feedback(noise(unit * (power + floor * (power > 0)).sqrt()))
+        sizes = power + added**2
+        written = under.feedback(noise(unit * (sizes + floor * (sizes > 0)).sqrt()))
         down = factorize(metric, (after**2).mean(1))
+        costs = down.pivots + solve_triangular(down.upper, added[down.order][:, None], upper=True, unit=True)[:, 0] ** 2
         read = []
         for rest in shrunk:
             if rest.dtype not in HALF:
@@ -400,7 +469,7 @@ class OpenStream:
                 continue
             for block in rest.blocks():
                 entries = block.matrix[down.order] ** 2
-                sizes = unit * (down.pivots @ (entries + floor * (entries > 0))).sqrt()
+                sizes = unit * (costs @ (entries + floor * (entries > 0))).sqrt()
                 read.append(along_rows(block, passed_weights).feedback(noise(sizes)))
         streams = torch.empty_like(written)
         streams[:, down.order] = noise(down.pivots.sqrt()) @ down.upper.T  # with E[x^T x] = metric
@@ -539,6 +608,8 @@ def steps(seam: Seam, setting: Setting) -> Iterator[Step]:
         yield "round X", BF16 if s.half else F32, float(n * d**2)
         if s.fixed:
             yield "solve for R again", F64, 4.0 * n * d * s.r + n * d**2 + d**3 / 3 + 2.0 * d**2 * s.r
+    if not setting.later.isdisjoint(seam.followers):
+        yield "moment of X", within, float(n * d**2)
     yield "measure, exact and rounded", within, 4.0 * PROBES * d * (s.m + s.r + 2 * s.extra)
 
 
@@ -575,5 +646,7 @@ def memory(seam: Seam, setting: Setting) -> float:
         stages.append(held + 2 * d * r + result * d * size + under + block)
     elif s.by_rows:
         stages.append(held + result * d * size + 3 * chunk)
+    if not setting.later.isdisjoint(seam.followers):
+        stages.append(held + 2 * d * r + result * d * size + (x + 16) * d * d)
     stages.append(held + 8 * PROBES * (2 * d + 4 * m + 3 * s.extra) + x * d * max(d, m - d))
     return float(max(stages) - unread)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from skipless.algebra.affine import Affine, past_norm, read
 from skipless.algebra.forecast import PROBES, Forecast, Outcome, Way, mean_square, precision_of, reach, relative
-from skipless.algebra.linalg import block_rows, max_abs, precision, product, squares
+from skipless.algebra.linalg import HALF, block_rows, max_abs, precision, product, squares
+from skipless.algebra.rounding import factorize, round_rows
 from skipless.algebra.tolerances import coarsest, dtype_name
 from skipless.architecture.seams import Seam
 from skipless.checkpoint.opening import Read
@@ -57,10 +58,26 @@ def merge(
         carried = None if bias is None else read(bias, weight)
         if writer.weight.ndim == 1:
             moved = (writer.weight.double()[:, None] * weight).to(dtype)
-        else:
+        elif writer.moment is None or dtype not in HALF:
             moved = product(weight.T, writer.weight.T, dtype).T
+        else:
+            exact = product(weight.T, writer.weight.T, torch.float64)
+            moved = _rounded(exact, writer.moment, dtype).T
+            if writer.mean is not None and carried is not None:  # any token's part is made up for
+                carried = carried + read(writer.mean, exact.T) - read(writer.mean, moved)
         merged[name] = dataclasses.replace(reader, weight=moved).with_bias(carried)
     return merged
+
+
+def _rounded(
+    merged: Float[Tensor, "f n"], moment: Float[Tensor, "blocks b b"], dtype: torch.dtype
+) -> Float[Tensor, "f n"]:
+    """M*^T, rounded with feedback under the moment of what it reads, a block of it at a time."""
+    parts = []
+    for part, own in zip(merged.split(len(moment[0]), 1), moment, strict=True):
+        power = squares(part, 0)
+        parts.append(round_rows(part, torch.zeros_like(own), factorize(own, power), dtype, power))
+    return torch.cat(parts, 1)
 
 
 def forecast(
@@ -69,6 +86,7 @@ def forecast(
     dtypes: Sequence[str],
     ways: Iterable[str] | None = None,
     rest_dtype: str | None = None,
+    later: frozenset[str] = frozenset(),
 ) -> Forecast:
     """What merging will cost in each dtype."""
     (writer,) = (affines[name].weight for name in seam.writers)
@@ -78,35 +96,77 @@ def forecast(
 
 
 def merged_power(seam: Seam, affines: Mapping[str, Affine], most: int) -> float:
-    """Sum of squares of all M* = P M, on a sample of so many white x: x P, and then M."""
-    (writer,) = (affines[name].weight for name in seam.writers)
-    written = product(_probes(len(writer), writer)[:most], writer, torch.float64)
+    """Sum of squares of all M* = P M, on a sample of so many white x (or of P's moment): x P, and then M."""
+    (writer,) = (affines[name] for name in seam.writers)
+    weight, inputs = writer.weight, _probes(len(writer.weight), writer.weight)[:most]
+    if writer.moment is not None:
+        values, vectors = torch.linalg.eigh(writer.moment)
+        roots = vectors * values.clamp(min=0).sqrt()[:, None, :]
+        inputs = torch.einsum("nbi,bji->nbj", inputs.unflatten(1, (len(roots), -1)), roots).flatten(1)
+    written = product(inputs, weight, torch.float64)
     readers = past_norm(seam, affines).values()
-    return len(writer) * sum(mean_square(product(written, reader.weight, torch.float64)) for reader in readers)
+    return len(weight) * sum(mean_square(product(written, reader.weight, torch.float64)) for reader in readers)
 
 
 def merged(seam: Seam, affines: Mapping[str, Affine], dtypes: Sequence[str], power: float, largest: float) -> Forecast:
     """The errors of x P M, for white x, when P (D, d) and every M (d, f) are rounded, and when M* = P M is.
 
-    power: sum of squares of all M*; largest: max |M*|, or a bound of it.
+    power: sum of squares of all M*; largest: max |M*|, or a bound of it. Of other x, M* is rounded with feedback, and
+    P's bias is what values have left there.
     """
-    (writer,) = (affines[name].weight for name in seam.writers)
-    size = len(writer) * sum(reader.weight.shape[1] for reader in past_norm(seam, affines).values())
+    (writer,) = (affines[name] for name in seam.writers)
+    readers = past_norm(seam, affines).values()
+    columns = sum(reader.weight.shape[1] for reader in readers)
+    rows = None if writer.moment is None else _row_squares(seam, affines)
+    biases = 0.0
+    if writer.bias is not None:
+        carried = [reader.with_bias(read(writer.bias, reader.weight)).bias for reader in readers]
+        biases = sum(bias.square().sum().item() for bias in carried if bias is not None)
     errors = {}
     for dtype in dtypes:
         unit, floor = precision_of(dtype)
-        lost = math.inf if largest > torch.finfo(getattr(torch, dtype)).max else power + floor * size
+        lost = power + floor * len(writer.weight) * columns
+        if writer.moment is not None and rows is not None:
+            lost = _rounding(writer.moment, rows + floor * columns, getattr(torch, dtype) in HALF) + biases
+        lost = math.inf if largest > torch.finfo(getattr(torch, dtype)).max else lost
         errors[dtype] = {"m": unit * relative(lost, power)}
     original = {dtype: _unmerged(seam, affines, dtype, power) for dtype in dtypes}
     return Forecast(seam, original, {way: Way(None, None, errors) for way in seam.identities})
 
 
-def _unmerged(seam: Seam, affines: Mapping[str, Affine], dtype: str, power: float) -> dict[str, float]:
-    """Relative error of x P M when P and every M are rounded to `dtype`; power: as for `merged`."""
+def _rounding(moment: Float[Tensor, "blocks n n"], rows: Float[Tensor, "inputs"], feedback: bool) -> float:
+    """What rounding M* costs, in its squared rounding error; rows: the sums of squares of its rows."""
+    if not feedback:
+        return (moment.diagonal(dim1=1, dim2=2).flatten() @ rows).item()
+    metrics = [factorize(read, power) for read, power in zip(moment, rows.split(moment.shape[1]), strict=True)]
+    ordered = [power[each.order] for each, power in zip(metrics, rows.split(moment.shape[1]), strict=True)]
+    return sum((each.pivots @ power).item() for each, power in zip(metrics, ordered, strict=True))
+
+
+def _row_squares(seam: Seam, affines: Mapping[str, Affine]) -> Float[Tensor, "inputs"]:
+    """Sums of squares of the rows of all M*, on a sample of mixtures of its columns."""
     (writer,) = (affines[name].weight for name in seam.writers)
+    total = torch.zeros(len(writer), dtype=torch.float64, device=writer.device)
+    for reader in past_norm(seam, affines).values():
+        mixtures = _probes(reader.weight.shape[1], writer).T
+        mixed = product(writer, product(reader.weight, mixtures, torch.float64), torch.float64)
+        total += squares(mixed, 1) * (mixtures.shape[0] / mixtures.shape[1])
+    return total
+
+
+def _unmerged(seam: Seam, affines: Mapping[str, Affine], dtype: str, power: float) -> dict[str, float]:
+    """Relative error of x P M when P and every M are rounded to `dtype`; power: as for `merged`.
+
+    Both lose as much; of other inputs than white ones, P is what a seam has left that was closed before.
+    """
+    (writer,) = (affines[name] for name in seam.writers)
     m = torch.stack([squares(reader.weight, 1) for reader in past_norm(seam, affines).values()]).sum(0)
+    written = squares(writer.weight, 0)
+    if writer.moment is not None:
+        blocks = writer.weight.double().unflatten(0, (len(writer.moment), -1))
+        written = torch.einsum("bij,bid,bjd->d", writer.moment, blocks, blocks)
     unit, _ = precision_of(dtype)
-    return {"m": unit * relative(2 * (squares(writer, 0) @ m).item(), power)}
+    return {"m": unit * relative(2 * (written @ m).item(), power)}
 
 
 def _probes(size: int, like: Tensor) -> Float[Tensor, "n size"]:
@@ -131,6 +191,10 @@ def steps(seam: Seam, setting: Setting) -> Iterator[Step]:
     probes = min(FEW_PROBES, setting.size(writer) // seam.width)
     read = sum(setting.size(name) for name in seam.readers)
     yield "power", torch.float64, 2.0 * probes * (setting.size(writer) + read)
+    if writer in setting.earlier:
+        yield "sizes of rows", torch.float64, 2.0 * PROBES * (setting.size(writer) * len(seam.readers) + read)
+        merged = setting.size(writer) / seam.width * read / seam.width
+        yield "round P M", torch.float32, merged * setting.architecture.head_dim
 
 
 def memory(seam: Seam, setting: Setting) -> float:
@@ -145,5 +209,7 @@ def memory(seam: Seam, setting: Setting) -> float:
         inner, rows = setting.size(writer) / d, setting.size(name) / d
         total += rows * inner * kept.itemsize
         block = min(block_rows(d), rows) * (d + inner) * within.itemsize + setting.size(writer) * within.itemsize
+        if writer in setting.earlier and kept in HALF:  # in fp64 before it is rounded, block by block
+            block += rows * inner * (8 + kept.itemsize)
         most = max(most, block)
     return float(total + most)

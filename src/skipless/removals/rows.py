@@ -11,6 +11,7 @@ With T the rows of a writer that go (of V, of each head its own):
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -19,7 +20,8 @@ from torch import Tensor
 from skipless.algebra.affine import Affine, past_norm, read
 from skipless.algebra.basis import MAX_CONDITION, MAX_CONDITION_PIVOTED, Basis, pivot
 from skipless.algebra.forecast import Forecast, Way, letter, precision_of, relative
-from skipless.algebra.linalg import max_abs
+from skipless.algebra.linalg import HALF, gram, squares
+from skipless.algebra.rounding import passed_moment, round_passed
 from skipless.algebra.tolerances import coarsest, dtype_name
 from skipless.architecture.seams import Seam
 from skipless.checkpoint.opening import Read
@@ -28,17 +30,22 @@ from skipless.removals.setting import Closed, Setting, Step, whole
 
 
 def close(seam: Seam, affines: dict[str, Affine], setting: Setting, read: Read) -> Closed:
-    """Make rows of P, or of each head of V, the identity."""
+    """Make rows of P, or of each head of V, the identity, and round what remains with the least error."""
     weight, mix = affines[seam.writers[0]].weight.double(), None
     if seam.kind == "values":
         mix = _mix(seam, read, weight.new_ones(setting.architecture.num_attention_heads))
     bases = choose_rows(seam, weight)
-    stored = {name: setting.kept(name) for name in seam.readers}
-    remaining, order = close_rows(seam, affines, bases, mix, stored)
-    dtypes = [setting.stored(name) for name in remaining if name not in setting.later]
-    name = dtype_name(coarsest(dtypes or [torch.float64]))
-    outcome = passed_rows(seam, affines, remaining, bases, [name]).outcome("rows", name)
-    return remaining, (order if seam.kind == "values" else order[0]).to(torch.int32), outcome
+    remaining, order = close_rows(seam, affines, bases, biased=mix is None)
+    dtypes = {name: setting.kept(name) for name in remaining}
+    written = [dtypes[name] for name in remaining if name not in setting.later]
+    name = dtype_name(coarsest(written or [torch.float64]))
+    stored = round_remaining(seam, affines, remaining, order, dtypes)
+    if mix is not None:
+        stored |= carried_biases(seam, affines, remaining, stored, order, bases, mix, dtypes)
+    condition = max(basis.condition for basis in bases)
+    errors = measure(seam, affines, remaining, stored, order, dtypes)
+    outcome = _forecast(seam, affines, condition, {name: errors}).outcome("rows", name)
+    return stored, (order if seam.kind == "values" else order[0]).to(torch.int32), outcome
 
 
 def _mix(seam: Seam, read: Read, ones: torch.Tensor) -> torch.Tensor:
@@ -77,18 +84,13 @@ def close_rows(
     seam: Seam,
     affines: Mapping[str, Affine],
     bases: Sequence[Basis],
-    mix: Float[Tensor, "heads"] | None = None,
-    stored: Mapping[str, torch.dtype] | None = None,
+    biased: bool = False,
 ) -> tuple[dict[str, Affine], Int[Tensor, "blocks n"]]:
     """Make rows of the first writer the identity, those of each block of its columns for itself.
 
-    bases: of each block's transposed columns (width, n), the rows T that go. mix: by what a bias of V is multiplied on
-    its way through each query head (1, or alpha + beta - gamma), if it is to move on to the readers. stored: in what
-    each reader will be rounded (fp64). Returns the modules that remain, and for each block the order of inputs: those
+    bases: of each block's transposed columns (width, n), the rows T that go. biased: whether the writers keep the first
+    one's bias (else see carried_biases). Returns the modules that remain, and for each block the order of inputs: those
     passed through, then those of the weight's rows.
-
-    A bias b of V becomes b T^-1 times the reader as it is stored: values whose mean is zero, b included, lose only what
-    they differ by from it, and not what rounding does to a large -b T^-1, which the readers now get in its place.
     """
     first = affines[seam.writers[0]]
     first = dataclasses.replace(first, weight=first.weight.double())
@@ -100,19 +102,12 @@ def close_rows(
         kept.append(basis.solve(block[left].T).T)
         passed.append(block[basis.columns])
     chosen = torch.stack(passed)
-    offset = None
-    if mix is not None and first.bias is not None:  # of each query head's value, on its way to the readers
-        parts = zip(bases, first.bias.split(size), mix.split(len(mix) // seam.blocks), strict=True)
-        offset = torch.cat([torch.outer(of, basis.solve(bias[:, None])[:, 0]) for basis, bias, of in parts]).flatten()
     for name, reader in past_norm(seam, affines).items():
         rows = reader.weight.double().unflatten(0, (seam.blocks, -1, size))
         weight = torch.einsum("brs,bgsf->bgrf", chosen, rows).flatten(0, 2)
-        carried = None
-        if offset is not None:
-            carried = read(offset, weight if stored is None else weight.to(stored[name]).double())
-        remaining[name] = dataclasses.replace(reader, weight=weight).with_bias(carried)
+        remaining[name] = dataclasses.replace(reader, weight=weight)
     (basis, *_) = bases
-    own = None if first.bias is None or mix is not None else basis.solve(first.bias[:, None])[:, 0]
+    own = None if first.bias is None or not biased else basis.solve(first.bias[:, None])[:, 0]
     for name in seam.writers[1:]:
         writer = affines[name]
         bias = None if writer.bias is None else basis.solve(writer.bias[:, None])[:, 0]
@@ -124,72 +119,229 @@ def close_rows(
     return remaining, torch.stack(orders)
 
 
+def carried_biases(
+    seam: Seam,
+    affines: Mapping[str, Affine],
+    remaining: Mapping[str, Affine],
+    stored: Mapping[str, Affine],
+    order: Int[Tensor, "blocks n"],
+    bases: Sequence[Basis],
+    mix: Float[Tensor, "heads"],
+    dtypes: Mapping[str, torch.dtype],
+) -> dict[str, Affine]:
+    """The readers with a bias b of V, which moves on to them, and with what makes up for rounding any token's values.
+
+    b becomes b T^-1 times the reader as it is stored: so values whose mean is zero, b included, lose only what they
+    differ by from it, and not what rounding does to a large -b T^-1, which the readers now get in its place. Where the
+    mean of x is known, what becomes of it is made up for exactly instead. mix: by what a value is multiplied on its way
+    through each query head (1, or alpha + beta - gamma).
+    """
+    bias, mean = affines[seam.writers[0]].bias, affines[seam.writers[0]].mean
+    shares = mix.split(len(mix) // seam.blocks)
+
+    def of_heads(values: Iterable[Float[Tensor, "s"]]) -> Float[Tensor, "heads_s"]:
+        return torch.cat([torch.outer(of, value) for of, value in zip(shares, values, strict=True)]).flatten()
+
+    if bias is None:
+        return {}
+    parts = zip(bases, bias.split(seam.width), strict=True)
+    offset = of_heads(basis.solve(part[:, None])[:, 0] for basis, part in parts)
+    weights = {name: stored[name].weight.to(dtypes[name]).double() for name in seam.readers}
+    readers = {name: stored[name].with_bias(read(offset, weight)) for name, weight in weights.items()}
+    if mean is None or not any(dtype in HALF for dtype in dtypes.values()):
+        return readers
+    exact, found = (
+        of_heads(
+            mean[own[: seam.width]] + mean[own[seam.width :]] @ block.kept.double()
+            for own, block in zip(order, _blocks(seam, affines, each, order), strict=True)
+        )
+        for each in (remaining, stored)
+    )
+    for name, weight in weights.items():
+        lost = read(exact + offset, remaining[name].weight) - read(found + offset, weight)
+        readers[name] = dataclasses.replace(readers[name].with_bias(lost), mean=found)
+    return readers
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Of one block, x [I; K] A. kept: K, the first writer's rows that stay, and those of the others. moment: E[x^T x],
+    what is passed first, or None if that is the identity. readers: A^T of each.
+    """
+
+    kept: Float[Tensor, "l s"]
+    moment: Float[Tensor, "n n"] | None
+    readers: dict[str, Float[Tensor, "_ s"]]
+
+
+def _blocks(
+    seam: Seam, affines: Mapping[str, Affine], remaining: Mapping[str, Affine], order: Int[Tensor, "blocks n"]
+) -> Iterator[_Block]:
+    """The blocks of what remains. affines: as it was, whose writers know the moments of their inputs."""
+    readers = {
+        name: remaining[name].weight.unflatten(0, (seam.blocks, -1, seam.width)).mT.flatten(1, 2)
+        for name in seam.readers
+    }
+    writers = [affines[name] for name in seam.writers]
+    moment = None
+    if any(writer.moment is not None for writer in writers):
+        moment = torch.block_diag(*(_moment(writer) for writer in writers))
+    inputs = torch.arange(order.shape[1], sum(len(writer.weight) for writer in writers), device=order.device)
+    for number, own in enumerate(order):
+        columns = slice(number * seam.width, (number + 1) * seam.width)
+        kept = [remaining[name].weight[:, columns] for name in seam.writers if name in remaining]
+        places = torch.cat([own, inputs])
+        yield _Block(
+            kept=torch.cat(kept) if kept else own.new_zeros(0, seam.width, dtype=torch.float64),
+            moment=None if moment is None else moment[places][:, places],
+            readers={name: reader[number] for name, reader in readers.items()},
+        )
+
+
+def _moment(writer: Affine) -> Float[Tensor, "n n"]:
+    """E[x^T x] of a writer's inputs."""
+    if writer.moment is None:
+        return torch.eye(len(writer.weight), dtype=torch.float64, device=writer.weight.device)
+    return torch.block_diag(*writer.moment)
+
+
+def round_remaining(
+    seam: Seam,
+    affines: Mapping[str, Affine],
+    remaining: Mapping[str, Affine],
+    order: Int[Tensor, "blocks n"],
+    dtypes: Mapping[str, torch.dtype],
+) -> dict[str, Affine]:
+    """What remains, rounded with feedback where it is stored in half precision; what reads it knows its moment."""
+    half = any(dtype in HALF for dtype in dtypes.values())
+    writers = [name for name in seam.writers if name in remaining]
+    written = {dtypes[name] for name in writers}
+    (dtype,) = written if len(written) == 1 else (torch.float64,)  # of several, each is cast by itself
+    kept: list[Tensor] = []
+    moments: list[Tensor] = []
+    rounded: dict[str, list[Tensor]] = {name: [] for name in seam.readers}
+    for block in _blocks(seam, affines, remaining, order):
+        if not half:
+            moments.append(passed_moment(block.kept, block.moment))
+            continue
+        found, reads, moment = round_passed(
+            block.kept, list(block.readers.values()), block.moment, dtype, [dtypes[name] for name in block.readers]
+        )
+        kept.append(found)
+        moments.append(moment)
+        for name, reader in zip(block.readers, reads, strict=True):
+            rounded[name].append(reader)
+    groups = len(remaining[seam.readers[0]].weight) // (seam.blocks * seam.width)
+    moment = torch.stack(moments).repeat_interleave(groups, 0)
+    stored = {**remaining, **{name: dataclasses.replace(remaining[name], moment=moment) for name in seam.readers}}
+    if not half:
+        return stored
+    sizes = [len(remaining[name].weight) for name in writers]
+    for name, weight in zip(writers, torch.cat(kept, 1).split(sizes), strict=True):
+        stored[name] = dataclasses.replace(stored[name], weight=weight)
+    for name, parts in rounded.items():
+        weight = torch.stack(parts).unflatten(1, (groups, -1)).mT.flatten(0, 2)
+        stored[name] = dataclasses.replace(stored[name], weight=weight)
+    return stored
+
+
 def forecast(
     seam: Seam,
     affines: Mapping[str, Affine],
     dtypes: Sequence[str],
     ways: Iterable[str] | None = None,
     rest_dtype: str | None = None,
+    later: frozenset[str] = frozenset(),
 ) -> Forecast:
-    """What passing rows through will cost in each dtype."""
+    """What passing rows through will cost in each dtype: it is done, and measured."""
     try:
         bases = choose_rows(seam, affines[seam.writers[0]].weight)
     except InputError:
         return _impossible(seam, dtypes)
-    bare = {name: dataclasses.replace(affine, bias=None) for name, affine in affines.items()}  # weights count
-    return passed_rows(seam, affines, close_rows(seam, bare, bases)[0], bases, dtypes)
+    remaining, order = close_rows(seam, affines, bases, biased=seam.kind != "values")
+    errors = {}
+    for dtype in dtypes:
+        kept = {name: torch.float64 if name in later else getattr(torch, dtype) for name in remaining}
+        stored = round_remaining(seam, affines, remaining, order, kept)
+        if seam.kind == "values":  # of attention that is not shaped
+            heads = len(stored[seam.readers[0]].weight) // seam.width
+            mix = order.new_ones(heads, dtype=torch.float64)
+            stored |= carried_biases(seam, affines, remaining, stored, order, bases, mix, kept)
+        errors[dtype] = measure(seam, affines, remaining, stored, order, kept)
+    left = {name: dataclasses.replace(stored[name], weight=remaining[name].weight) for name in later if name in stored}
+    return _forecast(seam, affines, max(basis.condition for basis in bases), errors, left)
 
 
-def passed_rows(
+def measure(
     seam: Seam,
     affines: Mapping[str, Affine],
     remaining: Mapping[str, Affine],
-    bases: Sequence[Basis],
-    dtypes: Sequence[str],
-) -> Forecast:
-    """The errors of x W A, for white x, when writers W and readers A are rounded, and when, of those that remain, only
-    the rows that are not passed through are.
+    stored: Mapping[str, Affine],
+    order: Int[Tensor, "blocks n"],
+    dtypes: Mapping[str, torch.dtype],
+) -> dict[str, float]:
+    """The relative errors of x [I; K] A, A by A, by which what is stored differs from what remains exactly; and of the
+    biases of A.
     """
-    squares, powers = {}, {}
-    names: dict[str, list[str]] = {}
+    cast = {
+        name: dataclasses.replace(affine, weight=affine.weight.to(dtypes[name]).double())
+        for name, affine in stored.items()
+    }
+    if not all(affine.weight.isfinite().all() for affine in cast.values()):
+        return {letter(name): math.inf for name in seam.readers}
+    lost: dict[str, float] = {}
+    powers: dict[str, float] = {}
+    pairs = zip(_blocks(seam, affines, remaining, order), _blocks(seam, affines, cast, order), strict=True)
+    for exact, found in pairs:
+        size, change = seam.width, found.kept - exact.kept
+        if exact.moment is None:
+            mixed, own = change.T @ exact.kept, change.T @ change
+        else:
+            beside = exact.moment[size:, size:] @ change
+            mixed, own = (exact.moment[:size, size:] @ change).T + beside.T @ exact.kept, change.T @ beside
+        read = passed_moment(exact.kept, exact.moment)
+        for name, before in exact.readers.items():
+            what, after = letter(name), found.readers[name]
+            gone = after - before
+            square = (own * gram(after) + 2 * mixed * (after.T @ gone) + read * gram(gone)).sum().item()
+            lost[what] = lost.get(what, 0.0) + square
+            powers[what] = powers.get(what, 0.0) + (read * gram(before)).sum().item()
     for name in seam.readers:
-        names.setdefault(letter(name), []).append(name)
+        if (bias := stored[name].bias) is not None:
+            lost[letter(name)] += (bias.to(dtypes[name]).double() - bias).square().sum().item()
+    return {name: relative(max(square, 0.0), powers[name]) for name, square in lost.items()}
 
-    def heads(writer: Tensor) -> Tensor:
-        return writer.double().unflatten(1, (seam.blocks, seam.width)).transpose(0, 1)
 
-    def rows(found: Mapping[str, Affine], of: Sequence[str]) -> Tensor:
-        weight = torch.cat([found[name].weight for name in of], 1).double()
-        return weight.unflatten(0, (seam.blocks, -1, seam.width)).transpose(1, 2).flatten(2)
+def _forecast(
+    seam: Seam,
+    affines: Mapping[str, Affine],
+    condition: float,
+    errors: Mapping[str, Mapping[str, float]],
+    left: Mapping[str, Affine] | None = None,
+) -> Forecast:
+    """These errors, beside those of x W A when writers W and readers A are rounded as they are, of white x.
 
-    unclosed = past_norm(seam, affines)
-    before = [heads(affines[name].weight) for name in seam.writers]
-    after = [heads(remaining[name].weight) for name in seam.writers if name in remaining]
-    for name, readers in names.items():
-        read = rows(unclosed, readers)
-        inner = read @ read.mT
-        powers[name] = sum(((writer.mT @ writer) * inner).sum().item() for writer in before)
-        squares[name] = (read, rows(remaining, readers))
-
-    def lost(writers: Sequence[Tensor], read: Tensor, passed: float, floor: float) -> float:
-        p = sum((writer.square().sum(1) for writer in writers), torch.zeros_like(read[..., 0]))
-        m = read.square().sum(2)
-        inputs = sum(writer.shape[1] for writer in writers)
-        return ((p + floor * inputs) * m + (p + passed) * (m + floor * read.shape[2])).sum().item()
-
-    largest = max(max_abs(affine.weight) for affine in remaining.values())
-    original, errors = {}, {}
-    for dtype in dtypes:
-        unit, floor = precision_of(dtype)
-        fits = largest <= torch.finfo(getattr(torch, dtype)).max
-        original[dtype] = {
-            name: unit * relative(lost(before, read, 0.0, 0.0), powers[name]) for name, (read, _) in squares.items()
-        }
-        errors[dtype] = {
-            name: unit * relative(lost(after, read, 1.0, floor) if fits else math.inf, powers[name])
-            for name, (_, read) in squares.items()
-        }
-    return Forecast(seam, original, {"rows": Way(max(basis.condition for basis in bases), None, errors)})
+    Of other inputs, W is what a seam has left that was closed before, and taken to lose as much as the readers do.
+    """
+    lost: dict[str, float] = {}
+    powers: dict[str, float] = {}
+    writers = [affines[name] for name in seam.writers]
+    moment = None
+    if any(writer.moment is not None for writer in writers):
+        moment = torch.block_diag(*(_moment(writer) for writer in writers))
+    weight = torch.cat([writer.weight.double() for writer in writers])
+    for name, reader in past_norm(seam, affines).items():
+        what, inner = letter(name), reader.weight.double().unflatten(0, (seam.blocks, -1, seam.width))
+        for block, own in zip(weight.split(seam.width, 1), inner, strict=True):
+            columns = own.mT.flatten(0, 1)
+            written = gram(block) if moment is None else block.T @ moment @ block
+            lost[what] = lost.get(what, 0.0) + 2 * (written.diagonal() @ squares(columns, 0)).item()
+            powers[what] = powers.get(what, 0.0) + (written * gram(columns)).sum().item()
+    original = {
+        dtype: {name: precision_of(dtype)[0] * relative(square, powers[name]) for name, square in lost.items()}
+        for dtype in errors
+    }
+    return Forecast(seam, original, {"rows": Way(condition, None, errors)}, {"rows": left or {}})
 
 
 def _impossible(seam: Seam, dtypes: Sequence[str]) -> Forecast:
@@ -201,14 +353,33 @@ def _impossible(seam: Seam, dtypes: Sequence[str]) -> Forecast:
 
 
 def steps(seam: Seam, setting: Setting) -> Iterator[Step]:
-    """Those of close_rows, block by block of the writer's columns, in fp64."""
+    """Those of close_rows, round_remaining and measure, block by block of the writer's columns, in fp64."""
     width, blocks = seam.width, seam.blocks
+    others = sum(setting.size(name) for name in seam.writers[1:])
+    read = sum(setting.size(name) for name in seam.readers)
     rows = setting.size(seam.writers[0]) / (width * blocks)
+    left = rows + others / (width * blocks) - width
     yield "choose rows", torch.float64, blocks * (width**2 * (rows - width / 3) + width**2 * (rows - width))
     yield "factorize T", torch.float64, blocks * 2 / 3 * width**3
     yield "W T^-1", torch.float64, blocks * 2.0 * width**2 * (rows - width)
-    yield "other writers", torch.float64, sum(2.0 * width * setting.size(name) for name in seam.writers[1:])
-    yield "T A", torch.float64, sum(2.0 * width * setting.size(name) for name in seam.readers)
+    yield "other writers", torch.float64, 2.0 * width * others
+    yield "T A", torch.float64, 2.0 * width * read
+    half = any(setting.kept(name) in HALF for name in (*seam.writers, *seam.readers))
+    known = not setting.earlier.isdisjoint(seam.writers)
+    yield "moments", torch.float64, blocks * width * left * ((8.0 if half else 4.0) * left if known else 2.0 * width)
+    if half:
+        yield "A A^T", torch.float64, float(width * read)
+        if known:
+            yield "factorize the moment", torch.float64, blocks * left**3 / 3
+        yield "round W", torch.float32, blocks * width * left * ((left if known else 0.0) + width)
+        yield "A + A change", torch.float64, 2.0 * width * read
+        yield "round A", torch.float32, float(width * read)
+    yield "measure", torch.float64, 5.0 * width * read
 
 
-memory = whole
+def memory(seam: Seam, setting: Setting) -> float:
+    """All that is read and made, and the moments of inputs that are not white: whole, a block's, and factorized."""
+    if setting.earlier.isdisjoint(seam.writers):
+        return whole(seam, setting) + sum(16.0 * setting.size(name) for name in seam.readers)
+    rows = sum(setting.size(name) for name in seam.writers) / (seam.width * seam.blocks)
+    return whole(seam, setting) + sum(16.0 * setting.size(name) for name in seam.readers) + 48.0 * rows**2

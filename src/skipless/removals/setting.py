@@ -23,8 +23,8 @@ class Setting:
     """How the tensors of a task are stored before and after, for one of its seams.
 
     basis: by which streams are closed. inputs, outputs: tensor name -> what is stored. modules: of the source, by name.
-    later: modules that a later seam of the task rewrites again, which are kept in fp64 till then. by_rows: whether what
-    a stream's writers become is computed for each use.
+    earlier, later: modules that another seam of the task has rewritten; or will, which are kept in fp64 till then.
+    by_rows: whether what a stream's writers become is computed for each use.
     """
 
     architecture: Architecture
@@ -32,6 +32,7 @@ class Setting:
     inputs: Mapping[str, TensorInfo]
     outputs: Mapping[str, TensorInfo]
     modules: Mapping[str, Module]
+    earlier: frozenset[str] = frozenset()
     later: frozenset[str] = frozenset()
     by_rows: bool = False
 

@@ -27,6 +27,7 @@ def forecast(
     dtypes: Sequence[str],
     ways: Iterable[str] | None = None,
     rest_dtype: str | None = None,
+    later: frozenset[str] = frozenset(),
 ) -> Forecast:
     """Nothing is solved for, so that nothing is lost but by rounding the table."""
     nothing: dict[str, dict[str, float]] = {dtype: {} for dtype in dtypes}

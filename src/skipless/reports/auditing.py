@@ -8,13 +8,14 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import torch
 
 from skipless.algebra.forecast import Forecast, Way, letter
 from skipless.algebra.spectrum import Spectrum, spectrum
+from skipless.algebra.tolerances import coarsest, dtype_name
 from skipless.architecture.folds import FOLDS
 from skipless.architecture.seams import AUTO, BASES, REMOVABLE, Seam
 from skipless.checkpoint.opening import Reader, open_source
@@ -23,7 +24,9 @@ from skipless.errors import InputError
 from skipless.removals import forecast
 from skipless.reports.counting import moved_by_fuse, removable_as_is
 from skipless.rewrite.casting import underflows
+from skipless.rewrite.forecasting import Together, forecast_group, together
 from skipless.rewrite.modules import read_seam
+from skipless.rewrite.planning import connected, in_turn
 from skipless.rewrite.request import Request
 
 
@@ -48,6 +51,24 @@ class SeamAudit:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What a request would do: the basis, and why; forecasts of the seams that it closes; what is not safe about which;
+    and what all of them lose together.
+    """
+
+    basis: str
+    reason: str
+    forecasts: Mapping[Seam, Forecast]
+    problems: Mapping[Seam, str]
+    together: Together | None
+
+    @property
+    def safe(self) -> bool:
+        """Whether all of it is."""
+        return not self.problems and (self.together is None or not self.together.problem)
+
+
+@dataclass(frozen=True)
 class Audit:
     """Every open seam, and the answer: basis, by which stream seams would be closed, and why; what would not be safe.
 
@@ -55,7 +76,8 @@ class Audit:
     fuse that would make it safe, if as it was asked for it is not. as_is: what can be removed exactly beside seams,
     weights and biases by kind (counting.removable_as_is); by_fuse: of that, what fuse moves in another family's layout,
     and stays: what it leaves there, and why (counting.Count). parameters: how many there are in all. moves: if kinds of
-    that layout were asked for, how many numbers, and nothing stands in the way.
+    that layout were asked for, how many numbers, and nothing stands in the way. together: what
+    all that was asked for loses, on the way through the layers, in the coarsest dtype of storage.
     """
 
     family: str
@@ -70,6 +92,7 @@ class Audit:
     stays: tuple[str, ...]
     parameters: int
     moves: int = 0
+    together: Together | None = None
 
     @property
     def safe(self) -> bool:
@@ -115,7 +138,10 @@ def audit(
     asked = request.seams(skipless)
     every = [seam for seam in request.every(skipless) if seam.kind in {*REMOVABLE, *request.kinds}]
     refusals = {(seam.kind, seam.layer): seam for seam in request.every(source)}
+    closing = connected(seam for seam in asked if not seam.refusal)
+    later = {seam: after for group in closing for seam, _, after in in_turn(group)}
     forecasts: dict[Seam, Forecast] = {}
+    groups: dict[tuple[Seam, ...], dict[str, dict[Seam, Forecast]]] = {}
     audits: dict[Seam, SeamAudit] = {}
     for done, seam in enumerate(every):
         progress(done, len(every))
@@ -125,7 +151,9 @@ def audit(
         stored = {way: request.stored(reader.tensors, seam, way) for way in seam.identities if possible}
         foretold = Forecast(seam, {}, {})
         if possible:
-            foretold = forecasts[seam] = forecast(seam, affines, DTYPE_NAMES, rest_dtype=rest_dtype)
+            after = later.get(seam, frozenset())
+            foretold = forecast(seam, affines, DTYPE_NAMES, rest_dtype=rest_dtype, later=after)
+            foretold = forecasts[seam] = dataclasses.replace(foretold, left={})
         audits[seam] = SeamAudit(
             kind=seam.kind,
             layer=seam.layer,
@@ -134,10 +162,7 @@ def audit(
             matrices={letter(name): spectrum(affines[name].weight) for name in matrices if name in affines},
             original=foretold.original,
             ways=foretold.ways,
-            problems={
-                way: {name: problem for name in foretold.original if (problem := foretold.problem(way, name))}
-                for way in foretold.ways
-            },
+            problems=_problems(foretold),
             stored=stored,
         )
     progress(len(every), len(every))
@@ -154,31 +179,53 @@ def audit(
         problems = {} if request.dtype is None else cast(request.dtype)
         return [problem for name, problem in problems.items() if name.rpartition(".")[0] not in rewritten]
 
-    def answer(request: Request) -> tuple[str, str, dict[Seam, str]]:
-        """The basis, why, and the problems of a request, skips and norms left out."""
+    def one_by_one(closing: Iterable[Seam], basis: str) -> dict[Seam, Forecast]:
+        """The forecasts of seams that are closed, one after the other where one leaves what another closes again."""
+        found: dict[Seam, Forecast] = {}
+        for group in map(tuple, connected(closing)):
+            if not any(after & {*seam.readers, *seam.followers} for seam, _, after in in_turn(group)):
+                found |= {seam: forecasts[seam] for seam in group}
+                continue
+            known = groups.setdefault(group, {})
+            if basis not in known:
+                read = partial(read_seam, source, read=reader.tensor)
+                known[basis] = forecast_group(group, basis, read, DTYPE_NAMES, rest_dtype)
+            found |= known[basis]
+        return found
+
+    def answer(request: Request) -> Answer:
+        """What a request would do, skips and norms left out."""
         asked = request.seams(skipless)
         basis, reason = request.decide(skipless, reader.tensors, asked, forecasts.__getitem__)
-        found = {}
-        for seam in asked:
-            problem = seam.refusal
-            if not problem:
-                way = seam.way(basis)
-                foretold = audits[seam].problems[way].get(request.stored(reader.tensors, seam, way))
-                problem = request.unpaid(reader.tensors, seam, way) or foretold
-            if problem:
-                found[seam] = problem
-        return basis, reason, found
+        closing = [seam for seam in asked if not seam.refusal]
+        foretold = one_by_one(closing, basis)
+        stored = {seam: request.stored(reader.tensors, seam, seam.way(basis)) for seam in closing}
+        unpaid = {seam: request.unpaid(reader.tensors, seam, seam.way(basis)) for seam in closing}
+        problems = {
+            seam: seam.refusal or unpaid[seam] or foretold[seam].problem(seam.way(basis), stored[seam])
+            for seam in asked
+        }
+        dtype = dtype_name(coarsest(getattr(torch, name) for name in stored.values())) if stored else None
+        expected = None if dtype is None else together(skipless, forecasts, foretold, basis, dtype)
+        return Answer(basis, reason, foretold, {seam: each for seam, each in problems.items() if each}, expected)
 
-    basis, reason, found = answer(request)
+    chosen = answer(request)
+    for seam, foretold in chosen.forecasts.items():  # as they are one after the other
+        ways = {**audits[seam].ways, **foretold.ways}
+        unsafe = {**audits[seam].problems, **_problems(foretold)}
+        audits[seam] = dataclasses.replace(audits[seam], original=foretold.original, ways=ways, problems=unsafe)
+    basis, reason, found = chosen.basis, chosen.reason, chosen.problems
     blocked = _refusals(refusals[seam.kind, seam.layer] for seam in asked if not seam.refusal)
     lossy = copied(request)
     problems = (*_refusals(found), *(problem for seam, problem in found.items() if not seam.refusal), *lossy)
+    if not problems and chosen.together is not None and chosen.together.problem:
+        problems = (chosen.together.problem,)
     alternatives = []
     others = _others(request, [seam.layer for seam in found if seam.kind == "stream"])
     for option, other in others if problems and not blocked else ():
         with suppress(InputError):  # a basis that this model cannot have
             wanted = other.seams(skipless)  # without values, its stream seams are not the ones that were read
-            if wanted and audits.keys() >= set(wanted) and not answer(other)[2] and not copied(other):
+            if wanted and audits.keys() >= set(wanted) and answer(other).safe and not copied(other):
                 alternatives.append(option)
     return Audit(
         family=opened.family,
@@ -192,7 +239,16 @@ def audit(
         by_fuse=by_fuse,
         stays=stays,
         parameters=parameters,
+        together=chosen.together,
     )
+
+
+def _problems(foretold: Forecast) -> dict[str, dict[str, str]]:
+    """By way and dtype, why closing a seam so is not safe."""
+    return {
+        way: {name: problem for name in foretold.original if (problem := foretold.problem(way, name))}
+        for way in foretold.ways
+    }
 
 
 class _Whole:

@@ -10,8 +10,8 @@ from skipless.algebra.linalg import block_rows
 from skipless.algebra.tolerances import dtype_name
 from skipless.checkpoint.reader import TensorInfo
 from skipless.removals import removal
-from skipless.rewrite.execution import COPIED, setting, with_later
-from skipless.rewrite.planning import Plan, Task
+from skipless.rewrite.execution import COPIED, setting
+from skipless.rewrite.planning import Plan, Task, in_turn
 
 # Beside what is counted: Python's own, vectors, and the buffers of BLAS.
 OVERHEAD = 96 * 2**20
@@ -60,7 +60,7 @@ def _piece(plan: Plan, task: Task, name: str) -> int:
     info = plan.outputs[name]
     if not task.seams:
         return _copied(plan.inputs[name]) * info.dtype.itemsize // plan.inputs[name].dtype.itemsize
-    if task.by_rows and setting(plan, task, frozenset()).is_table(name.rpartition(".")[0]):
+    if task.by_rows and setting(plan, task).is_table(name.rpartition(".")[0]):
         return min(info.bytes, block_rows(info.shape[1]) * info.row_bytes)
     return info.bytes
 
@@ -73,8 +73,8 @@ def _copied(info: TensorInfo) -> int:
 def steps(plan: Plan, task: Task) -> dict[str, tuple[str, float]]:
     """The task's steps in their order: name -> precision, FLOPs."""
     found: dict[str, tuple[str, float]] = {}
-    for number, (seam, later) in enumerate(with_later(task)):
-        for name, dtype, count in removal(seam).steps(seam, setting(plan, task, later)):
+    for number, (seam, earlier, later) in enumerate(in_turn(task.seams)):
+        for name, dtype, count in removal(seam).steps(seam, setting(plan, task, earlier, later)):
             key = f"{seam.kind} seam: {name}" if len(task.seams) == 1 else f"{seam.kind} seam {number}: {name}"
             kind, before = found.get(key, (dtype_name(dtype), 0.0))
             found[key] = (kind, before + count)
@@ -88,11 +88,11 @@ def _memory(plan: Plan, task: Task) -> int:
         return OVERHEAD + _copied(plan.inputs[name]) + _piece(plan, task, name)
     inputs, _ = plan.canonical
     largest, left = 0.0, dict[str, float]()
-    for seam, later in with_later(task):
+    for seam, earlier, later in in_turn(task.seams):
         own = [name for name in seam.modules if name in plan.modules[0]]
         read = sum(inputs[f"{name}.weight"].bytes for name in own if name not in left)
         held = read + sum(left.values()) + sum(inputs[name].bytes for name in seam.mixed)
-        needed = removal(seam).memory(seam, setting(plan, task, later))
+        needed = removal(seam).memory(seam, setting(plan, task, earlier, later))
         if len(task.seams) > 1:  # what it gives, as it is handed out
             needed += sum(8.0 * inputs[f"{name}.weight"].weights for name in own if name not in later)
         largest = max(largest, held + needed)

@@ -14,7 +14,6 @@ from skipless.algebra.affine import Affine
 from skipless.algebra.forecast import Outcome
 from skipless.algebra.linalg import blocks, slices
 from skipless.algebra.rows import Rows
-from skipless.architecture.seams import Seam
 from skipless.checkpoint.canonical import Canonical, keeping, restored
 from skipless.checkpoint.digests import Digests
 from skipless.checkpoint.opening import Read
@@ -23,7 +22,7 @@ from skipless.errors import InputError
 from skipless.removals import removal
 from skipless.removals.setting import Setting
 from skipless.rewrite.modules import read_affine, read_by_rows
-from skipless.rewrite.planning import Plan, Task
+from skipless.rewrite.planning import Plan, Task, in_turn
 
 # Bytes of a tensor that are copied at a time.
 COPIED = 2**26
@@ -102,7 +101,7 @@ def _close_all(plan: Plan, task: Task, read: Read, outcomes: list[Outcome]) -> I
     before, after = plan.modules
     affines: dict[str, Affine] = {}
     seen: set[str] = set()
-    for seam, later in with_later(task):
+    for seam, earlier, later in in_turn(task.seams):
         for name in seam.modules:
             if name in before and name not in seen:  # once: what an earlier seam has removed is no more
                 by_rows = task.by_rows and name in seam.writers
@@ -111,7 +110,7 @@ def _close_all(plan: Plan, task: Task, read: Read, outcomes: list[Outcome]) -> I
                 )
         seen.update(seam.modules)
         own = {name: affines.pop(name) for name in seam.modules if name in affines}
-        remaining, order, outcome = removal(seam).close(seam, own, setting(plan, task, later), read)
+        remaining, order, outcome = removal(seam).close(seam, own, setting(plan, task, earlier, later), read)
         del own
         outcomes.append(outcome)
         affines |= {name: remaining.pop(name) for name in list(remaining) if name in later}
@@ -120,16 +119,12 @@ def _close_all(plan: Plan, task: Task, read: Read, outcomes: list[Outcome]) -> I
             yield seam.order, order
 
 
-def with_later(task: Task) -> Iterator[tuple[Seam, frozenset[str]]]:
-    """The seams of a task in turn, each with those of its modules that a later one will rewrite."""
-    last = {name: number for number, seam in enumerate(task.seams) for name in seam.modules}
-    for number, seam in enumerate(task.seams):
-        yield seam, frozenset(name for name in seam.modules if last[name] > number)
-
-
-def setting(plan: Plan, task: Task, later: frozenset[str]) -> Setting:
-    """The setting in which a removal works on a task's tensors. later: modules that a later seam rewrites."""
-    return Setting(plan.source, plan.basis, *plan.canonical, plan.modules[0], later, task.by_rows)
+def setting(
+    plan: Plan, task: Task, earlier: frozenset[str] = frozenset(), later: frozenset[str] = frozenset()
+) -> Setting:
+    """What a removal is told of a task's tensors. earlier, later: modules that another seam rewrites."""
+    modules = plan.modules[0]
+    return Setting(plan.source, plan.basis, *plan.canonical, modules, earlier, later, task.by_rows)
 
 
 def _stored(plan: Plan, affines: dict[str, Affine]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -38,7 +38,7 @@ def read_affine(module: Module, closed: Module | None, read: Callable[[str], tor
     weight = read(f"{module.name}.weight")
     bias = read(f"{module.name}.bias").to(torch.float64) if module.bias else None
     one_hot = module.table and closed is not None and not closed.bias
-    return Affine(weight if module.table or module.diagonal else weight.T, bias, one_hot)
+    return Affine(weight if module.table or module.diagonal else weight.T, bias, one_hot, module.table)
 
 
 def read_by_rows(module: Module, read: Read) -> Affine:
@@ -67,4 +67,4 @@ def _by_rows(
     module: Module, like: torch.Tensor, make: Callable[[Which], torch.Tensor], origin: torch.Tensor | None = None
 ) -> Affine:
     rows = Rows((module.inputs, module.outputs), like.dtype, like.device, make, origin)
-    return Affine(cast(torch.Tensor, rows))  # of which no more is asked for than rows
+    return Affine(cast(torch.Tensor, rows), table=module.table)  # of which no more is asked for than rows

@@ -6,7 +6,7 @@ memory together, and tasks are independent of each other, so that an engine may 
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -180,9 +180,12 @@ def prepare(
                 f"{found / 1e9:.1f} GB; use --basis q, --basis pivoted, or a machine that has more"
             )
         dtypes = dict.fromkeys(request.stored(reader.tensors, seam, way) for way in ways)
-        return forecast(seam, read_seam(source, seam, reader.tensor, reader.tensor), tuple(dtypes), ways)
+        affines = read_seam(source, seam, reader.tensor, reader.tensor)
+        return forecast(seam, affines, tuple(dtypes), ways, later=later[seam])
 
-    basis, reason = request.decide(source, reader.tensors, _closing(source, request), foretell)
+    closing = _closing(source, request)
+    later = {seam: after for group in connected(closing) for seam, _, after in in_turn(group)}
+    basis, reason = request.decide(source, reader.tensors, closing, foretell)
     return make_plan(reader, dataclasses.replace(request, basis=basis), reason, max_shard_size)
 
 
@@ -260,7 +263,7 @@ def _family_tasks(layout: family.Layout, closing: Iterable[Seam], order: Iterabl
         return tuple(dict.fromkeys(place for tensor in tensors for place in layout.places[tensor].tensors))
 
     task_of = {name: Task((), (name,), (name,)) for name in order}
-    for group in _connected(closing, stored):
+    for group in connected(closing, stored):
         names = tuple(dict.fromkeys(name for seam in group for name in stored(seam)))
         task_of.update(dict.fromkeys(names, Task(tuple(group), names, names)))
     return tuple(dict.fromkeys(task_of.values()))
@@ -321,7 +324,7 @@ def _tasks(source: Architecture, target: Architecture, closing: Iterable[Seam]) 
     """One task per group of seams that share modules, one per tensor that stays as it is, in the output's order."""
     before, after = _modules(source), _modules(target)
     writer_of = {name: Task((), (name,), (name,)) for name in target.tensors()}
-    for group in _connected(closing):
+    for group in connected(closing):
         names = list(dict.fromkeys(name for seam in group for name in seam.modules))
         left = [name for name in (*names, *(seam.rest for seam in group)) if name in after]
         reads = tuple(tensor for name in names if name in before for tensor in before[name].tensors())
@@ -332,7 +335,7 @@ def _tasks(source: Architecture, target: Architecture, closing: Iterable[Seam]) 
     return tuple(dict.fromkeys(writer_of[name] for name in target.tensors()))
 
 
-def _connected(
+def connected(
     closing: Iterable[Seam], parts: Callable[[Seam], Iterable[str]] = lambda seam: seam.modules
 ) -> list[list[Seam]]:
     """Group seams that share a module (or what else they consist of), in order: they must be closed one after the other
@@ -345,6 +348,15 @@ def _connected(
         groups[number] = [*(other for key in touching for other in groups.pop(key)), seam]
         group_of.update(dict.fromkeys((name for other in groups[number] for name in parts(other)), number))
     return list(groups.values())
+
+
+def in_turn(group: Sequence[Seam]) -> Iterator[tuple[Seam, frozenset[str], frozenset[str]]]:
+    """The seams of a task in turn, each with those of its modules that an earlier, and that a later one rewrites."""
+    first = {name: number for number, seam in reversed([*enumerate(group)]) for name in seam.modules}
+    last = {name: number for number, seam in enumerate(group) for name in seam.modules}
+    for number, seam in enumerate(group):
+        earlier = frozenset(name for name in seam.modules if first[name] < number)
+        yield seam, earlier, frozenset(name for name in seam.modules if last[name] > number)
 
 
 def _fused_config(config: Mapping[str, object], target: Architecture, dtype: str | None) -> dict[str, object]:

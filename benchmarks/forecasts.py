@@ -1,0 +1,209 @@
+"""Is what audit forecasts what fuse does, in bf16 and fp16? Is anything called safe that loses too much?
+
+    python benchmarks/forecasts.py [--models 40]
+
+Random models of several widths and switches, Gaussian weights in fp32, serial layers without skips and norms. Each kind
+of seam is closed alone, and several together. Measured, in fp64, with white inputs: the errors of q, k and v; and those
+on the way through each layer that is rewritten, x O V P M, head by head, and of the last O and the head. Beside them,
+the errors of logits on random tokens, relative, the median over tokens, as a multiple of the original's in that dtype.
+
+Models with biases stand apart: of single inputs, biases are most of what is read, and one vector of them is one draw of
+rounding errors. Exits with 1 if a forecast of a seam or layer of those without is off by more than 15 %, or something
+that is called safe, with biases or without, loses more than 2.5 times what the original does. The last line is one JSON
+object.
+"""
+
+import argparse
+import json
+import logging
+import math
+import os
+import random
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from tests.models import build, load, random_ids, save
+from transformers.utils import logging as transformers_logging
+
+import skipless
+from skipless.algebra.tolerances import OWN_ERROR_FACTOR
+from skipless.errors import InputError
+
+DTYPES = ("bfloat16", "float16")
+KINDS = ("stream", "p", "values", "head", "stream,p", "stream,values", "stream,values,p,head")
+OFF = 0.15
+MEMORY = Path("/dev/shm")
+
+
+def draw_fields(choose: Any) -> dict[str, Any]:
+    """The config of a model: widths for which each kind saves weights, and the switches of a serial model."""
+    heads, head_dim = choose((4, 6)), choose((16, 20))
+    d = choose((heads * head_dim, heads * head_dim, heads * head_dim + 16))
+    bias = choose((False, False, True))
+    return {
+        "hidden_size": d,
+        "num_attention_heads": heads,
+        "num_key_value_heads": choose([n for n in (1, 2, heads // 2, heads) if heads % n == 0]),
+        "head_dim": head_dim,
+        "intermediate_size": choose((2 * d, 3 * d)),
+        "num_hidden_layers": 2,
+        "vocab_size": 3 * d,
+        "ffn_type": choose(("glu", "glu", "mlp")),
+        "position_type": choose(("rope", "learned", "none")),
+        "attention_bias": bias,
+        "mlp_bias": bias,
+    }
+
+
+@torch.no_grad()
+def gaussian(seed: int, fields: dict[str, Any]) -> Any:
+    """A model of Gaussian weights, whose layers give outputs of unit size."""
+    model = build(seed, **fields)
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        size = 1.0 if "embed" in name else 0.1 if weight.ndim == 1 else weight.shape[1] ** -0.5
+        weight.copy_(size * torch.randn(weight.shape, generator=generator, dtype=torch.float64))
+    for layer in model.model.layers:
+        given = []
+        hook = layer.mlp.register_forward_hook(lambda _, __, output, given=given: given.append(output))
+        model(input_ids=random_ids(model))
+        hook.remove()
+        layer.mlp.down_proj.weight /= given[0].std()
+    return model.float()
+
+
+@torch.no_grad()
+def on_the_way(model: Any) -> tuple[list[dict[str, torch.Tensor]], list[torch.Tensor]]:
+    """Of white inputs: q, k (and v) of each layer; and what it gives on the way, head by head, and the head."""
+    reads, ways = [], []
+    tokens = torch.arange(model.config.vocab_size)
+    tables = [model.model.embed_tokens(tokens)]
+    if model.model.position_embeddings is not None:
+        tables.append(model.model.position_embeddings.weight)
+    generator = torch.Generator().manual_seed(0)
+    picks = [torch.randint(len(table), (2048,), generator=generator) for table in tables]
+    x = sum(table[pick] for table, pick in zip(tables, picks, strict=True))
+    for layer in model.model.layers:
+        attention, size = layer.self_attn, layer.self_attn.head_dim
+        projected = attention.project(x)
+        names = "qk" if model.config.values_removed else "qkv"
+        reads.append(dict(zip(names, projected, strict=False)))
+        value = projected[2].unflatten(-1, (-1, size))
+        value = value.repeat_interleave(attention.num_heads // value.shape[1], 1)
+        parts = []
+        for head in range(attention.num_heads):
+            alone = torch.zeros_like(value)
+            alone[:, head] = value[:, head]
+            given = attention.project_out(alone.flatten(1))
+            parts += [
+                given @ linear.weight.T for linear in (layer.mlp.gate_proj, layer.mlp.up_proj) if linear is not None
+            ]
+        given = torch.cat(parts, 1)
+        ways.append(given - given.mean(0))  # without biases, which are elsewhere once seams are closed
+        x = layer.mlp.down_proj(torch.eye(model.config.intermediate_size, dtype=torch.float64))
+    ways.append(model.lm_head(x))
+    return reads, ways
+
+
+def error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Relative to what the matrices give: biases would be most of what single inputs do."""
+    return (torch.linalg.norm(found - exact) / torch.linalg.norm(exact - exact.mean(0))).item()
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(input_ids=random_ids(model, batch=16, length=32)).logits
+
+
+def lost(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """The relative error of a token's logits, the median over tokens."""
+    return ((found - exact).norm(dim=-1) / exact.norm(dim=-1)).median().item()
+
+
+def judge(seed: int, found: dict[str, dict[str, list[float]]], unsafe: list[str]) -> None:
+    """Add the ratios of what one model shows, kind by kind."""
+    generator = random.Random(seed)
+    fields, basis = draw_fields(generator.choice), generator.choice(("pivoted", "pivoted", "auto"))
+    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as temporary:
+        folder = Path(temporary)
+        source = save(gaussian(seed, fields), folder / "source")
+        exact = load(source)
+        exact_reads, exact_ways = on_the_way(exact)
+        right = logits(exact)
+        for dtype in DTYPES:
+            cast = load(source).to(getattr(torch, dtype)).double()
+            own, (_, own_ways) = lost(logits(cast), right), on_the_way(cast)
+            for kind in KINDS:
+                options = {"remove": kind.split(","), "dtype": dtype, "basis": basis}
+                fused = folder / f"{dtype} {kind}"
+                try:
+                    skipless.fuse(source, fused, **options)
+                except InputError:
+                    continue
+                audit, after = skipless.audit(source, **options), load(fused)
+                biases = ", with biases" if fields["attention_bias"] else ""
+                seen, numbers = found[f"{dtype} {kind}{biases}"], audit.together
+                reads, ways = on_the_way(after)
+                for seam in audit.seams:
+                    if seam.asked and seam.kind == "stream":
+                        errors = seam.ways[audit.basis].errors[dtype]
+                        for name, exactly in exact_reads[seam.layer].items():
+                            if name in reads[seam.layer]:
+                                seen["read"].append(errors[name] / error(reads[seam.layer][name], exactly))
+                closed = {seam.layer for seam in audit.seams if seam.asked}
+                for layer, exactly in ((layer, exact_ways[layer]) for layer in sorted(closed)):
+                    seen["way"].append(numbers.after[layer] / error(ways[layer], exactly))
+                    seen["own"].append(numbers.before[layer] / error(own_ways[layer], exactly))
+                multiple = lost(logits(after), right) / own
+                seen["multiple"].append(multiple)
+                seen["all"].append(numbers.fused / numbers.original / multiple)
+                seen["safe"].append(audit.safe)
+                if audit.safe and multiple > OWN_ERROR_FACTOR:
+                    unsafe.append(f"seed {seed}, {dtype}, {kind}: {multiple:.2f}")
+
+
+def worst(ratios: list[float]) -> float:
+    """The one that is furthest from 1."""
+    return max(ratios, key=lambda ratio: abs(math.log(ratio)), default=1.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", type=int, default=40)
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    transformers_logging.disable_progress_bar()
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    unsafe: list[str] = []
+    for seed in track(range(arguments.models), console=Console(stderr=True)):
+        judge(seed, found, unsafe)
+    names = {"read": "q, k, v", "way": "a layer", "own": "the original's", "all": "all, logits"}
+    table = Table(title=f"forecast / measured, median (worst), of {arguments.models} random models")
+    for column in ("", *names.values(), "multiple of the original's", "called safe"):
+        table.add_column(column)
+    for kind, seen in sorted(found.items(), key=lambda item: item[0].endswith("biases")):
+        cells = [f"{median(seen[name]):.2f} ({worst(seen[name]):.2f})" if seen[name] else "" for name in names]
+        multiples = f"{median(seen['multiple']):.2f} ({max(seen['multiple']):.2f})"
+        table.add_row(kind, *cells, multiples, f"{sum(seen['safe'])} of {len(seen['safe'])}")
+    Console(width=140).print(table)
+    print(*unsafe, sep="\n")
+    off = {kind: worst(seen["read"] + seen["way"]) for kind, seen in found.items()}
+    judged = {kind: ratio for kind, ratio in off.items() if not kind.endswith("biases")}
+    wrong = [kind for kind, ratio in judged.items() if abs(math.log(ratio)) > math.log(1 + OFF)]
+    print(json.dumps({"models": arguments.models, "worst": off, "off": wrong, "unsafe": unsafe}))
+    sys.exit(1 if wrong or unsafe else 0)
+
+
+if __name__ == "__main__":
+    main()
