@@ -32,7 +32,8 @@ class SeamAudit:
 
     matrices: q, k, v or p -> spectrum. original, ways: as in Forecast, for a model with these matrices and without
     skips and norms; problems: way -> dtype -> why closing it so is not safe; stored: way -> the dtype in which it would
-    be. The last four are empty if even such a model's could not be closed.
+    be. The last four are empty if even such a model's could not be closed, and of norms, which lose nothing but by
+    rounding.
     """
 
     kind: str
@@ -126,6 +127,9 @@ def audit(
             stored=stored,
         )
     progress(len(every), len(every))
+    norms = [seam for seam in request.every(source) if seam.kind == "norms" and "norms" in request.remove]
+    for seam in norms:
+        audits[seam] = SeamAudit(seam.kind, seam.layer, True, seam.blocked, {}, {}, {}, {}, {})
 
     @cache
     def cast(dtype: str) -> dict[str, str]:
@@ -155,7 +159,7 @@ def audit(
         return basis, reason, found
 
     basis, reason, found = answer(request)
-    blocked = _refusals(refusals[seam.kind, seam.layer] for seam in asked if not seam.refusal)
+    blocked = _refusals([*norms, *(refusals[seam.kind, seam.layer] for seam in asked if not seam.refusal)])
     lossy = copied(request)
     problems = (*_refusals(found), *(problem for seam, problem in found.items() if not seam.refusal), *lossy)
     alternatives = []
