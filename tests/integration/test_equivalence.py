@@ -75,6 +75,15 @@ NAMED = {
     "parallel, p and values": ({**PARALLEL, **MHA}, "q", {"remove": ("values", "p"), "parallel_removes": "p"}),
     "parallel, p, wide heads": ({**PARALLEL, "attention_bias": True, "head_dim": 12}, "q", {**BY_P, "remove": ("p",)}),
     "parallel, p, experts, biases": ({**PARALLEL, **MOE, "attention_bias": True}, "q", {**BY_P, "remove": ("p",)}),
+    "parallel, experts, weights as they are, biases": (
+        {**PARALLEL, **MOE, **BIASES, "norm_topk_prob": False},
+        "pivoted",
+        {"remove": FULL},
+    ),
+    "parallel, experts, weights as they are, biases, tied": (
+        {**PARALLEL, **MOE, **BIASES, "norm_topk_prob": False, "tie_word_embeddings": True},
+        "pivoted",
+    ),
     "experts": ({**MOE}, "pivoted"),
     "experts, biases": ({**MOE, **BIASES}, "pivoted"),
     "experts, tied, attention bias": ({**MOE, "attention_bias": True, "tie_word_embeddings": True}, "q"),

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import skipless
 from skipless import cli
-from skipless.architecture.config import Architecture
+from skipless.architecture.config import PRE_NORM, Architecture
 from skipless.architecture.limit import limit
 from skipless.checkpoint.headers import read_json_object
 from tests.models import build, edit_config, load, relative_error, save
@@ -114,3 +114,23 @@ def test_what_goes_is_the_same_to_the_weight(fields, tmp_path):
         assert before.everything == saved
         assert before.limit - after.limit == saved
         assert before.limit == sum(count for name, count in found.terms.items() if name != "biases")
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_audit_says_of_norms_what_fuse_does(norm, tmp_path):
+    norms = [*PRE_NORM, "model.embed_norm"]
+    source = save(build(dtype=torch.float32, residual="both", norm_type=norm, norms=norms), tmp_path / "source")
+    result = CliRunner().invoke(cli.main, ["audit", str(source), "--remove", "norms"])
+    audited = skipless.audit(source, remove=("norms",))
+    assert [seam.kind for seam in audited.seams if seam.asked] == ["norms"] * 8
+    if norm == "rms":
+        plan = skipless.fuse(source, tmp_path / "fused", remove=("norms",))
+        assert sum(len(task.seams) for task in plan.tasks) == 8
+        assert audited.safe
+        assert result.exit_code == 0
+        assert "norms: 8 gains or norms go" in result.stdout
+    else:
+        with pytest.raises(skipless.InputError) as error:
+            skipless.fuse(source, tmp_path / "fused", remove=("norms",))
+        assert audited.problems[0].startswith(str(error.value))
+        assert result.exit_code == 1

@@ -262,9 +262,14 @@ def _bias_stays(architecture: Architecture, space: Space, takers: Sequence[str])
     return None
 
 
-def _takers(space: Space) -> tuple[str, ...]:
-    """Of what is written at a space's first place, what takes a bias in: not positions, nor P beside the FFN."""
+def _takers(architecture: Architecture, space: Space) -> tuple[str, ...]:
+    """Of what is written at a space's first place, what takes a bias in: not positions, nor P beside the FFN, unless
+    that is experts whose weights do not sum to 1.
+    """
     names = _names(space.starts)
+    attention = tuple(name for name in names if name.endswith(".o_proj"))
+    if attention and architecture.ffn_type == "moe" and not architecture.norm_topk_prob:
+        return attention
     return tuple(name for name in names if not name.endswith((".o_proj", "position_embeddings"))) or names
 
 
@@ -281,7 +286,7 @@ def _stream_seam(architecture: Architecture, layer: int, wanted: Wanted) -> Seam
     attention, parallel = _attention(layer), architecture.block_type == "parallel"
     found = graph(architecture)
     space = found.before(layer)
-    writers, takers, taken = _names(space.writers), _takers(space), ""
+    writers, takers, taken = _names(space.writers), _takers(architecture, space), ""
     duals: tuple[str, ...] = ()
     blocked = _not_linear(architecture, space) or _heads_pass(architecture, space)
     if blocked is None and layer != space.layers[0]:
@@ -347,11 +352,7 @@ def _tied(architecture: Architecture, first: Space, last: Space) -> str | None:
             f"the table does"
         )
     else:
-        reason = (
-            _not_linear(architecture, last)
-            or _heads_pass(architecture, last)
-            or _bias_stays(architecture, last, _names(last.starts))
-        )
+        reason = _not_linear(architecture, last) or _heads_pass(architecture, last)
     return reason and (
         f"tie_word_embeddings: the table is the head, too, and there is {reason}; leave it open with --layers-open 0"
     )

@@ -181,6 +181,8 @@ def audit_lines(audit: Audit) -> Iterator[Text | str]:
         multiple = audit.together.multiple
         yield f"all together, stored in {audit.together.dtype}: {multiple:.2f} times the error of the original"
     yield from (Text.assemble(("not safe:", "red"), f" {printable(problem)}") for problem in audit.problems)
+    if norms := [seam for seam in audit.seams if seam.kind == "norms" and not seam.blocked]:
+        yield f"norms: {len(norms)} gains or norms go into what they stand beside, and lose nothing but by rounding"
     if audit.alternatives:
         yield f"safe instead: {' or '.join(audit.alternatives)}"
     if audit.safe:

@@ -36,7 +36,8 @@ class SeamAudit:
 
     matrices: q, k, v or p -> spectrum. original, ways: as in Forecast, for a model with these matrices and without
     skips and norms; problems: way -> dtype -> why closing it so is not safe; stored: way -> the dtype in which it would
-    be. The last four are empty if even such a model's could not be closed.
+    be. The last four are empty if even such a model's could not be closed, and of norms, which lose nothing but by
+    rounding.
     """
 
     kind: str
@@ -166,6 +167,9 @@ def audit(
             stored=stored,
         )
     progress(len(every), len(every))
+    norms = [seam for seam in request.every(source) if seam.kind == "norms" and "norms" in request.remove]
+    for seam in norms:
+        audits[seam] = SeamAudit(seam.kind, seam.layer, True, seam.blocked, {}, {}, {}, {}, {})
 
     @cache
     def cast(dtype: str) -> dict[str, str]:
@@ -215,7 +219,7 @@ def audit(
         unsafe = {**audits[seam].problems, **_problems(foretold)}
         audits[seam] = dataclasses.replace(audits[seam], original=foretold.original, ways=ways, problems=unsafe)
     basis, reason, found = chosen.basis, chosen.reason, chosen.problems
-    blocked = _refusals(refusals[seam.kind, seam.layer] for seam in asked if not seam.refusal)
+    blocked = _refusals([*norms, *(refusals[seam.kind, seam.layer] for seam in asked if not seam.refusal)])
     lossy = copied(request)
     problems = (*_refusals(found), *(problem for seam, problem in found.items() if not seam.refusal), *lossy)
     if not problems and chosen.together is not None and chosen.together.problem:

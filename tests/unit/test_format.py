@@ -1,0 +1,90 @@
+"""docs/format.md names every tensor with its shape, and which run may follow which."""
+
+import re
+
+import pytest
+
+from skipless.architecture.config import PRE_NORM, Architecture
+from skipless.architecture.seams import closed, seams
+from tests.models import TINY
+from tests.pages import ROOT
+
+ROW = re.compile(r"^\| (?P<names>`(?:model|lm_head)[^|]*) \| \((?P<shape>[^|]*)\) \|(?P<when>[^|]*)\|$", re.M)
+BIASES = {"attention_bias": True, "mlp_bias": True}
+EXPERTS = {"ffn_type": "moe", "num_local_experts": 3, "num_experts_per_tok": 2}
+NORMS = {"norm_type": "layer", "norms": [*PRE_NORM, "model.embed_norm"]}
+FOLDED = ["model.embed_tokens", "model.layers.0.mlp.router", "model.layers.0.mlp.experts.1.up_proj"]
+MODELS = [
+    {**BIASES, **NORMS, "residual": "both", "residual_gains": True, "qk_norm": "head_dim", "attention_shaping": "full"},
+    {**BIASES, "position_type": "learned", "stream_basis": "pivoted", "layers_open": [1], "p_removed": True},
+    {"stream_basis": "pivoted", "attention_bias": True, "num_key_value_heads": 4, "values_removed": True},
+    {**EXPERTS, **BIASES, "head_dim": 6, "p_removed": True, "folded_biases": FOLDED, "tie_word_embeddings": True},
+    {"head_dim": 16, "p_removed": True, "head_removed": True, "attention_bias": True, "values_removed": True},
+]
+
+
+def rows():
+    """Pattern of a name, shape, the conditions that are attributes of an architecture, and whether it is an index."""
+    for row in ROW.finditer((ROOT / "docs" / "format.md").read_text()):
+        when = [name for name in re.findall(r"`(\w+)`", row["when"]) if name.endswith("removed")]
+        for name in re.findall("`([^`]+)`", row["names"]):
+            pattern = re.escape(name).replace(r"\{i\}", r"\d+").replace(r"\{j\}", r"\d+")
+            yield pattern, row["shape"], when, ", int32" in row["names"]
+
+
+def described(architecture, name):
+    """Number, shape and kind of the row that describes a tensor."""
+    a = architecture
+    values = {"V": a.vocab_size, "T": a.max_position_embeddings, "d": a.hidden_size, "f": a.intermediate_size}
+    values |= {"H": a.num_attention_heads, "K": a.num_key_value_heads, "h": a.head_dim, "D": a.query_width}
+    values |= {"e": a.value_width, "E": a.num_local_experts}
+    values["I"] = a.query_width if a.p_removed and a.p_merged else a.hidden_size
+    for number, (pattern, shape, when, index) in enumerate(rows()):
+        if re.fullmatch(pattern, name) and all(getattr(a, field) for field in when):
+            return number, tuple(eval(part, values) for part in shape.split(", ")), index
+    raise LookupError(name)
+
+
+@pytest.mark.parametrize("fields", MODELS, ids=str)
+def test_every_tensor_has_a_row_with_its_shape(fields):
+    architecture = Architecture.from_config({"model_type": "skipless", **TINY, **fields})
+    indices = architecture.index_tensors()
+    for name, shape in architecture.tensors().items():
+        assert described(architecture, name)[1:] == (shape, name in indices), name
+
+
+def test_every_row_has_a_tensor():
+    models = [Architecture.from_config({"model_type": "skipless", **TINY, **fields}) for fields in MODELS]
+    used = {described(model, name)[0] for model in models for name in model.tensors()}
+    assert used == set(range(len(list(rows()))))
+
+
+SERIAL = {"num_key_value_heads": 4}
+WIDE, PARALLEL = {**SERIAL, "head_dim": 16}, {"block_type": "parallel"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "first", "basis", "later"),
+    [
+        (SERIAL, "stream", "q", {"p", "values", "head"}),
+        (SERIAL, "stream", "pivoted", {"p", "head"}),
+        (PARALLEL, "stream", "pivoted", {"head"}),
+        (SERIAL, "p", "q", {"stream", "values", "head"}),
+        (WIDE, "p", "q", {"stream", "head"}),
+        (PARALLEL, "p", "q", set()),
+        (SERIAL, "values", "q", {"p", "head"}),
+        (PARALLEL, "values", "q", {"head"}),
+        (SERIAL, "head", "q", {"stream", "p", "values"}),
+        (PARALLEL, "head", "q", {"stream", "values"}),
+    ],
+    ids=str,
+)
+def test_which_run_may_follow(fields, first, basis, later):
+    architecture = Architecture.from_config({"model_type": "skipless", **TINY, **fields})
+    removes = "p" if fields is PARALLEL and first == "p" else "readers"
+    found = closed(architecture, [seam for seam in seams(architecture, removes) if seam.kind == first], basis)
+    can = set()
+    for removes in ("readers", "p"):
+        every = [seam for seam in seams(found, removes) if seam.layer and seam.kind != "norms"]
+        can |= {seam.kind for seam in every} - {seam.kind for seam in every if seam.blocked}
+    assert can == later
