@@ -7,13 +7,16 @@ from hypothesis import strategies as st
 
 from skipless.algebra import rounding
 from skipless.algebra.affine import Affine
+from skipless.algebra.basis import Basis, pivot
 from skipless.algebra.rounding import (
     Rest,
     factorize,
     joint_metric,
     moment,
+    passed_moment,
     repaired_metric,
     round_both_ways,
+    round_passed,
     round_rows,
     round_seam,
     round_stream,
@@ -259,3 +262,45 @@ def test_numbers_too_large_to_square_are_refused():
     x = draw(20, 4) * 1e200
     with pytest.raises(InputError, match="weights: expected numbers whose squares can be summed"):
         round_seam([x], [Rest(draw(4, 3), torch.ones(3).double(), torch.bfloat16)], torch.ones(4).double(), HALF[:1])
+
+
+@half
+@pytest.mark.parametrize(("white", "part"), [(True, 0.9), (False, 0.6)])
+def test_rows_that_pass_are_rounded_with_feedback(dtype, white, part):
+    """Of x W A = x [I; K] (T A): it loses less than a cast of K and T A; much less where a stream seam has left S^-1 W."""
+    size, inputs = 16, 96
+    writer, reader, x = draw(inputs, size), draw(size, 100, seed=1), torch.eye(inputs).double()
+    if not white:
+        closed = draw(inputs, inputs, seed=2)
+        writer, x = torch.linalg.solve(closed, writer), draw(200, inputs, seed=3) @ closed
+    basis = Basis.of_columns(writer.T, pivot(writer.T))
+    left = torch.ones(inputs, dtype=torch.bool)
+    left[basis.columns] = False
+    kept, read = basis.solve(writer[left].T).T, (writer[basis.columns] @ reader).T
+
+    def given(kept, reads):
+        return x @ torch.cat([torch.eye(size).double(), cast(kept, dtype)]) @ cast(reads, dtype).T
+
+    exact = x @ torch.cat([torch.eye(size).double(), kept]) @ read.T
+    found, rounded, moment = round_passed(kept, [read[:60], read[60:]], None if white else x.T @ x, dtype, [dtype] * 2)
+    assert {found.dtype, *(each.dtype for each in rounded)} == {dtype}
+    torch.testing.assert_close(moment, passed_moment(found.double(), None if white else x.T @ x))
+    lost = torch.linalg.norm(given(found, torch.cat(rounded)) - exact)
+    assert lost < part * torch.linalg.norm(given(kept, read) - exact)
+
+
+def test_what_reads_makes_up_for_the_rounding_of_rows_that_pass():
+    """A' = argmin || X [I; K'] A' - X [I; K] A ||, where A itself is not rounded."""
+    kept, reader, x = draw(20, 5), draw(7, 5, seed=1), draw(60, 25, seed=2)
+    found, (resolved,), _ = round_passed(kept, [reader], x.T @ x, torch.bfloat16, [torch.float64])
+    before, after = (x @ torch.cat([torch.eye(5).double(), each.double()]) for each in (kept, found))
+    expected = torch.linalg.lstsq(after, before @ reader.T).solution.T
+    torch.testing.assert_close(resolved, expected, rtol=1e-7, atol=1e-7)
+    assert not torch.allclose(reader, expected, rtol=1e-7, atol=1e-7)
+
+
+def test_rows_that_pass_stay_as_they_are_in_full_precision():
+    kept, reader = draw(20, 5), draw(7, 5, seed=1)
+    found, (same,), _ = round_passed(kept, [reader], None, torch.float64, [torch.float32])
+    assert torch.equal(found, kept)
+    assert torch.equal(same, reader)
