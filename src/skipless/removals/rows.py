@@ -364,7 +364,8 @@ def steps(seam: Seam, setting: Setting) -> Iterator[Step]:
     yield "W T^-1", torch.float64, blocks * 2.0 * width**2 * (rows - width)
     yield "other writers", torch.float64, 2.0 * width * others
     yield "T A", torch.float64, 2.0 * width * read
-    half = any(setting.kept(name) in HALF for name in (*seam.writers, *seam.readers))
+    stored = [name for name in (*seam.writers, *seam.readers) if f"{name}.weight" in setting.outputs]
+    half = any(setting.kept(name) in HALF for name in stored)
     known = not setting.earlier.isdisjoint(seam.writers)
     yield "moments", torch.float64, blocks * width * left * ((8.0 if half else 4.0) * left if known else 2.0 * width)
     if half:
