@@ -25,6 +25,7 @@ from skipless.train.data import Blocks, read_texts, split
 from skipless.train.log import Bar
 from skipless.train.optimizer import MuonAdamW
 from skipless.train.recipe import Data, Recipe
+from skipless.train.trainer import SkiplessTrainer
 from tests.models import load
 
 RECIPE = """
@@ -230,6 +231,19 @@ def test_refuses_to_save_what_is_not_a_number(field: str, rate: float, eval_ever
     ):
         run.train(recipe, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "log"]
+
+
+def test_nan_is_named_by_its_step_and_not_saved(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    compute_loss = SkiplessTrainer.compute_loss
+
+    def spoiled(self: SkiplessTrainer, *args: Any, **kwargs: Any) -> Any:
+        loss = compute_loss(self, *args, **kwargs)
+        return loss * torch.nan if self.state.global_step == 6 else loss
+
+    monkeypatch.setattr(SkiplessTrainer, "compute_loss", spoiled)
+    with pytest.raises(InputError, match=r"^step 7: loss: expected a number, found nan"):
+        run.train(dataclasses.replace(recipe, eval_every=100), tmp_path)
+    assert [path.name for path in tmp_path.rglob("checkpoint-*")] == ["checkpoint-4"]
 
 
 @pytest.mark.parametrize(

@@ -267,7 +267,7 @@ def test_numbers_too_large_to_square_are_refused():
 @half
 @pytest.mark.parametrize(("white", "part"), [(True, 0.9), (False, 0.6)])
 def test_rows_that_pass_are_rounded_with_feedback(dtype, white, part):
-    """Of x W A = x [I; K] (T A): it loses less than a cast of K and T A; much less where a stream seam has left S^-1 W."""
+    """x [I; K] (T A) loses less than a cast of K and T A, and much less where a stream seam has left S^-1 W."""
     size, inputs = 16, 96
     writer, reader, x = draw(inputs, size), draw(size, 100, seed=1), torch.eye(inputs).double()
     if not white:

@@ -95,13 +95,20 @@ def new_model(recipe: Recipe) -> SkiplessForCausalLM:
     return model
 
 
+def write_down(recipe: Recipe, done: int, checkpoints: Path) -> None:
+    """Keep the recipe of a run, and after how many steps it was done (0: not yet), whole whenever it is killed."""
+    new = checkpoints / f"{RECIPE}.new"
+    new.write_text(json.dumps(recipe.to_json() | {"done": done}), encoding="utf-8")
+    new.replace(checkpoints / RECIPE)
+
+
 def prepare(recipe: Recipe, vocab_size: int, sequences: int, checkpoints: Path) -> None:
     """Write down the recipe, and its text as tokens, unless a killed run has; nothing, if that cannot be trained on."""
     new = [folder for folder in (checkpoints, checkpoints.parent) if not folder.exists()]
     checkpoints.mkdir(parents=True, exist_ok=True)
     saved = checkpoints / RECIPE
     done = read_json_object(saved).get("done", 0) if saved.exists() else 0
-    saved.write_text(json.dumps(recipe.to_json() | {"done": done}), encoding="utf-8")
+    write_down(recipe, done, checkpoints)
     try:
         if not corpus.is_made(checkpoints):
             corpus.make(recipe, vocab_size, checkpoints)
@@ -128,8 +135,7 @@ def save(trainer: SkiplessTrainer, recipe: Recipe, tokenizer: PreTrainedTokenize
         shutil.copymode(out / "config.json", file)  # safetensors ignores the umask
     if tokenizer is not None:
         tokenizer.save_pretrained(out)
-    saved = recipe.to_json() | {"done": recipe.steps}
-    (out / CHECKPOINTS / RECIPE).write_text(json.dumps(saved), encoding="utf-8")
+    write_down(recipe, recipe.steps, out / CHECKPOINTS)
 
 
 def train(recipe: Recipe, out: Path, *, resume: bool = False) -> dict[str, float | None]:
