@@ -39,7 +39,7 @@ help:
 	@echo "make test-newest the same with the newest releases of all that skipless needs (updates .venv-newest first)"
 	@echo "make test-oldest and with the oldest (updates .venv-oldest first)"
 	@echo "make test-vllm   run the tests of the vLLM plugin (creates .venv-vllm first, from requirements-vllm.lock)"
-	@echo "make llama-cpp   build llama.cpp with the architecture skipless, into .venv-llama-cpp: C++, 20 minutes on 2 cores"
+	@echo "make llama-cpp   build llama.cpp with the architecture skipless, into .venv-llama-cpp (C++: takes a while)"
 	@echo "make test-llama-cpp  run the tests that need it (builds it first)"
 	@echo "make check       formatting, lint and types: ruff, mypy (creates .venv first)"
 	@echo "make benchmarks  every number in the README and docs, measured here: five hours, 48 GB of disk, a download of 170 MB"

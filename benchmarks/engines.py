@@ -2,7 +2,7 @@
 
     make llama-cpp      # with its architecture for them; then its binding, which need not build it again:
     CMAKE_ARGS=-DLLAMA_BUILD=OFF pip install llama-cpp-python==0.3.36 gguf
-    python benchmarks/engines.py                   # two hours on 2 cores, 20 GB of memory, 60 GB of disk
+    python benchmarks/engines.py                   # hours on 2 cores, 20 GB of memory
     python benchmarks/engines.py --layers 1 --rounds 2 --only "torch bfloat16"
 
 Random weights of Mistral-7B's shape, 4 layers. Each line is one run: its models decode in turns, each in a process of

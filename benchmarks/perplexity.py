@@ -1,7 +1,7 @@
 """What quantizing costs in llama.cpp, original against fused: perplexity of the bundled model on held-out text.
 
     make llama-cpp
-    python benchmarks/perplexity.py      # 5 minutes on 2 cores
+    python benchmarks/perplexity.py
 
 f32 is exported by skipless; llama-quantize makes the others of it, the last with the importance matrix that
 llama-imatrix finds on other held-out text. A loss is what perplexity has grown by since the original's f32; the ratio,
