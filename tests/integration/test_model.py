@@ -372,7 +372,7 @@ def test_a_tensor_that_should_be_gone_is_an_error(tmp_path, options):
         model.from_pretrained(folder, **options)
     edit_tensors(folder, model__layers__0__self_attn__q_proj__weight=torch.eye(32))
     for model in (AutoModelForCausalLM, AutoModel, SkiplessForCausalLM):
-        with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj.weight: expected no such tensor"):
+        with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj.weight': expected no such tensor"):
             model.from_pretrained(folder, **options)
 
 

@@ -178,9 +178,8 @@ def test_fuse_warns_of_a_loss_by_the_numbers_that_verify_judges_by(tmp_path, cap
         caplog.clear()
         fuse(source, tmp_path / dtype, dtype=dtype, remove=("stream", "values"), basis="pivoted", layers_open=(0,))
         record = json.loads((tmp_path / dtype / "skipless.json").read_text())
-        assert not any(seam["problem"] for seam in record["seams"])
         losses[dtype] = record["losses"]
-        assert ("above the" in caplog.text) == bool(losses[dtype])
+        assert ("run skipless verify" in caplog.text) == bool(losses[dtype])
         report = verify(source, tmp_path / dtype, tokens=8, dtypes=())
         assert report.same == (not losses[dtype])
         assert all([each.error, each.limit] in losses[dtype].values() for each in report.maps if not each.passed)

@@ -63,7 +63,7 @@ PAGES = {
     ),
     "eval": Page(
         "Loss and perplexity on a text",
-        ("skipless eval trained --data 'texts/*.txt'", "skipless eval trained --data held-out.jsonl --field content"),
+        ("skipless eval trained --data 'texts/*.txt'", "skipless eval trained --data held-out.jsonl"),
     ),
 }
 COMPLETION = """\b

@@ -540,8 +540,8 @@ class SkiplessPreTrainedModel(PreTrainedModel):
         model, found = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         for name in sorted(name for name in found["unexpected_keys"] if not name.startswith("lm_head.")):
             raise ValueError(
-                f"{name}: expected no such tensor with stream_basis {model.config.stream_basis!r} and the other fields "
-                f"of config.json, found one; this config.json is another checkpoint's"
+                f"{name!r}: expected no such tensor with stream_basis {model.config.stream_basis!r} and the other "
+                f"fields of config.json, found one; this config.json is another checkpoint's"
             )
         return (model, found) if output_loading_info else model
 

@@ -21,6 +21,7 @@ class WithFields(click.Command):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         from skipless.train.recipe import described
 
+        super().format_epilog(ctx, formatter)
         with formatter.section("Fields of a recipe"):
             formatter.write_dl(
                 [(name, f"{about} [default: {default}]" if default else about) for name, default, about in described()]
