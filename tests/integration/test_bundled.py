@@ -129,6 +129,7 @@ def test_the_demo_in_json():
     assert found["parameters_before"] - found["parameters_after"] == 6 * 2 * 256**2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_demo_already_run")
 def test_the_demo_prints_tables():
     result = CliRunner().invoke(cli.main, ["demo"])

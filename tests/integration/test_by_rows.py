@@ -98,6 +98,7 @@ def test_the_largest_go_first_and_no_more_than_have_to(large):
         within_memory(plan, 0, cost.needed(least, least.tasks) - 1)
 
 
+@pytest.mark.slow
 def test_what_a_limit_forbids_goes_by_rows(large, tmp_path, monkeypatch):
     """As the command line has it: the plan says so, and the result is the same."""
     plan = fuse(large, tmp_path / "whole", basis="q")

@@ -144,6 +144,7 @@ READERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "tensor"), quick_or_slow(READERS, lambda case: case[0] in ("mixtral", "gemma2")))
 def test_a_tensor_left_as_it_was_shows(name, tensor, tmp_path):
     saved(name, tmp_path / "source")

@@ -62,6 +62,7 @@ def test_what_is_changed_is_gone_on_with_before(unfinished):
     assert unfinished.attempt(unfinished.files) is None
 
 
+@pytest.mark.slow
 @settings(FUZZED, max_examples=60)
 @given(random=RANDOMS)
 def test_any_unfinished_folder(unfinished, random):

@@ -32,6 +32,7 @@ def fields(file):
 VALUES = [name for name, fields in FORMS.items() if fields.get("values_removed")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FORMS if name not in VALUES])
 def test_every_tensor_comes_back(name, tmp_path):
     source = form(name, tmp_path)

@@ -91,6 +91,7 @@ def test_a_skipless_mistral_loses_all_but_what_no_block_holds(name):
     assert 0.999 <= sum(found["removed"].values()) / found["removable"] < 1
 
 
+@pytest.mark.slow
 def test_the_command_counts():
     result = CliRunner().invoke(cli.main, ["limit", "mistral-7b", "--check"])
     assert result.exit_code == 0, result.output

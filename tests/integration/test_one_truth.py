@@ -51,6 +51,7 @@ def test_a_config_is_refused_by_all_in_the_same_words(source, tmp_path, changes,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "left"),
     [

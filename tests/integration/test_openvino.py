@@ -77,6 +77,7 @@ def test_the_pipeline_writes_what_huggingface_does(exported, prompt):
     assert pipeline_tokens(exported, prompt, TOKENS, ATTENTION_BACKEND="SDPA") == tokens
 
 
+@pytest.mark.slow
 def test_what_the_docs_show(exported, prompt, capsys):
     exec(documented("OpenVINO", exported), {})
     text = AutoTokenizer.from_pretrained(BUNDLED).decode(greedy(BUNDLED, prompt, 64))

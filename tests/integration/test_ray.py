@@ -178,6 +178,7 @@ def test_a_task_that_kills_every_worker(source, tmp_path, two_workers, whole, mo
     assert contents(tmp_path / "fused") == whole
 
 
+@pytest.mark.slow
 def test_a_stopped_driver_stops_its_workers_and_goes_on(source, tmp_path, two_workers, whole, monkeypatch):
     asleep = tmp_path / "asleep"
 

@@ -493,6 +493,7 @@ def test_over_http(source, tmp_path):
     assert files(tmp_path / "fused") == files(tmp_path / "local")
 
 
+@pytest.mark.slow
 @needs_http
 def test_a_server_that_hangs(source, tmp_path, monkeypatch):
     monkeypatch.setattr(store, "POLICY", store.Policy(wait=0.5, pause=0.01))

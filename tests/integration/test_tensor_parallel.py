@@ -116,12 +116,14 @@ def test_two_ranks(models, ranks, name):
     assert ranks[name]["static"] == tokens
 
 
+@pytest.mark.slow
 @new
 def test_a_spoiled_share(models, ranks):
     logits, _ = generate(models["q"], random_ids(models["q"]))
     assert error(ranks["spoiled"]["logits"], logits) > 1000 * FP64
 
 
+@pytest.mark.slow
 @new
 @pytest.mark.parametrize("name", ["original", "q", "k", "v", "moe"])
 def test_a_rank_holds_half(models, ranks, name):
@@ -132,6 +134,7 @@ def test_a_rank_holds_half(models, ranks, name):
     assert ranks[name]["held"] - whole == pytest.approx(matrices / 2, abs=2 * model.config.hidden_size)
 
 
+@pytest.mark.slow
 @new
 def test_heads_that_do_not_divide(ranks):
     assert ranks["heads"] == {
