@@ -26,9 +26,10 @@ CASES: dict[str, tuple[dict[str, Any], str | None, dict[str, Any]]] = {
     "by v, fully shaped": ({"attention_shaping": "full", **MHA}, "v", {}),
     "pivoted, wide heads, q/k norm": ({"head_dim": 12, "qk_norm": "head_dim", **BIASES}, "pivoted", {}),
     "parallel, learned positions": (
-        {"block_type": "parallel", "position_type": "learned"}, "pivoted", {"remove": ("stream", "values", "head")},
+        {"hidden_size": 64, "block_type": "parallel", "position_type": "learned"},
+        "pivoted", {"remove": ("stream", "values", "head")},
     ),
-    "experts, everything": ({**EXPERTS, **BIASES}, "pivoted", MOST),
+    "experts, everything": ({"hidden_size": 64, **EXPERTS, **BIASES}, "pivoted", MOST),
     "alibi, shaped by value": ({"position_type": "alibi", "attention_shaping": "value"}, "pivoted", {}),
     "sliding window": ({"sliding_window": 4}, "pivoted", {}),
     "soft caps": ({"attn_logit_softcapping": 0.5, "final_logit_softcapping": 0.7}, "q", {}),

@@ -37,6 +37,10 @@ class Affine:
             return dataclasses.replace(self, weight=self.weight + bias.to(self.weight.dtype))
         return dataclasses.replace(self, bias=bias if self.bias is None else self.bias + bias)
 
+    def of_rows(self, weight: Float[Matrix, "some outputs"]) -> "Affine":
+        """The map of some inputs alone: rows of its weight. What the others were goes."""
+        return dataclasses.replace(self, weight=weight, moment=None, mean=None)
+
 
 def past_norm(seam: Seam, affines: Mapping[str, Affine]) -> dict[str, Affine]:
     """The readers M of a seam; of a redundant norm before them, which goes, diag(gain) M."""

@@ -199,7 +199,7 @@ class OpenStream:
         generator = torch.Generator().manual_seed(0)
         drawn = (torch.randint(len(writer), (PROBES,), generator=generator, device="cpu") for writer in self.writers)
         self.rows = {name: rows.to(self.power.device) for name, rows in zip(seam.writers, drawn, strict=True)}
-        self.sample = {name: _rows(affines[name], rows) for name, rows in self.rows.items()}
+        self.sample = {name: affines[name].of_rows(affines[name].weight[rows]) for name, rows in self.rows.items()}
         self.within = torch.float64
         duals = [affines[name].weight.T for name in seam.duals]
         followers = [affines[name].weight for name in seam.followers]
@@ -253,7 +253,7 @@ class OpenStream:
     def release(self) -> None:
         """Forget the writers: a sample of their rows is all that `measure` needs."""
         self.writers = []
-        bare = {name: dataclasses.replace(self.affines[name], weight=self.sample[name].weight) for name in self.rows}
+        bare = {name: self.affines[name].of_rows(self.sample[name].weight) for name in self.rows}
         self.affines = {**self.affines, **bare}
 
     def forecast(
@@ -277,7 +277,10 @@ class OpenStream:
         stream: as it will be stored in `dtypes` (of each writer and dual, and of "rest").
         """
         before = list(self.sample.values())
-        after = [_cast(_rows(writer, self.rows[name]), dtypes[name]) for name, writer in stream.writers.items()]
+        after = [
+            _cast(writer.of_rows(writer.weight[self.rows[name]]), dtypes[name])
+            for name, writer in stream.writers.items()
+        ]
         shares = list(stream.bias_shares.values())
         rest = _cast(stream.rest, dtypes["rest"])
         (seen,) = {self._seen(name) for name in self.readers}  # one layer's
@@ -375,10 +378,7 @@ class OpenStream:
         if not basis.usable:
             return Way(basis.condition, math.inf, dict.fromkeys(dtypes, lost)), {}
         # without the writers' rows, which would take longest and of which `moment` says enough
-        bare = {
-            name: dataclasses.replace(self.affines[name], weight=self.affines[name].weight[0:0])
-            for name in self.seam.writers
-        }
+        bare = {name: self.affines[name].of_rows(self.affines[name].weight[0:0]) for name in self.seam.writers}
         stream = close_stream(self.seam, {**self.affines, **bare}, basis)
         chosen = join(list(self.readers.values())).T[basis.columns].double().T
         metric = multiply(chosen.T, multiply(self.moment, chosen))
@@ -494,10 +494,6 @@ def _cast(affine: Affine, dtype: torch.dtype) -> Affine:
     """A map as it is stored."""
     bias = None if affine.bias is None else affine.bias.to(dtype).double()
     return Affine(affine.weight.to(dtype), bias)
-
-
-def _rows(affine: Affine, rows: Tensor) -> Affine:
-    return dataclasses.replace(affine, weight=affine.weight[rows])
 
 
 def _parts(writer: Affine, share: float) -> tuple[Float[Tensor, "n d"], Float[Tensor, "d"]]:
