@@ -4,19 +4,18 @@ The identities stand in architecture/folds.py. Each matrix is rounded once, from
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from skipless.algebra.affine import Affine, read
-from skipless.algebra.forecast import Forecast, Outcome, Way
+from skipless.algebra.forecast import Outcome
 from skipless.algebra.linalg import blocks, precision
 from skipless.algebra.tolerances import coarsest, dtype_name
 from skipless.architecture.seams import Seam
 from skipless.checkpoint.opening import Read
-from skipless.removals.setting import Closed, Setting, Step
+from skipless.removals.setting import Closed, Setting, no_steps, nothing_lost
 
 
 def close(seam: Seam, affines: dict[str, Affine], setting: Setting, tensor: Read) -> Closed:
@@ -61,22 +60,7 @@ def shared(values: Float[Tensor, "... e"], groups: int, heads: int) -> Float[Ten
     return values.unflatten(-1, (groups, -1)).repeat_interleave(heads // groups, -2).flatten(-2)
 
 
-def forecast(
-    seam: Seam,
-    affines: Mapping[str, Affine],
-    dtypes: Sequence[str],
-    ways: Iterable[str] | None = None,
-    rest_dtype: str | None = None,
-    later: frozenset[str] = frozenset(),
-) -> Forecast:
-    """Nothing is solved for, so that nothing is lost but by rounding what is rewritten."""
-    nothing: dict[str, dict[str, float]] = {dtype: {} for dtype in dtypes}
-    return Forecast(seam, nothing, {way: Way(None, None, nothing) for way in seam.identities})
-
-
-def steps(seam: Seam, setting: Setting) -> Iterator[Step]:
-    """None of third order: every number once."""
-    return iter(())
+forecast, steps = nothing_lost, no_steps
 
 
 def memory(seam: Seam, setting: Setting) -> float:

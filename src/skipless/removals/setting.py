@@ -1,13 +1,13 @@
 """What a removal is told of the checkpoint that it works on, and what it gives."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from skipless.algebra.affine import Affine
-from skipless.algebra.forecast import Outcome
+from skipless.algebra.forecast import Forecast, Outcome, Way
 from skipless.architecture.config import Architecture, Module
 from skipless.architecture.seams import Seam
 from skipless.checkpoint.reader import TensorInfo
@@ -60,3 +60,21 @@ class Setting:
 def whole(seam: Seam, setting: Setting) -> float:
     """Bytes of all that a seam reads, in fp64, and of what is made of it."""
     return sum((24.0 * setting.size(name) for name in seam.modules if name in setting.modules), 0.0)
+
+
+def nothing_lost(
+    seam: Seam,
+    affines: Mapping[str, Affine],
+    dtypes: Sequence[str],
+    ways: Iterable[str] | None = None,
+    rest_dtype: str | None = None,
+    later: frozenset[str] = frozenset(),
+) -> Forecast:
+    """The forecast where nothing is solved for, so that nothing is lost but by rounding what is rewritten."""
+    nothing: dict[str, dict[str, float]] = {dtype: {} for dtype in dtypes}
+    return Forecast(seam, nothing, {way: Way(None, None, nothing) for way in seam.identities})
+
+
+def no_steps(seam: Seam, setting: Setting) -> Iterator[Step]:
+    """None of third order: every number once."""
+    return iter(())

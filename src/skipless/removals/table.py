@@ -1,16 +1,15 @@
 """A norm of the embeddings goes: it is applied to each row of their table once and for all."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
 from skipless.algebra.affine import Affine
-from skipless.algebra.forecast import Forecast, Outcome, Way
+from skipless.algebra.forecast import Outcome
 from skipless.algebra.tolerances import dtype_name
 from skipless.architecture.seams import Seam
 from skipless.checkpoint.opening import Read
-from skipless.removals.setting import Closed, Setting, Step, whole
+from skipless.removals.setting import Closed, Setting, no_steps, nothing_lost, whole
 
 
 def close(seam: Seam, affines: dict[str, Affine], setting: Setting, read: Read) -> Closed:
@@ -21,25 +20,7 @@ def close(seam: Seam, affines: dict[str, Affine], setting: Setting, read: Read) 
     return {table: rows}, None, Outcome(seam.kind, seam.layer, "table", dtype, {}, {})
 
 
-def forecast(
-    seam: Seam,
-    affines: Mapping[str, Affine],
-    dtypes: Sequence[str],
-    ways: Iterable[str] | None = None,
-    rest_dtype: str | None = None,
-    later: frozenset[str] = frozenset(),
-) -> Forecast:
-    """Nothing is solved for, so that nothing is lost but by rounding the table."""
-    nothing: dict[str, dict[str, float]] = {dtype: {} for dtype in dtypes}
-    return Forecast(seam, nothing, {"table": Way(None, None, nothing)})
-
-
-def steps(seam: Seam, setting: Setting) -> Iterator[Step]:
-    """None of third order: every number once."""
-    return iter(())
-
-
-memory = whole
+forecast, steps, memory = nothing_lost, no_steps, whole
 
 
 def normalize_rows(table: Affine, norm: Affine | None, norm_type: str, eps: float) -> Affine:

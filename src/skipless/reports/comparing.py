@@ -199,14 +199,15 @@ def _relation_of_families(a: CheckpointReader, b: CheckpointReader) -> Relation 
     if (first.family, first.architecture, first.places) != (second.family, second.architecture, second.places):
         return None
     every = [seam for seam in folds(first.architecture) if not seam.blocked]
-    moved = tuple(seam for seam in every if _is_neutral(b, first, seam) and not _is_neutral(a, first, seam))
+    before, after = (Canonical(reader.tensors, reader.tensor, first) for reader in (a, b))
+    moved = tuple(seam for seam in every if _is_neutral(after, seam) and not _is_neutral(before, seam))
     touched = frozenset(name for seam in moved for name in seam.modules)
     return Relation(first.architecture, first.architecture, moved, touched, first)
 
 
-def _is_neutral(reader: CheckpointReader, layout: Layout, seam: Seam) -> bool:
+def _is_neutral(tensors: Canonical, seam: Seam) -> bool:
     """Whether what a seam's writer holds is gone: a norm's gain 1 and bias 0, or a bias 0."""
-    tensors, (writer,) = Canonical(reader.tensors, reader.tensor, layout), seam.writers
+    (writer,) = seam.writers
     values = {f"{writer}.bias": 0.0} | ({f"{writer}.weight": 1.0} if seam.kind == "norms" else {})
     return all(bool((tensors.tensor(name) == value).all()) for name, value in values.items() if name in tensors.tensors)
 

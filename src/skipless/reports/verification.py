@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from skipless.algebra.tolerances import OWN_ERROR_FACTOR, TOLERANCES, coarsest, dtype_name, tolerance
+from skipless.algebra.tolerances import OWN_ERROR_FACTOR, TOLERANCES, dtype_name, tolerance
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError
@@ -31,7 +31,7 @@ from skipless.reports.routing import Choice, following, follows, noting, routed
 from skipless.rewrite import probe
 from skipless.rewrite.machine import available_memory
 from skipless.rewrite.maps import compare
-from skipless.rewrite.probe import SINGLE, chance
+from skipless.rewrite.probe import SINGLE, chance, stored_in
 from skipless.rewrite.record import differences, read_record
 
 # A dtype in which the original itself is so wrong that any other model would pass proves nothing.
@@ -247,7 +247,7 @@ def verify(
     for name in dtypes:
         if name not in DTYPE_NAMES:
             raise InputError(f"dtype: expected one of {', '.join(DTYPE_NAMES)}, found {name!r}")
-    stored = _coarsest(second)
+    stored = stored_in(second.tensors)
     dtypes = tuple(dict.fromkeys(("float64", *dtypes, dtype_name(stored))))
     inputs = _inputs(first, second, prompt, tokens, seed, full)
     steps = _Steps(progress, 3 + 2 * len(dtypes))
@@ -288,7 +288,7 @@ def verify(
         steps.next(f"running B in {name}")
         found = _run(b, kind, reference, len(inputs.prompts) if name == "float64" else 1)
         generated.setdefault("B", found.greedy)
-        bits = [torch.finfo(dtype).eps for dtype in (_coarsest(first), stored, kind)]
+        bits = [torch.finfo(dtype).eps for dtype in (stored_in(first.tensors), stored, kind)]
         included = bits[0] < bits[2] >= bits[1]  # A's weights lose as many bits in this dtype
         allowed = own if included else _together(own, storage)
         rows.append(_judge(name, stored, found, own, allowed, reference, margin, proved))
@@ -312,11 +312,6 @@ def verify(
     ).report()
 
 
-def _coarsest(reader: CheckpointReader) -> torch.dtype:
-    """Of the dtypes of its weights."""
-    return coarsest(info.dtype for info in reader.tensors.values() if not info.is_index)
-
-
 def _maps(related: Relation, a: CheckpointReader, b: CheckpointReader, stored: torch.dtype) -> Iterator[Map]:
     """The maps around closed seams: all together, the worst single column, and the worst row of a rewritten table."""
     if related.layout is not None:
@@ -328,8 +323,8 @@ def _maps(related: Relation, a: CheckpointReader, b: CheckpointReader, stored: t
     inputs, rounded = probe.Inputs.drawn(source), probe.rounded_as(stored, a.tensors, related.touched)
     exact, found = probe.outputs(a.config, a, inputs, rounded), probe.outputs(b.config, b, inputs)
     pairs = list(probe.judge(exact, found, source, target, stored))
-    for found_so, what in zip(zip(*pairs, strict=True), ("together", "one column"), strict=True):
-        worst = max(found_so, key=_share)
+    for judged, what in zip(zip(*pairs, strict=True), ("together", "one column"), strict=True):
+        worst = max(judged, key=_share)
         yield Map(worst.name, worst.error, worst.limit, what)
     letters = "qkv" if source.values_removed == target.values_removed else "qk"
     tables = {"tokens": "model.embed_tokens", "positions": "model.position_embeddings"}
@@ -414,7 +409,7 @@ def _noise(
     """What storing a checkpoint's weights in a dtype does to a model that has loaded them in fp64: rounding, and, to
     those of modules that are rewritten (None: all), noise where they have no more bits than that.
     """
-    change, others = probe.stored_as(dtype, touched, draw), _coarsest(reader)
+    change, others = probe.stored_as(dtype, touched, draw), stored_in(reader.tensors)
 
     def changed(model: PreTrainedModel) -> None:
         for name, weight in model.named_parameters():

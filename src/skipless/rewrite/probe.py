@@ -9,10 +9,12 @@ depends on the matrices of one layer or two, and its relative error is that of c
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from zlib import crc32
 
 import torch
+from jaxtyping import Float
 from torch import nn
 
 from skipless.algebra.forecast import Outcome
@@ -217,8 +219,8 @@ def outputs(
     found["logits"] = logits.flatten(0, 1)
     exact, lost = {}, {}
     for name in list(found):
-        exact[name], spoiled = found.pop(name).chunk(2)
-        lost[name] = (spoiled - exact[name]).norm().item()
+        exact[name], lossy = found.pop(name).chunk(2)
+        lost[name] = (lossy - exact[name]).norm().item()
     return Outputs(exact, lost)
 
 
@@ -226,19 +228,30 @@ def _round(module: nn.Module, error: float, name: str) -> None:
     """Have a module give, of the second half of what comes in, what it would with rounded weights."""
     if not error or not isinstance(module, nn.Linear | nn.Embedding | SkiplessNorm):
         return
-    generator = torch.Generator().manual_seed(crc32(f"rounding {name}".encode()))
-
-    def spoiled(x: torch.Tensor, size: torch.Tensor | float = 1.0) -> torch.Tensor:
-        first, second = x.chunk(2)
-        noise = torch.randn(second.shape, generator=generator, dtype=x.dtype)
-        return torch.cat([first, second + error * noise * (second if isinstance(size, float) else size)])
-
+    off = partial(spoiled, error=error, generator=generator_of(f"rounding {name}"))
     if not isinstance(module, nn.Linear):
-        module.register_forward_hook(lambda _, __, output: spoiled(output))
+        module.register_forward_hook(lambda _, __, output: off(output))
         return
-    module.register_forward_pre_hook(lambda _, args: (spoiled(args[0]),))
+    module.register_forward_pre_hook(lambda _, args: (off(args[0]),))
     if (bias := module.bias) is not None:
-        module.register_forward_hook(lambda _, __, output: spoiled(output, bias))
+        module.register_forward_hook(lambda _, __, output: off(output, size=bias))
+
+
+def spoiled(
+    x: Float[torch.Tensor, "n *d"],
+    error: float,
+    generator: torch.Generator,
+    size: Float[torch.Tensor, "d"] | None = None,
+) -> Float[torch.Tensor, "n *d"]:
+    """The same numbers, those of the second half of the rows off at random by this part of `size` (of themselves)."""
+    first, second = x.chunk(2)
+    noise = torch.randn(second.shape, generator=generator, dtype=x.dtype)
+    return torch.cat([first, second + error * noise * (second if size is None else size)])
+
+
+def generator_of(name: str) -> torch.Generator:
+    """Random numbers, always the same for a name."""
+    return torch.Generator().manual_seed(crc32(name.encode()))
 
 
 @torch.no_grad()
@@ -288,7 +301,7 @@ def _noting(project: Callable[..., Any], found: dict[str, torch.Tensor], index: 
 
 
 def _replacing(name: str) -> Callable[..., Any]:
-    generator = torch.Generator().manual_seed(crc32(name.encode()))
+    generator = generator_of(name)
 
     def replaced(module: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
         half = torch.randn(args[0].chunk(2)[0].shape, generator=generator, dtype=args[0].dtype)
@@ -330,20 +343,32 @@ def check_fused(
     weights explain: what was written is another function.
     """
     inputs, touched = Inputs.drawn(plan.source), plan.touched
-    stored = coarsest(info.dtype for info in plan.outputs.values() if not info.is_index)
+    stored = stored_in(plan.outputs)
     before = outputs(config, source, inputs, rounded_as(stored, plan.inputs, touched))
     after = outputs(plan.config, fused, inputs, _as_written(plan))
-    limit, differences = limits(outcomes, plan.source, _cast(plan)), []
-    for each in compare(before, after, plan.source, plan.target):
-        most = math.hypot(limit(each.name), SLACK * each.lost_after)
-        differences.append(Difference(each.name, each.error, most))
-        if not differences[-1].passed:
-            raise BugError(
-                f"{each.name}: expected to differ from the source's by at most {most:.1e}, as its seams' forecasts and "
-                f"rounding explain, found {each.error:.1e}; nothing was published"
-            )
+    limit = limits(outcomes, plan.source, _cast(plan))
+    differences = [
+        Difference(each.name, each.error, math.hypot(limit(each.name), SLACK * each.lost_after))
+        for each in compare(before, after, plan.source, plan.target)
+    ]
+    expect_explained(differences, "its seams' forecasts and rounding explain")
     judged = (each for pair in judge(before, after, plan.source, plan.target, stored) for each in pair)
     return Checked(tuple(differences), tuple(each for each in judged if not each.passed))
+
+
+def expect_explained(differences: Iterable[Difference], how: str) -> None:
+    """Raise BugError naming the first difference that is larger than what explains it."""
+    for each in differences:
+        if not each.passed:
+            raise BugError(
+                f"{each.name}: expected to differ from the source's by at most {each.limit:.1e}, as {how}, found "
+                f"{each.error:.1e}; nothing was published"
+            )
+
+
+def stored_in(tensors: Mapping[str, TensorInfo]) -> torch.dtype:
+    """The coarsest dtype of a checkpoint's weights."""
+    return coarsest(info.dtype for info in tensors.values() if not info.is_index)
 
 
 def rounded_as(dtype: torch.dtype, tensors: Mapping[str, TensorInfo], touched: Collection[str]) -> Rounded:

@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedTokenizerFast, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
+from skipless.checkpoint import files
 from skipless.checkpoint.headers import read_json_object
 from skipless.checkpoint.opening import check_config
 from skipless.errors import InputError
@@ -97,9 +98,7 @@ def new_model(recipe: Recipe) -> SkiplessForCausalLM:
 
 def write_down(recipe: Recipe, done: int, checkpoints: Path) -> None:
     """Keep the recipe of a run, and after how many steps it was done (0: not yet), whole whenever it is killed."""
-    new = checkpoints / f"{RECIPE}.new"
-    new.write_text(json.dumps(recipe.to_json() | {"done": done}), encoding="utf-8")
-    new.replace(checkpoints / RECIPE)
+    files.replace(checkpoints / RECIPE, [json.dumps(recipe.to_json() | {"done": done}).encode()])
 
 
 def prepare(recipe: Recipe, vocab_size: int, sequences: int, checkpoints: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Collection
 from typing import Any
 
 from skipless.architecture.config import Architecture, Module
+from skipless.checkpoint.families import gguf_llama
 from skipless.checkpoint.family import Config, Family, Layout, Place
 from skipless.errors import InputError
 
@@ -69,18 +70,10 @@ FAMILY = SkiplessFamily(
     prefixes=("",),
     layers="blk.{i}",
     names={
-        "model.embed_tokens": "token_embd",
+        **gguf_llama.FAMILY.names,
         "model.position_embeddings": "position_embd",
         "model.embed_norm": "token_embd_norm",
-        "model.norm": "output_norm",
-        "lm_head": "output",
         "lm_head.column_order": "output_order",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
         "self_attn.rest_proj": "attn_qkv",
         "self_attn.column_order": "attn_qkv_order",
         "self_attn.row_order": "attn_output_order",
@@ -88,9 +81,6 @@ FAMILY = SkiplessFamily(
         "self_attn.k_norm": "attn_k_norm",
         "self_attn.alpha": "attn_alpha",
         "self_attn.beta": "attn_beta",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
         "mlp.router": "ffn_gate_inp",
         "mlp.experts.{e}.gate_proj": "ffn_gate_exps",
         "mlp.experts.{e}.up_proj": "ffn_up_exps",
