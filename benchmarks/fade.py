@@ -10,12 +10,14 @@ token by seed.
 
 import argparse
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from pays import PRE_NORM, SKIPLESS, text_of
 from skipless.errors import InputError
-from skipless.train import corpus, run
+from skipless.train import corpus, fade, run
 from skipless.train.recipe import Data, Recipe, Schedule, Start, Tokenizer
 
 BATCH, LENGTH, RATE, VOCABULARY = 8, 128, 0.006, 512
@@ -82,7 +84,13 @@ def main() -> None:
             row(f"it goes on, {kind}", after, start=start)
             for name, (skips, norms) in FADES.items():
                 of = after // (BATCH * LENGTH)
-                row(f"{name}, {kind}", after, start=start, schedule=Schedule(steps(skips, of), steps(norms, of)))
+                schedule = Schedule(steps(skips, of), steps(norms, of))
+                row(f"{name}, {kind}", after, start=start, schedule=schedule)
+            if not gate:
+                with ExitStack() as stack:
+                    for added in ("add_own_values", "add_gate_biases"):
+                        stack.enter_context(patch.object(fade, added, lambda model: None))
+                    row(f"{name}, {kind}, and neither added", after, start=start, schedule=schedule)
         row("from scratch, as many as the fade", after, model=SHAPE | SKIPLESS)
         row("from scratch, as many as both", before + after, model=SHAPE | SKIPLESS)
     print("| | held-out nats a token, by seed |\n|---|---|")

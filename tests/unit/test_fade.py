@@ -79,6 +79,17 @@ def test_norms_alone_and_skips_alone():
     assert relative_error(found, model) < 1e-12
 
 
+def test_what_a_model_without_them_needs_is_added():
+    model = build(**PRE_NORM)
+    Fade(model, BOTH)
+    assert (model.config.attention_shaping, model.config.gate_bias) == ("value", True)
+    names = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert {"model.layers.0.self_attn.alpha", "model.layers.0.mlp.gate_proj.bias"} <= names
+    model = build(**PRE_NORM)
+    Fade(model, Schedule(norms=(0, 1)))
+    assert (model.config.attention_shaping, model.config.gate_bias) == (None, True)
+
+
 def test_the_constant_is_the_running_rms():
     model = build(**PRE_NORM)
     fade = Fade(model, Schedule(norms=(50, 60)))

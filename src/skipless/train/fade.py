@@ -69,19 +69,22 @@ class Fade(TrainerCallback):
     """Fades a model's skips and norms step by step."""
 
     def __init__(self, model: SkiplessForCausalLM, schedule: Schedule):
-        """Put into the model what fades; it computes the same as before. Raises InputError for one in which nothing
-        does, or in which a norm could not move into matrices.
+        """Put into the model what fades, and what a model without it needs; it computes the same as before.
+
+        Raises InputError for one in which nothing fades, or in which a norm could not move into matrices.
         """
         self.schedule = schedule
         self.norms: list[FadingNorm] = []
         self.skips: list[tuple[nn.Module, str, float]] = []
         final(model.config, None, schedule)
         if schedule.skips:
+            add_own_values(model)
             for layer in model.model.layers:
                 for name, there in (("attention", layer.attention_skip), ("ffn", layer.ffn_skip)):
                     if there:
                         self._fade_skip(layer, f"{name}_skip_gain")
         if schedule.norms:
+            add_gate_biases(model)
             for name, module in list(model.named_modules()):
                 if isinstance(module, SkiplessNorm) and "self_attn" not in name:
                     owner, _, last = name.rpartition(".")
@@ -109,6 +112,30 @@ class Fade(TrainerCallback):
             getattr(layer, name).fill_(start * (1 - share(self.schedule.skips, step)))
         for norm in self.norms:
             norm.share = share(self.schedule.norms, step)
+
+
+def add_own_values(model: SkiplessForCausalLM) -> None:
+    """Where attention is not shaped, a path for each token's own value: out = alpha v + beta softmax(.) v with alpha 0
+    and beta 1. Without a skip, nothing else keeps tokens apart (initialize.py).
+    """
+    config = model.config
+    if config.attention_shaping is None:
+        config.attention_shaping = "value"
+        closed = torch.zeros(config.num_attention_heads).to(model.dtype)
+        for layer in model.model.layers:
+            attention = layer.get_submodule("self_attn")
+            attention.register_parameter("alpha", nn.Parameter(closed.clone()))
+            attention.register_parameter("beta", nn.Parameter(closed + 1))
+
+
+def add_gate_biases(model: SkiplessForCausalLM) -> None:
+    """Where gates have no bias, one of 0. A GLU without it is of degree 2 in its input (initialize.py)."""
+    config = model.config
+    if config.ffn_type == "glu" and not (config.gate_bias or config.mlp_bias):
+        config.gate_bias = True
+        for layer in model.model.layers:
+            bias = nn.Parameter(torch.zeros(config.intermediate_size).to(model.dtype))
+            layer.get_submodule("mlp.gate_proj").register_parameter("bias", bias)
 
 
 def share(steps: tuple[int, ...], step: int) -> float:
