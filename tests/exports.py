@@ -93,8 +93,7 @@ def greedy(source: Path, ids: torch.Tensor, tokens: int) -> list[int]:
     return output.sequences[0, ids.shape[1] :].tolist()
 
 
-def documented(engine: str, folder: Path) -> str:
+def documented(engine: str, folder: Path) -> list[str]:
     """The Python that docs/serving.md shows for an engine, with this folder for the one it exports to."""
     section = SERVING.partition(f"## {engine}\n")[2].partition("\n## ")[0]
-    ((_, block),) = blocks(section, "python")
-    return block.replace(f"fused-{engine.lower()}", str(folder))
+    return [block.replace(f"fused-{engine.lower()}", str(folder)) for _, block in blocks(section, "python")]
