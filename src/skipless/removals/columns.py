@@ -127,11 +127,11 @@ def handed_on(stream: Stream, later: frozenset[str]) -> Stream:
     followers = dict(stream.followers)
     for name in later & followers.keys():
         writers = {each: stream.writers[each] for each in list(stream.writers)[: stream.seen.get(name)]}
-        weights = [writer.weight for writer in writers.values()]
+        weights = [writer.scaled for writer in writers.values()]
         read = moment(weights, F32 if all(weight.dtype in HALF for weight in weights) else F64).double()
         read, mean = of_white_inputs(list(writers.values()), read)
         for each, writer in writers.items():
-            mean = mean if writer.bias is None else mean + stream.bias_shares[each] * writer.bias
+            mean = mean if writer.bias is None else mean + stream.bias_shares[each] * writer.scale * writer.bias
         followers[name] = dataclasses.replace(followers[name], moment=read[None], mean=mean)
     return dataclasses.replace(stream, followers=followers)
 
@@ -192,7 +192,7 @@ class OpenStream:
     def __init__(self, seam: Seam, affines: Mapping[str, Affine]):
         self.seam, self.affines = seam, affines
         self.readers = {name: affines[name].weight for name in seam.readers}
-        self.writers = [affines[name].weight for name in seam.writers]
+        self.writers = [affines[name].scaled for name in seam.writers]
         self.power = mean_squares(self.writers)
         counts = {*seam.seen.values(), len(self.writers)}
         self.written = {count: mean_squares(self.writers[:count]) if seam.seen else self.power for count in counts}
@@ -297,10 +297,11 @@ class OpenStream:
             parts = []
             for other in others:
                 seen = self._seen(other)
-                x, offset = self._stream(before[:seen], shares)
-                was = self._times(x, self.affines[other].weight)
-                now = self._read(_sum(after[:seen], shares[:seen]), _cast(stream.followers[other], dtypes[other]))
+                scale = self.affines[other].scale
+                x, offset = (scale * part for part in self._stream(before[:seen], shares))
+                was, y = self._times(x, self.affines[other].weight), scale * _sum(after[:seen], shares[:seen])
                 powers[name] = powers.get(name, 0.0) + mean_square(was)
+                now = self._read(y, _cast(stream.followers[other], dtypes[other]))
                 parts.append(now - was - self._read(offset[None], self.affines[other]))
             lost[name] = torch.cat(parts, 1)
         if stream.duals:
@@ -367,7 +368,7 @@ class OpenStream:
         power = self.written[seen]
         for writer in self.seam.writers[:seen]:
             if (bias := self.affines[writer].bias) is not None:
-                power = power + self.seam.bias_share(writer) * bias.square()
+                power = power + self.seam.bias_share(writer) * (self.affines[writer].scale * bias).square()
         return power
 
     def _way(
@@ -407,7 +408,7 @@ class OpenStream:
     def _fused(self, stream: Stream, rests: Sequence[Rest], metric: Tensor, dtype: str) -> dict[str, float]:
         """Relative errors of q, k, v (and logits); metric: E[x^T x] of the closed seam's stream."""
         unit, floor = precision_of(dtype)
-        biases = [writer.bias for writer in stream.writers.values() if writer.bias is not None]
+        biases = [writer.scale * writer.bias for writer in stream.writers.values() if writer.bias is not None]
         power = sum((bias.square() for bias in biases), torch.zeros_like(metric[0]))
         rest_bias = stream.rest.bias
         if getattr(torch, dtype) in HALF:
@@ -493,13 +494,13 @@ def _noise(power: Float[Tensor, "d"], matrix: Float[Tensor, "d r"], floor: float
 def _cast(affine: Affine, dtype: torch.dtype) -> Affine:
     """A map as it is stored."""
     bias = None if affine.bias is None else affine.bias.to(dtype).double()
-    return Affine(affine.weight.to(dtype), bias)
+    return Affine(affine.weight.to(dtype), bias, scale=affine.scale)
 
 
 def _parts(writer: Affine, share: float) -> tuple[Float[Tensor, "n d"], Float[Tensor, "d"]]:
     """What a writer writes of its inputs, and of its bias, of which the stream has a share."""
-    weight = writer.weight.double()
-    return weight, weight.new_zeros(weight.shape[1]) if writer.bias is None else share * writer.bias
+    weight = writer.weight.double() * writer.scale
+    return weight, weight.new_zeros(weight.shape[1]) if writer.bias is None else share * writer.scale * writer.bias
 
 
 def _sum(writers: Sequence[Affine], shares: Sequence[float]) -> Float[Tensor, "n d"]:
