@@ -223,6 +223,12 @@ class OpenStream:
         return moment(self.writers)
 
     @cached_property
+    def output_of(self) -> dict[str, str]:
+        """By what each reader, dual and follower gives is called."""
+        found = {name: letter(name) for name in self.readers} | dict.fromkeys(self.seam.duals, "logits")
+        return found | {name: what for what, group in self.followers.items() for name in group}
+
+    @cached_property
     def powers(self) -> dict[str, float]:
         """Mean squares of q, k and v (and logits), summed over their columns."""
         return {
@@ -297,12 +303,11 @@ class OpenStream:
             parts = []
             for other in others:
                 seen = self._seen(other)
-                scale = self.affines[other].scale
-                x, offset = (scale * part for part in self._stream(before[:seen], shares))
-                was, y = self._times(x, self.affines[other].weight), scale * _sum(after[:seen], shares[:seen])
-                powers[name] = powers.get(name, 0.0) + mean_square(was)
-                now = self._read(y, _cast(stream.followers[other], dtypes[other]))
-                parts.append(now - was - self._read(offset[None], self.affines[other]))
+                follower, (x, offset) = self.affines[other], self._stream(before[:seen], shares)
+                powers[name] = powers.get(name, 0.0) + mean_square(self._times(x, follower.weight))
+                was = self._read(follower.scale * (x + offset), follower)
+                y = follower.scale * _sum(after[:seen], shares[:seen])
+                parts.append((self._read(y, _cast(stream.followers[other], dtypes[other])) - was) / follower.scale)
             lost[name] = torch.cat(parts, 1)
         if stream.duals:
             duals = [_cast(dual, dtypes[name]).weight.T for name, dual in stream.duals.items()]
@@ -356,9 +361,9 @@ class OpenStream:
         """Relative errors of q, k, v (and logits) when the original's weights are rounded to `dtype`."""
         unit, _ = precision_of(dtype)
         lost = {name: (2 * self._written(name) @ squares(reader, 1)).item() for name, reader in self.outputs.items()}
-        for name in self.readers:
-            if (bias := self.affines[name].bias) is not None:
-                lost[letter(name)] += bias.square().sum().item()
+        for name, what in self.output_of.items():
+            if (bias := self.affines[name].bias) is not None and name not in self.seam.duals:
+                lost[what] += (bias / self.affines[name].scale).square().sum().item()
         return {name: unit * relative(square, powers[name]) for name, square in lost.items()}
 
     def _written(self, name: str) -> Float[Tensor, "d"]:
@@ -427,13 +432,14 @@ class OpenStream:
         if rest_bias is not None:
             own = own + unit**2 * rest_bias.square()
         squares = torch.cat([torch.cat([passed, own])[torch.cat([stream.kept, stream.others]).argsort()], extra])
-        of = {name: what for what, group in self.followers.items() for name in group}
-        of |= dict.fromkeys(stream.duals, "logits") | {name: letter(name) for name in self.readers}
         names = (*self.readers, *stream.duals, *stream.followers)
         parts = squares.split([self.width(name) for name in names])
         lost = dict.fromkeys(self.outputs, 0.0)
         for name, part in zip(names, parts, strict=True):
-            lost[of[name]] += part.sum().item()
+            lost[self.output_of[name]] += part.sum().item()
+        for name, follower in stream.followers.items():
+            if follower.bias is not None:
+                lost[self.output_of[name]] += (unit * follower.bias / follower.scale).square().sum().item()
         return {name: relative(square, self.powers[name]) for name, square in lost.items()}
 
     def _shaped(
