@@ -169,14 +169,15 @@ def round_stream(
         writers[name] = dataclasses.replace(writer, weight=after[: len(writer.weight)])
         stored = (after[-1] if as_rows else writer.bias.to(dtypes[name])).to(writer.bias.dtype)
         writers[name] = dataclasses.replace(writers[name], bias=stored)
-        share = stream.bias_shares[name]
+        share = stream.bias_shares[name] * writer.scale
         if bias is not None:
             if stream.reads("rest", number):
                 bias = bias + share * (read(writer.bias, stream.rest.weight) - read(stored, rounded_rests[0]))
             for follower, own in biases.items():
                 if own is not None and stream.reads(follower, number):
-                    matrix = stream.followers[follower].weight
-                    biases[follower] = own + share * (read(writer.bias, matrix) - read(stored, after_of[follower]))
+                    reader = stream.followers[follower]
+                    lost = read(writer.bias, reader.weight) - read(stored, after_of[follower])
+                    biases[follower] = own + share * reader.scale * lost
     duals = {name: dataclasses.replace(dual, weight=after_of[name].T) for name, dual in stream.duals.items()}
     followers = {
         name: dataclasses.replace(follower, weight=after_of[name], bias=biases[name])
