@@ -51,7 +51,7 @@ def test_what_the_docs_show_and_not_with_a_spoiled_weight(tmp_path, capsys):
     export(BUNDLED, tmp_path / "exported", to="onnx", weights="bf16")
     assert (tmp_path / "exported" / "model.onnx.data").stat().st_size < 9.3e6
     assert (tmp_path / "exported" / "tokenizer.json").exists()
-    exec(documented("ONNX", tmp_path / "exported"), {})
+    exec(documented("serving", "ONNX", tmp_path / "exported"), {})
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     text = tokenizer.decode([*ids[0].tolist(), *greedy(BUNDLED, ids, 64)])
