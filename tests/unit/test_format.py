@@ -11,6 +11,7 @@ from tests.pages import ROOT
 
 ROW = re.compile(r"^\| (?P<names>`(?:model|lm_head)[^|]*) \| \((?P<shape>[^|]*)\) \|(?P<when>[^|]*)\|$", re.M)
 BIASES = {"attention_bias": True, "mlp_bias": True}
+QKV = {"qkv_bias": True, "head_bias": True, "folded_biases": ["model.layers.1.self_attn.o_proj"]}
 EXPERTS = {"ffn_type": "moe", "num_local_experts": 3, "num_experts_per_tok": 2}
 NORMS = {"norm_type": "layer", "norms": [*PRE_NORM, "model.embed_norm"]}
 FOLDED = ["model.embed_tokens", "model.layers.0.mlp.router", "model.layers.0.mlp.experts.1.up_proj"]
@@ -19,6 +20,7 @@ MODELS = [
     {**BIASES, "position_type": "learned", "stream_basis": "pivoted", "layers_open": [1], "p_removed": True},
     {"stream_basis": "pivoted", "attention_bias": True, "num_key_value_heads": 4, "values_removed": True},
     {**EXPERTS, **BIASES, "head_dim": 6, "p_removed": True, "folded_biases": FOLDED, "tie_word_embeddings": True},
+    {"values_removed": True, **QKV},
     {"head_dim": 16, "p_removed": True, "head_removed": True, "attention_bias": True, "values_removed": True},
 ]
 

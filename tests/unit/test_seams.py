@@ -122,7 +122,7 @@ def test_a_seam_left_open_can_be_closed_later():
         ({"stream_basis": "pivoted"}, "values", "v_proj is not there any more"),
         ({"values_removed": True}, "stream", "v_proj passes inputs of the stream through"),
         ({**MOE, "attention_bias": True, "norm_topk_prob": False}, "stream", "do not sum to 1 would scale the bias"),
-        ({"residual_gains": True, "attention_bias": True}, "stream", "residual_gains: attention_bias is true"),
+        ({"residual_gains": True, "attention_bias": True}, "stream", "residual_gains: q, k and v_proj have biases"),
         ({"norm_type": "rms", "hidden_act": "relu"}, "p", "is not redundant, as norm_eps is 1e-06"),
         ({"norm_type": "rms", "norm_eps": 0.0}, "p", "hidden_act 'silu' is not homogeneous"),
         ({"norm_type": "rms", "norm_eps": 0.0, "hidden_act": "relu", "mlp_bias": True}, "p", "its FFN has biases"),
