@@ -18,6 +18,8 @@ BASES = ("q", "k", "v", "pivoted")
 AUTO = "auto"
 # What is removed unless something else is asked for.
 REMOVABLE = ("stream", "p")
+# What a model with skips and norms can lose.
+COMPACT = ("norms", "values")
 # Of an int32.
 INDEX_BYTES = 4
 # What gives up d^2 weights at a stream seam of a parallel model: Q, K, V that read it, or P that writes it.
@@ -145,6 +147,12 @@ def seams(
     found += [seam for kind, find in KINDS.items() if kind != "norms" for seam in find(left, wanted)]
     order = list(KINDS)
     return sorted(found, key=lambda seam: (seam.kind != "norms", seam.layer, order.index(seam.kind)))
+
+
+def as_it_is(architecture: Architecture, itemsize: float) -> list[Seam]:
+    """The seams that fuse closes in a model with skips and norms, where a weight takes `itemsize` bytes."""
+    every = seams(architecture, values=True, norms=True)
+    return [seam for seam in every if seam.kind in COMPACT and not (seam.blocked or seam.unpaid(itemsize))]
 
 
 def reasons(every: Iterable[Seam]) -> tuple[str, ...]:

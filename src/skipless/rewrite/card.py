@@ -41,7 +41,7 @@ def card(plan: Plan, options: Mapping[str, Any], name: str, source: str | None, 
 
 def _own(plan: Plan, options: Mapping[str, Any], name: str) -> Iterator[str]:
     (before, after), (bytes_before, bytes_after) = plan.parameters, plan.bytes
-    if plan.layout is not None:
+    if plan.in_place:
         yield from _moved(plan, options, name)
         return
     yield f"# {_plain(name)}, less weights that carry no information"
@@ -57,6 +57,7 @@ def _own(plan: Plan, options: Mapping[str, Any], name: str) -> Iterator[str]:
         ways = ", ".join(dict.fromkeys(seam.way(plan.basis) for seam in closed))
         saved = sum(seam.saves for seam in closed)
         yield f"- {len(closed)} {kind} seams closed by {ways}: {saved:,} weights less"
+    yield from (f"- {_plain(line)}" for line in plan.note.splitlines() if plan.layout)
     yield f"- asked for: {_asked(options)}"
     yield ""
     yield (
