@@ -64,7 +64,7 @@ def one_cache(past_key_values: Any, cache: Any) -> Any:
 
 
 def rotary_frequencies(
-    config: SkiplessConfig, device: torch.device, length: int | None = None
+    config: SkiplessConfig, device: torch.device, length: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, float]:
     """RoPE's angles by position, (rotary_dim / 2) in fp32, and by what cosine and sine are multiplied: exactly those of
     transformers' models. length: of the sequence, for types that depend on it.
@@ -85,7 +85,7 @@ def rotary_cos_sin(
     Computed from the config at every call rather than kept as a buffer, which casting the model would round.
     """
     by_length = config.rope_parameters["rope_type"] in ROPE_BY_LENGTH
-    length = int(position_ids.max()) + 1 if by_length else None
+    length = position_ids.max() + 1 if by_length else None  # as transformers has it, whose arithmetic differs by type
     frequency, scale = rotary_frequencies(config, position_ids.device, length)
     wide = torch.promote_types(dtype, torch.float32)
     angle = (position_ids[..., None].to(wide) * frequency.to(wide))[:, None]
