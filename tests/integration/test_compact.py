@@ -14,7 +14,7 @@ from skipless import cli
 from skipless.checkpoint.families import llama
 from skipless.inference import arithmetic, generate, load
 from skipless.removals import neutral, rows
-from tests.families import LLAMA, MODELS, saved
+from tests.families import GPT, LLAMA, MODELS, saved
 from tests.models import contents, edit_config, stop_fuse
 from tests.tolerances import TOLERANCES
 
@@ -32,13 +32,16 @@ OTHERS = {
     "qwen2-windowed": ("Qwen2", {**LLAMA, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}),
     "qwen2-tied": ("Qwen2", {**LLAMA, "tie_word_embeddings": True}),
     "qwen3_moe-all": ("Qwen3Moe", {**LLAMA, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24}),
+    "cohere-untied": ("Cohere", {**LLAMA, "tie_word_embeddings": False, "logit_scale": 0.5}),
     "phi3-long": ("Phi3", {**LLAMA, "rope_parameters": LONG, "original_max_position_embeddings": 8}),
 }
 COMPACT = [
     *("llama", "llama-mha-biased", "llama-tied-wide", "mistral", "mixtral", "qwen2", "qwen3", "phi3"),
+    *("gpt2", "gpt2-inner", "gpt_bigcode", "gpt_bigcode-mha", "gpt_neox", "gpt_neox-serial", "opt", "cohere"),
+    *("phi", "stablelm", "stablelm-parallel", "falcon-7b", "falcon-40b"),
     *OTHERS,
 ]
-QUICK = {"llama", "qwen2", "mixtral", "phi3"}
+QUICK = {"llama", "qwen2", "mixtral", "phi3", "gpt2", "gpt_neox", "opt", "cohere"}
 cases = pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in COMPACT]
 )
@@ -85,10 +88,10 @@ def test_every_family_is_the_same_function_of_as_many_fewer_numbers_as_promised(
     (before, _), (after, _) = (numbers(tmp_path / folder) for folder in ("source", "fused"))
     assert before - after == promised.left_out == audited.left_out > 0
     assert plan.parameters == (before, after)
-    if promised.architecture.qkv_bias:  # V's biases have become P's
-        assert before - after == sum(promised.as_is.values()) - 2 * (32 - promised.architecture.value_width)
-    elif not promised.architecture.attention_bias:
-        assert before - after == sum(promised.as_is.values())
+    exact = sum(promised.as_is.values())
+    if promised.architecture.qkv_bias:  # V's biases become P's
+        exact -= 2 * (32 - promised.architecture.value_width)
+    assert before - after == exact - promised.as_is["k_bias"]
     found = skipless.verify(tmp_path / "source", tmp_path / "fused", dtypes=(), tokens=4)
     assert found.same
     assert found.proved
@@ -127,12 +130,19 @@ def differs(source, fused):
         pytest.param("qwen2", "layers.1.self_attn.o_proj.bias", marks=pytest.mark.slow),
         pytest.param("qwen3", "layers.1.self_attn.k_norm.weight", marks=pytest.mark.slow),
         pytest.param("mixtral", "layers.1.mlp.router.weight", marks=pytest.mark.slow),
+        ("gpt2", "position_embeddings.weight"),
+        pytest.param("gpt2", "layers.0.mlp.up_proj.bias", marks=pytest.mark.slow),
+        pytest.param("gpt2", "layers.1.self_attn.o_proj.bias", marks=pytest.mark.slow),
+        pytest.param("opt", "position_embeddings.weight", marks=pytest.mark.slow),
+        pytest.param("phi", "lm_head.bias", marks=pytest.mark.slow),
+        pytest.param("falcon-40b", "layers.1.post_attention_layernorm.bias", marks=pytest.mark.slow),
         pytest.param("phi3", "layers.1.self_attn.q_proj.weight", marks=pytest.mark.slow),
     ],
     indirect=["fused"],
 )
 def test_a_wrong_tensor_shows(fused, tensor):
-    spoil(fused[1], lambda tensors: tensors.update({f"model.{tensor}": tensors[f"model.{tensor}"].roll(1, -1)}))
+    name = tensor if tensor.startswith("lm_head") else f"model.{tensor}"
+    spoil(fused[1], lambda tensors: tensors.update({name: tensors[name].roll(1, -1)}))
     assert differs(*fused)
 
 
@@ -189,8 +199,14 @@ def test_the_self_check_finds_what_is_wrong(module, function, wrong, tmp_path, m
         ),
         ("Gemma2", {**LLAMA, "head_dim": 16}, "model_type: expected .* found 'gemma2'; use layout family"),
         ("Llama", {**LLAMA, "rope_parameters": {**SCALED, "rope_type": "ntk"}}, "rope_parameters.rope_type"),
+        ("Phi", {**LLAMA, "qk_layernorm": True}, "qk_norm_bias: expected .* found True"),
+        ("Cohere", {**LLAMA, "use_qk_norm": True}, "qk_norm: expected one of null, head_dim; found 'heads'"),
+        ("OPT", MODELS["opt-projected"][1], "embedding_size: expected .* found 16"),
+        ("OPT", MODELS["opt-bare"][1], "layer_norm_elementwise_affine: expected .* found False"),
+        ("Falcon", MODELS["falcon-rw"][1], "alibi: expected .* found True"),
+        ("GPT2", {**GPT, "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: .* found True"),
     ],
-    ids=["dense layers", "windows of some layers", "another family", "rope"],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_no_skipless_model_computes_is_refused_by_the_field(name, values, message, tmp_path, monkeypatch):
     if "ntk" in str(values):

@@ -71,6 +71,7 @@ class Bookkeeping(TypedDict, total=False):
     sliding_window: int | None
     attn_logit_softcapping: int | float | None
     final_logit_softcapping: int | float | None
+    logit_scale: int | float | None
     use_cache: bool
     bos_token_id: int | None
     eos_token_id: int | list[int] | None
@@ -149,6 +150,7 @@ class Architecture:
     dense_layers: tuple[int, ...] = ()
     dense_intermediate_size: int | None = None
     max_position_embeddings: int = 4096
+    position_offset: int = 0
     attention_bias: bool = False
     mlp_bias: bool = False
     gate_bias: bool = False
@@ -347,6 +349,11 @@ class Architecture:
         return self.norm_type == "layer" if self.norm_bias is None else self.norm_bias
 
     @property
+    def positions(self) -> int:
+        """Rows of a table of learned positions."""
+        return self.max_position_embeddings + self.position_offset
+
+    @property
     def own_state(self) -> int:
         """Without skips, how many dimensions of a token's own state, of hidden_size, a layer passes on at most, other
         than by what it attends to: a serial layer what V keeps, a parallel one all, by its FFN.
@@ -478,7 +485,7 @@ class Architecture:
         table = self.embedding_size or d
         modules = [Module("model.embed_tokens", self.vocab_size, table, table=True)]
         if self.position_type == "learned":
-            modules.append(Module("model.position_embeddings", self.max_position_embeddings, d, table=True))
+            modules.append(Module("model.position_embeddings", self.positions, d, table=True))
         if table != d:
             modules.append(Module("model.project_in", table, d))
         for layer in range(self.num_hidden_layers):

@@ -79,6 +79,11 @@ LLAMA_COMPUTES: Mapping[str, Rule] = {
 }
 
 
+GPT_COMPUTES: Mapping[str, Rule] = {"hidden_act": "activation_function", "norm_eps": "layer_norm_epsilon"}
+# Of models with layer norms that RoPE rotates.
+LAYER_NORM_COMPUTES: Mapping[str, Rule] = {**LLAMA_COMPUTES, "norm_eps": "layer_norm_eps", "rope_parameters": rope}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """How one family's config.json and checkpoints are to be read.
@@ -161,7 +166,9 @@ class Family:
         for name, value in self.requires.items():
             if own[name] != value:
                 raise refuse(name, own[name])
-        for name in ("embedding_size", "dense_layers", "qk_norm_bias"):
+        if architecture.qk_norm and architecture.qk_norm_bias:
+            raise refuse("qk_norm_bias", True)
+        for name in ("embedding_size", "dense_layers"):
             if found := getattr(architecture, name):
                 raise refuse(name, found)
         given = {name: value for name, value in architecture.given().items() if name not in FOREIGN}

@@ -92,6 +92,9 @@ class SkiplessConfig(PreTrainedConfig):
     `qkv_bias`, `head_bias`: q, k, v_proj, lm_head have a bias (q, k, v_proj also if `attention_bias` is true).
     `norm_bias`: whether norms have a bias (null: layer norms do).
 
+    `position_offset`: rows of a table of learned positions before the first one's. `logit_scale`: by which logits are
+    multiplied.
+
     `norms`: where norms stand (null: PRE_NORM); a parallel layer's FFN reads post_attention_layernorm of the layer's
     input, or, without one, what its attention reads. `residual` "both" in a parallel layer: one skip passes both.
     `residual_gains`: trainable factors of each branch, and of each skip (arXiv:2311.01906). `qk_norm` "head_dim": RMS
@@ -113,6 +116,7 @@ class SkiplessConfig(PreTrainedConfig):
     head_dim: int | None = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 4096
+    position_offset: int = 0
     rope_parameters: dict | None = None
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -137,6 +141,7 @@ class SkiplessConfig(PreTrainedConfig):
     sliding_window: int | None = None
     attn_logit_softcapping: float | int | None = None
     final_logit_softcapping: float | int | None = None
+    logit_scale: float | int | None = None
     position_type: str = "rope"
     attention_shaping: str | None = None
     stream_basis: str | None = None
@@ -268,7 +273,7 @@ class SkiplessConfig(PreTrainedConfig):
         for name, found in (("num_local_experts", experts), ("num_experts_per_tok", taken)):
             if self.ffn_type != "moe" and found is not None:
                 raise ValueError(f"{name}: expected null with ffn_type {self.ffn_type!r}, found {found}")
-        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        for name in ("attn_logit_softcapping", "final_logit_softcapping", "logit_scale"):
             if (cap := getattr(self, name)) is not None and not 0 < cap < float("inf"):
                 raise ValueError(f"{name}: expected a positive number or null, found {cap}")
 
@@ -327,6 +332,11 @@ class SkiplessConfig(PreTrainedConfig):
 
     def validate_positions(self) -> None:
         """Refuse rope_parameters that rotate nothing, too much, or in a way the model file does not know."""
+        if self.position_offset < 0 or (self.position_offset and self.position_type != "learned"):
+            raise ValueError(
+                f"position_offset: expected 0, or rows of a table with position_type 'learned', found "
+                f"{self.position_offset} with {self.position_type!r}"
+            )
         if not self.position_type.startswith("rope"):
             if self.rope_parameters:
                 raise ValueError(

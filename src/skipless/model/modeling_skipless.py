@@ -598,7 +598,7 @@ class SkiplessModel(SkiplessPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = SkiplessEmbedding(config)
         self.position_embeddings = (
-            nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            nn.Embedding(config.max_position_embeddings + config.position_offset, config.hidden_size)
             if config.position_type == "learned"
             else None
         )
@@ -649,7 +649,7 @@ class SkiplessModel(SkiplessPreTrainedModel):
 
         hidden_states = apply(self.embed_norm, inputs_embeds)
         if self.position_embeddings is not None:
-            hidden_states = hidden_states + self.position_embeddings(position_ids)
+            hidden_states = hidden_states + self.position_embeddings(position_ids + self.config.position_offset)
         cos_sin = None
         if self.config.position_type.startswith("rope"):
             cos_sin = rotary_cos_sin(position_ids, self.config, hidden_states.dtype)
@@ -722,6 +722,8 @@ class SkiplessForCausalLM(SkiplessPreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden_states[:, kept, :])
+        if (scale := self.config.logit_scale) is not None:
+            logits = logits * scale
         if (cap := self.config.final_logit_softcapping) is not None:
             logits = cap * (logits / cap).tanh()
         loss = None
