@@ -180,9 +180,11 @@ def closed(architecture: Architecture, closing: Iterable[Seam], basis: str) -> A
     gains = [name for seam in closing for name in seam.gains]
     norms = [name for seam in closing for name in (seam.through, *seam.norms) if name]
     own_biases = {module.name for module in architecture.modules() if module.bias}
+    moves = {"stream": architecture.qkv_biased, "values": architecture.qkv_biased}
+    moves["p"] = (moves["values"] and "values" in kinds) or any(name.endswith(".o_proj") for name in own_biases)
     gained = set()
-    if architecture.qkv_biased:
-        for seam in closing:
+    for seam in closing:
+        if moves.get(seam.kind):
             gained |= {*seam.bias_takers, *(seam.followers if seam.kind == "stream" else ())} - own_biases
     if not architecture.tie_word_embeddings:
         gained.discard("model.embed_tokens")  # every row of an untied table takes the bias in
