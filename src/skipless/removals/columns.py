@@ -26,23 +26,16 @@ from skipless.algebra.linalg import (
     multiply,
     product,
     slices,
-    solve_triangular,
     squares,
 )
 from skipless.algebra.rounding import (
     COLUMNS,
     Rest,
-    along_rows,
-    factorize,
-    joint_metric,
-    left_by_solving,
     mean_row,
     mean_squares,
     moment,
     noise_weights,
-    repaired_weights,
     round_stream,
-    shrink,
 )
 from skipless.algebra.stream import Stream, close_rest, close_stream, column_order
 from skipless.algebra.tolerances import coarsest, dtype_name
@@ -56,7 +49,7 @@ F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 
 
 # Matrices in fp64, of S's size and of R's, that a forecast holds at most, as benchmarks/memory.py measures them.
-SQUARES, RESTS = 10, 6
+SQUARES, RESTS = 16, 6
 # While the scaled |R| stays below this, O* = O S may be off by fp32's 1e-7 where it is stored in half precision.
 LARGEST_REST = 1e3
 # By how much closing a seam may change what is read, by the precision of O* = O S: a few times what MAX_CONDITION and
@@ -176,7 +169,10 @@ def forecast(
     rest_dtype: str | None = None,
     later: frozenset[str] = frozenset(),
 ) -> Forecast:
-    """What closing a seam by each way will cost in each dtype. rest_dtype: that of the rest of pivoted columns."""
+    """What closing a seam by each way will cost in each dtype: it is done, and measured on a sample of rows.
+
+    rest_dtype: that of the rest of pivoted columns.
+    """
     stream = OpenStream(seam, affines)
     return stream.forecast(dtypes, {way: stream.basis(way) for way in ways or seam.identities}, rest_dtype, later)
 
@@ -248,7 +244,7 @@ class OpenStream:
         """The seam closed: exactly, or, with the dtypes in which the writers will be stored, as precisely as they can
         tell. That of a writer in half precision is fp32, if R does not enlarge what that is off by.
         """
-        rest = close_rest(self.seam, self.affines, basis)
+        rest, self.within = close_rest(self.seam, self.affines, basis), torch.float64
         if dtypes is not None and all(dtypes[name] in HALF for name in self.seam.writers):
             kept = torch.ones(len(self.weights), dtype=torch.bool, device=self.weights.device)
             kept[basis.columns] = False
@@ -271,9 +267,41 @@ class OpenStream:
     ) -> Forecast:
         """What closing it in each of these bases will cost in each dtype; later: as in removals.forecast."""
         original = {dtype: self._original(dtype, self.powers) for dtype in dtypes}
-        found = {way: self._way(way, basis, dtypes, rest_dtype, later) for way, basis in bases.items()}
-        ways, left = {way: each for way, (each, _) in found.items()}, {way: each for way, (_, each) in found.items()}
+        lost: Mapping[str, float] = dict.fromkeys(self.outputs, math.inf)
+        ways, left = {}, {}
+        for way, basis in bases.items():
+            largest, errors = math.inf, dict.fromkeys(dtypes, lost)
+            for name in dtypes if basis.usable else ():
+                stored = self._stored(getattr(torch, name), way, rest_dtype, later)
+                stream = self.close(basis, stored)
+                rest = Rest(stream.rest.weight, self.weights[stream.others], stored["rest"])
+                largest = rest.largest(self.weights[stream.kept])
+                if not self._fits(basis, stream, stored):
+                    continue
+                if getattr(torch, name) in HALF:
+                    stream = round_stream(stream, self.weights, self.extra_weights, stored)
+                stream = handed_on(stream, later)
+                errors[name] = self.measure(way, basis.condition, stream, stored, name).ways[way].errors[name]
+                left[way] = {each: follower for each, follower in stream.followers.items() if each in later}
+            ways[way] = Way(basis.condition, largest, errors)
         return Forecast(self.seam, original, ways, left)
+
+    def _stored(
+        self, dtype: torch.dtype, way: str, rest_dtype: str | None, later: frozenset[str]
+    ) -> dict[str, torch.dtype]:
+        """As stored_dtypes, of a seam that is stored in `dtype`."""
+        names = (*self.seam.writers, *self.seam.duals, *self.seam.followers)
+        finer = dtype if rest_dtype is None or way != "pivoted" else getattr(torch, rest_dtype)
+        kept = {name: torch.float64 if name in later else dtype for name in names}
+        return {**kept, "rest": torch.promote_types(dtype, finer)}
+
+    def _fits(self, basis: Basis, stream: Stream, dtypes: Mapping[str, torch.dtype]) -> bool:
+        """Whether there are no numbers larger than the dtypes can hold."""
+        chosen = join(list(self.readers.values())).T[basis.columns].double().T
+        largest = dict(zip(self.seam.writers, (reach(writer, chosen) for writer in self.writers), strict=True))
+        parts = {"rest": stream.rest, **stream.duals, **stream.followers}
+        largest |= {name: max_abs(part.weight) for name, part in parts.items() if part.weight.numel()}
+        return all(number <= torch.finfo(dtypes[name]).max for name, number in largest.items())
 
     def measure(
         self, way: str, condition: float, stream: Stream, dtypes: Mapping[str, torch.dtype], judged: str
@@ -376,126 +404,6 @@ class OpenStream:
                 power = power + self.seam.bias_share(writer) * (self.affines[writer].scale * bias).square()
         return power
 
-    def _way(
-        self, way: str, basis: Basis, dtypes: Sequence[str], rest_dtype: str | None, later: frozenset[str]
-    ) -> tuple[Way, dict[str, Affine]]:
-        """What the seam closed in a basis, usable or not, loses; and what it leaves for a later seam."""
-        lost = dict.fromkeys(self.outputs, math.inf)
-        if not basis.usable:
-            return Way(basis.condition, math.inf, dict.fromkeys(dtypes, lost)), {}
-        # without the writers' rows, which would take longest and of which `moment` says enough
-        bare = {name: self.affines[name].of_rows(self.affines[name].weight[0:0]) for name in self.seam.writers}
-        stream = close_stream(self.seam, {**self.affines, **bare}, basis)
-        chosen = join(list(self.readers.values())).T[basis.columns].double().T
-        metric = multiply(chosen.T, multiply(self.moment, chosen))
-        extra = {name: dual.weight.T for name, dual in stream.duals.items()}
-        extra |= {name: follower.weight for name, follower in stream.followers.items()}
-        extra_weights = self.extra_weights.split([matrix.shape[1] for matrix in extra.values()])
-        passed_weights, errors, largest = self.weights[stream.kept], {}, 0.0
-        written = max(reach(writer, chosen) for writer in self.writers)
-        for name in dtypes:
-            dtype = getattr(torch, name)
-            finer = dtype if rest_dtype is None or way != "pivoted" else getattr(torch, rest_dtype)
-            rests = [Rest(stream.rest.weight, self.weights[stream.others], torch.promote_types(dtype, finer))]
-            largest = rests[0].largest(passed_weights)
-            for (other, matrix), weights in zip(extra.items(), extra_weights, strict=True):
-                rests.append(Rest(matrix, weights, torch.float64 if other in later else dtype))
-            numbers = max([written, *(max_abs(rest.matrix) for rest in rests if rest.matrix.numel())])
-            fits = numbers <= torch.finfo(dtype).max
-            errors[name] = self._fused(stream, rests, metric, name) if fits else lost
-        left = {}
-        if kept := later & stream.followers.keys():
-            read, _ = of_white_inputs([self.affines[name] for name in self.seam.writers], self.moment)
-            read = multiply(chosen.T, multiply(read, chosen))
-            left = {name: dataclasses.replace(stream.followers[name], moment=read[None]) for name in kept}
-        return Way(basis.condition, largest, errors), left
-
-    def _fused(self, stream: Stream, rests: Sequence[Rest], metric: Tensor, dtype: str) -> dict[str, float]:
-        """Relative errors of q, k, v (and logits); metric: E[x^T x] of the closed seam's stream."""
-        unit, floor = precision_of(dtype)
-        biases = [writer.scale * writer.bias for writer in stream.writers.values() if writer.bias is not None]
-        power = sum((bias.square() for bias in biases), torch.zeros_like(metric[0]))
-        rest_bias = stream.rest.bias
-        if getattr(torch, dtype) in HALF:
-            added = torch.stack(biases).sum(0) if rest_bias is None and biases else torch.zeros_like(power)
-            passed, others, matrix = self._shaped(rests, self.weights[stream.kept], metric, dtype, added)
-            if rest_bias is None:  # they are rows like any other (round_stream)
-                power = torch.zeros_like(power)
-            if rest_bias is not None:  # as round_stream has it make up for the writers'
-                rest_bias = rest_bias + sum((bias @ (stream.rest.weight - matrix) for bias in biases), 0)
-        else:
-            passed = unit**2 * (metric.diagonal() + floor * (metric.diagonal() > 0))
-            noise = [_noise(metric.diagonal() + power, rest.matrix, floor) for rest in rests]
-            others = unit**2 * torch.cat(noise, 1).sum(0)
-        passed = passed + unit**2 * power
-        own, extra = others[: len(stream.others)], others[len(stream.others) :]
-        if rest_bias is not None:
-            own = own + unit**2 * rest_bias.square()
-        squares = torch.cat([torch.cat([passed, own])[torch.cat([stream.kept, stream.others]).argsort()], extra])
-        names = (*self.readers, *stream.duals, *stream.followers)
-        parts = squares.split([self.width(name) for name in names])
-        lost = dict.fromkeys(self.outputs, 0.0)
-        for name, part in zip(names, parts, strict=True):
-            lost[self.output_of[name]] += part.sum().item()
-        for name, follower in stream.followers.items():
-            if follower.bias is not None:
-                lost[self.output_of[name]] += (unit * follower.bias / follower.scale).square().sum().item()
-        return {name: relative(square, self.powers[name]) for name, square in lost.items()}
-
-    def _shaped(
-        self, rests: Sequence[Rest], passed_weights: Tensor, metric: Tensor, dtype: str, added: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Squared errors of the passed and the rests' columns after rounding.round_seam, as means over PROBES samples;
-        and the first rest as it is before it is rounded.
-
-        The stream's error, in rows rounded under M, and the rests', U, in columns rounded under N and shrunk, are
-        independent. Re-solving X spreads U: with T = W_r R^T M^-1, U T goes to the passed columns, U (1 - T R) stays.
-        A rest in fp32 is not rounded but solved for last, which leaves a part of what the stream's error does to it.
-        added: the biases that each token has in the stream, which are rows of their own.
-        """
-        generator = torch.Generator().manual_seed(0)
-
-        def noise(sizes: Tensor) -> Tensor:
-            drawn = torch.randn(PROBES, len(sizes), generator=generator, dtype=sizes.dtype, device="cpu")
-            return drawn.to(sizes.device) * sizes
-
-        power, (unit, floor) = metric.diagonal(), precision_of(dtype)
-        shrunk = [shrink(rest, metric, passed_weights) if rest.dtype in HALF else rest for rest in rests]
-        after, before = (torch.cat([rest.matrix for rest in each], 1) for each in (shrunk, rests))
-        left = left_by_solving(self.writers)
-        weights = repaired_weights(rests, left)
-        under = factorize(joint_metric(after, passed_weights, weights), power)
-        sizes = power + added**2
-        written = under.feedback(noise(unit * (sizes + floor * (sizes > 0)).sqrt()))
-        down = factorize(metric, (after**2).mean(1))
-        costs = down.pivots + solve_triangular(down.upper, added[down.order][:, None], upper=True, unit=True)[:, 0] ** 2
-        read = []
-        for rest in shrunk:
-            if rest.dtype not in HALF:
-                read.append(rest.matrix.new_zeros(PROBES, rest.matrix.shape[1]))
-                continue
-            for block in rest.blocks():
-                entries = block.matrix[down.order] ** 2
-                sizes = unit * (costs @ (entries + floor * (entries > 0))).sqrt()
-                read.append(along_rows(block, passed_weights).feedback(noise(sizes)))
-        streams = torch.empty_like(written)
-        streams[:, down.order] = noise(down.pivots.sqrt()) @ down.upper.T  # with E[x^T x] = metric
-        error = torch.cat(read, 1) + streams @ (after - before)
-        moved = under.solve(after @ (error * weights).T).T
-        others = ((error + (written - moved) @ after) ** 2).mean(0)
-        solved = [others.new_full((rest.matrix.shape[1],), 1.0 if rest.dtype in HALF else left) for rest in rests]
-        return ((written + moved) ** 2).mean(0), others * torch.cat(solved), shrunk[0].matrix
-
-
-def _noise(power: Float[Tensor, "d"], matrix: Float[Tensor, "d r"], floor: float) -> Float[Tensor, "d r"]:
-    """What rounding adds to the mean squares of x A, entry by entry of A, in units of the squared rounding error.
-
-    power: mean squares of x's columns. Zeros are stored exactly.
-    """
-    squares = matrix**2
-    x = (power + floor * (power > 0))[:, None]
-    return x * squares + power[:, None] * (squares + floor * (squares > 0))
-
 
 def _cast(affine: Affine, dtype: torch.dtype) -> Affine:
     """A map as it is stored."""
@@ -516,14 +424,15 @@ def _sum(writers: Sequence[Affine], shares: Sequence[float]) -> Float[Tensor, "n
 
 
 def forecast_memory(seam: Seam, tensors: Mapping[str, TensorInfo], by_rows: Collection[str]) -> int:
-    """Bytes that forecast holds for a stream seam whose modules have these tensors: all but what it takes by rows, and
-    in fp64 (d, d) matrices, and (d, r) ones of all columns that are not passed.
+    """Bytes that forecast holds for a stream seam whose modules have these tensors: all but what it takes by rows, what
+    the writers become, and in fp64 (d, d) matrices, and (d, r) ones of all columns that are not passed.
     """
     stored = {name: tensors[f"{name}.weight"] for name in seam.modules if f"{name}.weight" in tensors}
     d, readers = seam.width, (*seam.readers, *seam.followers, *seam.duals)
     r = sum(stored[name].weights for name in readers) // d - d
     held = sum(info.bytes for name, info in stored.items() if name not in by_rows)
-    return 8 * d * (SQUARES * d + RESTS * r) + held
+    n = sum(stored[name].weights for name in seam.writers if name not in by_rows) // d
+    return 8 * d * (SQUARES * d + RESTS * r + n) + held
 
 
 @dataclass(frozen=True)
