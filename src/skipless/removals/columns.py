@@ -42,6 +42,7 @@ from skipless.algebra.rounding import (
     noise_weights,
     repaired_weights,
     round_stream,
+    rounding_error,
     shrink,
 )
 from skipless.algebra.stream import Stream, close_rest, close_stream, column_order
@@ -437,9 +438,10 @@ class OpenStream:
         lost = dict.fromkeys(self.outputs, 0.0)
         for name, part in zip(names, parts, strict=True):
             lost[self.output_of[name]] += part.sum().item()
-        for name, follower in stream.followers.items():
+        for (name, follower), kept in zip(stream.followers.items(), rests[1 + len(stream.duals) :], strict=True):
             if follower.bias is not None:
-                lost[self.output_of[name]] += (unit * follower.bias / follower.scale).square().sum().item()
+                error = rounding_error(kept.dtype) * follower.bias / follower.scale
+                lost[self.output_of[name]] += error.square().sum().item()
         return {name: relative(square, self.powers[name]) for name, square in lost.items()}
 
     def _shaped(
