@@ -26,7 +26,7 @@ from skipless.checkpoint.reader import CheckpointReader
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError
 from skipless.inference import Generated, arithmetic, generate, load, load_tokenizer, spread
-from skipless.reports.comparing import Data, Relation, compare_data, differing_tensors, relation
+from skipless.reports.comparing import Data, Opened, Relation, compare_data, differing_tensors, relation
 from skipless.reports.routing import Choice, following, follows, noting, routed
 from skipless.rewrite import probe
 from skipless.rewrite.machine import available_memory
@@ -268,13 +268,14 @@ def verify(
 
     steps.next("comparing files")
     data, related = compare_data(first, second), relation(first, second)
+    source = first if related is None or related.before is None else related.before
     steps.next("comparing tensors")
     tensors: tuple[str, ...] = ()
     maps: tuple[Map, ...] = ()
     if related is not None:
-        tensors = tuple(differing_tensors(related, first, second))
+        tensors = tuple(differing_tensors(related, source, second))
         if related.closed and not tensors:
-            maps = tuple(_maps(related, first, second, stored))
+            maps = tuple(_maps(related, source, second, stored))
 
     exact = related is not None and not related.closed  # then B's weights are A's, cast
     steps.next("running A in float64")
@@ -287,7 +288,7 @@ def verify(
     storage = nothing
     if not exact:
         steps.next(f"running A as {dtype_name(stored)} stores it")
-        touched = None if related is None or related.layout else related.touched
+        touched = None if related is None or related.layout or related.before else related.touched
         draws = range(min(MOST_DRAWS, math.ceil(ENOUGH / width)))
         storage = _usual(
             [_run(a, torch.float64, reference, 0, _noise(first, stored, touched, draw)).loss for draw in draws]
@@ -326,7 +327,7 @@ def verify(
     ).report()
 
 
-def _maps(related: Relation, a: CheckpointReader, b: CheckpointReader, stored: torch.dtype) -> Iterator[Map]:
+def _maps(related: Relation, a: Opened, b: CheckpointReader, stored: torch.dtype) -> Iterator[Map]:
     """The maps around closed seams: all together, the worst single column, and the worst row of a rewritten table."""
     if related.layout is not None:
         found_moved = (each for each, _ in compare(related.layout, related.closed, a, b, stored))

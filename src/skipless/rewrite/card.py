@@ -86,7 +86,7 @@ def _with_section(card: str, lines: Iterable[str]) -> str:
 
 def _own(plan: Plan, options: Mapping[str, Any], name: str) -> Iterator[str]:
     (before, after), (bytes_before, bytes_after) = plan.parameters, plan.bytes
-    if plan.layout is not None:
+    if plan.in_place:
         yield from _moved(plan, options, name)
         return
     yield f"# {plain(name)}, less weights that carry no information"
@@ -102,6 +102,7 @@ def _own(plan: Plan, options: Mapping[str, Any], name: str) -> Iterator[str]:
         ways = ", ".join(dict.fromkeys(seam.way(plan.basis) for seam in closed))
         saved = sum(seam.saves for seam in closed)
         yield f"- {len(closed)} {kind} seams closed by {ways}: {saved:,} weights less"
+    yield from (f"- {plain(line)}" for line in plan.note.splitlines() if plan.layout)
     yield f"- asked for: {_asked(options)}"
     yield ""
     yield (

@@ -52,14 +52,14 @@ def run_task(plan: Plan, task: Task, read: Read) -> Done:
     Taking one raises InputError if casting it to a smaller dtype has overflowed.
     """
     outcomes: list[Outcome] = []
+    whole = read if plan.layout is None else keeping(read, plan.layout)
+    ours = read if plan.layout is None else Canonical(plan.inputs, whole, plan.layout).tensor
     if not task.seams:
-        tensors = _copy(plan, task, read)
-    elif plan.layout is None:
-        tensors = _close_all(plan, task, read, outcomes)
+        tensors = _copy(plan, task, read if plan.in_place else ours)
     else:
-        whole = keeping(read, plan.layout)
-        made = _close_all(plan, task, Canonical(plan.inputs, whole, plan.layout).tensor, outcomes)
-        tensors = restored(made, plan.layout, whole)
+        tensors = _close_all(plan, task, ours, outcomes)
+        if plan.layout is not None and plan.in_place:
+            tensors = restored(tensors, plan.layout, whole)
     return Done(_finite(tensors), outcomes)
 
 
@@ -89,7 +89,7 @@ def _finite(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, 
 
 def _copy(plan: Plan, task: Task, read: Read) -> Iterator[tuple[str, torch.Tensor]]:
     (name,) = task.writes
-    info, dtype = plan.inputs[name], plan.outputs[name].dtype
+    info, dtype = plan.renamed[name], plan.outputs[name].dtype
     if info.bytes <= COPIED:
         yield name, read(name).to(dtype)
         return
