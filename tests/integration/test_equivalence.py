@@ -415,6 +415,22 @@ def test_layers_left_open(basis, layers_open, tied, tmp_path):
     assert relative_error(load(tmp_path / "fused"), model) > 1e3 * FP64
 
 
+def test_what_must_go_at_once_is_said_so_and_can(tmp_path):
+    """Of a parallel layer P and values: after either the other is refused, and both together are not."""
+    model = build(**PARALLEL)
+    source = save(model, tmp_path / "source")
+    said = {"p": "heads of layer 0 pass through to the stream", "values": "v_proj passes inputs of the stream"}
+    for first, second in (("p", "values"), ("values", "p")):
+        skipless.fuse(source, tmp_path / first, remove=(first,), parallel_removes="p")
+        with pytest.raises(InputError, match=f"{said[first]}.*; close both at once, of the original"):
+            skipless.fuse(tmp_path / first, tmp_path / "then", remove=(second,), parallel_removes="p")
+        assert not (tmp_path / "then").exists()
+    skipless.fuse(source, tmp_path / "both", remove=("p", "values"), parallel_removes="p")
+    assert relative_error(load(tmp_path / "both"), model) <= FP64
+    spoil(tmp_path / "both")
+    assert relative_error(load(tmp_path / "both"), model) > 1e3 * FP64
+
+
 @pytest.mark.parametrize("kind", ["stream", "p"])
 def test_one_kind_of_seams(kind, tmp_path):
     model = build(head_dim=4, **MHA)

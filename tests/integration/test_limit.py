@@ -3,13 +3,16 @@
 import json
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from skipless import cli
 from skipless.architecture.config import Architecture
 from skipless.architecture.limit import limit
 from skipless.errors import InputError
+from skipless.reports import certificate
 from skipless.reports.certificate import certify
+from tests.models import SMALL, build
 
 MQA = {
     "model_type": "skipless",
@@ -77,10 +80,30 @@ def test_experts(fields):
 
 
 @pytest.mark.slow
+def test_narrow_heads_with_biases():
+    """In their small copy indices of values would take more than the blocks, so that values stay there."""
+    shape = {"hidden_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}
+    found = certify(Architecture.from_config({**MQA, **shape, **BIASES}))
+    assert found.kinds == ("stream", "p", "head")
+    assert found.after.parameters == found.before.parameters - found.removed
+    assert found.holds
+
+
+@pytest.mark.slow
 def test_a_wrong_formula_is_noticed():
     """A model that keeps its skips has fewer free parameters than the formula for one without them says."""
     with_skips = certify(Architecture.from_config({**MQA, "residual": "both"}))
     assert with_skips.before.free < certify(Architecture.from_config(MQA)).expected
+
+
+def test_the_rank_is_that_by_singular_values():
+    model = build(**SMALL, residual="both")
+    jacobian = certificate._jacobian(model, torch.Generator().manual_seed(1), lambda done, total: None)
+    values = torch.linalg.svdvals(jacobian / jacobian.norm(dim=0).clamp(min=1e-10))
+    found = certificate.rank(model)
+    assert found.parameters == jacobian.shape[1] == sum(weight.numel() for weight in model.parameters())
+    assert found.rank == (values > 1e-10 * values[0]).sum() < found.parameters
+    assert found.gap > certificate.GAP
 
 
 @pytest.mark.parametrize("name", ["mistral-7b", "llama-3.1-8b"])

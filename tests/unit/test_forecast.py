@@ -9,6 +9,7 @@ from skipless.algebra.affine import Affine
 from skipless.algebra.forecast import letter
 from skipless.algebra.rounding import HALF, Rest, round_seam, round_stream
 from skipless.architecture.seams import Seam
+from skipless.errors import BugError
 from skipless.removals import forecast
 from skipless.removals.columns import OpenStream
 from skipless.removals.merge import merge
@@ -92,6 +93,36 @@ def test_what_a_parallel_layer_loses(name, way):
     measured["m"] = relative_error(written @ m, affines["o"].weight @ affines["up_proj"].weight)
     predicted = forecast(seam, affines, [name], [way]).ways[way].errors[name]
     assert {module: pytest.approx(found, rel=0.2) for module, found in measured.items()} == predicted
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_what_biases_past_gains_lose(name):
+    """Those that move into the stream, and out of it again in what else reads it; each is one draw of rounding errors,
+    so the mean square of several models is compared.
+    """
+    way, dtype, squares, foretold = "pivoted", getattr(torch, name), torch.zeros(4), torch.zeros(4)
+    for seed in range(8):
+        seam, affines = gaussian_layer(width=96, seed=seed, biased=True)
+        generator = torch.Generator().manual_seed(100 + seed)
+        affines["o"] = dataclasses.replace(affines["o"], scale=-0.4)
+        weight, bias = (0.1 * torch.randn(*shape, generator=generator).double() for shape in ((96, 200), (200,)))
+        affines["up_proj"] = Affine(weight, bias, scale=2.5)
+        seam = dataclasses.replace(seam, followers=("up_proj",))
+        opened, dtypes = OpenStream(seam, affines), dict.fromkeys(("o", "up_proj", "rest"), dtype)
+        basis = opened.basis(way)
+        stream = opened.close(basis)
+        opened.check(way, basis, stream)
+        rounded = round_stream(stream, opened.weights, opened.extra_weights, dtypes)
+        measured = opened.measure(way, basis.condition, rounded, dtypes, name)
+        predicted = forecast(seam, affines, [name], [way])
+        assert measured.original[name] == pytest.approx(predicted.original[name], rel=0.05)
+        squares += torch.tensor([*measured.ways[way].errors[name].values()]) ** 2
+        foretold += torch.tensor([*predicted.ways[way].errors[name].values()]) ** 2
+    assert torch.allclose(squares.sqrt(), foretold.sqrt(), rtol=0.15)
+    for module in ("o", "up_proj"):
+        others = {**affines, module: dataclasses.replace(affines[module], scale=1.0)}
+        with pytest.raises(BugError, match="closing the stream seam to change nothing"):
+            opened.check(way, basis, OpenStream(seam, others).close(basis))
 
 
 @in_each_dtype

@@ -12,9 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import scipy.linalg
 import torch
-from torch.func import functional_call, jacfwd
+from jaxtyping import Float
 
 from skipless.architecture.config import Architecture
 from skipless.architecture.limit import closable, limit
@@ -30,9 +29,7 @@ TOKENS = 10
 # In how many sequences each token stands.
 CONTEXTS = 8
 # Outputs that are looked at, for each parameter.
-ROWS = 1.5
-# Parameters whose columns are computed together.
-CHUNK = 128
+ROWS = 1.2
 # An eps that counts: of a tiny one, rounding hides that norms see their input's scale.
 EPS = 0.1
 
@@ -84,7 +81,7 @@ def certify(
 ) -> Certificate:
     """Count the limit of a small copy before and after fusing it. Raises InputError for what the model does not run.
 
-    `progress` is called with which copy is looked at, how many of its parameters have been, and how many it has.
+    `progress` is called with which copy is looked at, on how many sequences it has been run, and of how many.
     """
     config = shrink(architecture)
     small = Architecture.from_config({"model_type": "skipless", **config})
@@ -164,42 +161,39 @@ def rank(model: SkiplessForCausalLM, progress: Callable[[int, int], None] = lamb
     """The rank of the Jacobian of all logits by all parameters, its columns scaled to the same length.
 
     Of each token's logits random mixtures are taken, other ones of each, ROWS times as many in all as parameters: a
-    random projection onto more dimensions than the rank is keeps it (with probability 1). The rank is that of R of a QR
-    decomposition with column pivoting, whose diagonal falls as the singular values do (Golub and Van Loan, 5.4).
-    `progress` is called with how many parameters have been looked at, of how many.
+    random projection onto more dimensions than the rank is keeps it (with probability 1). The columns are mixed at
+    random, too, after which the diagonal of R of a QR decomposition shows the rank without pivoting (RURV: Demmel,
+    Dumitriu and Holtz, "Fast linear algebra is stable", 2007). `progress` is called with how many sequences the model
+    has been run on, of how many.
     """
-    model.set_attn_implementation("eager")
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     generator = torch.Generator().manual_seed(1)
-    size = model.config.vocab_size
-    drawn = torch.cat([torch.randperm(size, generator=generator) for _ in range(CONTEXTS)])
-    tokens = drawn[: len(drawn) // TOKENS * TOKENS].view(-1, TOKENS)
-
-    count = sum(parameter.numel() for parameter in parameters.values())
-    mixtures = min(size, math.ceil(ROWS * count / tokens.numel()))
-    mixing = torch.randn(*tokens.shape, size, mixtures, generator=generator, dtype=torch.float64)
-
-    def logits(name: str, before: torch.Tensor, after: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-        changed = {**parameters, name: torch.cat([before, part, after]).view_as(parameters[name])}
-        found: torch.Tensor = functional_call(model, changed, (tokens,), {"use_cache": False}).logits
-        return (found[..., None, :] @ mixing).flatten()
-
-    parts, looked = [], 0
-    with torch.no_grad():  # some numbers at a time, which takes less memory
-        for name, value in parameters.items():
-            flat, done = value.flatten(), 0
-            for part in flat.split(CHUNK):
-                before, after = flat[:done], flat[done + len(part) :]
-                parts.append(jacfwd(partial(logits, name, before, after))(part))
-                done += len(part)
-                progress(looked := looked + len(part), count)
-    columns = torch.cat(parts, 1)
+    columns = _jacobian(model, generator, progress)
+    count = columns.shape[1]
     lengths = columns.norm(dim=0)
-    columns[:, lengths < ZERO * lengths.max()] = 0
-    columns = columns / lengths.clamp(min=ZERO * lengths.max())
-    triangle = torch.linalg.qr(columns, mode="r").R
-    (pivoted, _) = scipy.linalg.qr(triangle.numpy(), mode="r", pivoting=True, check_finite=False)
-    values = abs(pivoted.diagonal())
+    columns *= torch.where(lengths < ZERO * lengths.max(), 0, 1 / lengths.clamp(min=ZERO * lengths.max()))
+    columns = columns @ torch.randn(count, count, generator=generator, dtype=torch.float64)
+    values = torch.linalg.qr(columns, mode="r").R.diagonal().abs().sort(descending=True).values
     found = int((values > ZERO * values[0]).sum())
-    gap = float(values[found - 1] / values[found]) if found < len(values) and values[found] else float("inf")
-    return Rank(len(values), found, gap)
+    gap = float(values[found - 1] / values[found]) if found < count and values[found] else float("inf")
+    return Rank(count, found, gap)
+
+
+def _jacobian(
+    model: SkiplessForCausalLM, generator: torch.Generator, progress: Callable[[int, int], None]
+) -> Float[torch.Tensor, "outputs parameters"]:
+    """Of random mixtures of each token's logits, by all parameters: backwards, one sequence at a time."""
+    model.set_attn_implementation("eager")
+    parameters = [*model.requires_grad_().parameters()]
+    size, count = model.config.vocab_size, sum(parameter.numel() for parameter in parameters)
+    drawn = torch.cat([torch.randperm(size, generator=generator) for _ in range(CONTEXTS)])
+    sequences = drawn[: len(drawn) // TOKENS * TOKENS].view(-1, TOKENS)
+    mixtures = min(size, math.ceil(ROWS * count / sequences.numel()))
+    rows = torch.eye(TOKENS * mixtures, dtype=torch.float64)
+    parts = []
+    for done, ids in enumerate(sequences):
+        progress(done, len(sequences))
+        logits = model(input_ids=ids[None], use_cache=False).logits[0]
+        mixed = logits[:, None] @ torch.randn(TOKENS, size, mixtures, generator=generator, dtype=torch.float64)
+        found = torch.autograd.grad(mixed.flatten(), parameters, rows, is_grads_batched=True)
+        parts.append(torch.cat([each.flatten(1) for each in found], 1))
+    return torch.cat(parts)
