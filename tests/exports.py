@@ -93,8 +93,7 @@ def greedy(source: Path, ids: torch.Tensor, tokens: int) -> list[int]:
     return output.sequences[0, ids.shape[1] :].tolist()
 
 
-def documented(name: str, engine: str, folder: Path) -> str:
+def documented(name: str, engine: str, folder: Path) -> list[str]:
     """The Python that a page of docs/ shows for an engine, with this folder for the one it exports to."""
     section = page(name).partition(f"## {engine}\n")[2].partition("\n## ")[0]
-    (block,) = blocks(section, "python")
-    return block.text.replace(f"fused-{engine.lower()}", str(folder))
+    return [block.text.replace(f"fused-{engine.lower()}", str(folder)) for block in blocks(section, "python")]

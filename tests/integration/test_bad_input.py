@@ -215,7 +215,7 @@ def test_the_config_contradicts_the_tensors(source, tmp_path, changes, tensor):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_parameters.rope_type"),
+        ({"rope_parameters": {"rope_type": "ntk", "rope_theta": 1e4, "factor": 2.0}}, "rope_parameters.rope_type"),
         ({"rope_parameters": "x"}, "rope_parameters"),
         ({"rope_parameters": {"rope_theta": "x"}}, "rope_parameters.rope_theta"),
         ({"hidden_act": "nonsense"}, "hidden_act: expected an activation"),
