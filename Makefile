@@ -157,7 +157,7 @@ site: $(PYODIDE)
 pages site: $(TOOLS_READY)
 	$(WITH_TOOLS) mkdocs build
 
-publish: site
+publish: $(TOOLS_READY) $(PYODIDE)
 	$(WITH_TOOLS) mike deploy $(PUSH) --update-aliases $(VERSION) latest
 	$(WITH_TOOLS) mike set-default $(PUSH) latest
 

@@ -4,6 +4,7 @@ Compiled, the weights are constants (inductor's freezing): each is packed once, 
 compiled, what matters is whose kernel multiplies a row: of bf16, oneDNN's may take twice as long as PyTorch's own.
 """
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -59,6 +60,7 @@ def _compiled_step(whole: Callable[..., Any], dynamic: bool | None) -> Callable[
     step = torch.compile(whole, fullgraph=True, dynamic=dynamic)
     prepared: WeakSet[Cache] = WeakSet()
 
+    @functools.wraps(whole)  # generate asks what it takes
     def forward(*args: Any, **kwargs: Any) -> Any:
         ids, cache = kwargs.get("input_ids"), kwargs.get(CACHE)
         decodes = ids is not None and ids.shape[1] == 1 and cache is not None and cache.is_compileable
@@ -85,6 +87,7 @@ def _pass_as_inputs(cache: Cache) -> None:
 def _step_without_onednn(whole: Callable[..., Any]) -> Callable[..., Any]:
     """A forward that multiplies a single row by PyTorch's own kernel."""
 
+    @functools.wraps(whole)  # generate asks what it takes
     def forward(*args: Any, **kwargs: Any) -> Any:
         ids = kwargs.get("input_ids")
         with _without_onednn() if ids is not None and ids.numel() == 1 else nullcontext():
