@@ -27,10 +27,8 @@ from skipless.train.log import Bar
 from skipless.train.recipe import Data, Recipe, Start, Tokenizer, described
 from tests.integration.test_train import lines
 from tests.models import load, relative_error
-from tests.pages import ROOT, blocks, commands, shape
-from tests.pages import run as execute
+from tests.pages import ROOT, page
 
-TRAIN = (ROOT / "docs" / "train.md").read_text(encoding="utf-8")
 RECIPE = """
 steps = 6
 batch_size = 4
@@ -337,18 +335,4 @@ def test_help_and_docs_list_every_field():
     text = " ".join(CliRunner().invoke(main, ["train", "--help"]).stdout.split())
     for name, default, about in described():
         assert f"{name} {about}" in text
-        assert f"| `{name}` | {f'`{default}`' if default else ''} | {about} |" in TRAIN
-
-
-@pytest.mark.alone
-def test_the_pages_commands_train_fuse_and_generate(tmp_path: Path):
-    ((_, recipe),) = blocks(TRAIN, "toml")
-    ((_, block),) = blocks(TRAIN, "console")
-    (tmp_path / "recipe.toml").write_text(recipe)
-    (tmp_path / "texts").mkdir()
-    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-c]*.py")):
-        (tmp_path / "texts" / f"{file.stem}.txt").write_text(file.read_text())
-    train, fuse, generate = commands(block)
-    assert shape(execute(["bash", "-c", train[0]], tmp_path)) == shape(train[1])
-    assert "wrote fused" in execute(["bash", "-c", fuse[0]], tmp_path)
-    assert "generated_text" in execute(["bash", "-c", generate[0]], tmp_path)
+        assert f"| `{name}` | {f'`{default}`' if default else ''} | {about} |" in page("train")
