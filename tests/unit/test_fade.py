@@ -28,6 +28,10 @@ KINDS: dict[str, dict[str, Any]] = {
         "model.embed_norm", "input_layernorm", "post_attention_layernorm", "model.norm"
     ]},
     "layer norms without biases to take theirs in": {"norm_type": "layer", "ffn_type": "mlp"},
+    "layer norms without biases, biases elsewhere": {
+        "norm_type": "layer", "norm_bias": False, "qkv_bias": True, "head_bias": True, "position_type": "learned",
+        "position_offset": 2,
+    },
     "experts": EXPERTS,
     "experts, layer norms": {**EXPERTS, "norm_type": "layer"},
     "Fig. 4a": {"stream_basis": "q", "p_removed": True},
@@ -58,7 +62,7 @@ def faded(schedule: Schedule, **fields: Any) -> tuple[SkiplessForCausalLM, Skipl
 @pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS)
 def test_what_has_faded_is_a_model_without_it(fields: dict[str, Any]):
     original, model, found = faded(BOTH, **fields)
-    assert (found.config.residual, found.config.norm_type) == ("none", "none")
+    assert (found.config.residual, found.config.norm_type, found.config.norm_bias) == ("none", "none", None)
     assert not any("norm" in name or "skip" in name for name in found.state_dict())
     assert relative_error(found, model) < 1e-9
     assert relative_error(model, original) > 1e-2

@@ -183,7 +183,7 @@ def final(config: SkiplessConfig, state: State | None, schedule: Schedule) -> Sk
             folded |= {each.name for each in biased(norm, architecture) if not (each.bias or each.table)}
             if state is not None:
                 move(norm, architecture, state)
-        fields |= {"norm_type": "none", "norms": None, "norms_removed": [], "gains_removed": []}
+        fields |= {"norm_type": "none", "norms": None, "norm_bias": None, "norms_removed": [], "gains_removed": []}
         fields["folded_biases"] = sorted(folded)
     return SkiplessConfig.from_dict(fields)
 
