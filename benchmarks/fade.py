@@ -37,13 +37,15 @@ def steps(fractions: tuple[float, float] | None, of: int) -> tuple[int, ...]:
     return () if fractions is None else (int(fractions[0] * of), int(fractions[1] * of))
 
 
-def trained(out: Path, text: Path, tokens: int, seed: int, **fields: Any) -> float:
+def trained(
+    out: Path, text: Path, tokens: int, seed: int, *, rate: float = RATE, batch: int = BATCH, **fields: Any
+) -> float:
     """Held-out nats a token of one run, whose model stays in `out`; NaN where it came to no number."""
     data = Data(
         files=(str(text / corpus.TRAINING),), held_out_files=(str(text / corpus.HELD_OUT),), held_out_tokens=2**15
     )
     recipe = Recipe(
-        steps=tokens // (BATCH * LENGTH), batch_size=BATCH, sequence_length=LENGTH, muon_lr=RATE, adamw_lr=RATE,
+        steps=tokens // (batch * LENGTH), batch_size=batch, sequence_length=LENGTH, muon_lr=rate, adamw_lr=rate,
         seed=seed, data=data, tokenizer=Tokenizer(str(text / corpus.TOKENIZER)), eval_every=10**6, save_every=10**6,
         **fields,
     )  # fmt: skip

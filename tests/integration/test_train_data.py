@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from skipless import fuse
 from skipless.architecture.config import Architecture
@@ -147,18 +147,20 @@ def test_starts_from_a_model_with_its_tokenizer(recipe: Recipe, trained: tuple[P
     assert first.get_vocab() == second.get_vocab()
 
 
-@pytest.fixture(scope="module")
-def pre_norm(folder: Path, recipe: Recipe) -> Path:
-    """A model with skips and norms."""
-    fields = {"residual": "both", "norm_type": "rms", "attention_shaping": None, "gate_bias": False}
-    run.train(dataclasses.replace(recipe, model={**recipe.model, **fields}), folder / "pre-norm")
-    return folder / "pre-norm"
-
-
-def test_skips_and_norms_fade_to_a_model_without_them(folder: Path, pre_norm: Path, tmp_path: Path):
+def test_skips_and_norms_fade_to_a_model_without_them(folder: Path, trained: tuple[Path, Any], tmp_path: Path):
+    """From another family's model, whose head is its table."""
+    llama = LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.3,
+    )  # fmt: skip
+    LlamaForCausalLM(llama).save_pretrained(tmp_path / "llama")
+    fuse(tmp_path / "llama", tmp_path / "start", layout="skipless", remove=("norms",))
     file, out = tmp_path / "recipe.toml", tmp_path / "out"
-    text = (folder / "recipe.toml").read_text().split("[model]")[0]
-    file.write_text(f'save_every = 1\n{text}[start]\nfolder = "{pre_norm}"\n[schedule]\nskips = [1, 4]\nnorms = [2, 5]')
+    text = (folder / "recipe.toml").read_text().split("[model]")[0].replace("muon_lr = 0.02", "muon_lr = 0.002")
+    file.write_text(
+        f'save_every = 1\n{text}[tokenizer]\nfolder = "{trained[0]}"\n[start]\nfolder = "{tmp_path}/start"\n'
+        "[schedule]\nskips = [1, 4]\nnorms = [2, 5]"
+    )
     command = ["train", str(file), str(out), "--json"]
     found = CliRunner().invoke(main, command)
     assert found.exit_code == 0, found.output

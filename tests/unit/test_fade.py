@@ -28,6 +28,10 @@ KINDS: dict[str, dict[str, Any]] = {
         "model.embed_norm", "input_layernorm", "post_attention_layernorm", "model.norm"
     ]},
     "layer norms without biases to take theirs in": {"norm_type": "layer", "ffn_type": "mlp"},
+    "layer norms without biases, biases elsewhere": {
+        "norm_type": "layer", "norm_bias": False, "qkv_bias": True, "head_bias": True, "position_type": "learned",
+        "position_offset": 2,
+    },
     "experts": EXPERTS,
     "experts, layer norms": {**EXPERTS, "norm_type": "layer"},
     "Fig. 4a": {"stream_basis": "q", "p_removed": True},
@@ -48,9 +52,7 @@ def faded(schedule: Schedule, **fields: Any) -> tuple[SkiplessForCausalLM, Skipl
     assert relative_error(model, original) < 1e-12
     for step in range(6):
         model.train()(random_ids(model, seed=step))
-        for norm in fade.norms:
-            norm.follow()
-        fade.set(step + 1)
+        fade.advance(step + 1)
     state = model.state_dict()
     found = SkiplessForCausalLM(final(model.config, state, schedule)).double().eval()
     found.load_state_dict(state)
@@ -60,7 +62,7 @@ def faded(schedule: Schedule, **fields: Any) -> tuple[SkiplessForCausalLM, Skipl
 @pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS)
 def test_what_has_faded_is_a_model_without_it(fields: dict[str, Any]):
     original, model, found = faded(BOTH, **fields)
-    assert (found.config.residual, found.config.norm_type) == ("none", "none")
+    assert (found.config.residual, found.config.norm_type, found.config.norm_bias) == ("none", "none", None)
     assert not any("norm" in name or "skip" in name for name in found.state_dict())
     assert relative_error(found, model) < 1e-9
     assert relative_error(model, original) > 1e-2
@@ -81,10 +83,13 @@ def test_norms_alone_and_skips_alone():
 
 def test_what_a_model_without_them_needs_is_added():
     model = build(**PRE_NORM)
-    Fade(model, BOTH)
+    fade = Fade(model, BOTH)
     assert (model.config.attention_shaping, model.config.gate_bias) == ("value", True)
     names = {name for name, weight in model.named_parameters() if weight.requires_grad}
     assert {"model.layers.0.self_attn.alpha", "model.layers.0.mlp.gate_proj.bias"} <= names
+    for step, alpha in ((1, 0.5), (2, 1), (3, 1)):  # rises as the skips go
+        fade.advance(step)
+        assert model.model.layers[1].self_attn.alpha.tolist() == [alpha] * 4
     model = build(**PRE_NORM)
     Fade(model, Schedule(norms=(0, 1)))
     assert (model.config.attention_shaping, model.config.gate_bias) == (None, True)
@@ -97,8 +102,7 @@ def test_the_constant_is_the_running_rms():
     for step in range(3):
         states = model.train()(random_ids(model, seed=step), output_hidden_states=True).hidden_states
         seen.append(states[0].square().mean(-1).sqrt().log().mean())
-        for norm in fade.norms:
-            norm.follow()
+        fade.advance(step + 1)
     first = next(norm for norm in fade.norms if norm is model.model.layers[0].input_layernorm)
     assert first.log_rms.item() == pytest.approx(torch.stack(seen).mean().item(), abs=1e-5)
 

@@ -77,8 +77,8 @@ class Fade(TrainerCallback):
         self.norms: list[FadingNorm] = []
         self.skips: list[tuple[nn.Module, str, float]] = []
         final(model.config, None, schedule)
+        self.opened = add_own_values(model) if schedule.skips else []
         if schedule.skips:
-            add_own_values(model)
             for layer in model.model.layers:
                 for name, there in (("attention", layer.attention_skip), ("ffn", layer.ffn_skip)):
                     if there:
@@ -102,9 +102,16 @@ class Fade(TrainerCallback):
         self.set(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.advance(state.global_step)
+
+    @torch.no_grad()
+    def advance(self, step: int) -> None:
+        """After a step, the `step`-th: go as much further as the schedule says."""
         for norm in self.norms:
             norm.follow()
-        self.set(state.global_step)
+        for alpha in self.opened:
+            alpha.add_(share(self.schedule.skips, step) - share(self.schedule.skips, step - 1))
+        self.set(step)
 
     def set(self, step: int) -> None:
         """Be as far as the schedule is after so many steps."""
@@ -114,18 +121,21 @@ class Fade(TrainerCallback):
             norm.share = share(self.schedule.norms, step)
 
 
-def add_own_values(model: SkiplessForCausalLM) -> None:
-    """Where attention is not shaped, a path for each token's own value: out = alpha v + beta softmax(.) v with alpha 0
-    and beta 1. Without a skip, nothing else keeps tokens apart (initialize.py).
+def add_own_values(model: SkiplessForCausalLM) -> list[nn.Parameter]:
+    """Where attention is not shaped, a path for each token's own value, and its gains in all layers: out = alpha v +
+    beta softmax(.) v with alpha 0 and beta 1. Without a skip, nothing else keeps tokens apart (initialize.py).
     """
     config = model.config
-    if config.attention_shaping is None:
-        config.attention_shaping = "value"
-        closed = torch.zeros(config.num_attention_heads).to(model.dtype)
-        for layer in model.model.layers:
-            attention = layer.get_submodule("self_attn")
-            attention.register_parameter("alpha", nn.Parameter(closed.clone()))
-            attention.register_parameter("beta", nn.Parameter(closed + 1))
+    if config.attention_shaping is not None:
+        return []
+    config.attention_shaping = "value"
+    alphas = []
+    for layer in model.model.layers:
+        alphas.append(nn.Parameter(torch.zeros(config.num_attention_heads).to(model.dtype)))
+        attention = layer.get_submodule("self_attn")
+        attention.register_parameter("alpha", alphas[-1])
+        attention.register_parameter("beta", nn.Parameter(torch.ones_like(alphas[-1])))
+    return alphas
 
 
 def add_gate_biases(model: SkiplessForCausalLM) -> None:
@@ -173,7 +183,7 @@ def final(config: SkiplessConfig, state: State | None, schedule: Schedule) -> Sk
             folded |= {each.name for each in biased(norm, architecture) if not (each.bias or each.table)}
             if state is not None:
                 move(norm, architecture, state)
-        fields |= {"norm_type": "none", "norms": None, "norms_removed": [], "gains_removed": []}
+        fields |= {"norm_type": "none", "norms": None, "norm_bias": None, "norms_removed": [], "gains_removed": []}
         fields["folded_biases"] = sorted(folded)
     return SkiplessConfig.from_dict(fields)
 
