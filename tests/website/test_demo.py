@@ -1,0 +1,72 @@
+"""The site's demo: in node and in a browser, transformers.js writes with exported models what transformers writes."""
+
+import html
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from skipless.bundled import BUNDLED
+from skipless.cli.demo import PROMPT
+from skipless.inference import load_tokenizer
+from tests.browser import driven, needs_browser
+from tests.exports import greedy
+
+ROOT = Path(__file__).parents[2]
+SITE = ROOT / "site"
+LIBRARY = ROOT / "tools" / "site" / "node_modules" / "@huggingface" / "transformers" / "dist" / "transformers.node.mjs"
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not SITE.exists(), reason="needs the site: make test-site")]
+
+RUN = """
+const [library, demo, models, prompt, tokens, ...names] = process.argv.slice(2);
+const transformers = await import(library);
+const { writer } = await import(demo);
+Object.assign(transformers.env, { allowRemoteModels: false, localModelPath: models });
+const found = {};
+for (const name of names) found[name] = await (await writer(transformers, name))(prompt, Number(tokens));
+console.log(JSON.stringify(found));
+"""
+
+
+def written(folder, tokens, *names):
+    """What transformers.js in node writes with each of these models, after the prompt and with it."""
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("needs node: apt-get install nodejs")
+    script = folder / "run.mjs"
+    script.write_text(RUN)
+    command = [node, script, LIBRARY, SITE / "demo" / "demo.mjs", SITE / "demo", PROMPT, str(tokens), *names]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def expected(source, tokens):
+    ids = load_tokenizer(source)(PROMPT, return_tensors="pt").input_ids
+    return [*ids[0].tolist(), *greedy(source, ids, tokens)]
+
+
+def test_in_node_the_original_and_the_fused_model_write_what_transformers_writes(tmp_path):
+    found, ids = written(tmp_path, 64, "original", "fused"), expected(BUNDLED, 64)
+    for name in ("original", "fused"):
+        assert found[name]["ids"] == ids
+        assert found[name]["text"] == load_tokenizer(BUNDLED).decode(ids)
+
+
+@needs_browser
+def test_the_page_writes():
+    page, complaints = driven(
+        SITE,
+        "demo.html",
+        """
+        const status = document.getElementById("demo-status");
+        new MutationObserver(() => status.textContent.endsWith("...") || done()).observe(status, { childList: true });
+        document.querySelector("#demo button").click();
+        """,
+    )
+    assert complaints == []
+    assert "Both have written the same tokens." in page
+    text = load_tokenizer(BUNDLED).decode(expected(BUNDLED, 64))
+    assert html.unescape(page).count(f"<pre>{text}</pre>") == 2
