@@ -82,7 +82,7 @@ def test_what_the_docs_show_and_not_with_a_spoiled_weight(tmp_path, capsys):
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     tokens = greedy(BUNDLED, ids, 64)
-    for block in documented("ONNX", exported):
+    for block in documented("serving", "ONNX", exported):
         exec(block, {})
         assert capsys.readouterr().out == tokenizer.decode([*ids[0].tolist(), *tokens]) + "\n"
 

@@ -13,6 +13,7 @@ from skipless.cli.demo import PROMPT
 from skipless.inference import load_tokenizer
 from tests.browser import driven, needs_browser
 from tests.exports import greedy
+from tests.pages import blocks, page
 
 ROOT = Path(__file__).parents[2]
 SITE = ROOT / "site"
@@ -30,17 +31,16 @@ console.log(JSON.stringify(found));
 """
 
 
-def written(folder, tokens, *names):
-    """What transformers.js in node writes with each of these models, after the prompt and with it."""
-    node = shutil.which("node")
-    if node is None:
+def node(folder, script, *arguments):
+    """What a script prints in node, where the demo's models are."""
+    program = shutil.which("node")
+    if program is None:
         pytest.skip("needs node: apt-get install nodejs")
-    script = folder / "run.mjs"
-    script.write_text(RUN)
-    command = [node, script, LIBRARY, SITE / "demo" / "demo.mjs", SITE / "demo", PROMPT, str(tokens), *names]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    (folder / "run.mjs").write_text(script)
+    command = [program, folder / "run.mjs", *arguments]
+    done = subprocess.run(command, cwd=SITE / "demo", capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout
 
 
 def expected(source, tokens):
@@ -49,15 +49,22 @@ def expected(source, tokens):
 
 
 def test_in_node_the_original_and_the_fused_model_write_what_transformers_writes(tmp_path):
-    found, ids = written(tmp_path, 64, "original", "fused"), expected(BUNDLED, 64)
+    found = node(tmp_path, RUN, LIBRARY, SITE / "demo" / "demo.mjs", SITE / "demo", PROMPT, "64", "original", "fused")
+    found, ids = json.loads(found.splitlines()[-1]), expected(BUNDLED, 64)
     for name in ("original", "fused"):
         assert found[name]["ids"] == ids
         assert found[name]["text"] == load_tokenizer(BUNDLED).decode(ids)
 
 
+def test_what_the_docs_show(tmp_path):
+    (block,) = blocks(page("serving"), "js")
+    script = block.text.replace("@huggingface/transformers", str(LIBRARY)).replace("fused-onnx", "fused")
+    assert node(tmp_path, script) == load_tokenizer(BUNDLED).decode(expected(BUNDLED, 64)) + "\n"
+
+
 @needs_browser
 def test_the_page_writes():
-    page, complaints = driven(
+    shown, complaints = driven(
         SITE,
         "demo.html",
         """
@@ -67,6 +74,6 @@ def test_the_page_writes():
         """,
     )
     assert complaints == []
-    assert "Both have written the same tokens." in page
+    assert "Both have written the same tokens." in shown
     text = load_tokenizer(BUNDLED).decode(expected(BUNDLED, 64))
-    assert html.unescape(page).count(f"<pre>{text}</pre>") == 2
+    assert html.unescape(shown).count(f"<pre>{text}</pre>") == 2

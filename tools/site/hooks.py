@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import posixpath
 import re
 import zipfile
@@ -32,7 +33,9 @@ API = (
     "skipless.reports.auditing.Audit", "skipless.rewrite.planning.Plan", "skipless.reports.verification.Report",
     "skipless.reports.counting.Count", "skipless.errors.InputError",
 )  # fmt: skip
-# Of the npm registry's pyodide, what a browser loads.
+# What pages run in a browser; `make pages` does without, and those of its pages do not run.
+FETCHED = HERE / "node_modules"
+# Of the npm registry's pyodide.
 PYODIDE = ("pyodide.mjs", "pyodide.asm.mjs", "pyodide.asm.wasm", "pyodide-lock.json", "python_stdlib.zip")
 # Of its transformers.js, and of the ONNX Runtime that this brings.
 TRANSFORMERS_JS = (
@@ -46,6 +49,13 @@ MODELS = HERE / "models"
 LINK = re.compile(r"\[([^\[\]]+)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Where mike builds it, beside sites of other versions, each page lets its reader choose among them."""
+    if "MIKE_DOCS_VERSION" in os.environ:
+        config.extra["version"] = {"provider": "mike"}
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add them to what is in docs/."""
     for source, page in ELSEWHERE.items():
@@ -53,14 +63,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, page, content=_relinked(text, source, config)))
     for page, text in pages().items():
         files.append(File.generated(config, page, content=text))
-    modules = HERE / "node_modules"
-    beside = {f"counter/{name}": modules / "pyodide" / name for name in PYODIDE}
-    beside |= {f"demo/{posixpath.basename(name)}": modules / name for name in TRANSFORMERS_JS}
+    beside = {f"counter/{name}": FETCHED / "pyodide" / name for name in PYODIDE}
+    beside |= {f"demo/{posixpath.basename(name)}": FETCHED / name for name in TRANSFORMERS_JS}
     models = (file for suffix in ("json", "onnx", "onnx_data") for file in MODELS.glob(f"*/**/*.{suffix}"))
     beside |= {f"demo/{file.relative_to(MODELS)}": file for file in models}
     beside |= {f"{name}/{name}.mjs": HERE / f"{name}.mjs" for name in ("counter", "demo")}
     for name, file in beside.items():
-        files.append(File.generated(config, name, abs_src_path=str(file)))
+        if file.exists():
+            files.append(File.generated(config, name, abs_src_path=str(file)))
     files.append(File.generated(config, "counter/skipless.zip", content=bundle()))
     return files
 

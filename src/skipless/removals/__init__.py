@@ -57,7 +57,7 @@ WAYS: dict[str, Removal] = {
     "head": columns,
     "rows": rows,
     "p": merge,
-    "gain": merge,
+    "gain": neutral,
     "table": table,
     "fold": neutral,
     "key_bias": neutral,

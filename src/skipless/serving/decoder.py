@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from skipless.errors import InputError
 from skipless.inference import load
+from skipless.model.configuration_skipless import ROPE_BY_LENGTH
 from skipless.model.modeling_skipless import CACHE
 
 
@@ -89,6 +90,12 @@ def load_decoder(folder: Path, stored: torch.dtype) -> Decoder:
     Raises InputError for what does not load, and for other models.
     """
     model = load_skipless(folder, stored)
+    rope_type = (model.config.rope_parameters or {}).get("rope_type")
+    if rope_type in ROPE_BY_LENGTH:
+        raise InputError(
+            f"config.json: rope_parameters.rope_type: expected one whose angles do not depend on the length of the "
+            f"sequence, found {rope_type!r}, which a graph of fixed angles cannot be"
+        )
     for module in list(model.modules()):
         if isinstance(module, PreTrainedModel):
             module.loss_function = None  # tracers look at every property, and this one warns that it had to choose
