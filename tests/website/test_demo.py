@@ -18,7 +18,8 @@ from tests.pages import blocks, page
 ROOT = Path(__file__).parents[2]
 SITE = ROOT / "site"
 LIBRARY = ROOT / "tools" / "site" / "node_modules" / "@huggingface" / "transformers" / "dist" / "transformers.node.mjs"
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not SITE.exists(), reason="needs the site: make test-site")]
+MODEL = SITE / "demo" / "fused"
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not MODEL.exists(), reason="needs the site: make test-site")]
 
 RUN = """
 const [library, demo, models, prompt, tokens, ...names] = process.argv.slice(2);
