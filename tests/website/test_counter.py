@@ -1,12 +1,8 @@
 """The site's counter counts what the command line counts: the same Python, in Pyodide, in node and in a browser."""
 
-import contextlib
-import functools
-import http.server
 import json
 import shutil
 import subprocess
-import threading
 from pathlib import Path
 
 import pytest
@@ -15,7 +11,7 @@ from click.testing import CliRunner
 from skipless import cli
 from skipless.cli import output
 from skipless.reports.counting import table
-from tests.browser import needs_browser, shown
+from tests.browser import driven, needs_browser
 
 ROOT = Path(__file__).parents[2]
 FILES = ROOT / "site" / "counter"
@@ -85,33 +81,19 @@ def test_what_cannot_be_counted_is_said_as_on_the_command_line(counted, tmp_path
     assert f"skipless: {counted['no-such-model']['error']}" == line("no-such-model", code=2).stderr.strip()
 
 
-@contextlib.contextmanager
-def served():
-    """The address of the site."""
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *arguments):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=ROOT / "site")) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
 @needs_browser
-def test_the_page_counts(counted, monkeypatch):
-    page = ROOT / "site" / "driven.html"
-    drive = """<script type="module">
-    const status = document.getElementById("counter-status");
-    new MutationObserver(() => status.textContent === "Ready." && document.querySelector("#counter button").click())
-      .observe(status, { childList: true });
-    </script></body>"""
-    page.write_text((ROOT / "site" / "counter.html").read_text().replace("</body>", drive))
-    try:
-        with served() as address:
-            html, complaints = shown(f"{address}/driven.html")
-    finally:
-        page.unlink()
+def test_the_page_counts(counted):
+    html, complaints = driven(
+        ROOT / "site",
+        "counter.html",
+        """
+        const status = document.getElementById("counter-status");
+        new MutationObserver(() => {
+          if (status.textContent !== "Ready.") return;
+          document.querySelector("#counter button").click();
+          done();
+        }).observe(status, { childList: true });
+        """,
+    )
     assert complaints == []
     assert f"<td>{counted['llama-3.1-8b']['count']['weights']:,}</td>" in html

@@ -1,4 +1,4 @@
-"""What the site has beside docs/: pages of the repository, reference made from the code, and the counter's files."""
+"""What the site has beside docs/: pages of the repository, reference made from the code, and what its pages run."""
 
 import dataclasses
 import io
@@ -33,9 +33,18 @@ API = (
     "skipless.reports.auditing.Audit", "skipless.rewrite.planning.Plan", "skipless.reports.verification.Report",
     "skipless.reports.counting.Count", "skipless.errors.InputError",
 )  # fmt: skip
-# Of the npm registry's pyodide, what a browser loads; `make pages` does without, and its page that counts does not.
-FETCHED = HERE / "node_modules" / "pyodide"
+# What pages run in a browser; `make pages` does without, and those of its pages do not run.
+FETCHED = HERE / "node_modules"
+# Of the npm registry's pyodide.
 PYODIDE = ("pyodide.mjs", "pyodide.asm.mjs", "pyodide.asm.wasm", "pyodide-lock.json", "python_stdlib.zip")
+# Of its transformers.js, and of the ONNX Runtime that this brings.
+TRANSFORMERS_JS = (
+    "@huggingface/transformers/dist/transformers.min.js",
+    "onnxruntime-web/dist/ort-wasm-simd-threaded.mjs",
+    "onnxruntime-web/dist/ort-wasm-simd-threaded.wasm",
+)
+# The demo's models, which make has exported.
+MODELS = HERE / "models"
 
 LINK = re.compile(r"\[([^\[\]]+)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
@@ -54,10 +63,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, page, content=_relinked(text, source, config)))
     for page, text in pages().items():
         files.append(File.generated(config, page, content=text))
-    for name in PYODIDE if FETCHED.exists() else ():
-        files.append(File.generated(config, f"counter/{name}", abs_src_path=str(FETCHED / name)))
+    beside = {f"counter/{name}": FETCHED / "pyodide" / name for name in PYODIDE}
+    beside |= {f"demo/{posixpath.basename(name)}": FETCHED / name for name in TRANSFORMERS_JS}
+    models = (file for suffix in ("json", "onnx", "onnx_data") for file in MODELS.glob(f"*/**/*.{suffix}"))
+    beside |= {f"demo/{file.relative_to(MODELS)}": file for file in models}
+    beside |= {f"{name}/{name}.mjs": HERE / f"{name}.mjs" for name in ("counter", "demo")}
+    for name, file in beside.items():
+        if file.exists():
+            files.append(File.generated(config, name, abs_src_path=str(file)))
     files.append(File.generated(config, "counter/skipless.zip", content=bundle()))
-    files.append(File.generated(config, "counter/counter.mjs", abs_src_path=str(HERE / "counter.mjs")))
     return files
 
 

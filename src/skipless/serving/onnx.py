@@ -42,7 +42,10 @@ def write(source: Path, folder: Path, weights: str) -> None:
 def trace(decoder: Decoder) -> onnx_ir.Model:
     """The decoder as a graph."""
     past, present = (cache_names(decoder.model.config, prefix) for prefix in ("past_key_values", "present"))
-    by_tokens, by_past = (dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for axes in ((0, 1), (0, 2)))
+    given, seen, cached = (
+        {0: "batch_size", axis: name}  # names that transformers.js knows
+        for axis, name in ((1, "sequence_length"), (1, "total_sequence_length"), (2, "past_sequence_length"))
+    )
     with errors_only("torch.onnx"), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
@@ -50,7 +53,7 @@ def trace(decoder: Decoder) -> onnx_ir.Model:
             example(decoder),
             input_names=["input_ids", "attention_mask", "position_ids", *past],
             output_names=["logits", *present],
-            dynamic_shapes=(by_tokens, by_tokens, by_tokens, tuple(by_past for _ in past)),
+            dynamic_shapes=(given, seen, given, tuple(cached for _ in past)),
             dynamo=True,
             verbose=False,
         )
