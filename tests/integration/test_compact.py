@@ -38,10 +38,10 @@ OTHERS = {
 COMPACT = [
     *("llama", "llama-mha-biased", "llama-tied-wide", "mistral", "mixtral", "qwen2", "qwen3", "phi3"),
     *("gpt2", "gpt2-inner", "gpt_bigcode", "gpt_bigcode-mha", "gpt_neox", "gpt_neox-serial", "opt", "cohere"),
-    *("phi", "stablelm", "stablelm-parallel", "falcon-7b", "falcon-40b"),
+    *("gemma", "olmo2", "phi", "stablelm", "stablelm-parallel", "falcon-7b", "falcon-40b"),
     *OTHERS,
 ]
-QUICK = {"llama", "qwen2", "mixtral", "phi3", "gpt2", "gpt_neox", "opt", "cohere"}
+QUICK = {"llama", "qwen2", "mixtral", "phi3", "gpt2", "gpt_neox", "opt", "cohere", "gemma", "olmo2"}
 cases = pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in COMPACT]
 )
@@ -135,6 +135,10 @@ def differs(source, fused):
         pytest.param("gpt2", "layers.1.self_attn.o_proj.bias", marks=pytest.mark.slow),
         pytest.param("opt", "position_embeddings.weight", marks=pytest.mark.slow),
         pytest.param("phi", "lm_head.bias", marks=pytest.mark.slow),
+        ("gemma", "norm.weight"),
+        ("olmo2", "layers.0.attention_output_norm.weight"),
+        pytest.param("olmo2", "layers.1.ffn_output_norm.weight", marks=pytest.mark.slow),
+        pytest.param("olmo2", "layers.1.self_attn.q_norm.weight", marks=pytest.mark.slow),
         pytest.param("falcon-40b", "layers.1.post_attention_layernorm.bias", marks=pytest.mark.slow),
         pytest.param("phi3", "layers.1.self_attn.q_proj.weight", marks=pytest.mark.slow),
     ],
@@ -199,8 +203,8 @@ def test_the_self_check_finds_what_is_wrong(module, function, wrong, tmp_path, m
         ),
         ("Gemma2", {**LLAMA, "head_dim": 16}, "model_type: expected .* found 'gemma2'; use layout family"),
         ("Llama", {**LLAMA, "rope_parameters": {**SCALED, "rope_type": "ntk"}}, "rope_parameters.rope_type"),
-        ("Phi", {**LLAMA, "qk_layernorm": True}, "qk_norm_bias: expected .* found True"),
-        ("Cohere", {**LLAMA, "use_qk_norm": True}, "qk_norm: expected one of null, head_dim; found 'heads'"),
+        ("Phi", {**LLAMA, "qk_layernorm": True}, "qk_norm: expected .* found 'head_dim'"),
+        ("Cohere", {**LLAMA, "use_qk_norm": True}, "qk_norm: expected .* found 'heads'"),
         ("OPT", MODELS["opt-projected"][1], "embedding_size: expected .* found 16"),
         ("OPT", MODELS["opt-bare"][1], "layer_norm_elementwise_affine: expected .* found False"),
         ("Falcon", MODELS["falcon-rw"][1], "alibi: expected .* found True"),
@@ -247,12 +251,20 @@ def test_one_after_the_other_is_as_good_as_both_at_once(fused, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "qwen2", "mixtral", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mixtral", "phi3", "gemma", "gpt2"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_stored_in_any_dtype(name, dtype, tmp_path):
     saved(name, tmp_path / "source")
     skipless.fuse(tmp_path / "source", tmp_path / "fused", layout="skipless", dtype=dtype)
     assert skipless.verify(tmp_path / "source", tmp_path / "fused", dtypes=(dtype,), tokens=4).same
+
+
+@pytest.mark.parametrize("fused", ["gemma"], indirect=True)
+@pytest.mark.parametrize("changes", [{"gain_offset": 0.0}, {"embedding_multiplier": None}], ids=str)
+def test_what_gemma_alone_says_matters(fused, changes):
+    (fused[1] / "skipless.json").unlink()
+    edit_config(fused[1], **changes)
+    assert differs(*fused)
 
 
 def test_shards_and_resuming(tmp_path):

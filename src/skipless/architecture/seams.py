@@ -263,6 +263,8 @@ def _bias_stays(architecture: Architecture, space: Space, takers: Sequence[str])
     if not architecture.qkv_biased:
         return None
     written = any(name.startswith("model.layers.") for name in takers)
+    if architecture.embedding_multiplier is not None and "model.embed_tokens" in takers:
+        return "embedding_multiplier: q, k and v_proj have biases, and what would take them in is multiplied by it"
     if architecture.residual_gains and (written or len(space.places) > 1):
         return (
             "residual_gains: q, k and v_proj have biases, and a layer's output, with the bias that would move into it, "
@@ -629,7 +631,8 @@ def _table_norm(architecture: Architecture) -> str | None:
     """The norm that reads nothing but the token table: it can be applied to the table's rows. Learned positions are
     added after a norm of the embeddings.
     """
-    if architecture.tie_word_embeddings or architecture.embedding_size:
+    multiplied = architecture.embedding_multiplier is not None
+    if architecture.tie_word_embeddings or architecture.embedding_size or multiplied:
         return None
     space, first = graph(architecture).before(0), "model.layers.0.input_layernorm"
     if written := space.writers[0].norms:

@@ -166,12 +166,14 @@ class Family:
         for name, value in self.requires.items():
             if own[name] != value:
                 raise refuse(name, own[name])
-        if architecture.qk_norm and architecture.qk_norm_bias:
-            raise refuse("qk_norm_bias", True)
+        if architecture.qk_norm and architecture.norm_type == "layer":  # of which ours are RMS norms
+            raise refuse("qk_norm", architecture.qk_norm)
         for name in ("embedding_size", "dense_layers"):
             if found := getattr(architecture, name):
                 raise refuse(name, found)
         given = {name: value for name, value in architecture.given().items() if name not in FOREIGN}
+        if self.gain_offset:
+            given["gain_offset"] = self.gain_offset
         return {"model_type": "skipless", **given, **self._values(own, self.computes)}
 
     def layout(self, architecture: Architecture, names: Collection[str]) -> "Layout":

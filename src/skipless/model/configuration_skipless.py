@@ -18,7 +18,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "ffn_type": ("mlp", "glu", "moe"),
     "residual": ("none", "attention", "ffn", "both"),
     "norm_type": ("none", "rms", "layer"),
-    "qk_norm": (None, "head_dim"),
+    "qk_norm": (None, "head_dim", "heads"),
     "position_type": ("rope", "rope_interleaved", "learned", "alibi", "none"),
     "attention_shaping": (None, "value", "full"),
     "stream_basis": (None, "q", "k", "v", "pivoted"),
@@ -45,10 +45,14 @@ ROPE_PARAMETERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 # Those whose angles depend on how long the sequence is.
 ROPE_BY_LENGTH = ("dynamic", "longrope")
 
-# Where a norm may stand: on what Q, K, V read, on what M reads, on the embeddings and before the head.
-LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
+# Where a norm may stand: on what Q, K, V read, on what M reads, on what P and on what O gives, on the embeddings and
+# before the head.
+LAYER_NORMS = ("input_layernorm", "post_attention_layernorm", "attention_output_norm", "ffn_output_norm")
 MODEL_NORMS = ("model.norm", "model.embed_norm")
-PRE_NORM = (*LAYER_NORMS, "model.norm")
+PRE_NORM = (*LAYER_NORMS[:2], "model.norm")
+
+# Factors that must be positive.
+MULTIPLIERS = ("embedding_multiplier", "attention_multiplier")
 
 SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -92,13 +96,16 @@ class SkiplessConfig(PreTrainedConfig):
     `qkv_bias`, `head_bias`: q, k, v_proj, lm_head have a bias (q, k, v_proj also if `attention_bias` is true).
     `norm_bias`: whether norms have a bias (null: layer norms do).
 
+    `gain_offset`: what norms' gains are stored less (Gemma's 1 + w: 1). `embedding_multiplier`: by which embeddings are
+    multiplied; `attention_multiplier`: by which scores are (null: head_dim^-0.5).
     `position_offset`: rows of a table of learned positions before the first one's. `logit_scale`: by which logits are
     multiplied.
 
     `norms`: where norms stand (null: PRE_NORM); a parallel layer's FFN reads post_attention_layernorm of the layer's
     input, or, without one, what its attention reads. `residual` "both" in a parallel layer: one skip passes both.
-    `residual_gains`: trainable factors of each branch, and of each skip (arXiv:2311.01906). `qk_norm` "head_dim": RMS
-    norms of each head's query and key. `norm_topk_prob`: the routing weights of the experts taken sum to 1.
+    `residual_gains`: trainable factors of each branch, and of each skip (arXiv:2311.01906). `qk_norm`: RMS norms
+    of each head's query and key ("head_dim"), or of all queries and of all keys together ("heads"). `norm_topk_prob`:
+    the routing weights of the experts taken sum to 1.
 
     Raises, at construction, for a field, value or combination that the model does not implement: ValueError or
     huggingface_hub's StrictDataclassError, naming the field, what was expected and what was found.
@@ -131,6 +138,9 @@ class SkiplessConfig(PreTrainedConfig):
     norms: list[str] | None = None
     norm_eps: float | int = 1e-6
     norm_bias: bool | None = None
+    gain_offset: float | int = 0.0
+    embedding_multiplier: float | int | None = None
+    attention_multiplier: float | int | None = None
     norms_removed: list[str] | None = None
     gains_removed: list[str] | None = None
     qk_norm: str | None = None
@@ -273,7 +283,7 @@ class SkiplessConfig(PreTrainedConfig):
         for name, found in (("num_local_experts", experts), ("num_experts_per_tok", taken)):
             if self.ffn_type != "moe" and found is not None:
                 raise ValueError(f"{name}: expected null with ffn_type {self.ffn_type!r}, found {found}")
-        for name in ("attn_logit_softcapping", "final_logit_softcapping", "logit_scale"):
+        for name in ("attn_logit_softcapping", "final_logit_softcapping", "logit_scale", *MULTIPLIERS):
             if (cap := getattr(self, name)) is not None and not 0 < cap < float("inf"):
                 raise ValueError(f"{name}: expected a positive number or null, found {cap}")
 
@@ -412,7 +422,9 @@ class SkiplessConfig(PreTrainedConfig):
         """Whether a removed o_proj has been merged into the FFN's input matrices: where these alone read its output,
         and it has no more inputs than outputs, or the FFN is narrower than the stream.
         """
-        normed = any(self.has_norm(f"model.layers.{i}.post_attention_layernorm") for i in range(self.num_hidden_layers))
+        between = ("post_attention_layernorm", "attention_output_norm")
+        layers = range(self.num_hidden_layers)
+        normed = any(self.has_norm(f"model.layers.{layer}.{norm}") for layer in layers for norm in between)
         if self.block_type == "parallel" or self.residual != "none" or normed:
             return False
         width = self.intermediate_size * (1 if self.ffn_type == "mlp" else 2)
@@ -444,6 +456,8 @@ class SkiplessConfig(PreTrainedConfig):
             plan["self_attn.rest_proj"] = "colwise_gather_output"
         if not self.p_removed:
             plan["self_attn.o_proj"] = "rowwise"
+        if self.qk_norm == "heads":  # whose norms need all heads: every rank has the whole attention
+            plan = {}
         for name in self.ffn_matrices("mlp"):
             if not name.endswith("router"):
                 expert = re.sub(r"\.\d+\.", ".*.", name)

@@ -146,7 +146,7 @@ class SkiplessNorm(nn.Module):
 
     def __init__(self, config: SkiplessConfig, size: int, norm_type: str, name: str = ""):
         super().__init__()
-        self.norm_type, self.eps = norm_type, config.norm_eps
+        self.norm_type, self.eps, self.offset = norm_type, config.norm_eps, config.gain_offset
         gain = name not in config.gains_removed
         self.register_parameter("weight", nn.Parameter(torch.ones(size)) if gain else None)
         biased = gain and (norm_type == "layer" if config.norm_bias is None or name == "" else config.norm_bias)
@@ -157,8 +157,11 @@ class SkiplessNorm(nn.Module):
         if self.norm_type == "layer":
             wide = wide - wide.mean(-1, keepdim=True)
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        normed = wide.to(hidden_states.dtype)
-        normed = normed if self.weight is None else normed * self.weight
+        if self.offset and self.weight is not None:  # beside which a weight of few bits would be lost
+            normed = (wide * (self.offset + self.weight.to(wide.dtype))).to(hidden_states.dtype)
+        else:
+            normed = wide.to(hidden_states.dtype)
+            normed = normed if self.weight is None else normed * self.weight
         return normed if self.bias is None else normed + self.bias
 
 
@@ -245,7 +248,8 @@ class SkiplessAttention(nn.Module):
         self.num_key_value_heads = config.num_key_value_heads
         # "full" shaping asks one more question per group, a zero query, whose answer is the causal mean of the values
         self.num_key_value_groups = self.num_heads // self.num_key_value_heads + (config.attention_shaping == "full")
-        self.scaling = self.head_dim**-0.5
+        multiplier = config.attention_multiplier
+        self.scaling = self.head_dim**-0.5 if multiplier is None else float(multiplier)
         self.attention_dropout = 0.0
         self.is_causal = True
 
@@ -276,9 +280,9 @@ class SkiplessAttention(nn.Module):
         self.o_proj = nn.Linear(config.p_rows, config.hidden_size, p_bias) if config.p_rows else None
         for name, order in (("column_order", column_order), ("value_order", value_order), ("row_order", row_order)):
             self.register_buffer(name, order)
-        for name in ("q_norm", "k_norm"):
-            norm = SkiplessNorm(config, self.head_dim, "rms") if config.qk_norm else None
-            self.register_module(name, norm)
+        for name, width in (("q_norm", query_width), ("k_norm", value_width)):
+            size = self.head_dim if config.qk_norm == "head_dim" else width
+            self.register_module(name, SkiplessNorm(config, size, "rms") if config.qk_norm else None)
         gains = {None: (), "value": ("alpha", "beta"), "full": ("alpha", "beta", "gamma")}[config.attention_shaping]
         for name in gains:
             self.register_parameter(name, nn.Parameter(torch.empty(self.num_heads)))
@@ -349,10 +353,13 @@ class SkiplessAttention(nn.Module):
         cache = kwargs.pop(CACHE, None)
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
-        query, key, value = (states.view(hidden_shape).transpose(1, 2) for states in self.project(hidden_states))
+        projected = self.project(hidden_states)
+        if self.config.qk_norm == "heads":
+            projected = (self.q_norm(projected[0]), self.k_norm(projected[1]), projected[2])
+        query, key, value = (states.view(hidden_shape).transpose(1, 2) for states in projected)
         own_value = value
 
-        if self.q_norm is not None:
+        if self.config.qk_norm == "head_dim":
             query, key = self.q_norm(query), self.k_norm(key)
         if position_embeddings is not None:
             interleaved = self.config.position_type == "rope_interleaved"
@@ -466,6 +473,8 @@ class SkiplessDecoderLayer(GradientCheckpointingLayer):
         self.mlp = mlp(config, f"{name}.mlp")
         self.input_layernorm = norm_of(config, f"{name}.input_layernorm")
         self.post_attention_layernorm = norm_of(config, f"{name}.post_attention_layernorm")
+        self.attention_output_norm = norm_of(config, f"{name}.attention_output_norm")
+        self.ffn_output_norm = norm_of(config, f"{name}.ffn_output_norm")
         gains = {"attention_gain": True, "ffn_gain": True}
         gains |= {"attention_skip_gain": self.attention_skip, "ffn_skip_gain": self.ffn_skip}
         for gain, exists in gains.items():
@@ -475,13 +484,15 @@ class SkiplessDecoderLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
         read = apply(self.input_layernorm, hidden_states)
         attention, _ = self.self_attn(read, **kwargs)
-        attention = scale(attention, self.attention_gain)
+        attention = scale(apply(self.attention_output_norm, attention), self.attention_gain)
         if self.attention_skip:
             attention = attention + scale(hidden_states, self.attention_skip_gain)
         if self.parallel:
             norm = self.post_attention_layernorm
-            return attention + scale(self.mlp(read if norm is None else norm(hidden_states)), self.ffn_gain)
-        ffn = scale(self.mlp(apply(self.post_attention_layernorm, attention)), self.ffn_gain)
+            ffn = self.mlp(read if norm is None else norm(hidden_states))
+            return attention + scale(apply(self.ffn_output_norm, ffn), self.ffn_gain)
+        ffn = self.mlp(apply(self.post_attention_layernorm, attention))
+        ffn = scale(apply(self.ffn_output_norm, ffn), self.ffn_gain)
         return ffn + scale(attention, self.ffn_skip_gain) if self.ffn_skip else ffn
 
 
@@ -500,11 +511,14 @@ class SkiplessEmbedding(nn.Embedding):
 
     def __init__(self, config: SkiplessConfig):
         super().__init__(config.vocab_size, config.hidden_size)
+        self.multiplier = config.embedding_multiplier
         folded = "model.embed_tokens" in config.folded_biases
         self.register_parameter("bias", nn.Parameter(torch.empty(config.hidden_size)) if folded else None)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         embeddings = super().forward(input_ids)
+        if self.multiplier is not None:  # rounded as embeddings are, as in transformers' Gemma
+            embeddings = embeddings * torch.tensor(self.multiplier, dtype=embeddings.dtype, device=embeddings.device)
         return embeddings if self.bias is None else embeddings + self.bias
 
 
@@ -578,7 +592,7 @@ class SkiplessPreTrainedModel(PreTrainedModel):
             if name.endswith("_order"):
                 initialization.copy_(order, torch.arange(order.shape[-1]).expand_as(order))
         if isinstance(module, SkiplessNorm) and module.weight is not None:
-            nn.init.ones_(module.weight)
+            nn.init.constant_(module.weight, 1 - module.offset)
         if isinstance(module, SkiplessDecoderLayer):
             for gain in module.parameters(recurse=False):
                 nn.init.ones_(gain)
