@@ -680,6 +680,7 @@ def test_the_comparison_sees_every_tensor(ffn_type):
         ("rope_parameters.factor", {"rope_parameters": {**HALF_ROPE, "factor": 8.0}}),
         ("head_bias", {"head_bias": True, "tie_word_embeddings": True}),
         ("logit_scale", {"logit_scale": 0.0}),
+        ("gain_offset", {"gain_offset": float("nan")}),
         ("embedding_multiplier", {"embedding_multiplier": -1.0}),
         ("attention_multiplier", {"attention_multiplier": 0.0}),
         ("position_offset", {"position_offset": 2}),

@@ -24,6 +24,7 @@ ROPE = {"rope_theta": 1e4, "factor": 2.0}
         ({"rope_parameters": {"rope_type": "ntk", **ROPE}}, "rope_parameters.rope_type"),
         ({"rope_parameters": {"rope_type": "llama3", **ROPE}}, "rope_parameters.low_freq_factor: expected a value"),
         ({"hidden_act": "swish9"}, "hidden_act"),
+        ({"gain_offset": "x"}, "gain_offset: expected a number, found 'x'"),
         ({"residual": "some"}, "residual"),
         ({"norms": ["model.embed_tokens"]}, "norms"),
         ({"qk_norm": "all"}, "qk_norm"),

@@ -6,6 +6,7 @@ Q, K, V, P, M, O as in arXiv:2404.12362.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -627,6 +628,11 @@ def _checked(name: str, field: "dataclasses.Field[Any]", value: Any) -> Any:
     elif expected is float:
         if type(value) not in (int, float) or not 0 <= value < 1:
             raise InputError(f"config.json: {name}: expected a number from 0 to 1, found {value!r}")
+    elif expected in (float | int, float | int | None):
+        if type(value) not in (int, float) and not (value is None and expected == float | int | None):
+            raise InputError(f"config.json: {name}: expected a number, found {value!r}")
+        if value is not None and not -math.inf < value < math.inf:
+            raise InputError(f"config.json: {name}: expected a finite number, found {value!r}")
     elif expected is str and name not in VALUES:
         if type(value) is not str or not re.fullmatch(r"\w{1,64}", value, re.ASCII):
             raise InputError(f"config.json: {name}: expected a name, found {value!r}")
