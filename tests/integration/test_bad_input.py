@@ -283,7 +283,7 @@ def test_norms_and_skips(source, tmp_path, changes, parts):
 
 def test_another_model_type(source, tmp_path):
     edit_config(source, model_type="t5")
-    refuse(tmp_path, message=["model_type: expected one of skipless, ", "found 't5'", "docs/families.md"])
+    refuse(tmp_path, message=["model_type: expected one of skipless, ", "found 't5'", "docs/add-a-family.md"])
 
 
 def test_q_and_p_of_a_parallel_model(tmp_path):

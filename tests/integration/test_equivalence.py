@@ -157,6 +157,28 @@ NAMED = {
         "q",
         {"remove": ("values", "p")},
     ),
+    "gains, biases, everything": ({"residual_gains": True, **BIASES}, "pivoted", {"remove": FULL}),
+    "gains, biases, experts, tied": ({"residual_gains": True, **BIASES, **MOE, "tie_word_embeddings": True}, "pivoted"),
+    "gains, biases, parallel": ({"residual_gains": True, **BIASES, **PARALLEL}, "pivoted", {"remove": FULL}),
+    "gains, biases, parallel, experts as they are": (
+        {"residual_gains": True, **BIASES, **PARALLEL, **MOE, "norm_topk_prob": False},
+        "pivoted",
+    ),
+    "gains, biases, parallel, p": (
+        {"residual_gains": True, **BIASES, **PARALLEL},
+        "q",
+        {"remove": ("p",), "parallel_removes": "p"},
+    ),
+    "gains, biases, skip past the attention": (
+        {"residual_gains": True, **BIASES, "residual": "attention"},
+        "pivoted",
+        {"remove": FULL},
+    ),
+    "gains, biases, skip past the FFN": (
+        {"residual_gains": True, **BIASES, "residual": "ffn"},
+        "pivoted",
+        {"remove": FULL},
+    ),
     "skip past the attention": ({"residual": "attention"}, "q"),
     "skip past the attention, everything": ({"residual": "attention", **BIASES}, "pivoted", {"remove": FULL}),
     "skip past the attention, tied": ({"residual": "attention", "tie_word_embeddings": True, **BIASES}, "q"),
@@ -267,6 +289,17 @@ def possible(fields, basis, kinds, parallel_removes):
             return tuple(kinds) if asked else ()
         kinds = [kind for kind in kinds if kind not in blocked]
     return ()
+
+
+def test_no_bias_gets_past_a_gain_of_0(tmp_path):
+    model = build(residual_gains=True, attention_bias=True)
+    model.model.layers[0].ffn_gain.data.zero_()
+    source = save(model, tmp_path / "source")
+    with pytest.raises(InputError, match=r"model.layers.0.ffn_gain: expected a gain other than 0, .* leave stream out"):
+        skipless.fuse(source, tmp_path / "fused")
+    assert not (tmp_path / "fused").exists()
+    skipless.fuse(source, tmp_path / "fused", remove=("p",))
+    assert relative_error(load(tmp_path / "fused"), model) <= FP64
 
 
 @pytest.mark.slow

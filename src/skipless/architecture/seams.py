@@ -9,9 +9,10 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 from skipless.architecture.config import HOMOGENEOUS, Architecture
-from skipless.architecture.graph import Port, Space, graph
+from skipless.architecture.graph import Place, Port, Space, graph
 
 # What becomes the identity when stream seams are closed: a projection, or the best columns of all three.
 BASES = ("q", "k", "v", "pivoted")
@@ -51,6 +52,8 @@ class Seam:
         M, where it stands beside the attention).
     through: a norm between writer and readers that is redundant and goes with the seam.
     mixed: the tensors by which the writer's output is shaped and scaled before it is read (arXiv:2311.01906).
+    scales: of those, what biases that move past gains are to be multiplied or divided by, module by module: the gains
+    between it and the stream that the readers read, with 1 or -1 as their exponents.
     saves: weights (biases and indices not counted) that closing it removes.
     blocked: why the seam cannot be closed; None if it can. taken: if that is because the space's weights go elsewhere,
     the kind of seam that they go with. gains, norms: norms whose gain is gone, or that are, once it is closed.
@@ -78,6 +81,7 @@ class Seam:
     norms: tuple[str, ...] = ()
     indices: int = 0
     seen: dict[str, int] = dataclasses.field(default_factory=dict, hash=False)
+    scales: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict, hash=False)
 
     def way(self, basis: str) -> str:
         """How it is closed when stream seams are closed by `basis`; seams of other kinds have only one way."""
@@ -258,18 +262,12 @@ def _heads_pass(architecture: Architecture, space: Space) -> str | None:
     )
 
 
-def _bias_stays(architecture: Architecture, space: Space, takers: Sequence[str]) -> str | None:
+def _bias_stays(architecture: Architecture, takers: Sequence[str]) -> str | None:
     """Why a bias cannot move into what is written at a space's first place, or None."""
     if not architecture.qkv_biased:
         return None
-    written = any(name.startswith("model.layers.") for name in takers)
     if architecture.embedding_multiplier is not None and "model.embed_tokens" in takers:
         return "embedding_multiplier: q, k and v_proj have biases, and what would take them in is multiplied by it"
-    if architecture.residual_gains and (written or len(space.places) > 1):
-        return (
-            "residual_gains: q, k and v_proj have biases, and a layer's output, with the bias that would move into it, "
-            "is scaled before it is read"
-        )
     if any(".experts." in name for name in takers) and not architecture.norm_topk_prob:
         return (
             "norm_topk_prob false: q, k and v_proj have biases, and routing weights that do not sum to 1 would scale "
@@ -287,6 +285,35 @@ def _takers(architecture: Architecture, space: Space) -> tuple[str, ...]:
     if attention and architecture.ffn_type == "moe" and not architecture.norm_topk_prob:
         return attention
     return tuple(name for name in names if not name.endswith((".o_proj", "position_embeddings"))) or names
+
+
+def _scales(architecture: Architecture, space: Space, at: Place) -> dict[str, dict[str, int]]:
+    """By module of a space, the gains between what it writes, or reads, and the stream at a place (Seam.scales); none
+    where there are no biases to move.
+    """
+    if not (architecture.residual_gains and architecture.qkv_biased):
+        return {}
+    skips = [
+        f"model.layers.{before.layer}.{'attention' if before.kind == 's' else 'ffn'}_skip_gain"
+        for before, _ in pairwise(space.places)
+    ]
+    found: dict[str, dict[str, int]] = {}
+    here = space.places.index(at)
+    for port in (*space.writers, *space.readers):
+        there, writes = space.places.index(port.place), port in space.writers
+        onwards = there <= here if writes else there >= here
+        gains = dict.fromkeys(skips[min(there, here) : max(there, here)], 1 if onwards else -1)
+        if writes and port.module.startswith("model.layers."):
+            branch = "attention" if port.module.endswith(".o_proj") else "ffn"
+            gains[f"model.layers.{port.module.split('.')[2]}.{branch}_gain"] = 1
+        if gains:
+            found[port.module] = gains
+    return found
+
+
+def _gains(scales: dict[str, dict[str, int]]) -> tuple[str, ...]:
+    """The tensors that are named."""
+    return tuple(dict.fromkeys(gain for gains in scales.values() for gain in gains))
 
 
 def _stream_seams(architecture: Architecture, wanted: Wanted) -> list[Seam]:
@@ -307,7 +334,7 @@ def _stream_seam(architecture: Architecture, layer: int, wanted: Wanted) -> Seam
     blocked = _not_linear(architecture, space) or _heads_pass(architecture, space)
     if blocked is None and layer != space.layers[0]:
         blocked, taken = _given_up(architecture, space), "stream"
-    blocked = blocked or _bias_stays(architecture, space, takers)
+    blocked = blocked or _bias_stays(architecture, takers)
     if blocked is None and architecture.qkv_biased and "lm_head" in _names(space.readers):
         blocked = "attention_bias: a bias of Q would move into the stream that lm_head reads, which has none to undo it"
     if space.written_tied and not architecture.embedding_size:
@@ -335,6 +362,7 @@ def _stream_seam(architecture: Architecture, layer: int, wanted: Wanted) -> Seam
             f"{sum(chosen.values())} outputs together, fewer than hidden_size ({d}): no {d} of them can stand for the "
             f"stream"
         )
+    scales = {} if blocked else _scales(architecture, space, Place("s", layer))
     return Seam(
         kind="stream",
         layer=layer,
@@ -348,9 +376,11 @@ def _stream_seam(architecture: Architecture, layer: int, wanted: Wanted) -> Seam
         bias_takers=takers,
         duals=duals,
         followers=tuple(name for name in _names(space.readers) if name not in readers),
+        mixed=_gains(scales),
         blocked=blocked,
         taken=taken,
         seen=space.seen,
+        scales=scales,
     )
 
 
@@ -490,7 +520,8 @@ def _joined_p_seam(architecture: Architecture, layer: int, space: Space, wanted:
             f"{layers + 1} stream seams gives up hidden_size^2 = {d**2:,} weights, of Q, K, V that read it or of P "
             f"that writes it, not of both: rewriting cannot remove Q and P; choose with --parallel-removes readers or p"
         )
-    blocked = blocked or _bias_stays(architecture, space, writers[1:]) or _rows_stay(architecture, layer)
+    blocked = blocked or _bias_stays(architecture, writers[1:]) or _rows_stay(architecture, layer)
+    scales = {} if blocked else _scales(architecture, space, space.places[-1])
     return Seam(
         kind="p",
         layer=layer,
@@ -500,9 +531,11 @@ def _joined_p_seam(architecture: Architecture, layer: int, space: Space, wanted:
         identities={"rows": (o_proj,)},
         order=f"{_attention(layer)}.row_order",
         bias_takers=writers[1:] if heads == d else (),
+        mixed=_gains(scales),
         saves=d**2,
         blocked=blocked,
         taken=taken,
+        scales=scales,
     )
 
 

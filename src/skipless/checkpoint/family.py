@@ -367,7 +367,7 @@ def find(config: Config) -> Family:
         known += family.model_types
     raise InputError(
         f"config.json: model_type: expected one of skipless, {', '.join(sorted(known))}; found {model_type!r}; another "
-        f"is described by one file in skipless/checkpoint/families, as in docs/families.md"
+        f"is described by one file in skipless/checkpoint/families, as in docs/add-a-family.md"
     )
 
 

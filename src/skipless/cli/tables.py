@@ -220,7 +220,8 @@ def report_table(report: Report) -> Table:
 
 
 def _losses(loss: Loss, limit: str) -> tuple[str, ...]:
-    return f"{loss.error:.1e}", limit, f"{loss.kl:.1e}", f"{loss.top1:.1%}", f"{loss.greedy:.0%}"
+    error, *others = loss.cells()
+    return error, limit, *others
 
 
 def report_lines(report: Report) -> Iterator[str]:
@@ -230,13 +231,7 @@ def report_lines(report: Report) -> Iterator[str]:
     yield from report.data.notes
     if report.tensors:
         yield f"tensors: {len(report.tensors):,} are others than in A: {', '.join(report.tensors[:3])}"
-    for found in report.maps:
-        where = "" if found.passed else f" ({found.name})"
-        yield f"maps around closed seams, {found.what}: off by {found.error:.1e}, may be {found.limit:.1e}{where}"
-    if report.proved:
-        yield f"all {report.vocab_size:,} tokens, all positions and experts are covered by comparing tensors"
-    elif report.not_run:
-        yield f"not run (--full runs it): {'; '.join(report.not_run)}"
+    yield from report.covered()
     yield from report.caches
     yield report.note
 

@@ -153,7 +153,8 @@ def audit(
         progress(done, len(every))
         possible = not seam.refusal
         affines = read_seam(source, seam, reader.tensor)
-        matrices = seam.readers if seam.rest else seam.writers[:1]
+        named = seam.readers if seam.rest else seam.writers[:1]
+        matrices = [name for name in named if name in affines and affines[name].weight.ndim == 2]  # no norm's gain
         stored = {way: request.stored(reader.tensors, seam, way) for way in seam.identities if possible}
         foretold = Forecast(seam, {}, {})
         if possible:
@@ -165,7 +166,7 @@ def audit(
             layer=seam.layer,
             asked=seam in asked,
             blocked=refusals[seam.kind, seam.layer].blocked,
-            matrices={letter(name): spectrum(affines[name].weight) for name in matrices if name in affines},
+            matrices={letter(name): spectrum(affines[name].weight) for name in matrices},
             original=foretold.original,
             ways=foretold.ways,
             problems=_problems(foretold),

@@ -78,6 +78,10 @@ class Loss:
     lead: float
     greedy: float
 
+    def cells(self) -> tuple[str, str, str, str]:
+        """Error, KL, top-1 and greedy, as tables have them."""
+        return f"{self.error:.1e}", f"{self.kl:.1e}", f"{self.top1:.1%}", f"{self.greedy:.0%}"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -124,6 +128,16 @@ class Report:
     not_run: tuple[str, ...]
     rows: tuple[Row, ...]
     note: str
+
+    def covered(self) -> Iterator[str]:
+        """What was compared beside the runs, in words, and what was not."""
+        for each in self.maps:
+            where = "" if each.passed else f" ({each.name})"
+            yield f"maps around closed seams, {each.what}: off by {each.error:.1e}, may be {each.limit:.1e}{where}"
+        if self.proved:
+            yield f"all {self.vocab_size:,} tokens, all positions and experts are covered by comparing tensors"
+        elif self.not_run:
+            yield f"not run (--full runs it): {'; '.join(self.not_run)}"
 
 
 @dataclass(frozen=True)

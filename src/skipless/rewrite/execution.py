@@ -21,7 +21,7 @@ from skipless.checkpoint.reader import CheckpointReader, not_finite
 from skipless.errors import InputError
 from skipless.removals import removal
 from skipless.removals.setting import Setting
-from skipless.rewrite.modules import read_affine, read_by_rows
+from skipless.rewrite.modules import read_affine, read_by_rows, scaled
 from skipless.rewrite.planning import Plan, Task, in_turn
 
 # Bytes of a tensor that are copied at a time.
@@ -109,7 +109,7 @@ def _close_all(plan: Plan, task: Task, read: Read, outcomes: list[Outcome]) -> I
                     read_by_rows(before[name], read) if by_rows else read_affine(before[name], after.get(name), read)
                 )
         seen.update(seam.modules)
-        own = {name: affines.pop(name) for name in seam.modules if name in affines}
+        own = scaled(seam, {name: affines.pop(name) for name in seam.modules if name in affines}, read)
         remaining, order, outcome = removal(seam).close(seam, own, setting(plan, task, earlier, later), read)
         del own
         outcomes.append(outcome)

@@ -73,16 +73,22 @@ class Widened(nn.Module):
         return weight.float()
 
 
+def load_skipless(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """A skipless model folder. Raises InputError for what does not load, and for other models."""
+    model = load(folder, dtype)
+    if model.config.model_type != "skipless":
+        raise InputError(
+            f"{folder}: expected a skipless model, found model_type {model.config.model_type!r}; optimum exports others"
+        )
+    return model
+
+
 def load_decoder(folder: Path, stored: torch.dtype) -> Decoder:
     """A skipless model folder, its weights in the dtype `stored` (rest_proj in its own), all arithmetic in fp32.
 
     Raises InputError for what does not load, and for other models.
     """
-    model = load(folder, stored)
-    if model.config.model_type != "skipless":
-        raise InputError(
-            f"{folder}: expected a skipless model, found model_type {model.config.model_type!r}; optimum exports others"
-        )
+    model = load_skipless(folder, stored)
     for parameters in ropes_by_length(model.config):
         raise InputError(
             f"config.json: rope_parameters.rope_type: expected one whose angles do not depend on the length of the "
