@@ -1,6 +1,7 @@
-"""Norms and biases of an ordinary model of 7 billion weights, folded: seconds and memory.
+"""An ordinary model of 7 billion weights, folded in its own layout, or stored as a skipless one: seconds and memory.
 
     python benchmarks/ordinary.py                              # Mistral-7B's shapes, in bf16: 29 GB of disk
+    python benchmarks/ordinary.py --layout skipless
     python benchmarks/ordinary.py --model gemma-7b --layers 2  # of any model that `skipless count --list` names
 
 A checkpoint of random weights in the family's own layout is folded in a process of its own, its files out of the
@@ -48,13 +49,15 @@ def make(folder: Path, name: str, layers: int | None) -> None:
     writer.finish({tensor: digest for tensor, digest in digests.items() if digest is not None})
 
 
-def child(source: str, destination: str) -> None:
+def child(source: str, destination: str, layout: str) -> None:
     """Fold, and print what was expected, and what it took."""
-    expected = plan_fuse(source, destination, Request(), SHARD).estimate()
+    expected = plan_fuse(source, destination, Request(layout=layout), SHARD).estimate()
     uncache_folder(Path(source))
     start = time.perf_counter()
-    plan = fuse(source, destination, max_shard_size=SHARD)
-    measured = {"seconds": time.perf_counter() - start, "peak": peak_memory(), "moved": plan.neutral}
+    plan = fuse(source, destination, layout=layout, max_shard_size=SHARD)
+    before, after = plan.parameters
+    moved = plan.neutral or before - after
+    measured = {"seconds": time.perf_counter() - start, "peak": peak_memory(), "moved": moved}
     print(json.dumps({**measured, "expected": {"seconds": expected.seconds, "peak": expected.memory}}))
 
 
@@ -65,6 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="mistral-7b", choices=sorted(table()["models"]), metavar="NAME")
     parser.add_argument("--layers", type=int, help="as many as the model has, unless said")
+    parser.add_argument("--layout", default="family", choices=("family", "skipless"))
     parser.add_argument("--folder", type=Path, help="where to put the checkpoints [default: a temporary folder]")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
@@ -72,14 +76,18 @@ def main() -> None:
         make(source, arguments.model, arguments.layers)
         size = sum(path.stat().st_size for path in source.iterdir())
         print(f"{arguments.model}: {size / 1e9:.1f} GB", flush=True)
-        options = [sys.executable, __file__, "--child", str(source), str(destination)]
+        options = [sys.executable, __file__, "--child", str(source), str(destination), arguments.layout]
         run = json.loads(subprocess.run(options, stdout=subprocess.PIPE, check=True).stdout.splitlines()[-1])
-        expected = run["expected"]
+        expected, verb = run["expected"], "folded" if arguments.layout == "family" else "left out"
         print(
-            f"folded {run['moved']:,} numbers in {run['seconds']:.0f} s (expected {expected['seconds']:.0f}), peak "
+            f"{verb} {run['moved']:,} numbers in {run['seconds']:.0f} s (expected {expected['seconds']:.0f}), peak "
             f"{run['peak'] / 1e9:.2f} GB (expected at most {expected['peak'] / 1e9:.2f})"
         )
-    print(json.dumps({"model": arguments.model, "layers": arguments.layers, "bytes": size, **run}))
+    print(
+        json.dumps(
+            {"model": arguments.model, "layers": arguments.layers, "layout": arguments.layout, "bytes": size, **run}
+        )
+    )
 
 
 if __name__ == "__main__":

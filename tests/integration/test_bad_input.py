@@ -250,8 +250,8 @@ def test_a_symlink_loop_and_a_folder_that_cannot_be_read(source, tmp_path):
 def test_unknown_field_and_unknown_value(source, tmp_path):
     edit_config(source, attention_sinks=3)
     refuse(tmp_path, message="config.json: attention_sinks: not a field of a skipless model")
-    edit_config(source, attention_sinks=None, qk_norm="heads")
-    refuse(tmp_path, message="config.json: qk_norm: expected one of null, head_dim; found 'heads', not supported")
+    edit_config(source, attention_sinks=None, qk_norm="all")
+    refuse(tmp_path, message="config.json: qk_norm: expected one of null, head_dim, heads; found 'all', not supported")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"a": ' * 100_000, "\xff"])

@@ -21,6 +21,7 @@ from tests.tolerances import TOLERANCES
 FP64 = TOLERANCES[torch.float64]
 ROPE = {"rope_theta": 500.0, "original_max_position_embeddings": 8}
 SCALED = {**ROPE, "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+KINDS = ["sliding_attention", "full_attention"]
 DYNAMIC = {"rope_theta": 500.0, "rope_type": "dynamic", "factor": 4.0}
 LONG = {"rope_type": "longrope", "rope_theta": 500.0, "short_factor": [1.0] * 4, "long_factor": [1.5, 3.0, 5.0, 9.0]}
 # What families' configs may say besides.
@@ -30,6 +31,9 @@ OTHERS = {
     "llama-one-kv-head": ("Llama", {**LLAMA, "num_key_value_heads": 1, "attention_bias": True}),
     "mistral-windowed": ("Mistral", {**LLAMA, "sliding_window": 5}),
     "qwen2-windowed": ("Qwen2", {**LLAMA, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}),
+    "qwen2-mixed": ("Qwen2", {**LLAMA, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "gemma2-windowed": ("Gemma2", {**MODELS["gemma2"][1], "sliding_window": 5, "attn_logit_softcapping": 2.0}),
+    "gemma3-mixed": ("Gemma3Text", {**LLAMA, "head_dim": 16, "sliding_window": 5, "layer_types": KINDS}),
     "qwen2-tied": ("Qwen2", {**LLAMA, "tie_word_embeddings": True}),
     "qwen3_moe-all": ("Qwen3Moe", {**LLAMA, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24}),
     "cohere-untied": ("Cohere", {**LLAMA, "tie_word_embeddings": False, "logit_scale": 0.5}),
@@ -38,10 +42,10 @@ OTHERS = {
 COMPACT = [
     *("llama", "llama-mha-biased", "llama-tied-wide", "mistral", "mixtral", "qwen2", "qwen3", "phi3"),
     *("gpt2", "gpt2-inner", "gpt_bigcode", "gpt_bigcode-mha", "gpt_neox", "gpt_neox-serial", "opt", "cohere"),
-    *("phi", "stablelm", "stablelm-parallel", "falcon-7b", "falcon-40b"),
+    *("gemma", "gemma2", "gemma3", "olmo2", "phi", "stablelm", "stablelm-parallel", "falcon-7b", "falcon-40b"),
     *OTHERS,
 ]
-QUICK = {"llama", "qwen2", "mixtral", "phi3", "gpt2", "gpt_neox", "opt", "cohere"}
+QUICK = {"llama", "qwen2", "mixtral", "phi3", "gpt2", "gpt_neox", "opt", "cohere", "gemma", "olmo2", "gemma3-mixed"}
 cases = pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in COMPACT]
 )
@@ -135,6 +139,10 @@ def differs(source, fused):
         pytest.param("gpt2", "layers.1.self_attn.o_proj.bias", marks=pytest.mark.slow),
         pytest.param("opt", "position_embeddings.weight", marks=pytest.mark.slow),
         pytest.param("phi", "lm_head.bias", marks=pytest.mark.slow),
+        ("gemma", "norm.weight"),
+        ("olmo2", "layers.0.attention_output_norm.weight"),
+        pytest.param("olmo2", "layers.1.ffn_output_norm.weight", marks=pytest.mark.slow),
+        pytest.param("olmo2", "layers.1.self_attn.q_norm.weight", marks=pytest.mark.slow),
         pytest.param("falcon-40b", "layers.1.post_attention_layernorm.bias", marks=pytest.mark.slow),
         pytest.param("phi3", "layers.1.self_attn.q_proj.weight", marks=pytest.mark.slow),
     ],
@@ -192,15 +200,10 @@ def test_the_self_check_finds_what_is_wrong(module, function, wrong, tmp_path, m
     ("name", "values", "message"),
     [
         ("Qwen3Moe", {**MODELS["qwen3_moe"][1]}, r"dense_layers: expected .* found \(1,\); use layout family"),
-        (
-            "Qwen2",
-            {**LLAMA, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
-            "layer_types: expected the same for all layers, found full_attention, sliding_attention",
-        ),
-        ("Gemma2", {**LLAMA, "head_dim": 16}, "model_type: expected .* found 'gemma2'; use layout family"),
+        ("GPTJ", {**GPT, "rotary_dim": 4}, "model_type: expected .* found 'gptj'; use layout family"),
         ("Llama", {**LLAMA, "rope_parameters": {**SCALED, "rope_type": "ntk"}}, "rope_parameters.rope_type"),
-        ("Phi", {**LLAMA, "qk_layernorm": True}, "qk_norm_bias: expected .* found True"),
-        ("Cohere", {**LLAMA, "use_qk_norm": True}, "qk_norm: expected one of null, head_dim; found 'heads'"),
+        ("Phi", {**LLAMA, "qk_layernorm": True}, "qk_norm: expected .* found 'head_dim'"),
+        ("Cohere", {**LLAMA, "use_qk_norm": True}, "qk_norm: expected .* found 'heads'"),
         ("OPT", MODELS["opt-projected"][1], "embedding_size: expected .* found 16"),
         ("OPT", MODELS["opt-bare"][1], "layer_norm_elementwise_affine: expected .* found False"),
         ("Falcon", MODELS["falcon-rw"][1], "alibi: expected .* found True"),
@@ -247,12 +250,43 @@ def test_one_after_the_other_is_as_good_as_both_at_once(fused, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "qwen2", "mixtral", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mixtral", "phi3", "gemma", "gpt2"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_stored_in_any_dtype(name, dtype, tmp_path):
     saved(name, tmp_path / "source")
     skipless.fuse(tmp_path / "source", tmp_path / "fused", layout="skipless", dtype=dtype)
     assert skipless.verify(tmp_path / "source", tmp_path / "fused", dtypes=(dtype,), tokens=4).same
+
+
+@pytest.mark.parametrize("fused", ["gemma3-mixed"], indirect=True)
+@pytest.mark.parametrize(
+    "changes",
+    [{"layer_types": KINDS[::-1]}, {"layer_types": None}, {"attention_multiplier": None}, {"sliding_window": 6}],
+    ids=str,
+)
+def test_what_layers_that_differ_say_matters(fused, changes):
+    (fused[1] / "skipless.json").unlink()
+    config = json.loads((fused[1] / "config.json").read_text())
+    if changes == {"layer_types": None}:
+        changes = {**changes, "rope_parameters": config["rope_parameters"]["sliding_attention"]}
+    edit_config(fused[1], **changes)
+    assert differs(*fused)
+
+
+@pytest.mark.parametrize("fused", ["gemma3-mixed"], indirect=True)
+def test_layers_that_differ_generate_with_a_cache_of_fixed_size(fused):
+    prompt, options = torch.arange(5, 10)[None], {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0}
+    expected = opened(fused[0]).generate(prompt, **options)
+    found = opened(fused[1]).generate(prompt, cache_implementation="static", **options)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("fused", ["gemma"], indirect=True)
+@pytest.mark.parametrize("changes", [{"gain_offset": 0.0}, {"embedding_multiplier": None}], ids=str)
+def test_what_gemma_alone_says_matters(fused, changes):
+    (fused[1] / "skipless.json").unlink()
+    edit_config(fused[1], **changes)
+    assert differs(*fused)
 
 
 def test_shards_and_resuming(tmp_path):

@@ -40,6 +40,8 @@ NAMED = {
     "biases of q, k and v, by k, p and values": ({"qkv_bias": True, **MHA}, "k", {"remove": FULL}),
     "biases of q, k and v, values": ({"qkv_bias": True}, "q", {"remove": ("values",)}),
     "biases of q, k and v, and of the head": ({"qkv_bias": True, "head_bias": True}, "pivoted"),
+    "norms of all heads together": ({"qk_norm": "heads", "attention_multiplier": 0.2}, "q"),
+    "scaled embeddings, tied": ({"embedding_multiplier": 3.0, "tie_word_embeddings": True}, "pivoted"),
     "mlp bias": ({"mlp_bias": True}, "q"),
     "all biases": ({"attention_bias": True, "mlp_bias": True}, "q"),
     "gate bias": ({"gate_bias": True}, "q"),

@@ -13,7 +13,7 @@ from skipless.checkpoint.reader import CheckpointReader
 from skipless.errors import BugError
 from skipless.removals import columns, merge, rows
 from skipless.rewrite import execution
-from skipless.rewrite.probe import Inputs, Streamed, outputs
+from skipless.rewrite.probe import TOKENS, Inputs, Outputs, Streamed, judge, outputs
 from tests.models import build, save
 
 BUGS = {
@@ -62,6 +62,21 @@ def test_a_bug_publishes_nothing(tmp_path, monkeypatch, fields, options, bug, dt
         with pytest.raises(BugError, match=r"expected to differ from the source's by at most .* nothing was published"):
             fuse(source, tmp_path / "wrong", dtype=dtype, **options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["right", "source"]
+
+
+@pytest.mark.parametrize(("tokens", "fits"), [(TOKENS, True), (4, False)])
+def test_no_column_of_a_wide_model_is_called_lossy_by_chance(tokens, fits, tmp_path):
+    """Of few tokens, one column or another of thousands is almost nothing, and rounding is much beside it."""
+    narrow = read_architecture(CheckpointReader(save(build(num_hidden_layers=1), tmp_path)))
+    architecture = dataclasses.replace(narrow, hidden_size=4096)
+    generator = torch.Generator().manual_seed(0)
+    exact, *noise = torch.randn(3, tokens, 2**16, generator=generator, dtype=torch.float64)
+    lost = [2**-9 * exact * each for each in noise]
+    before = Outputs({"0.m": exact}, {"0.m": lost[0].norm().item()})
+    after = Outputs({"0.m": exact + 2**-9 * exact.std() * noise[1]}, {"0.m": lost[1].norm().item()})
+    ((together, column),) = judge(before, after, architecture, architecture, torch.bfloat16)
+    assert together.passed
+    assert column.passed == fits
 
 
 def test_the_command_says_that_it_is_a_bug(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from skipless.architecture.config import PRE_NORM, Architecture
+from skipless.architecture.config import SKIPLESS_NORMS, Architecture
 from skipless.architecture.seams import closed, seams
 from tests.models import TINY
 from tests.pages import ROOT
@@ -13,7 +13,7 @@ ROW = re.compile(r"^\| (?P<names>`(?:model|lm_head)[^|]*) \| \((?P<shape>[^|]*)\
 BIASES = {"attention_bias": True, "mlp_bias": True}
 QKV = {"qkv_bias": True, "head_bias": True, "folded_biases": ["model.layers.1.self_attn.o_proj"]}
 EXPERTS = {"ffn_type": "moe", "num_local_experts": 3, "num_experts_per_tok": 2}
-NORMS = {"norm_type": "layer", "norms": [*PRE_NORM, "model.embed_norm"]}
+NORMS = {"norm_type": "layer", "norms": list(SKIPLESS_NORMS)}
 FOLDED = ["model.embed_tokens", "model.layers.0.mlp.router", "model.layers.0.mlp.experts.1.up_proj"]
 MODELS = [
     {**BIASES, **NORMS, "residual": "both", "residual_gains": True, "qk_norm": "head_dim", "attention_shaping": "full"},

@@ -6,6 +6,7 @@ Q, K, V, P, M, O as in arXiv:2404.12362.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,9 +29,6 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "rest_dtype": (None, "float32"),
 }
 
-# What a skipless checkpoint cannot be: the model file does not run it.
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {"qk_norm": ("heads",)}
-
 # Fields of other people's models alone.
 FOREIGN = frozenset({"embedding_size", "dense_layers", "dense_intermediate_size", "qk_norm_bias"})
 
@@ -49,7 +47,8 @@ NORMS = (
 )  # fmt: skip
 PRE_NORM = ("input_layernorm", "post_attention_layernorm", "model.norm")
 AFTER_ATTENTION = ("attention_output_norm", "attention_stream_norm", "post_attention_layernorm")
-SKIPLESS_NORMS = (*PRE_NORM, "model.embed_norm")
+OUTPUT_NORMS = ("attention_output_norm", "ffn_output_norm")
+SKIPLESS_NORMS = (*PRE_NORM, "model.embed_norm", *OUTPUT_NORMS)
 
 # Activations that are positively homogeneous: act(s x) = s^k act(x) for s > 0, with k = 2 for the last and 1 else.
 HOMOGENEOUS = ("relu", "leaky_relu", "linear", "relu2")
@@ -72,6 +71,7 @@ class Bookkeeping(TypedDict, total=False):
     attn_logit_softcapping: int | float | None
     final_logit_softcapping: int | float | None
     logit_scale: int | float | None
+    attention_multiplier: int | float | None
     use_cache: bool
     bos_token_id: int | None
     eos_token_id: int | list[int] | None
@@ -103,7 +103,7 @@ GAINS: dict[str | None, tuple[str, ...]] = {None: (), "value": ("alpha", "beta")
 @dataclass(frozen=True)
 class Module:
     """An affine map of the checkpoint, y = x W + b with W (inputs, outputs); `table`: of whose rows one is looked up
-    (embeddings); `diagonal`: W is diag(weight) (a norm's gain).
+    (embeddings); `diagonal`: W is diag(weight + offset) (a norm's gain).
     """
 
     name: str
@@ -112,6 +112,7 @@ class Module:
     bias: bool = False
     table: bool = False
     diagonal: bool = False
+    offset: float = 0.0
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -166,6 +167,8 @@ class Architecture:
     norms_removed: tuple[str, ...] = ()
     gains_removed: tuple[str, ...] = ()
     norm_bias: bool | None = None
+    gain_offset: float | int = 0.0
+    embedding_multiplier: float | int | None = None
     qk_norm: str | None = None
     qk_norm_bias: bool | None = None
     position_type: str = "rope"
@@ -203,13 +206,6 @@ class Architecture:
         values = {
             name: config[name] for name in fields if name in config and not (name in NULLABLE and config[name] is None)
         }
-        for name, unsupported in UNSUPPORTED.items():
-            supported = [value for value in VALUES[name] if value not in unsupported]
-            if values.get(name) not in supported:
-                expected = ", ".join(str(value or "null") for value in supported)
-                raise InputError(
-                    f"config.json: {name}: expected one of {expected}; found {values[name]!r}, not supported"
-                )
         found = cls.from_values(values)
         if beyond := [norm for norm in found.norms if norm not in SKIPLESS_NORMS]:
             raise InputError(
@@ -421,10 +417,11 @@ class Architecture:
 
     @property
     def expressible(self) -> bool:
-        """Whether a skipless config.json can say it: without projected embeddings, a norm of all heads together, or
+        """Whether a skipless config.json can say it: without projected embeddings, layer norms of queries and keys, or
         layers of different kinds.
         """
-        return not (self.embedding_size or self.qk_norm == "heads" or self.dense_layers)
+        own = self.qk_norm is not None and self.norm_type == "layer" and (self.qk_norm == "heads" or self.qk_norm_bias)
+        return not (self.embedding_size or own or self.dense_layers)
 
     def skipless(self) -> Self:
         """The same architecture without skips and norms; a norm of queries and keys may stay, it blocks no seam."""
@@ -553,7 +550,9 @@ class Architecture:
         d = self.hidden_size
         gone = {*self.norms_removed, *self.gains_removed}
         modules = [
-            Module(name, d, d, self.norms_biased, diagonal=True) for name in self.norm_names() if name not in gone
+            Module(name, d, d, self.norms_biased, diagonal=True, offset=float(self.gain_offset))
+            for name in self.norm_names()
+            if name not in gone
         ]
         widths = {"q": self.query_width, "k": self.value_width} if self.qk_norm else {}
         for letter, width in widths.items():
@@ -629,6 +628,11 @@ def _checked(name: str, field: "dataclasses.Field[Any]", value: Any) -> Any:
     elif expected is float:
         if type(value) not in (int, float) or not 0 <= value < 1:
             raise InputError(f"config.json: {name}: expected a number from 0 to 1, found {value!r}")
+    elif expected in (float | int, float | int | None):
+        if type(value) not in (int, float) and not (value is None and expected == float | int | None):
+            raise InputError(f"config.json: {name}: expected a number, found {value!r}")
+        if value is not None and not -math.inf < value < math.inf:
+            raise InputError(f"config.json: {name}: expected a finite number, found {value!r}")
     elif expected is str and name not in VALUES:
         if type(value) is not str or not re.fullmatch(r"\w{1,64}", value, re.ASCII):
             raise InputError(f"config.json: {name}: expected a name, found {value!r}")

@@ -8,7 +8,7 @@ come scalings within the layers. Letters as in arXiv:2404.12362; certificate.py 
 import math
 from dataclasses import dataclass
 
-from skipless.architecture.config import HOMOGENEOUS, PRE_NORM, Architecture
+from skipless.architecture.config import HOMOGENEOUS, OUTPUT_NORMS, PRE_NORM, Architecture
 from skipless.architecture.graph import Space, graph
 from skipless.architecture.seams import KINDS, Seam, reasons, seams
 from skipless.errors import InputError
@@ -131,7 +131,8 @@ def _biases(a: Architecture) -> int:
 
 
 def _foldable(a: Architecture, norm: str) -> bool:
-    return norm != "model.embed_norm" and not (norm == "model.norm" and a.tie_word_embeddings)
+    stays = norm == "model.embed_norm" or norm.rpartition(".")[2] in OUTPUT_NORMS
+    return not stays and not (norm == "model.norm" and a.tie_word_embeddings)
 
 
 def _spaces(a: Architecture) -> int:
@@ -169,6 +170,8 @@ def _bare(space: Space) -> bool:
 def _changes(a: Architecture, space: Space) -> int:
     """Dimensions of GL(d), or of the rotations that the norms allow."""
     d = a.hidden_size
+    if any(norm.rpartition(".")[2] in OUTPUT_NORMS for port in space.writers for norm in port.norms):
+        return 0  # whose gains are of this basis
     if not _normed(space):
         return d**2
     writers = [port.module for port in space.writers]

@@ -266,6 +266,8 @@ def _bias_stays(architecture: Architecture, takers: Sequence[str]) -> str | None
     """Why a bias cannot move into what is written at a space's first place, or None."""
     if not architecture.qkv_biased:
         return None
+    if architecture.embedding_multiplier is not None and "model.embed_tokens" in takers:
+        return "embedding_multiplier: q, k and v_proj have biases, and what would take them in is multiplied by it"
     if any(".experts." in name for name in takers) and not architecture.norm_topk_prob:
         return (
             "norm_topk_prob false: q, k and v_proj have biases, and routing weights that do not sum to 1 would scale "
@@ -662,7 +664,8 @@ def _table_norm(architecture: Architecture) -> str | None:
     """The norm that reads nothing but the token table: it can be applied to the table's rows. Learned positions are
     added after a norm of the embeddings.
     """
-    if architecture.tie_word_embeddings or architecture.embedding_size:
+    multiplied = architecture.embedding_multiplier is not None
+    if architecture.tie_word_embeddings or architecture.embedding_size or multiplied:
         return None
     space, first = graph(architecture).before(0), "model.layers.0.input_layernorm"
     if written := space.writers[0].norms:

@@ -12,11 +12,17 @@ from skipless.errors import InputError
 
 class Canonical:
     """A checkpoint's tensors by our names. tensors: what is known of them before they are read. read: what gives the
-    stored ones; rows of a tensor that is stored as we have it are read alone.
+    stored ones; rows of a tensor that is stored as we have it are read alone. as_stored: whether an offset stays out.
     """
 
-    def __init__(self, tensors: Mapping[str, TensorInfo], read: Callable[..., torch.Tensor], layout: Layout):
-        self._read, self._layout = read, layout
+    def __init__(
+        self,
+        tensors: Mapping[str, TensorInfo],
+        read: Callable[..., torch.Tensor],
+        layout: Layout,
+        as_stored: bool = False,
+    ):
+        self._read, self._layout, self._as_stored = read, layout, as_stored
         self.tensors = infos(tensors, layout)
 
     def tensor(self, name: str, rows: slice | None = None, /) -> torch.Tensor:
@@ -28,7 +34,7 @@ class Canonical:
         whole = parts[0].T if place.transposed else torch.cat(parts) if len(parts) > 1 else parts[0]
         chosen = torch.cat([whole[start:stop] for start, stop in place.rows]) if place.rows else whole
         found = chosen.reshape(self.tensors[name].shape).contiguous()
-        found = found.double() + place.offset if place.offset else found
+        found = found.double() + place.offset if place.offset and not self._as_stored else found
         return found if rows is None else found[rows]
 
 

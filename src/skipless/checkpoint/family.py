@@ -59,17 +59,17 @@ def whole_rope(config: Config) -> dict[str, Any]:
     return {name: value for name, value in rope(config).items() if name != "partial_rotary_factor"}
 
 
-def one_window(config: Config) -> int | None:
-    """The window that all layers have, or None. Raises InputError if some have one and others not."""
-    kinds = set(config["layer_types"] or ())
-    if len(kinds) > 1:
-        raise InputError(
-            f"config.json: layer_types: expected the same for all layers, found {', '.join(sorted(kinds))}"
-        )
-    window: int | None = config["sliding_window"]
-    return None if kinds == {"full_attention"} else window
+def _mixed(config: Config) -> list[str] | None:
+    kinds: list[str] = config["layer_types"] or []
+    return kinds if len(set(kinds)) > 1 else None
 
 
+# The window of models in which all layers have it, or none; and of those in which some may have it.
+ONE_WINDOW: Mapping[str, Rule] = {"sliding_window": lambda config: config["sliding_window"]}
+WINDOWS: Mapping[str, Rule] = {
+    "sliding_window": lambda config: config["sliding_window"] if "sliding_attention" in config["layer_types"] else None,
+    "layer_types": _mixed,
+}
 # What a skipless model is told besides, of a config as transformers completes it.
 LLAMA_COMPUTES: Mapping[str, Rule] = {
     "hidden_act": "hidden_act",
@@ -163,15 +163,19 @@ class Family:
 
         if self.computes is None:
             raise refuse("model_type", own["model_type"])
+        if self.inside in own:
+            raise refuse(self.inside, "the language model of a larger one")
         for name, value in self.requires.items():
             if own[name] != value:
                 raise refuse(name, own[name])
-        if architecture.qk_norm and architecture.qk_norm_bias:
-            raise refuse("qk_norm_bias", True)
+        if architecture.qk_norm and architecture.norm_type == "layer":  # of which ours are RMS norms
+            raise refuse("qk_norm", architecture.qk_norm)
         for name in ("embedding_size", "dense_layers"):
             if found := getattr(architecture, name):
                 raise refuse(name, found)
         given = {name: value for name, value in architecture.given().items() if name not in FOREIGN}
+        if self.gain_offset:
+            given["gain_offset"] = self.gain_offset
         return {"model_type": "skipless", **given, **self._values(own, self.computes)}
 
     def layout(self, architecture: Architecture, names: Collection[str]) -> "Layout":

@@ -107,7 +107,11 @@ def as_skipless(reader: CheckpointReader) -> AsSkipless:
 def by_our_names(reader: RowReader, layout: family.Layout) -> Canonical:
     """Another family's tensors, some of their rows at a time; what has to be read whole for these is kept a while."""
     whole = lru_cache(2)(reader.tensor)
-    return Canonical(reader.tensors, lambda name, *rows: reader.tensor(name, *rows) if rows else whole(name), layout)
+
+    def read(name: str, *rows: slice) -> torch.Tensor:
+        return reader.tensor(name, *rows) if rows else whole(name)
+
+    return Canonical(reader.tensors, read, layout, as_stored=True)
 
 
 def skipless_config(layout: family.Layout, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "ffn_type": ("mlp", "glu", "moe"),
     "residual": ("none", "attention", "ffn", "both"),
     "norm_type": ("none", "rms", "layer"),
-    "qk_norm": (None, "head_dim"),
+    "qk_norm": (None, "head_dim", "heads"),
     "position_type": ("rope", "rope_interleaved", "learned", "alibi", "none"),
     "attention_shaping": (None, "value", "full"),
     "stream_basis": (None, "q", "k", "v", "pivoted"),
@@ -45,10 +45,14 @@ ROPE_PARAMETERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 # Those whose angles depend on how long the sequence is.
 ROPE_BY_LENGTH = ("dynamic", "longrope")
 
-# Where a norm may stand: on what Q, K, V read, on what M reads, on the embeddings and before the head.
-LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
+# Where a norm may stand: on what Q, K, V read, on what M reads, on what P and on what O gives, on the embeddings and
+# before the head.
+LAYER_NORMS = ("input_layernorm", "post_attention_layernorm", "attention_output_norm", "ffn_output_norm")
 MODEL_NORMS = ("model.norm", "model.embed_norm")
-PRE_NORM = (*LAYER_NORMS, "model.norm")
+PRE_NORM = (*LAYER_NORMS[:2], "model.norm")
+
+# Factors that must be positive.
+MULTIPLIERS = ("embedding_multiplier", "attention_multiplier")
 
 SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -92,13 +96,18 @@ class SkiplessConfig(PreTrainedConfig):
     `qkv_bias`, `head_bias`: q, k, v_proj, lm_head have a bias (q, k, v_proj also if `attention_bias` is true).
     `norm_bias`: whether norms have a bias (null: layer norms do).
 
+    `layer_types`: which layers have the window ("sliding_attention"), and which none ("full_attention"; null: all the
+    same); `rope_parameters` may then be one for each kind.
+    `gain_offset`: what norms' gains are stored less (Gemma's 1 + w: 1). `embedding_multiplier`: by which embeddings are
+    multiplied; `attention_multiplier`: by which scores are (null: head_dim^-0.5).
     `position_offset`: rows of a table of learned positions before the first one's. `logit_scale`: by which logits are
     multiplied.
 
     `norms`: where norms stand (null: PRE_NORM); a parallel layer's FFN reads post_attention_layernorm of the layer's
     input, or, without one, what its attention reads. `residual` "both" in a parallel layer: one skip passes both.
-    `residual_gains`: trainable factors of each branch, and of each skip (arXiv:2311.01906). `qk_norm` "head_dim": RMS
-    norms of each head's query and key. `norm_topk_prob`: the routing weights of the experts taken sum to 1.
+    `residual_gains`: trainable factors of each branch, and of each skip (arXiv:2311.01906). `qk_norm`: RMS norms
+    of each head's query and key ("head_dim"), or of all queries and of all keys together ("heads"). `norm_topk_prob`:
+    the routing weights of the experts taken sum to 1.
 
     Raises, at construction, for a field, value or combination that the model does not implement: ValueError or
     huggingface_hub's StrictDataclassError, naming the field, what was expected and what was found.
@@ -131,6 +140,9 @@ class SkiplessConfig(PreTrainedConfig):
     norms: list[str] | None = None
     norm_eps: float | int = 1e-6
     norm_bias: bool | None = None
+    gain_offset: float | int = 0.0
+    embedding_multiplier: float | int | None = None
+    attention_multiplier: float | int | None = None
     norms_removed: list[str] | None = None
     gains_removed: list[str] | None = None
     qk_norm: str | None = None
@@ -162,6 +174,11 @@ class SkiplessConfig(PreTrainedConfig):
             if name not in NEUTRAL and name not in BOOKKEEPING and name not in generation:
                 raise ValueError(f"{name}: not a field of a skipless model, found {value!r}; remove it")
         self.check_neutral(kwargs)
+        kinds = kwargs.get("layer_types")
+        if kinds is not None:
+            self.check_layer_types(kinds)
+            if len(set(kinds)) > 1:  # transformers takes its mere presence for layers that differ
+                self.layer_types = list(kinds)
         kwargs = {name: value for name, value in kwargs.items() if name not in NEUTRAL}
         for name in ("num_local_experts", "num_experts_per_tok"):
             if self.ffn_type != "moe" and getattr(self, name) == 0:
@@ -192,12 +209,15 @@ class SkiplessConfig(PreTrainedConfig):
         for name, value in expected.items():
             if values.get(name, value) != value:
                 raise ValueError(f"{name}: expected {value!r}, found {values[name]!r}, which is not supported")
-        kind = "sliding_attention" if window else "full_attention"
-        kinds = values.get("layer_types")
-        if kinds is not None and (len(kinds) != self.num_hidden_layers or set(kinds) != {kind}):
+
+    def check_layer_types(self, kinds: list[str]) -> None:
+        """Refuse kinds of layers that contradict the window."""
+        window = self.sliding_window is not None
+        known = {"full_attention", "sliding_attention"} if window else {"full_attention"}
+        if len(kinds) != self.num_hidden_layers or not known >= set(kinds) or window > ("sliding_attention" in kinds):
             raise ValueError(
-                f"layer_types: expected {kind!r} {self.num_hidden_layers} times, with sliding_window "
-                f"{self.sliding_window}, found {kinds!r}, which is not supported"
+                f"layer_types: expected {' or '.join(sorted(known))} {self.num_hidden_layers} times, with "
+                f"sliding_window {self.sliding_window}, found {kinds!r}, which is not supported"
             )
 
     def validate_architecture(self) -> None:
@@ -273,12 +293,14 @@ class SkiplessConfig(PreTrainedConfig):
         for name, found in (("num_local_experts", experts), ("num_experts_per_tok", taken)):
             if self.ffn_type != "moe" and found is not None:
                 raise ValueError(f"{name}: expected null with ffn_type {self.ffn_type!r}, found {found}")
-        for name in ("attn_logit_softcapping", "final_logit_softcapping", "logit_scale"):
+        for name in ("attn_logit_softcapping", "final_logit_softcapping", "logit_scale", *MULTIPLIERS):
             if (cap := getattr(self, name)) is not None and not 0 < cap < float("inf"):
                 raise ValueError(f"{name}: expected a positive number or null, found {cap}")
 
     def validate_norms(self) -> None:
         """Refuse norms that the model file does not know, and skips that a parallel layer does not have."""
+        if not is_number(self.gain_offset):
+            raise ValueError(f"gain_offset: expected a finite number, found {self.gain_offset}")
         if not 0 <= self.norm_eps < 1:
             raise ValueError(f"norm_eps: expected a number from 0 to 1, found {self.norm_eps}")
         known = () if self.norm_type == "none" else (*LAYER_NORMS, *MODEL_NORMS)
@@ -331,7 +353,7 @@ class SkiplessConfig(PreTrainedConfig):
             )
 
     def validate_positions(self) -> None:
-        """Refuse rope_parameters that rotate nothing, too much, or in a way the model file does not know."""
+        """Refuse rope_parameters that rotate nothing, or in a way the model file does not know."""
         if self.position_offset < 0 or (self.position_offset and self.position_type != "learned"):
             raise ValueError(
                 f"position_offset: expected 0, or rows of a table with position_type 'learned', found "
@@ -344,7 +366,15 @@ class SkiplessConfig(PreTrainedConfig):
                     f"rope_type {self.rope_parameters['rope_type']!r}"
                 )
             return
-        parameters, rope_type = self.rope_parameters, self.rope_parameters["rope_type"]
+        for name, parameters in self.rope_parameters.items():
+            if isinstance(parameters, dict) and name not in self.attention_kinds:
+                raise ValueError(f"rope_parameters.{name}: not a parameter of RoPE, nor a kind of layers; remove it")
+        for kind in sorted(set(self.attention_kinds)):
+            self.check_rope(self.rope_of(kind))
+
+    def check_rope(self, parameters: dict[str, Any]) -> None:
+        """Refuse parameters of RoPE that transformers would not know, or only warn of."""
+        rope_type = parameters.get("rope_type")
         if rope_type not in ROPE_PARAMETERS:
             raise ValueError(
                 f"rope_parameters.rope_type: expected one of {', '.join(ROPE_PARAMETERS)}; found {rope_type!r}, which "
@@ -359,18 +389,19 @@ class SkiplessConfig(PreTrainedConfig):
                 raise ValueError(f"rope_parameters.{name}: expected a value with {rope_type} RoPE, found none; add it")
         for name, value in parameters.items():
             self.check_rope_parameter(name, value)
-        if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
+        rotated = self.rotated(parameters)
+        if rotated % 2 or not 0 < rotated <= self.head_dim:
             raise ValueError(
                 f"rope_parameters.partial_rotary_factor: expected an even number of rotated dimensions in "
-                f"1..{self.head_dim} (head_dim), found {self.rotary_dim}"
+                f"1..{self.head_dim} (head_dim), found {rotated}"
             )
-        if rope_type == "dynamic" and self.rotary_dim == 2:
+        if rope_type == "dynamic" and rotated == 2:
             raise ValueError("rope_parameters.rope_type: 'dynamic' needs more than two rotated dimensions, found 2")
         for name in ("short_factor", "long_factor"):
-            if name in parameters and len(parameters[name]) != self.rotary_dim // 2:
+            if name in parameters and len(parameters[name]) != rotated // 2:
                 raise ValueError(
-                    f"rope_parameters.{name}: expected {self.rotary_dim // 2} numbers, one for two rotated dimensions, "
-                    f"found {len(parameters[name])}"
+                    f"rope_parameters.{name}: expected {rotated // 2} numbers, one for two rotated dimensions, found "
+                    f"{len(parameters[name])}"
                 )
         for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
             if {low, high} <= parameters.keys() and not parameters[low] < parameters[high]:
@@ -412,7 +443,9 @@ class SkiplessConfig(PreTrainedConfig):
         """Whether a removed o_proj has been merged into the FFN's input matrices: where these alone read its output,
         and it has no more inputs than outputs, or the FFN is narrower than the stream.
         """
-        normed = any(self.has_norm(f"model.layers.{i}.post_attention_layernorm") for i in range(self.num_hidden_layers))
+        between = ("post_attention_layernorm", "attention_output_norm")
+        layers = range(self.num_hidden_layers)
+        normed = any(self.has_norm(f"model.layers.{layer}.{norm}") for layer in layers for norm in between)
         if self.block_type == "parallel" or self.residual != "none" or normed:
             return False
         width = self.intermediate_size * (1 if self.ffn_type == "mlp" else 2)
@@ -444,6 +477,8 @@ class SkiplessConfig(PreTrainedConfig):
             plan["self_attn.rest_proj"] = "colwise_gather_output"
         if not self.p_removed:
             plan["self_attn.o_proj"] = "rowwise"
+        if self.qk_norm == "heads":  # whose norms need all heads: every rank has the whole attention
+            plan = {}
         for name in self.ffn_matrices("mlp"):
             if not name.endswith("router"):
                 expert = re.sub(r"\.\d+\.", ".*.", name)
@@ -458,9 +493,25 @@ class SkiplessConfig(PreTrainedConfig):
         """Nothing: transformers 5.19 sets it again where embeddings are tied, but it follows from the other fields."""
 
     @property
+    def attention_kinds(self) -> list[str]:
+        """Of each layer, whether it has the sliding window."""
+        kind = "full_attention" if self.sliding_window is None else "sliding_attention"
+        return getattr(self, "layer_types", None) or [kind] * self.num_hidden_layers
+
+    def rope_of(self, kind: str) -> dict[str, Any]:
+        """RoPE's parameters in layers of a kind."""
+        parameters: dict[str, Any] = self.rope_parameters or {}
+        own = parameters.get(kind)
+        return own if isinstance(own, dict) else parameters
+
+    def rotated(self, parameters: dict[str, Any]) -> int:
+        """How many of each head's dimensions RoPE with these parameters rotates."""
+        return int(self.head_dim * parameters.get("partial_rotary_factor", 1.0))
+
+    @property
     def rotary_dim(self) -> int:
-        """How many of each head's dimensions RoPE rotates."""
-        return int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0))
+        """The same, where all layers' RoPE is one."""
+        return self.rotated(self.rope_parameters)
 
 
 __all__ = ["SkiplessConfig"]

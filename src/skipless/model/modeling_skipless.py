@@ -64,32 +64,41 @@ def one_cache(past_key_values: Any, cache: Any) -> Any:
 
 
 def rotary_frequencies(
-    config: SkiplessConfig, device: torch.device, length: torch.Tensor | None = None
+    config: SkiplessConfig, kind: str, device: torch.device, length: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, float]:
     """RoPE's angles by position, (rotary_dim / 2) in fp32, and by what cosine and sine are multiplied: exactly those of
-    transformers' models. length: of the sequence, for types that depend on it.
+    transformers' models. kind: of the layer; length: of the sequence, for types that depend on it.
     """
-    rope_type, theta = config.rope_parameters["rope_type"], config.rope_parameters["rope_theta"]
-    if rope_type != "default":
-        return ROPE_INIT_FUNCTIONS[rope_type](config, device, seq_len=length)
-    exponent = torch.arange(0, config.rotary_dim, 2, device=device, dtype=torch.float32) / config.rotary_dim
-    return 1.0 / theta**exponent, 1.0
+    parameters = config.rope_of(kind)
+    if (rope_type := parameters["rope_type"]) != "default":
+        own = kind if kind in config.rope_parameters else None
+        return ROPE_INIT_FUNCTIONS[rope_type](config, device, seq_len=length, layer_type=own)
+    rotated = config.rotated(parameters)
+    exponent = torch.arange(0, rotated, 2, device=device, dtype=torch.float32) / rotated
+    return 1.0 / parameters["rope_theta"] ** exponent, 1.0
 
 
 def rotary_cos_sin(
-    position_ids: torch.Tensor, config: SkiplessConfig, dtype: torch.dtype
+    position_ids: torch.Tensor, config: SkiplessConfig, dtype: torch.dtype, kind: str = "full_attention"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of RoPE's angles, (B, 1, T, rotary_dim / 2) each (arXiv:2104.09864, eq. 15), angles in fp32 at
-    least.
+    """Cosine and sine of RoPE's angles, (B, 1, T, rotary_dim / 2) each (arXiv:2104.09864, eq. 15), in layers of a kind;
+    angles in fp32 at least.
 
     Computed from the config at every call rather than kept as a buffer, which casting the model would round.
     """
-    by_length = config.rope_parameters["rope_type"] in ROPE_BY_LENGTH
+    by_length = config.rope_of(kind)["rope_type"] in ROPE_BY_LENGTH
     length = position_ids.max() + 1 if by_length else None  # as transformers has it, whose arithmetic differs by type
-    frequency, scale = rotary_frequencies(config, position_ids.device, length)
+    frequency, scale = rotary_frequencies(config, kind, position_ids.device, length)
     wide = torch.promote_types(dtype, torch.float32)
     angle = (position_ids[..., None].to(wide) * frequency.to(wide))[:, None]
     return (angle.cos() * scale).to(dtype), (angle.sin() * scale).to(dtype)
+
+
+def ropes_by_length(config: SkiplessConfig) -> list[dict[str, Any]]:
+    """RoPE's parameters of the kinds of layers in which angles depend on how long the sequence is."""
+    rotates = config.position_type.startswith("rope")
+    ropes = [config.rope_of(kind) for kind in sorted(set(config.attention_kinds))] if rotates else []
+    return [parameters for parameters in ropes if parameters["rope_type"] in ROPE_BY_LENGTH]
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
@@ -146,7 +155,7 @@ class SkiplessNorm(nn.Module):
 
     def __init__(self, config: SkiplessConfig, size: int, norm_type: str, name: str = ""):
         super().__init__()
-        self.norm_type, self.eps = norm_type, config.norm_eps
+        self.norm_type, self.eps, self.offset = norm_type, config.norm_eps, config.gain_offset
         gain = name not in config.gains_removed
         self.register_parameter("weight", nn.Parameter(torch.ones(size)) if gain else None)
         biased = gain and (norm_type == "layer" if config.norm_bias is None or name == "" else config.norm_bias)
@@ -157,8 +166,11 @@ class SkiplessNorm(nn.Module):
         if self.norm_type == "layer":
             wide = wide - wide.mean(-1, keepdim=True)
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        normed = wide.to(hidden_states.dtype)
-        normed = normed if self.weight is None else normed * self.weight
+        if self.offset and self.weight is not None:  # beside which a weight of few bits would be lost
+            normed = (wide * (self.offset + self.weight.to(wide.dtype))).to(hidden_states.dtype)
+        else:
+            normed = wide.to(hidden_states.dtype)
+            normed = normed if self.weight is None else normed * self.weight
         return normed if self.bias is None else normed + self.bias
 
 
@@ -245,7 +257,8 @@ class SkiplessAttention(nn.Module):
         self.num_key_value_heads = config.num_key_value_heads
         # "full" shaping asks one more question per group, a zero query, whose answer is the causal mean of the values
         self.num_key_value_groups = self.num_heads // self.num_key_value_heads + (config.attention_shaping == "full")
-        self.scaling = self.head_dim**-0.5
+        multiplier = config.attention_multiplier
+        self.scaling = self.head_dim**-0.5 if multiplier is None else float(multiplier)
         self.attention_dropout = 0.0
         self.is_causal = True
 
@@ -276,15 +289,17 @@ class SkiplessAttention(nn.Module):
         self.o_proj = nn.Linear(config.p_rows, config.hidden_size, p_bias) if config.p_rows else None
         for name, order in (("column_order", column_order), ("value_order", value_order), ("row_order", row_order)):
             self.register_buffer(name, order)
-        for name in ("q_norm", "k_norm"):
-            norm = SkiplessNorm(config, self.head_dim, "rms") if config.qk_norm else None
-            self.register_module(name, norm)
+        for name, width in (("q_norm", query_width), ("k_norm", value_width)):
+            size = self.head_dim if config.qk_norm == "head_dim" else width
+            self.register_module(name, SkiplessNorm(config, size, "rms") if config.qk_norm else None)
         gains = {None: (), "value": ("alpha", "beta"), "full": ("alpha", "beta", "gamma")}[config.attention_shaping]
         for name in gains:
             self.register_parameter(name, nn.Parameter(torch.empty(self.num_heads)))
         self.split_heads, self.gather_heads = Heads(config), Heads(config)
         # what only some attention functions know
-        options = {"softcap": config.attn_logit_softcapping, "sliding_window": config.sliding_window}
+        sliding = config.attention_kinds[layer_idx] == "sliding_attention"
+        window = config.sliding_window if sliding else None
+        options = {"softcap": config.attn_logit_softcapping, "sliding_window": window}
         self.options = {name: value for name, value in options.items() if value is not None}
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -349,10 +364,13 @@ class SkiplessAttention(nn.Module):
         cache = kwargs.pop(CACHE, None)
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
-        query, key, value = (states.view(hidden_shape).transpose(1, 2) for states in self.project(hidden_states))
+        projected = self.project(hidden_states)
+        if self.config.qk_norm == "heads":
+            projected = (self.q_norm(projected[0]), self.k_norm(projected[1]), projected[2])
+        query, key, value = (states.view(hidden_shape).transpose(1, 2) for states in projected)
         own_value = value
 
-        if self.q_norm is not None:
+        if self.config.qk_norm == "head_dim":
             query, key = self.q_norm(query), self.k_norm(key)
         if position_embeddings is not None:
             interleaved = self.config.position_type == "rope_interleaved"
@@ -466,6 +484,8 @@ class SkiplessDecoderLayer(GradientCheckpointingLayer):
         self.mlp = mlp(config, f"{name}.mlp")
         self.input_layernorm = norm_of(config, f"{name}.input_layernorm")
         self.post_attention_layernorm = norm_of(config, f"{name}.post_attention_layernorm")
+        self.attention_output_norm = norm_of(config, f"{name}.attention_output_norm")
+        self.ffn_output_norm = norm_of(config, f"{name}.ffn_output_norm")
         gains = {"attention_gain": True, "ffn_gain": True}
         gains |= {"attention_skip_gain": self.attention_skip, "ffn_skip_gain": self.ffn_skip}
         for gain, exists in gains.items():
@@ -475,13 +495,15 @@ class SkiplessDecoderLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
         read = apply(self.input_layernorm, hidden_states)
         attention, _ = self.self_attn(read, **kwargs)
-        attention = scale(attention, self.attention_gain)
+        attention = scale(apply(self.attention_output_norm, attention), self.attention_gain)
         if self.attention_skip:
             attention = attention + scale(hidden_states, self.attention_skip_gain)
         if self.parallel:
             norm = self.post_attention_layernorm
-            return attention + scale(self.mlp(read if norm is None else norm(hidden_states)), self.ffn_gain)
-        ffn = scale(self.mlp(apply(self.post_attention_layernorm, attention)), self.ffn_gain)
+            ffn = self.mlp(read if norm is None else norm(hidden_states))
+            return attention + scale(apply(self.ffn_output_norm, ffn), self.ffn_gain)
+        ffn = self.mlp(apply(self.post_attention_layernorm, attention))
+        ffn = scale(apply(self.ffn_output_norm, ffn), self.ffn_gain)
         return ffn + scale(attention, self.ffn_skip_gain) if self.ffn_skip else ffn
 
 
@@ -500,11 +522,14 @@ class SkiplessEmbedding(nn.Embedding):
 
     def __init__(self, config: SkiplessConfig):
         super().__init__(config.vocab_size, config.hidden_size)
+        self.multiplier = config.embedding_multiplier
         folded = "model.embed_tokens" in config.folded_biases
         self.register_parameter("bias", nn.Parameter(torch.empty(config.hidden_size)) if folded else None)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         embeddings = super().forward(input_ids)
+        if self.multiplier is not None:  # rounded as embeddings are, as in transformers' Gemma
+            embeddings = embeddings * torch.tensor(self.multiplier, dtype=embeddings.dtype, device=embeddings.device)
         return embeddings if self.bias is None else embeddings + self.bias
 
 
@@ -547,8 +572,7 @@ class SkiplessPreTrainedModel(PreTrainedModel):
             self._supports_sdpa = False
         if config.position_type == "alibi":  # needs a mask of numbers
             self._supports_flash_attn = self._supports_flex_attn = False
-        by_length = config.position_type.startswith("rope") and config.rope_parameters["rope_type"] in ROPE_BY_LENGTH
-        if config.ffn_type == "moe" or by_length:  # which experts run, or by how much is rotated, depends on the data
+        if config.ffn_type == "moe" or ropes_by_length(config):  # what runs, or rotates by how much, is the data's
             self._can_compile_fullgraph = False
         super().__init__(config, *args, **kwargs)
 
@@ -578,7 +602,7 @@ class SkiplessPreTrainedModel(PreTrainedModel):
             if name.endswith("_order"):
                 initialization.copy_(order, torch.arange(order.shape[-1]).expand_as(order))
         if isinstance(module, SkiplessNorm) and module.weight is not None:
-            nn.init.ones_(module.weight)
+            nn.init.constant_(module.weight, 1 - module.offset)
         if isinstance(module, SkiplessDecoderLayer):
             for gain in module.parameters(recurse=False):
                 nn.init.ones_(gain)
@@ -635,29 +659,38 @@ class SkiplessModel(SkiplessPreTrainedModel):
         if position_ids is None:
             past = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + past
-        create_mask = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
-        attention_mask = create_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            and_mask_function=every_pair if self.alibi else None,  # so that there is a mask, for ALiBi to be added to
-            **{CACHE: cache},
-        )
+        kinds = self.config.attention_kinds
+        masks: dict[str, Any] = (
+            attention_mask if isinstance(attention_mask, dict) else {}
+        )  # of layers' kinds, as generation makes them
+        for kind in set(kinds) - masks.keys():
+            create = create_causal_mask if kind == "full_attention" else create_sliding_window_causal_mask
+            masks[kind] = create(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                and_mask_function=every_pair if self.alibi else None,  # so that there is one, for ALiBi to be added to
+                **{CACHE: cache},
+            )
         if self.alibi:
-            attention_mask = alibi_mask(attention_mask, position_ids, self.config, inputs_embeds.dtype)
+            masks = {
+                kind: alibi_mask(mask, position_ids, self.config, inputs_embeds.dtype) for kind, mask in masks.items()
+            }
 
         hidden_states = apply(self.embed_norm, inputs_embeds)
         if self.position_embeddings is not None:
             hidden_states = hidden_states + self.position_embeddings(position_ids + self.config.position_offset)
-        cos_sin = None
+        cos_sin: dict[str, Any] = {}
         if self.config.position_type.startswith("rope"):
-            cos_sin = rotary_cos_sin(position_ids, self.config, hidden_states.dtype)
-        for layer in self.layers:
+            cos_sin = {
+                kind: rotary_cos_sin(position_ids, self.config, hidden_states.dtype, kind) for kind in set(kinds)
+            }
+        for kind, layer in zip(kinds, self.layers, strict=True):
             hidden_states = layer(
                 hidden_states,
-                attention_mask=attention_mask,
-                position_embeddings=cos_sin,
+                attention_mask=masks[kind],
+                position_embeddings=cos_sin.get(kind),
                 position_ids=position_ids,
                 use_cache=use_cache,
                 **{CACHE: cache},
@@ -687,10 +720,9 @@ class SkiplessForCausalLM(SkiplessPreTrainedModel, GenerationMixin):
         rotated, is made anew, as in transformers' Phi-3.
         """
         cache = kwargs.get(CACHE)
-        if cache and self.config.position_type.startswith("rope"):
-            switch = self.config.rope_parameters.get("original_max_position_embeddings")
-            longrope = self.config.rope_parameters["rope_type"] == "longrope"
-            if longrope and cache.get_seq_length() <= switch < input_ids.shape[1]:
+        for parameters in ropes_by_length(self.config) if cache else ():
+            switch = parameters.get("original_max_position_embeddings")
+            if switch is not None and cache.get_seq_length() <= switch < input_ids.shape[1]:
                 kwargs |= {CACHE: None, "next_sequence_length": None}
         return super().prepare_inputs_for_generation(input_ids, **kwargs)
 

@@ -53,7 +53,7 @@ def run_task(plan: Plan, task: Task, read: Read) -> Done:
     """
     outcomes: list[Outcome] = []
     whole = read if plan.layout is None else keeping(read, plan.layout)
-    ours = read if plan.layout is None else Canonical(plan.inputs, whole, plan.layout).tensor
+    ours = read if plan.layout is None else Canonical(plan.inputs, whole, plan.layout, not plan.in_place).tensor
     if not task.seams:
         tensors = _copy(plan, task, read if plan.in_place else ours)
     else:

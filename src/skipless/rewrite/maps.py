@@ -27,6 +27,7 @@ from skipless.rewrite.planning import Plan
 from skipless.rewrite.probe import (
     EXACT,
     SLACK,
+    TOKENS,
     Checked,
     Difference,
     chance,
@@ -34,7 +35,6 @@ from skipless.rewrite.probe import (
     generator_of,
     spoiled,
     stored_in,
-    tokens_of,
 )
 
 
@@ -80,7 +80,7 @@ def maps(
     touched = {name for seam in seams for name in seam.modules}
     tensors = Canonical(reader.tensors, keeping(reader.tensor, layout), layout)
     for module, norms in _reading(architecture, touched):
-        n = _drawn((tokens_of(architecture), architecture.hidden_size), f"stream of {module}")
+        n = _drawn((TOKENS, architecture.hidden_size), f"stream of {module}")
         x = n.repeat(2, 1)
         for norm in norms[:1]:
             bias = f"{norm}.bias"

@@ -58,6 +58,7 @@ def tables(source: Architecture, seam: Seam) -> set[str]:
 def read_affine(module: Module, closed: Module | None, read: Callable[[str], torch.Tensor]) -> Affine:
     """A module's map. `closed`: what it will be; a table without a bias of its own then takes biases into its rows."""
     weight = read(f"{module.name}.weight")
+    weight = weight.double() + module.offset if module.offset else weight
     bias = read(f"{module.name}.bias").to(torch.float64) if module.bias else None
     one_hot = module.table and closed is not None and not closed.bias
     return Affine(weight if module.table or module.diagonal else weight.T, bias, one_hot, module.table)

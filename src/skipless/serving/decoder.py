@@ -13,8 +13,7 @@ from transformers import PreTrainedModel
 
 from skipless.errors import InputError
 from skipless.inference import load
-from skipless.model.configuration_skipless import ROPE_BY_LENGTH
-from skipless.model.modeling_skipless import CACHE
+from skipless.model.modeling_skipless import CACHE, ropes_by_length
 
 
 class Grown:
@@ -90,11 +89,14 @@ def load_decoder(folder: Path, stored: torch.dtype) -> Decoder:
     Raises InputError for what does not load, and for other models.
     """
     model = load_skipless(folder, stored)
-    rope_type = (model.config.rope_parameters or {}).get("rope_type")
-    if rope_type in ROPE_BY_LENGTH:
+    for parameters in ropes_by_length(model.config):
         raise InputError(
             f"config.json: rope_parameters.rope_type: expected one whose angles do not depend on the length of the "
-            f"sequence, found {rope_type!r}, which a graph of fixed angles cannot be"
+            f"sequence, found {parameters['rope_type']!r}, which a graph of fixed angles cannot be"
+        )
+    if len(kinds := set(model.config.attention_kinds)) > 1:
+        raise InputError(
+            f"config.json: layer_types: expected one kind, so that one mask serves all; found {sorted(kinds)}"
         )
     for module in list(model.modules()):
         if isinstance(module, PreTrainedModel):

@@ -16,13 +16,13 @@ from gguf import GGMLQuantizationType, LlamaFileType
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import quantize
 
-from skipless.architecture.config import Architecture
+from skipless.architecture.config import OUTPUT_NORMS, Architecture
 from skipless.checkpoint.families.gguf_skipless import CONFIG, FAMILY
 from skipless.checkpoint.family import Layout
 from skipless.checkpoint.opening import read_architecture
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.errors import InputError
-from skipless.model.configuration_skipless import SkiplessConfig
+from skipless.model.configuration_skipless import MULTIPLIERS, SkiplessConfig
 from skipless.quiet import errors_only
 from skipless.serving.gguf_tokenizer import add_tokenizer
 
@@ -92,7 +92,10 @@ def check(architecture: Architecture, config: SkiplessConfig) -> None:
         ("sliding_window", "null", config.sliding_window is None),
         ("head_bias", "false", not config.head_bias),
         ("position_offset", "0", not config.position_offset),
-        ("logit_scale", "null", config.logit_scale is None),
+        *((name, "null", getattr(config, name) is None) for name in ("logit_scale", *MULTIPLIERS)),
+        ("gain_offset", "0", not config.gain_offset),
+        ("norms", "none of what P and O give", not set(OUTPUT_NORMS).intersection(config.norms or ())),
+        ("qk_norm", "null or 'head_dim'", config.qk_norm != "heads"),
         ("rope_parameters", "null or those of default RoPE", rope_type == "default"),
         ("hidden_act", f"one of {', '.join(ACTIVATIONS)}", config.hidden_act in ACTIVATIONS),
         ("hidden_act", "another than 'gelu' for experts", not (experts and config.hidden_act == "gelu")),

@@ -1,6 +1,6 @@
 """Gemma 2: norms on both sides of attention and FFN."""
 
-from skipless.checkpoint.family import LLAMA_DEFAULTS, LLAMA_FIELDS, LLAMA_FIXED, Family
+from skipless.checkpoint.family import LLAMA_COMPUTES, LLAMA_DEFAULTS, LLAMA_FIELDS, LLAMA_FIXED, WINDOWS, Family
 
 FAMILY = Family(
     model_types=("gemma2",),
@@ -17,6 +17,16 @@ FAMILY = Family(
         ),
     },
     gain_offset=1.0,
+    computes={
+        **LLAMA_COMPUTES,
+        **WINDOWS,
+        "hidden_act": "hidden_activation",
+        "embedding_multiplier": lambda config: config["hidden_size"] ** 0.5,
+        "attention_multiplier": lambda config: config["query_pre_attn_scalar"] ** -0.5,
+        "attn_logit_softcapping": lambda config: config["attn_logit_softcapping"],
+        "final_logit_softcapping": lambda config: config["final_logit_softcapping"],
+    },
+    requires={"use_bidirectional_attention": None},
     names={
         "attention_output_norm": "post_attention_layernorm",
         "post_attention_layernorm": "pre_feedforward_layernorm",

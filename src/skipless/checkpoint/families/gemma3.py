@@ -1,8 +1,17 @@
 """Gemma 3, and the language model of a multimodal one, whose published configs leave out what is usual."""
 
 import dataclasses
+from typing import Any
 
 from skipless.checkpoint.families import gemma2
+from skipless.checkpoint.family import Config
+
+
+def ropes(config: Config) -> dict[str, Any]:
+    """RoPE's parameters of each kind of layers, or, where all are of one, its own."""
+    found = {kind: dict(config["rope_parameters"][kind]) for kind in sorted(set(config["layer_types"]))}
+    return found if len(found) > 1 else next(iter(found.values()))
+
 
 FAMILY = dataclasses.replace(
     gemma2.FAMILY,
@@ -11,5 +20,7 @@ FAMILY = dataclasses.replace(
     prefixes=("model.", "language_model.model.", "model.language_model."),
     defaults={**gemma2.FAMILY.defaults, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262208},
     fixed={**gemma2.FAMILY.fixed, "qk_norm": "head_dim"},
+    computes={**(gemma2.FAMILY.computes or {}), "rope_parameters": ropes},
+    requires={"use_bidirectional_attention": False},
     beside=("vision_tower.", "multi_modal_projector."),
 )

@@ -1,6 +1,6 @@
 """OLMo 2: norms after attention and FFN, before their outputs join the stream."""
 
-from skipless.checkpoint.family import LLAMA_DEFAULTS, LLAMA_FIELDS, LLAMA_FIXED, Family
+from skipless.checkpoint.family import LLAMA_COMPUTES, LLAMA_DEFAULTS, LLAMA_FIELDS, LLAMA_FIXED, Family
 
 FAMILY = Family(
     model_types=("olmo2",),
@@ -11,6 +11,7 @@ FAMILY = Family(
         "norms": ("attention_output_norm", "ffn_output_norm", "model.norm"),
         "qk_norm": "heads",
     },
+    computes=LLAMA_COMPUTES,
     names={
         "attention_output_norm": "post_attention_layernorm",
         "ffn_output_norm": "post_feedforward_layernorm",

@@ -5,8 +5,8 @@ from skipless.checkpoint.family import (
     LLAMA_DEFAULTS,
     LLAMA_FIELDS,
     LLAMA_FIXED,
+    ONE_WINDOW,
     Family,
-    one_window,
     rope,
 )
 
@@ -15,6 +15,6 @@ FAMILY = Family(
     fields=LLAMA_FIELDS,
     defaults=LLAMA_DEFAULTS,
     fixed=LLAMA_FIXED,
-    computes={**LLAMA_COMPUTES, "sliding_window": one_window, "rope_parameters": rope},
+    computes={**LLAMA_COMPUTES, **ONE_WINDOW, "rope_parameters": rope},
     names={"self_attn.qkv_proj": "self_attn.qkv_proj", "mlp.gate_up_proj": "mlp.gate_up_proj"},
 )

@@ -6,9 +6,9 @@ from skipless.checkpoint.family import (
     LLAMA_DEFAULTS,
     LLAMA_FIELDS,
     LLAMA_FIXED,
+    ONE_WINDOW,
     Config,
     Family,
-    one_window,
 )
 
 
@@ -32,6 +32,6 @@ FAMILY = Family(
     },
     defaults={**LLAMA_DEFAULTS, "attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": None},
     fixed={**LLAMA_FIXED, "ffn_type": "moe", "qk_norm": "head_dim"},
-    computes={**LLAMA_COMPUTES, "sliding_window": one_window, "norm_topk_prob": "norm_topk_prob"},
+    computes={**LLAMA_COMPUTES, **ONE_WINDOW, "norm_topk_prob": "norm_topk_prob"},
     names={"mlp.router": "mlp.gate"},
 )
