@@ -12,7 +12,7 @@ from rich.text import Text
 from skipless.architecture.seams import REMOVABLE
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import printable
-from skipless.reports.counting import Conditions, Count, Removal
+from skipless.reports.counting import Conditions, Count, Removal, in_parallel
 
 if TYPE_CHECKING:  # so that counting loads no torch
     from skipless.algebra.spectrum import Spectrum
@@ -422,13 +422,21 @@ def count_notes(counts: Sequence[Count], conditions: Conditions) -> Iterator[str
 def paper_rows(pairs: Sequence[tuple[Count, Count]]) -> list[tuple[str, ...]]:
     """The paper's table, arXiv:2404.12362."""
     counts = [counted for counted, _ in pairs]
+    rows = _paper_shapes(counts)
+    left = [c.weights - c.parts["q"] - c.parts["p"] for c in counts]
+    ratios = [c.weights / weights for c, weights in zip(counts, left, strict=True)]
+    rows.append(("total without Q+P", *map(_billions, left)))
+    rows.append(("saved", *(f"{1 - weights / c.weights:.0%}" for c, weights in zip(counts, left, strict=True))))
+    rows.append(("possible batch-1 decode speed-up", *(f"{ratio:.2f}x" for ratio in ratios)))
+    return rows
+
+
+def _paper_shapes(counts: Sequence[Count], experts: bool = False) -> list[tuple[str, ...]]:
+    """What both papers' tables say of models before anything is removed. experts: whether they have a row."""
     rows = [("", *(count.name for count in counts))]
 
     def add(label: str, *values: str) -> None:
         rows.append((label, *values))
-
-    def billions(weights: int) -> str:
-        return f"{weights / 1e9:.1f}B"
 
     add("d, layers", *(f"{c.architecture.hidden_size}, {c.architecture.num_hidden_layers}" for c in counts))
     add(
@@ -437,26 +445,58 @@ def paper_rows(pairs: Sequence[tuple[Count, Count]]) -> list[tuple[str, ...]]:
     )
     add("e", *(f"{c.architecture.value_width}" for c in counts))
     add("f, vocab", *(f"{c.architecture.intermediate_size}, {c.architecture.vocab_size}" for c in counts))
+    if experts:
+        add("experts", *(f"{c.architecture.num_local_experts or 1}" for c in counts))
     for label, letters in (("Q+P a layer", "qp"), ("K+V a layer", "kv"), ("FFN a layer", "mo")):
         add(label, *(f"{sum(c.per_layer[letter] for letter in letters):,}" for c in counts))
     add("embeddings (in + out)", *(f"{c.embeddings:,}" for c in counts))
-    add("total", *(billions(c.weights) for c in counts))
-    left = [c.weights - c.parts["q"] - c.parts["p"] for c in counts]
-    add("total without Q+P", *(billions(weights) for weights in left))
-    add("saved", *(f"{1 - weights / c.weights:.0%}" for c, weights in zip(counts, left, strict=True)))
-    ratios = [c.weights / weights for c, weights in zip(counts, left, strict=True)]
-    add("possible batch-1 decode speed-up", *(f"{ratio:.2f}x" for ratio in ratios))
+    add("total", *(_billions(c.weights) for c in counts))
     return rows
 
 
-def paper_notes(pairs: Sequence[tuple[Count, Count]]) -> Iterator[str]:
-    """Where a published config differs from what the paper counts."""
-    yield "the paper's speed-up is the ratio of all weights, embeddings included"
+def _billions(weights: int) -> str:
+    return f"{weights / 1e9:.1f}B"
+
+
+def first_layer_paper(pairs: Sequence[tuple[Count, Count]]) -> list[list[tuple[str, ...]]]:
+    """The two tables of arXiv:2402.13388, of which the second takes the layers of experts to be parallel."""
+    counts = [counted for counted, _ in pairs]
+    parallel = [in_parallel(c) if c.architecture.ffn_type == "moe" else c for c in counts]
+    found = [c.first_layer for c in parallel]
+    names = (f"{c.name}{', parallel' * (c is not before)}" for c, before in zip(parallel, counts, strict=True))
+    rows = [("", *names)]
+    rows.append(("weights that go", *(f"{each.removed:,}" for each in found)))
+    for label, number in (("before", 0), ("after", 1)):
+        rows.append((f"reads {label}, batch 1", *(f"{each.reads(1)[number]:,}" for each in found)))
+    for batch in (1, 16, 256, 1024):
+        reads = (each.reads(batch) for each in found)
+        rows.append((f"fewer, batch {batch:,}", *(f"{before / after:,.0f}x" for before, after in reads)))
+    rows.append(("embeddings grow by", *(f"{each.added:,}" for each in found)))
+    rows.append(("memory grows by", *(f"{each.grows:,}" for each in found)))
+    shares = (each.grows / c.weights for each, c in zip(found, parallel, strict=True))
+    rows.append(("of all weights", *(f"{share:.0%}" for share in shares)))
+    return [_paper_shapes(counts, experts=True), rows]
+
+
+def paper_notes(pairs: Sequence[tuple[Count, Count]], first: bool = False) -> Iterator[str]:
+    """What the papers' numbers are, and where a published config differs from what they count. first: of the first
+    layer's paper.
+    """
+    if first:
+        yield "the paper's reads are of layer 0 alone: a row of the table for each token, and the weights that go, once"
+    else:
+        yield "the paper's speed-up is the ratio of all weights, embeddings included"
     for counted, published in pairs:
         if (theirs := counted.architecture.vocab_size) != (ours := published.architecture.vocab_size):
             yield (
                 f"{counted.name}: the paper's vocabulary is {theirs:,}, the published config's {ours:,}: its "
                 f"embeddings have {published.embeddings:,} weights"
+            )
+        if first and counted.architecture.ffn_type == "moe":
+            router = counted.architecture.hidden_size * counted.architecture.num_local_experts
+            yield (
+                f"{counted.name}: a parallel version is hypothetical; the paper leaves its router's {router:,} weights "
+                f"out"
             )
 
 

@@ -33,8 +33,11 @@ LETTERS = {
     "gate_proj": "m",
     "down_proj": "o",
 }
-# The paper's two models, with the vocabulary it gives Pythia.
+# The papers whose tables are counted again: ours, and that of the first layer; the models of both, with the vocabulary
+# that they give Pythia, and that of the second one alone.
+PAPERS = ("2404.12362", "2402.13388")
 PAPER = {"pythia-6.9b": 50400, "mistral-7b": 32000}
+FIRST_LAYER = {**PAPER, "mixtral-8x7b": 32000}
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,30 @@ class Exact(Removal):
 
 
 @dataclass(frozen=True)
+class FirstLayer:
+    """Layer 0 precomputed (arXiv:2402.13388): a table of what it makes of each token before any attention, in place of
+    the embeddings.
+
+    removed: weights of layer 0 that go; added: those that the table has more than the embeddings; width: numbers of the
+    stream, row: of a row of the table.
+    """
+
+    removed: int
+    added: int
+    width: int
+    row: int
+
+    @property
+    def grows(self) -> int:
+        """By how many weights the model grows; negative where it shrinks."""
+        return self.added - self.removed
+
+    def reads(self, batch: int) -> tuple[int, int]:
+        """Weights that a step of so many tokens reads for it before, and after."""
+        return batch * self.width + self.removed, batch * self.row
+
+
+@dataclass(frozen=True)
 class Count:
     """What a model has, and what could go.
 
@@ -97,12 +124,26 @@ class Count:
     by_fuse: int | None
     stays: tuple[str, ...]
 
+    @property
+    def first_layer(self) -> FirstLayer:
+        """What precomputing layer 0 would take and give, as its paper counts: matrices alone, no biases, no routers.
+
+        A serial layer's row holds the token's embedding, which the skip adds, q, k and v; a parallel one's, in place of
+        the embedding, its sum with what the FFN gives.
+        """
+        a = self.architecture
+        letters = "qkvmo" if a.block_type == "parallel" else "qkv"
+        read = a.query_width + 2 * a.value_width
+        removed = sum(self.per_layer[letter] for letter in letters)
+        return FirstLayer(removed, read * a.vocab_size, a.hidden_size, a.hidden_size + read)
+
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
         values = dataclasses.asdict(self)
         total = sum(self.as_is.values())
         return {
             **values,
+            "first_layer": dataclasses.asdict(self.first_layer),
             "own_state": self.architecture.own_state,
             "limit": {"removable": self.limit},
             "as_is": {**self.as_is, "total": total, "saving": total / self.parameters},
@@ -252,14 +293,21 @@ def table() -> dict[str, Any]:
     return loaded
 
 
-def paper() -> list[tuple[Count, Count]]:
-    """The models of the paper's table as it counts them, and as published."""
+def paper(models: Mapping[str, int]) -> list[tuple[Count, Count]]:
+    """The models of a paper's table as it counts them (PAPER, FIRST_LAYER), and as published."""
     found = []
-    for name, vocabulary in PAPER.items():
+    for name, vocabulary in models.items():
         published = count(name)
         architecture = dataclasses.replace(published.architecture, vocab_size=vocabulary)
         found.append((count_architecture(name, published.family, architecture, Conditions()), published))
     return found
+
+
+def in_parallel(serial: Count) -> Count:
+    """The model whose attention and FFN stood side by side, and read one norm."""
+    norms = tuple(norm for norm in serial.architecture.norms if norm != "post_attention_layernorm")
+    architecture = dataclasses.replace(serial.architecture, block_type="parallel", norms=norms)
+    return count_architecture(serial.name, serial.family, architecture, Conditions())
 
 
 def _described(config: Mapping[str, Any]) -> tuple[str, Architecture]:
