@@ -17,7 +17,7 @@ from skipless.architecture.folds import folds, staying
 from skipless.architecture.limit import closable, terms
 from skipless.architecture.seams import REMOVABLE, Seam, reasons, seams
 from skipless.bundled import KNOWN
-from skipless.checkpoint import family, gguf_file
+from skipless.checkpoint import family, gguf_file, inexpressible
 from skipless.checkpoint.headers import Folder, read_json_object
 from skipless.errors import InputError
 
@@ -274,6 +274,8 @@ def resolve(model: str | Path) -> tuple[str, str, Architecture]:
         known = table()
         names, asked = known["models"], str(model).lower()
         asked = {each.lower(): name for name, hub in known["hub"].items() for each in hub}.get(asked, asked)
+        if asked not in names and (other := inexpressible.named(asked)) is not None:
+            raise InputError(other.refusal_of(str(model)))
         if asked not in names:
             near = difflib.get_close_matches(asked.rpartition("/")[2], names, 4, 0.4)
             raise InputError(
