@@ -125,13 +125,16 @@ class Count:
     stays: tuple[str, ...]
 
     @property
-    def first_layer(self) -> FirstLayer:
+    def first_layer(self) -> FirstLayer | None:
         """What precomputing layer 0 would take and give, as its paper counts: matrices alone, no biases, no routers.
+        None where it cannot be, or has been.
 
         A serial layer's row holds the token's embedding, which the skip adds, q, k and v; a parallel one's, in place of
         the embedding, its sum with what the FFN gives.
         """
         a = self.architecture
+        if a.first_layer_stays or a != a.unfused():
+            return None
         letters = "qkvmo" if a.block_type == "parallel" else "qkv"
         read = a.query_width + 2 * a.value_width
         removed = sum(self.per_layer[letter] for letter in letters)
@@ -143,7 +146,7 @@ class Count:
         total = sum(self.as_is.values())
         return {
             **values,
-            "first_layer": dataclasses.asdict(self.first_layer),
+            "first_layer": self.first_layer and dataclasses.asdict(self.first_layer),
             "own_state": self.architecture.own_state,
             "limit": {"removable": self.limit},
             "as_is": {**self.as_is, "total": total, "saving": total / self.parameters},

@@ -44,9 +44,14 @@ def _own(plan: Plan, options: Mapping[str, Any], name: str) -> Iterator[str]:
     if plan.layout is not None:
         yield from _moved(plan, options, name)
         return
-    yield f"# {_plain(name)}, less weights that carry no information"
-    yield ""
-    yield f"Written by skipless {__version__}: the same function, of fewer weights (arXiv:2404.12362)."
+    if any(kind != "first_layer" for kind in plan.kinds):
+        yield f"# {_plain(name)}, less weights that carry no information"
+        yield ""
+        yield f"Written by skipless {__version__}: the same function, of fewer weights (arXiv:2404.12362)."
+    else:
+        yield f"# {_plain(name)}, its first layer precomputed"
+        yield ""
+        yield f"Written by skipless {__version__}: the same function, of other weights (arXiv:2402.13388)."
     yield ""
     yield "| | before | after | less |"
     yield "|---|---|---|---|"
@@ -56,7 +61,11 @@ def _own(plan: Plan, options: Mapping[str, Any], name: str) -> Iterator[str]:
     for kind, closed in plan.kinds.items():
         ways = ", ".join(dict.fromkeys(seam.way(plan.basis) for seam in closed))
         saved = sum(seam.saves for seam in closed)
-        yield f"- {len(closed)} {kind} seams closed by {ways}: {saved:,} weights less"
+        much = f"{abs(saved):,} weights {'less' if saved >= 0 else 'more'}"
+        if kind == "first_layer":
+            yield f"- layer 0 precomputed (arXiv:2402.13388), in the rows of the token table: {much}"
+        else:
+            yield f"- {len(closed)} {kind} seams closed by {ways}: {much}"
     yield f"- asked for: {_asked(options)}"
     yield ""
     yield (

@@ -275,7 +275,7 @@ def _check_smaller(plan: Plan, closing: Iterable[Seam], request: Request) -> Non
         if reason := request.unpaid(plan.inputs, seam, seam.way(plan.basis)):
             raise InputError(reason)
     before, after = plan.parameters
-    if after >= before:
+    if after >= before and not plan.target.first_layer_removed:  # which may be worth it
         raise InputError(
             f"remove: expected fewer than {before:,} weights without {', '.join(request.kinds)}, found {after:,}: the "
             f"biases that matrices gain are more than that saves; leave p out of --remove"
@@ -325,13 +325,14 @@ def _tasks(source: Architecture, target: Architecture, closing: Iterable[Seam]) 
     before, after = _modules(source), _modules(target)
     writer_of = {name: Task((), (name,), (name,)) for name in target.tensors()}
     for group in connected(closing):
+        by_rows = [seam.kind for seam in group] == ["first_layer"]  # whose table is made of one, row by row
         names = list(dict.fromkeys(name for seam in group for name in seam.modules))
         left = [name for name in (*names, *(seam.rest for seam in group)) if name in after]
         reads = tuple(tensor for name in names if name in before for tensor in before[name].tensors())
         reads += tuple(dict.fromkeys(name for seam in group for name in seam.mixed))
         writes = tuple(tensor for name in left for tensor in after[name].tensors())
         writes += tuple(seam.order for seam in group if seam.order in writer_of)
-        writer_of.update(dict.fromkeys(writes, Task(tuple(group), reads, writes)))
+        writer_of.update(dict.fromkeys(writes, Task(tuple(group), reads, writes, by_rows)))
     return tuple(dict.fromkeys(writer_of[name] for name in target.tensors()))
 
 
@@ -365,7 +366,8 @@ def _fused_config(config: Mapping[str, object], target: Architecture, dtype: str
     Raises InputError naming the field when the model file would refuse it.
     """
     fields: dict[str, object] = {"stream_basis": target.stream_basis, "p_removed": target.p_removed}
-    fields |= {name: True for name in ("values_removed", "head_removed") if getattr(target, name)}
+    removed = ("values_removed", "head_removed", "first_layer_removed")
+    fields |= {name: True for name in removed if getattr(target, name)}
     fields |= {name: list(names) for name in ("norms_removed", "gains_removed") if (names := getattr(target, name))}
     if target.rest_dtype is not None:
         fields["rest_dtype"] = target.rest_dtype

@@ -88,6 +88,7 @@ def check(architecture: Architecture, config: SkiplessConfig) -> None:
     for name, expected, fits in (
         ("attention_shaping", "null or 'value'", config.attention_shaping != "full"),
         ("residual_gains", "false", not config.residual_gains),
+        ("first_layer_removed", "false", not config.first_layer_removed),
         ("sliding_window", "null", config.sliding_window is None),
         ("hidden_act", f"one of {', '.join(ACTIVATIONS)}", config.hidden_act in ACTIVATIONS),
         ("hidden_act", "another than 'gelu' for experts", not (experts and config.hidden_act == "gelu")),

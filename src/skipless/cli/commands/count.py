@@ -79,7 +79,7 @@ def count_command(
         notes = tables.paper_notes(pairs, first)
     else:
         counts = [room.count(model, conditions) for model in models]
-        tabulated, notes = [tables.count_rows(counts)], tables.count_notes(counts, conditions)
+        tabulated, notes = [tables.count_rows(counts, batch)], tables.count_notes(counts, conditions)
     if as_json:
         print_json({"models": [counted.to_json() for counted in counts]})
         return
