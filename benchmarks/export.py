@@ -21,6 +21,7 @@ import skipless
 from skipless.bundled import BUNDLED
 from skipless.cli.demo import PROMPT
 from skipless.inference import load, load_tokenizer
+from skipless.serving import onnx
 from skipless.serving.export import export
 from skipless.serving.openvino import MODEL, bytes_per_token
 
@@ -59,7 +60,7 @@ class ONNX_Runtime:  # noqa: N801
     """An exported graph."""
 
     def __init__(self, folder: Path):
-        self.session = onnxruntime.InferenceSession(folder / "model.onnx")
+        self.session = onnxruntime.InferenceSession(folder / onnx.MODEL)
         self.bytes = None
 
     def start(self) -> None:

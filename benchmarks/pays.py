@@ -99,13 +99,13 @@ def recipe_of(size: str, kind: str, rate: float, seed: int, tokens: int, text: P
     )  # fmt: skip
 
 
-def text_of(work: Path) -> Path:
+def text_of(work: Path, vocabulary: int = VOCABULARY) -> Path:
     """The standard library as tokens, made once."""
-    folder = work / "text"
+    folder = work / ("text" if vocabulary == VOCABULARY else f"text-{vocabulary}")
     if not corpus.is_made(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        recipe = Recipe(1, BATCH, LENGTH, 0.0, 0.0, model={"vocab_size": VOCABULARY})
-        corpus.make(recipe, VOCABULARY, folder)
+        recipe = Recipe(1, BATCH, LENGTH, 0.0, 0.0, model={"vocab_size": vocabulary})
+        corpus.make(recipe, vocabulary, folder)
     return folder
 
 

@@ -51,7 +51,7 @@ def mix(model: Any, seed: int = 0) -> None:
 def held_out(sequences: int) -> torch.Tensor:
     """Blocks of tokens (sequences, length) of files that the bundled model was not trained on."""
     recipe = Recipe.read("stdlib")
-    _, texts = split(read_texts(standard_library()), recipe.held_out, recipe.seed)
+    _, texts = split(read_texts(standard_library()), recipe.data.held_out, recipe.seed)
     tokens = Blocks.from_texts(texts, load_tokenizer(BUNDLED), recipe.sequence_length).tokens
     return tokens[torch.linspace(0, len(tokens) - 1, sequences).long()]
 

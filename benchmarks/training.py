@@ -1,6 +1,6 @@
 """How fast the trainer is beside a bare PyTorch loop on the same model, text, optimizer and schedule.
 
-    python benchmarks/training.py [RECIPE] [--steps 40] [--rounds 5]
+    python benchmarks/training.py [RECIPE] [--steps 20] [--rounds 4]
 
 Rounds of both alternate, each from the same weights; the first steps of each are not counted. Prints tokens/s of both,
 the median ratio, and on the last line one JSON object. Run it on a machine that does nothing else.
@@ -87,8 +87,8 @@ def bare_speed(recipe: Recipe, text: corpus.Corpus, tokens_per_step: int) -> flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", nargs="?", default="stdlib")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=4)
     arguments = parser.parse_args()
     recipe = Recipe.read(arguments.recipe)
     recipe = dataclasses.replace(recipe, steps=arguments.steps, eval_every=10**6, save_every=10**6)

@@ -12,7 +12,7 @@ from skipless.bundled import BUNDLED
 from skipless.inference import greedy_config
 from skipless.serving.decoder import cache_names
 from tests.models import build, load, save
-from tests.pages import SERVING, blocks
+from tests.pages import blocks, page
 
 MHA = {"num_key_value_heads": 4}
 BIASES = {"attention_bias": True, "mlp_bias": True}
@@ -93,8 +93,7 @@ def greedy(source: Path, ids: torch.Tensor, tokens: int) -> list[int]:
     return output.sequences[0, ids.shape[1] :].tolist()
 
 
-def documented(engine: str, folder: Path) -> str:
-    """The Python that docs/serving.md shows for an engine, with this folder for the one it exports to."""
-    section = SERVING.partition(f"## {engine}\n")[2].partition("\n## ")[0]
-    ((_, block),) = blocks(section, "python")
-    return block.replace(f"fused-{engine.lower()}", str(folder))
+def documented(name: str, engine: str, folder: Path) -> list[str]:
+    """The Python that a page of docs/ shows for an engine, with this folder for the one it exports to."""
+    section = page(name).partition(f"## {engine}\n")[2].partition("\n## ")[0]
+    return [block.text.replace(f"fused-{engine.lower()}", str(folder)) for block in blocks(section, "python")]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from skipless.architecture.config import PRE_NORM
 from skipless.bundled import BUNDLED
 from tests.models import build, save
 
@@ -61,6 +62,11 @@ FORMS: dict[str, dict[str, Any]] = {
     "shaped": {"attention_shaping": "value", **BY_Q},
     "shaped, pivoted": {"attention_shaping": "value", **BIASES, **PIVOTED},
     "norms and skips": {"norm_type": "rms", "residual": "both"},
+    "norms without gains": {
+        "norm_type": "rms", "residual": "both",
+        "gains_removed": [*(f"model.layers.{i}.{norm}" for i in range(2) for norm in PRE_NORM[:2]), "model.norm"],
+    },
+    "biases of q, k and v alone": {"qkv_bias": True, "folded_biases": ["model.layers.1.self_attn.o_proj"]},
     "layer norms, one skip, norms of heads": {
         "norm_type": "layer", "residual": "attention", "qk_norm": "head_dim",
         "norms": ["model.embed_norm", "input_layernorm", "model.norm"],

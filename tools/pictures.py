@@ -1,5 +1,10 @@
-"""Draw the pictures of docs/pictures.md: `make pictures`. The spaces are those of the code's graph."""
+"""Draw the pictures of docs/pictures.md: `make pictures`.
 
+The spaces are those of the code's graph; errors and speeds those of the tables in docs/, which benchmarks print.
+"""
+
+import math
+import re
 from collections.abc import Iterator
 from html import escape
 from itertools import pairwise
@@ -8,19 +13,24 @@ from pathlib import Path
 from skipless.architecture.config import Architecture
 from skipless.architecture.graph import Graph, Place, graph
 
-FOLDER = Path(__file__).parents[1] / "docs" / "pictures"
+DOCS = Path(__file__).parents[1] / "docs"
+FOLDER = DOCS / "pictures"
 STYLE = """
 text { font: 14px system-ui, sans-serif; fill: #1c1e21; text-anchor: middle }
-.small { font-size: 12px; fill: #5c636b } .left { text-anchor: start }
+.small { font-size: 12px; fill: #5c636b } .left { text-anchor: start } .right { text-anchor: end }
 rect { fill: #eef3fd; stroke: #2458c5 } .plain { fill: #f4f6f8; stroke: #9ba3ab }
 .gone { fill: none; stroke: #9ba3ab; stroke-dasharray: 4 4 }
 path { fill: none; stroke: #5c636b; stroke-width: 1.5 } .skip { stroke: #b8500b }
+.grid { stroke: #d5d9dd; stroke-width: 1 } .dashed { stroke-dasharray: 4 4 } .roof { stroke: #1c1e21; stroke-width: 3 }
+.first { fill: #9ba3ab; stroke: none } .second { fill: #2458c5; stroke: none } .third { fill: #d9731a; stroke: none }
 #tip path { fill: #5c636b; stroke: none }
 @media (prefers-color-scheme: dark) {
   text { fill: #e4e7ea } .small { fill: #9ba3ab }
   rect { fill: #1d2a45; stroke: #8ab0ff } .plain { fill: #1e2328; stroke: #6b737b }
   .gone { fill: none; stroke: #6b737b }
   path { stroke: #9ba3ab } .skip { stroke: #ffab6b } #tip path { fill: #9ba3ab }
+  .grid { stroke: #353b42 } .roof { stroke: #e4e7ea }
+  .first { fill: #6b737b } .second { fill: #6d9bff } .third { fill: #ffab6b }
 }
 """
 TIP = (
@@ -163,7 +173,107 @@ def fuse() -> str:
     return picture(760, 250, "The data flow of a fuse", [*parts, text(380, 238, note, "small")])
 
 
-PICTURES = {"layer.svg": layer, "spaces.svg": spaces, "fuse.svg": fuse}
+def table(page: str, header: str) -> dict[str, list[str]]:
+    """The rows of a page's table whose header begins so: first cell -> the others, without marks of bold and code."""
+    text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    found = re.search(rf"^\| {re.escape(header)}.*\n\|[-:|]+\n((?:\|.*\n)+)", text, re.MULTILINE)
+    if found is None:
+        raise SystemExit(f"docs/{page}.md: expected a table whose header begins with {header!r}, found none")
+    rows = ([cell.strip(" *`") for cell in line.strip("|").split("|")] for line in found[1].splitlines())
+    return {first.replace("`", ""): others for first, *others in rows}
+
+
+def legend(x: float, y: float, entries: dict[str, str]) -> Iterator[str]:
+    """Classes and what they stand for, in a line."""
+    for kind, words in entries.items():
+        if kind == "roof":
+            yield f'<path d="M{x + 5:g} {y - 11:g}v14" class="roof"/>'
+        else:
+            yield f'<circle cx="{x + 5:g}" cy="{y - 4:g}" r="5" class="{kind}"/>'
+        yield text(x + 16, y, words, "small left")
+        x += 34 + 6.4 * len(words)
+
+
+def errors() -> str:
+    """Errors of the bundled model's logits by the way in which it was rewritten, in bf16 and fp16."""
+    found = {
+        kind: table("half-precision", f"stored in {dtype}, arithmetic in fp64")
+        for kind, dtype in (("second", "bf16"), ("third", "fp16"))
+    }
+    left, right, top = 320, 740, 66
+    ways = list(found["second"])
+    bottom = top + 34 * len(ways)
+
+    def at(error: float) -> float:
+        return left + (right - left) * (math.log10(error) + 4) / 4
+
+    parts = [*legend(left, 30, {"second": "stored in bf16", "third": "stored in fp16"})]
+    for power in range(-4, 1):
+        x = at(10.0**power)
+        parts += [
+            f'<path d="M{x:g} {top - 12}V{bottom - 8}" class="grid"/>',
+            text(x, bottom + 10, f"{10.0**power:g}", "small"),
+        ]
+    for kind, rows in found.items():
+        own = at(float(rows["original"][0]))
+        parts.append(f'<path d="M{own:g} {top}V{bottom - 8}" class="dashed"/>')
+        for row, way in enumerate(ways):
+            y = top + 34 * row
+            if kind == "second":
+                parts.append(text(left - 24, y + 5, way, "right"))
+            error = float(rows[way][0])
+            parts.append(
+                f'<circle cx="{at(error):g}" cy="{y:g}" r="7" class="{kind}"><title>{error:g}</title></circle>'
+            )
+    note = "relative error of the logits, against the original in fp64; dashed: what storing the original costs"
+    return picture(760, bottom + 44, "Errors by way and dtype", [*parts, text(380, bottom + 34, note, "small")])
+
+
+def speeds() -> str:
+    """Decoding by engine, original and fused, beside what the memory's bandwidth allows."""
+    rows = table("serving", "engine | original, tokens/s")
+    series = {"first": 0, "second": 1, "third": 2}  # the columns of original, q and pivoted
+    roofs = {
+        engine: _number(cells[1]) / (int(share[1]) / 100)
+        for engine, cells in rows.items()
+        if (share := re.search(r"(\d+) %", cells[3]))
+    }
+    left, right, top, height = 190, 740, 66, 62
+    bottom, largest = top + height * len(rows), 5 * math.ceil(max(roofs.values()) / 5)
+
+    def at(speed: float) -> float:
+        return left + (right - left) * speed / largest
+
+    names = {
+        "first": "original",
+        "second": "fused by q",
+        "third": "pivoted",
+        "roof": "q, if the memory alone set the pace",
+    }
+    parts = [*legend(left, 30, names)]
+    for speed in range(0, largest + 1, 5):
+        parts.append(f'<path d="M{at(speed):g} {top - 18}V{bottom - 14}" class="grid"/>')
+        parts.append(text(at(speed), bottom + 4, str(speed), "small"))
+    for number, (engine, cells) in enumerate(rows.items()):
+        y = top + height * number
+        parts.append(text(left - 14, y + 17, engine, "right"))
+        for line, (kind, column) in enumerate(series.items()):
+            if cells[column]:
+                speed = _number(cells[column])
+                place = f'x="{left}" y="{y + 14 * line - 8:g}" width="{at(speed) - left:g}" height="12"'
+                parts.append(f'<rect {place} class="{kind}"><title>{speed:g} tokens/s</title></rect>')
+        if engine in roofs:
+            parts.append(f'<path d="M{at(roofs[engine]):g} {y - 12:g}v46" class="roof"/>')
+    note = "tokens/s at batch 1; bandwidth is what torch reads meanwhile, and wanders"
+    return picture(760, bottom + 38, "Speed by engine", [*parts, text(465, bottom + 28, note, "small")])
+
+
+def _number(cell: str) -> float:
+    """The number that a cell begins with."""
+    return float(re.match(r"[\d.]+", cell)[0])
+
+
+PICTURES = {"layer.svg": layer, "spaces.svg": spaces, "fuse.svg": fuse, "errors.svg": errors, "speeds.svg": speeds}
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)

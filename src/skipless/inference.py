@@ -1,6 +1,7 @@
 """Load a model folder whole, and decode greedily, with a cache and without."""
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import skipless.model  # noqa: F401  (registers the AutoClasses)
 from skipless.algebra.tolerances import dtype_name
@@ -53,9 +55,34 @@ def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 class InDouble(TorchFunctionMode):
-    """Has what is computed in fp32 whatever a model's dtype - norms and softmax, in most of transformers' - be fp64."""
+    """Has what is computed in fp32 whatever a model's dtype - norms and softmax, in most of transformers' - be fp64.
+
+    But not RoPE's frequencies: most are made with the model, in fp32, and those that depend on the length would differ.
+    """
+
+    def __enter__(self) -> Any:
+        self._frequencies, self._finer = dict(ROPE_INIT_FUNCTIONS), True
+        ROPE_INIT_FUNCTIONS.update({name: self._as_it_is(make) for name, make in self._frequencies.items()})
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        ROPE_INIT_FUNCTIONS.update(self._frequencies)
+        super().__exit__(*error)
+
+    def _as_it_is(self, make: Callable[..., Any]) -> Callable[..., Any]:
+        def made(*args: Any, **kwargs: Any) -> Any:
+            self._finer = False
+            try:
+                return make(*args, **kwargs)
+            finally:
+                self._finer = True
+
+        return made
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self._finer:
+            return function(*args, **(kwargs or {}))
+
         def finer(value: Any) -> Any:
             return torch.float64 if value is torch.float32 else value
 

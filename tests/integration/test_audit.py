@@ -137,7 +137,8 @@ def test_skips_alone_block_nothing(residual, tmp_path):
 
 
 def test_a_seam_that_was_not_asked_for_may_be_blocked(tmp_path):
-    source = save(build(mlp_bias=True, residual_gains=True, attention_bias=True), tmp_path / "source")
+    experts = {"ffn_type": "moe", "num_local_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": False}
+    source = save(build(attention_bias=True, **experts), tmp_path / "source")
     assert run(source).exit_code == 1
     result = run(source, "--remove", "values")
     assert result.exit_code == 0
@@ -355,7 +356,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(source, tmp_path):
     cases = [
         (("--basis", "k"), "basis: expected a square projection, found k_proj (16, 32) in layer 0"),
         (("--layers-open", "7"), "layers_open: expected layers 0..2, found 7"),
-        (("--remove", "bias"), "remove: expected some of norms, stream, values, p, head; found 'bias'"),
+        (("--remove", "bias"), "remove: expected some of norms, stream, values, p, head, first_layer; found 'bias'"),
     ]
     for options, message in cases:
         refused(run(source, *options), message)

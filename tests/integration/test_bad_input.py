@@ -215,7 +215,7 @@ def test_the_config_contradicts_the_tensors(source, tmp_path, changes, tensor):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_parameters.rope_type"),
+        ({"rope_parameters": {"rope_type": "ntk", "rope_theta": 1e4, "factor": 2.0}}, "rope_parameters.rope_type"),
         ({"rope_parameters": "x"}, "rope_parameters"),
         ({"rope_parameters": {"rope_theta": "x"}}, "rope_parameters.rope_theta"),
         ({"hidden_act": "nonsense"}, "hidden_act: expected an activation"),
@@ -283,7 +283,7 @@ def test_norms_and_skips(source, tmp_path, changes, parts):
 
 def test_another_model_type(source, tmp_path):
     edit_config(source, model_type="t5")
-    refuse(tmp_path, message=["model_type: expected one of skipless, ", "found 't5'", "docs/families.md"])
+    refuse(tmp_path, message=["model_type: expected one of skipless, ", "found 't5'", "docs/add-a-family.md"])
 
 
 def test_q_and_p_of_a_parallel_model(tmp_path):
@@ -298,7 +298,10 @@ def test_q_and_p_of_a_parallel_model(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--remove", "stream,head,bias"), "remove: expected some of norms, stream, values, p, head; found 'bias'"),
+        (
+            ("--remove", "stream,head,bias"),
+            "remove: expected some of norms, stream, values, p, head, first_layer; found 'bias'",
+        ),
         (("--remove", "stream,values", "--basis", "v"), "basis: expected one without v with --remove stream,values"),
     ],
     ids=str,

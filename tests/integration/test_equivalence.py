@@ -36,6 +36,10 @@ NAMED = {
     "attention bias": ({"attention_bias": True}, "q"),
     "attention bias, by k": ({"attention_bias": True, **MHA}, "k"),
     "attention bias, by v": ({"attention_bias": True, **MHA}, "v"),
+    "biases of q, k and v": ({"qkv_bias": True}, "q"),
+    "biases of q, k and v, by k, p and values": ({"qkv_bias": True, **MHA}, "k", {"remove": FULL}),
+    "biases of q, k and v, values": ({"qkv_bias": True}, "q", {"remove": ("values",)}),
+    "biases of q, k and v, and of the head": ({"qkv_bias": True, "head_bias": True}, "pivoted"),
     "mlp bias": ({"mlp_bias": True}, "q"),
     "all biases": ({"attention_bias": True, "mlp_bias": True}, "q"),
     "gate bias": ({"gate_bias": True}, "q"),
@@ -151,6 +155,28 @@ NAMED = {
         "q",
         {"remove": ("values", "p")},
     ),
+    "gains, biases, everything": ({"residual_gains": True, **BIASES}, "pivoted", {"remove": FULL}),
+    "gains, biases, experts, tied": ({"residual_gains": True, **BIASES, **MOE, "tie_word_embeddings": True}, "pivoted"),
+    "gains, biases, parallel": ({"residual_gains": True, **BIASES, **PARALLEL}, "pivoted", {"remove": FULL}),
+    "gains, biases, parallel, experts as they are": (
+        {"residual_gains": True, **BIASES, **PARALLEL, **MOE, "norm_topk_prob": False},
+        "pivoted",
+    ),
+    "gains, biases, parallel, p": (
+        {"residual_gains": True, **BIASES, **PARALLEL},
+        "q",
+        {"remove": ("p",), "parallel_removes": "p"},
+    ),
+    "gains, biases, skip past the attention": (
+        {"residual_gains": True, **BIASES, "residual": "attention"},
+        "pivoted",
+        {"remove": FULL},
+    ),
+    "gains, biases, skip past the FFN": (
+        {"residual_gains": True, **BIASES, "residual": "ffn"},
+        "pivoted",
+        {"remove": FULL},
+    ),
     "skip past the attention": ({"residual": "attention"}, "q"),
     "skip past the attention, everything": ({"residual": "attention", **BIASES}, "pivoted", {"remove": FULL}),
     "skip past the attention, tied": ({"residual": "attention", "tie_word_embeddings": True, **BIASES}, "q"),
@@ -261,6 +287,17 @@ def possible(fields, basis, kinds, parallel_removes):
             return tuple(kinds) if asked else ()
         kinds = [kind for kind in kinds if kind not in blocked]
     return ()
+
+
+def test_no_bias_gets_past_a_gain_of_0(tmp_path):
+    model = build(residual_gains=True, attention_bias=True)
+    model.model.layers[0].ffn_gain.data.zero_()
+    source = save(model, tmp_path / "source")
+    with pytest.raises(InputError, match=r"model.layers.0.ffn_gain: expected a gain other than 0, .* leave stream out"):
+        skipless.fuse(source, tmp_path / "fused")
+    assert not (tmp_path / "fused").exists()
+    skipless.fuse(source, tmp_path / "fused", remove=("p",))
+    assert relative_error(load(tmp_path / "fused"), model) <= FP64
 
 
 @pytest.mark.slow

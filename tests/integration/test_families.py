@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import sys
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -19,6 +20,7 @@ from skipless.checkpoint import families, family, inexpressible
 from skipless.checkpoint.opening import open_source
 from skipless.reports.counting import Conditions, count, count_architecture, table
 from tests.families import GPT, MODELS, saved
+from tests.pages import files
 
 each_model = pytest.mark.parametrize("name", MODELS)
 
@@ -280,28 +282,27 @@ def test_a_description_has_nothing_nobody_reads(name):
 
 
 def test_a_new_family_is_one_new_file(tmp_path, monkeypatch):
-    (tmp_path / "fake.py").write_text(
-        "from skipless.checkpoint.family import LLAMA_DEFAULTS, LLAMA_FIELDS, LLAMA_FIXED, Family\n"
-        "FAMILY = Family(model_types=('fake',), fields={**LLAMA_FIELDS, 'hidden_size': 'breadth'},\n"
-        "                defaults=LLAMA_DEFAULTS, fixed=LLAMA_FIXED, names={'self_attn.q_proj': 'self_attn.wq'})\n"
-    )
+    ((name, text),) = files("add-a-family").items()
+    (tmp_path / Path(name).name).write_text(text)
     monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path)])
     importlib.invalidate_caches()
     folder = tmp_path / "model"
     saved("llama", folder)
     config = json.loads((folder / "config.json").read_text())
-    config["model_type"], config["breadth"] = "fake", config.pop("hidden_size")
+    config["model_type"], config["breadth"] = "broad", config.pop("hidden_size")
     (folder / "config.json").write_text(json.dumps(config))
     tensors = load_file(folder / "model.safetensors")
     save_file({name.replace("q_proj", "wq"): tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
     try:
         source = open_source(folder)
-        assert source.family == count(folder).family == "fake"
+        assert source.family == count(folder).family == "broad"
         name = "model.layers.1.self_attn.q_proj.weight"
         assert torch.equal(source.reader.tensor(name), tensors[name])
         assert skipless.audit(folder).seams
+        skipless.fuse(folder, tmp_path / "folded")
+        assert "model.layers.1.self_attn.wq.weight" in load_file(tmp_path / "folded" / "model.safetensors")
     finally:
-        sys.modules.pop("skipless.checkpoint.families.fake", None)
+        sys.modules.pop("skipless.checkpoint.families.broad", None)
 
 
 def edited(folder, **changes):

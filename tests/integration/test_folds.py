@@ -332,7 +332,6 @@ def test_only_what_is_asked_for(tmp_path):
         ),
         ("llama", ["--remove", "biases"], "remove: biases: nothing to move: this model has none"),
         ("qwen2", ["--remove", "norms,biases"], "remove: biases: nothing to move: .*k_proj .* keys are rotated"),
-        ("llama", ["--layout", "skipless"], "layout: expected family for a llama model, found 'skipless'"),
         ("llama", ["--basis", "q"], "basis: expected none .* found 'q'"),
         ("llama", ["--layers-open", "0"], "layers_open: expected none"),
         ("llama", ["--rest-dtype", "float32"], "rest_dtype: expected none"),

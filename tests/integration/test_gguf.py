@@ -32,6 +32,14 @@ def fields(file):
 VALUES = [name for name, fields in FORMS.items() if fields.get("values_removed")]
 
 
+def test_a_norm_without_a_gain_has_one_of_1(tmp_path):
+    """llama.cpp knows a norm by its gain."""
+    file = exported(form("norms without gains", tmp_path), tmp_path / "out")
+    stored = {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(file).tensors}
+    for name in ("blk.0.attn_norm", "blk.1.ffn_norm", "output_norm"):
+        assert (stored[f"{name}.weight"] == np.ones(64)).all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FORMS if name not in VALUES])
 def test_every_tensor_comes_back(name, tmp_path):
@@ -134,6 +142,10 @@ def test_the_commands(tmp_path):
         ({"attention_shaping": "full"}, "attention_shaping: expected null or 'value' for gguf, found 'full'"),
         ({"residual_gains": True}, "residual_gains: expected false for gguf, found True"),
         ({"sliding_window": 4}, "sliding_window: expected null for gguf, found 4"),
+        ({"head_bias": True}, "head_bias: expected false for gguf, found True"),
+        ({"position_type": "learned", "position_offset": 2}, "position_offset: expected 0 for gguf, found 2"),
+        ({"logit_scale": 0.5}, "logit_scale: expected null for gguf, found 0.5"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "rope_parameters: expected"),
         ({"hidden_act": "tanh"}, "hidden_act: expected one of silu, swish, relu, gelu"),
         ({"hidden_act": "gelu", **EXPERTS}, "hidden_act: expected another than 'gelu' for experts"),
         ({"p_removed": True, "head_dim": 4, **EXPERTS}, "p_removed: expected false with experts, unless the heads"),

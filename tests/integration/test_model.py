@@ -418,7 +418,7 @@ ACTIVATIONS = {
 
 
 def straight_line(config: SkiplessConfig, weights: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
-    """Logits (T, vocab_size) of one sequence of ids (T,), in fp64 except RoPE's angles, which the model has in fp32."""
+    """Logits (T, vocab_size) of one sequence of ids (T,), in fp64 but for RoPE's frequencies, which are in fp32."""
     length, width = len(ids), config.head_dim
     key_heads = config.num_key_value_heads
     group = config.num_attention_heads // key_heads
@@ -427,8 +427,9 @@ def straight_line(config: SkiplessConfig, weights: dict[str, torch.Tensor], ids:
     if "rope" in config.position_type:
         rotated = int(width * config.rope_parameters.get("partial_rotary_factor", 1))
         pair = torch.arange(rotated // 2, dtype=torch.float32)
-        angle = torch.arange(length)[:, None] * config.rope_parameters["rope_theta"] ** (-2 * pair / rotated)
-        turn = torch.complex(angle.cos().double(), angle.sin().double())
+        frequency = 1 / config.rope_parameters["rope_theta"] ** (2 * pair / rotated)
+        angle = torch.arange(length)[:, None] * frequency.double()
+        turn = torch.complex(angle.cos(), angle.sin())
 
     def positioned(x):
         if "rope" not in config.position_type:
@@ -669,7 +670,7 @@ def test_the_comparison_sees_every_tensor(ffn_type):
         ("norm_eps", {"norm_eps": -1.0}),
         ("attn_logit_softcapping", {"attn_logit_softcapping": 0.0}),
         ("num_key_value_heads", {"num_key_value_heads": 3}),
-        ("rope_parameters.rope_type", {"rope_parameters": {**HALF_ROPE, "rope_type": "yarn", "factor": 2.0}}),
+        ("rope_parameters.rope_type", {"rope_parameters": {**HALF_ROPE, "rope_type": "ntk", "factor": 2.0}}),
         ("rope_parameters.partial_rotary_factor", {"rope_parameters": {**HALF_ROPE, "partial_rotary_factor": 0.4}}),
         ("rope_parameters.partial_rotary_factor", {"head_dim": 7}),
         ("rope_parameters", {"position_type": "learned", "rope_parameters": {"rope_type": "linear", "factor": 2.0}}),
@@ -677,6 +678,10 @@ def test_the_comparison_sees_every_tensor(ffn_type):
         ("num_experts_per_tok", {**MOE, "num_experts_per_tok": 5}),
         ("num_local_experts", {**MOE, "num_local_experts": None}),
         ("rope_parameters.factor", {"rope_parameters": {**HALF_ROPE, "factor": 8.0}}),
+        ("head_bias", {"head_bias": True, "tie_word_embeddings": True}),
+        ("logit_scale", {"logit_scale": 0.0}),
+        ("position_offset", {"position_offset": 2}),
+        ("position_offset", {"position_type": "learned", "position_offset": -1}),
         ("layers_open", {"layers_open": [1]}),
         ("layers_open", {"stream_basis": "q", "layers_open": [7]}),
         ("folded_biases", {"folded_biases": ["lm_head"]}),

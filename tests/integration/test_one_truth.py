@@ -21,8 +21,8 @@ ROPE = {"rope_theta": 1e4, "factor": 2.0}
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"rope_parameters": {"rope_type": "yarn", **ROPE}}, "rope_parameters.rope_type"),
-        ({"rope_parameters": {"rope_type": "llama3", **ROPE}}, "rope_parameters"),
+        ({"rope_parameters": {"rope_type": "ntk", **ROPE}}, "rope_parameters.rope_type"),
+        ({"rope_parameters": {"rope_type": "llama3", **ROPE}}, "rope_parameters.low_freq_factor: expected a value"),
         ({"hidden_act": "swish9"}, "hidden_act"),
         ({"residual": "some"}, "residual"),
         ({"norms": ["model.embed_tokens"]}, "norms"),

@@ -79,7 +79,8 @@ def test_the_pipeline_writes_what_huggingface_does(exported, prompt):
 
 @pytest.mark.slow
 def test_what_the_docs_show(exported, prompt, capsys):
-    exec(documented("OpenVINO", exported), {})
+    (block,) = documented("serving", "OpenVINO", exported)
+    exec(block, {})
     text = AutoTokenizer.from_pretrained(BUNDLED).decode(greedy(BUNDLED, prompt, 64))
     assert capsys.readouterr().out.strip() == text.strip()
 

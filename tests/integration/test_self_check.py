@@ -12,6 +12,7 @@ from skipless.checkpoint.opening import read_architecture
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.errors import BugError
 from skipless.removals import columns, merge, rows
+from skipless.rewrite import execution
 from skipless.rewrite.probe import Inputs, Streamed, outputs
 from tests.models import build, save
 
@@ -26,6 +27,11 @@ BUGS = {
         {"remove": ("p",)},
         lambda patch: patch.setattr(merge, "merge", lambda seam, affines, dtypes, scale: right_merge(seam, affines)),
     ),
+    "a gain that a bias moves past with the wrong sign": (
+        {"attention_bias": True, "residual_gains": True},
+        {"basis": "pivoted"},
+        lambda patch: patch.setattr(execution, "scaled", turned),
+    ),
     "columns in another order": (
         {},
         {"basis": "pivoted"},
@@ -38,6 +44,12 @@ BUGS = {
     ),
 }
 right_merge, right_order, right_rows = merge.merge, columns.column_order, rows.choose_rows
+right_scaled = execution.scaled
+
+
+def turned(seam, affines, read):
+    scaled = right_scaled(seam, affines, read)
+    return {name: dataclasses.replace(each, scale=-each.scale) for name, each in scaled.items()}
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])

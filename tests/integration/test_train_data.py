@@ -16,18 +16,19 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoTokenizer
 
+from skipless import fuse
+from skipless.architecture.config import Architecture
 from skipless.cli import main
 from skipless.errors import InputError
 from skipless.train import run
 from skipless.train.estimate import estimate
 from skipless.train.evaluation import evaluate
+from skipless.train.log import Bar
 from skipless.train.recipe import Data, Recipe, Start, Tokenizer, described
 from tests.integration.test_train import lines
-from tests.models import load
-from tests.pages import ROOT, blocks, commands, shape
-from tests.pages import run as execute
+from tests.models import load, relative_error
+from tests.pages import ROOT, page
 
-TRAIN = (ROOT / "docs" / "train.md").read_text(encoding="utf-8")
 RECIPE = """
 steps = 6
 batch_size = 4
@@ -144,6 +145,62 @@ def test_starts_from_a_model_with_its_tokenizer(recipe: Recipe, trained: tuple[P
     assert not torch.equal(weights(tmp_path / "further")["lm_head.weight"], weights(out)["lm_head.weight"])
     first, second = (AutoTokenizer.from_pretrained(each) for each in (out, tmp_path / "further"))
     assert first.get_vocab() == second.get_vocab()
+
+
+@pytest.fixture(scope="module")
+def pre_norm(folder: Path, recipe: Recipe) -> Path:
+    """A model with skips and norms."""
+    fields = {"residual": "both", "norm_type": "rms", "attention_shaping": None, "gate_bias": False}
+    run.train(dataclasses.replace(recipe, model={**recipe.model, **fields}), folder / "pre-norm")
+    return folder / "pre-norm"
+
+
+def test_skips_and_norms_fade_to_a_model_without_them(folder: Path, pre_norm: Path, tmp_path: Path):
+    file, out = tmp_path / "recipe.toml", tmp_path / "out"
+    text = (folder / "recipe.toml").read_text().split("[model]")[0]
+    file.write_text(f'save_every = 1\n{text}[start]\nfolder = "{pre_norm}"\n[schedule]\nskips = [1, 4]\nnorms = [2, 5]')
+    command = ["train", str(file), str(out), "--json"]
+    found = CliRunner().invoke(main, command)
+    assert found.exit_code == 0, found.output
+    model = load(out, torch.float64)
+    assert (model.config.residual, model.config.norm_type) == ("none", "none")
+    assert not [name for name in model.state_dict() if "norm" in name or "skip" in name]
+    saved = evaluate(out, [f"{folder}/held_out/*.py"], sequence_length=32)
+    assert saved.loss == pytest.approx(json.loads(found.stdout)["held_out_loss"], rel=1e-5)  # of the model that faded
+    fuse(out, tmp_path / "fused", basis="q", dtype="float64")
+    assert relative_error(load(tmp_path / "fused", torch.float64), model) < 1e-9
+
+    def interrupt(self: Any, args: Any, state: Any, control: Any, **kwargs: Any):
+        if state.global_step == 3:  # while both fade
+            raise KeyboardInterrupt
+
+    again = tmp_path / "again"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Bar, "on_save", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run.train(Recipe.read(str(file)), again)
+    run.train(Recipe.read(str(file)), again, resume=True)
+    assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    shorter = CliRunner().invoke(main, [*command, "--resume", "--steps", "4"])
+    assert shorter.exit_code == 2
+    assert "schedule.norms: expected two steps" in shorter.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("*.json")), ids=lambda file: file.stem)
+def test_every_example_trains_from_one_command(file: Path, tmp_path: Path):
+    np.save(tmp_path / "tokens.npy", np.tile(np.arange(0, 512, 32), 100))
+    recipe = RECIPE.split("[data]")[0] + f'[data]\nfiles = "{tmp_path}/tokens.npy"\n'
+    rates = {"steps = 6": "steps = 12", "muon_lr = 0.02": "muon_lr = 0.005", "adamw_lr = 0.01": "adamw_lr = 0.005"}
+    for old, new in rates.items():
+        recipe = recipe.replace(old, new)
+    (tmp_path / "recipe.toml").write_text(recipe)
+    command = ["train", "--model", str(file), str(tmp_path / "recipe.toml"), str(tmp_path / "out"), "--json"]
+    found = CliRunner().invoke(main, command)
+    assert found.exit_code == 0, found.output
+    assert json.loads(found.stdout)["held_out_loss"] < curve(tmp_path / "out")[0] - 1
+    model = load(tmp_path / "out", torch.float32)
+    assert set(Architecture.from_config(json.loads(file.read_text())).tensors()) == model.state_dict().keys()
 
 
 @pytest.mark.parametrize("changes", [{"batch_size": 2, "accumulate": 2}, {"checkpointing": True}])
@@ -278,18 +335,4 @@ def test_help_and_docs_list_every_field():
     text = " ".join(CliRunner().invoke(main, ["train", "--help"]).stdout.split())
     for name, default, about in described():
         assert f"{name} {about}" in text
-        assert f"| `{name}` | {f'`{default}`' if default else ''} | {about} |" in TRAIN
-
-
-@pytest.mark.alone
-def test_the_pages_commands_train_fuse_and_generate(tmp_path: Path):
-    ((_, recipe),) = blocks(TRAIN, "toml")
-    ((_, block),) = blocks(TRAIN, "console")
-    (tmp_path / "recipe.toml").write_text(recipe)
-    (tmp_path / "texts").mkdir()
-    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-c]*.py")):
-        (tmp_path / "texts" / f"{file.stem}.txt").write_text(file.read_text())
-    train, fuse, generate = commands(block)
-    assert shape(execute(["bash", "-c", train[0]], tmp_path)) == shape(train[1])
-    assert "wrote fused" in execute(["bash", "-c", fuse[0]], tmp_path)
-    assert "generated_text" in execute(["bash", "-c", generate[0]], tmp_path)
+        assert f"| `{name}` | {f'`{default}`' if default else ''} | {about} |" in page("train")

@@ -11,15 +11,24 @@ from tests.pages import ROOT
 
 ROW = re.compile(r"^\| (?P<names>`(?:model|lm_head)[^|]*) \| \((?P<shape>[^|]*)\) \|(?P<when>[^|]*)\|$", re.M)
 BIASES = {"attention_bias": True, "mlp_bias": True}
+QKV = {"qkv_bias": True, "head_bias": True, "folded_biases": ["model.layers.1.self_attn.o_proj"]}
 EXPERTS = {"ffn_type": "moe", "num_local_experts": 3, "num_experts_per_tok": 2}
 NORMS = {"norm_type": "layer", "norms": [*PRE_NORM, "model.embed_norm"]}
 FOLDED = ["model.embed_tokens", "model.layers.0.mlp.router", "model.layers.0.mlp.experts.1.up_proj"]
 MODELS = [
     {**BIASES, **NORMS, "residual": "both", "residual_gains": True, "qk_norm": "head_dim", "attention_shaping": "full"},
-    {**BIASES, "position_type": "learned", "stream_basis": "pivoted", "layers_open": [1], "p_removed": True},
+    {
+        **BIASES,
+        "position_type": "learned",
+        "position_offset": 2,
+        "stream_basis": "pivoted",
+        "layers_open": [1],
+        "p_removed": True,
+    },
     {"stream_basis": "pivoted", "attention_bias": True, "num_key_value_heads": 4, "values_removed": True},
     {**EXPERTS, **BIASES, "head_dim": 6, "p_removed": True, "folded_biases": FOLDED, "tie_word_embeddings": True},
     {"first_layer_removed": True, "stream_basis": "pivoted", "values_removed": True, "num_key_value_heads": 4},
+    {"values_removed": True, **QKV},
     {"head_dim": 16, "p_removed": True, "head_removed": True, "attention_bias": True, "values_removed": True},
 ]
 
@@ -36,7 +45,13 @@ def rows():
 def described(architecture, name):
     """Number, shape and kind of the row that describes a tensor."""
     a = architecture
-    values = {"V": a.vocab_size, "T": a.max_position_embeddings, "d": a.hidden_size, "f": a.intermediate_size}
+    values = {
+        "V": a.vocab_size,
+        "T": a.max_position_embeddings,
+        "o": a.position_offset,
+        "d": a.hidden_size,
+        "f": a.intermediate_size,
+    }
     values |= {"H": a.num_attention_heads, "K": a.num_key_value_heads, "h": a.head_dim, "D": a.query_width}
     values |= {"e": a.value_width, "E": a.num_local_experts}
     values["R"] = sum(a.row.values())

@@ -8,15 +8,17 @@ from hypothesis import strategies as st
 import skipless
 from skipless.algebra.affine import Affine
 from skipless.algebra.basis import MAX_CONDITION, MAX_REST, Basis
-from skipless.algebra.forecast import Forecast, Outcome, Way
+from skipless.algebra.forecast import Outcome
 from skipless.algebra.stream import close_stream, column_order
-from skipless.architecture.seams import KINDS, Seam
+from skipless.architecture import seams
+from skipless.architecture.seams import Seam
 from skipless.errors import BugError, InputError
 from skipless.removals import WAYS
 from skipless.removals.columns import choose, modules
 from skipless.removals.merge import merge
 from skipless.rewrite.cost import steps
 from tests.models import build, save
+from tests.pages import module
 from tests.tolerances import FP64
 
 
@@ -182,43 +184,15 @@ def test_an_exactly_singular_matrix_has_an_infinite_condition():
     assert MAX_CONDITION > 1e6
 
 
-class LastGain:
-    """A removal that the library does not have: the last norm's gain goes into the head, written anew from scratch."""
-
-    @staticmethod
-    def seams(architecture, wanted):
-        if "model.norm" in architecture.gains_removed:
-            return []
-        d, last = architecture.hidden_size, architecture.num_hidden_layers
-        ways = {"last": ("model.norm",)}
-        return [Seam("last", last, d, ("model.norm",), ("lm_head",), ways, d, gains=("model.norm",))]
-
-    @staticmethod
-    def close(seam, affines, setting, read):
-        gain, head = affines["model.norm"].weight.double(), affines["lm_head"]
-        outcome = Outcome(seam.kind, seam.layer, "last", "float64", {}, {})
-        return {"lm_head": dataclasses.replace(head, weight=gain[:, None] * head.weight)}, None, outcome
-
-    @staticmethod
-    def forecast(seam, affines, dtypes, ways=None, rest_dtype=None, later=frozenset()):
-        nothing = {dtype: {"logits": 0.0} for dtype in dtypes}
-        return Forecast(seam, nothing, {"last": Way(None, None, nothing)})
-
-    @staticmethod
-    def steps(seam, setting):
-        yield "gain", torch.float64, float(setting.size("lm_head"))
-
-    @staticmethod
-    def memory(seam, setting):
-        return 16.0 * setting.size("lm_head")
-
-
 def test_a_removal_is_one_module_and_its_entries(tmp_path, monkeypatch):
-    """Planned, costed, fused, checked and verified like any other."""
-    monkeypatch.setitem(KINDS, "last", LastGain.seams)
-    monkeypatch.setitem(WAYS, "last", LastGain)
+    """What the page about it shows is planned, costed, audited, fused, checked and verified like any other."""
+    finds = module("add-a-removal", "architecture/seams.py", **vars(seams))
+    last = module("add-a-removal", "removals/last.py")
+    monkeypatch.setitem(seams.KINDS, "last", finds._last_seams)
+    monkeypatch.setitem(WAYS, "last", last)
     source = save(build(norm_type="rms", norms=["model.norm"]), tmp_path / "source")
     options = {"remove": ("last",)}
+    assert skipless.audit(source, **options).safe
     plan = skipless.fuse(source, tmp_path / "fused", **options)
     assert plan.parameters[0] - plan.parameters[1] == 32
     assert [seam.kind for task in plan.tasks for seam in task.seams] == ["last"]
@@ -226,6 +200,6 @@ def test_a_removal_is_one_module_and_its_entries(tmp_path, monkeypatch):
     assert skipless.verify(source, tmp_path / "fused").same
     outcome = Outcome("last", 3, "last", "float64", {}, {})
     wrong = lambda seam, affines, *_: ({"lm_head": affines["lm_head"]}, None, outcome)  # noqa: E731
-    monkeypatch.setattr(LastGain, "close", wrong)
+    monkeypatch.setattr(last, "close", wrong)
     with pytest.raises(BugError, match="nothing was published"):
         skipless.fuse(source, tmp_path / "wrong", **options)

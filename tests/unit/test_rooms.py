@@ -1,15 +1,11 @@
 """Which room may import which: no cycle, and each as far from the command line as what it needs."""
 
 import ast
-import sys
-import types
 from pathlib import Path
 
 import pytest
 
 import skipless
-from skipless.serving.engines import ENGINES, Engine
-from skipless.serving.worker import runner
 
 SOURCE = Path(skipless.__file__).parent
 # Each imports those before it alone; rooms in one line do not know each other.
@@ -90,11 +86,3 @@ def test_every_room_says_what_it_is_for_and_the_page_about_them_names_each():
             assert f"{name}/" in page or f"`{name}`" in page
             file = SOURCE / name / "__init__.py" if (SOURCE / name).is_dir() else SOURCE / f"{name}.py"
             assert ast.get_docstring(ast.parse(file.read_text()))
-
-
-def test_an_engine_is_one_module_and_its_entry(monkeypatch):
-    module = types.ModuleType("engine")
-    module.open_runner = lambda folder, precision, compiled: (folder, precision, compiled)
-    monkeypatch.setitem(sys.modules, "skipless.serving.engine", module)
-    monkeypatch.setitem(ENGINES, "fake", Engine("engine", ("float32",)))
-    assert runner("fake", Path("model"), "float32", True) == (Path("model"), "float32", True)

@@ -210,6 +210,21 @@ def test_by_an_ill_conditioned_q_it_is_ten_times_better_than_a_cast(dtype):
     assert max(found[name] / own[name] for name in own) < 10
 
 
+@pytest.mark.parametrize("seed", [2, 3])
+def test_a_stream_in_fp32_is_rounded_as_well_as_one_in_fp64(seed):
+    """Its change may be multiplied in bf16 only where R does not enlarge what that is off by."""
+    o, s, a = draw(384, 128, seed=3 * seed), draw(128, 128, seed=3 * seed + 1), draw(128, 64, seed=3 * seed + 2)
+    x, rest = o @ s / 128**0.5, torch.linalg.solve(s, a)
+    ones = torch.ones(128).double()
+
+    def lost(writer):
+        (writer,), (rounded,) = round_seam([writer], [Rest(rest, ones[:64], torch.bfloat16)], ones, [torch.bfloat16])
+        return (writer.double() @ rounded.double() - x @ rest).norm().item()
+
+    assert lost(x.float()) <= 1.05 * lost(x)
+    assert (cast(x, torch.bfloat16) @ rest - x @ rest).norm().item() > 2 * lost(x)
+
+
 @half
 @pytest.mark.parametrize("rows", [3, 20, 64], ids=["three tokens", "fewer tokens than dimensions", "as many"])
 def test_a_small_vocabulary(dtype, rows):

@@ -122,7 +122,6 @@ def test_a_seam_left_open_can_be_closed_later():
         ({"stream_basis": "pivoted"}, "values", "v_proj is not there any more"),
         ({"values_removed": True}, "stream", "v_proj passes inputs of the stream through"),
         ({**MOE, "attention_bias": True, "norm_topk_prob": False}, "stream", "do not sum to 1 would scale the bias"),
-        ({"residual_gains": True, "attention_bias": True}, "stream", "residual_gains: attention_bias is true"),
         ({"norm_type": "rms", "hidden_act": "relu"}, "p", "is not redundant, as norm_eps is 1e-06"),
         ({"norm_type": "rms", "norm_eps": 0.0}, "p", "hidden_act 'silu' is not homogeneous"),
         ({"norm_type": "rms", "norm_eps": 0.0, "hidden_act": "relu", "mlp_bias": True}, "p", "its FFN has biases"),
@@ -150,6 +149,50 @@ def test_a_blocked_seam_says_why(fields, kind, reason):
     seam = next(seam for seam in seams(architecture(**fields)) if seam.kind == kind and seam.layer == 1)
     assert seam.refusal
     assert re.search(reason, seam.refusal)
+
+
+DOWN, OUT, UP = (f"model.layers.{{}}.{name}" for name in ("mlp.down_proj", "self_attn.o_proj", "mlp.up_proj"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "layer", "scales"),
+    [
+        ({}, 0, {}),
+        ({}, 1, {DOWN.format(0): {"model.layers.0.ffn_gain": 1}}),
+        (
+            {"block_type": "parallel"},
+            1,
+            {DOWN.format(0): {"model.layers.0.ffn_gain": 1}, OUT.format(0): {"model.layers.0.attention_gain": 1}},
+        ),
+        (
+            {"residual": "attention"},  # M reads what Q, K, V read times the skip's gain, and P's, too
+            1,
+            {
+                DOWN.format(0): {"model.layers.0.ffn_gain": 1},
+                OUT.format(1): {"model.layers.1.attention_skip_gain": -1, "model.layers.1.attention_gain": 1},
+                UP.format(1): {"model.layers.1.attention_skip_gain": 1},
+            },
+        ),
+        (
+            {"residual": "ffn"},  # Q, K, V read what M of the layer before reads times the skip's gain, and O's, too
+            1,
+            {
+                OUT.format(0): {"model.layers.0.ffn_skip_gain": 1, "model.layers.0.attention_gain": 1},
+                DOWN.format(0): {"model.layers.0.ffn_gain": 1},
+                UP.format(0): {"model.layers.0.ffn_skip_gain": -1},
+            },
+        ),
+    ],
+    ids=str,
+)
+def test_the_gains_that_a_bias_moves_past(fields, layer, scales):
+    model = architecture(residual_gains=True, attention_bias=True, ffn_type="mlp", **fields)
+    seam = next(seam for seam in seams(model) if (seam.kind, seam.layer) == ("stream", layer))
+    assert not seam.blocked
+    assert seam.scales == scales
+    assert set(seam.mixed) == {gain for gains in scales.values() for gain in gains}
+    without = architecture(residual_gains=True, ffn_type="mlp", **fields)
+    assert not any(seam.scales for seam in seams(without))
 
 
 @pytest.mark.parametrize("residual", ["none", "attention", "ffn", "both"])

@@ -68,6 +68,12 @@ class TestRecipe:
             ("[model]", "[start]\nfolder = 'a'\n[model]", "model: expected none beside start.folder"),
             ("steps = 12", "", "steps: expected a value, found none"),
             ("[model]\nhidden_size = 32", "", "model: expected a value, found none"),
+            ("[model]", "[start]\nsharpness = [1]\n[model]", "start.sharpness: expected two numbers, found"),
+            (
+                "[model]",
+                "[schedule]\nskips = [1.5, 2]\n[model]",
+                "schedule.skips: expected two numbers of steps",
+            ),
             ("steps = 12", "steps = 1.5", "steps: expected int, found 1.5"),
             ("steps = 12", "steps = true", "steps: expected int, found True"),
             ("steps = 12", "steps = 12\nbf16 = 1", "bf16: expected bool, found 1"),
@@ -185,6 +191,20 @@ class TestInitialize:
     def test_refuses_fused_models(self, closed: dict[str, object]):
         with pytest.raises(InputError, match="expected a model with whole matrices"):
             fresh(**closed)
+
+    def test_keys_start_as_queries_as_sharp_as_asked(self):
+        def ratios(model: SkiplessForCausalLM) -> list[float]:
+            attentions = [layer.self_attn for layer in model.model.layers]
+            queries = [attention.q_proj.weight.view(2, 2, -1, 128).sum(1).flatten(0, 1) for attention in attentions]
+            pairs = zip(attentions, queries, strict=True)
+            found = [(attention.k_proj.weight / query).flatten() for attention, query in pairs]
+            assert all(each.std() < 1e-5 for each in found)
+            return [round(each.mean().item(), 3) for each in found]
+
+        plain, shaped = fresh(), fresh(attention_shaping="value")
+        assert (ratios(plain), ratios(shaped)) == ([1] * 6, [0] * 6)
+        initialize(plain, (1.0, 3.5))
+        assert ratios(plain) == [1, 1.5, 2, 2.5, 3, 3.5]
 
 
 def start(**fields: object) -> tuple[SkiplessForCausalLM, MuonAdamW, torch.optim.lr_scheduler.LRScheduler]:

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import posixpath
 import re
 import zipfile
@@ -32,10 +33,18 @@ API = (
     "skipless.reports.auditing.Audit", "skipless.rewrite.planning.Plan", "skipless.reports.verification.Report",
     "skipless.reports.counting.Count", "skipless.errors.InputError",
 )  # fmt: skip
-# Of the npm registry's pyodide, what a browser loads.
+# Of the npm registry's pyodide, what a browser loads; `make pages` does without, and its page that counts does not.
+FETCHED = HERE / "node_modules" / "pyodide"
 PYODIDE = ("pyodide.mjs", "pyodide.asm.mjs", "pyodide.asm.wasm", "pyodide-lock.json", "python_stdlib.zip")
 
 LINK = re.compile(r"\[([^\[\]]+)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Where mike builds it, beside sites of other versions, each page lets its reader choose among them."""
+    if "MIKE_DOCS_VERSION" in os.environ:
+        config.extra["version"] = {"provider": "mike"}
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -45,10 +54,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, page, content=_relinked(text, source, config)))
     for page, text in pages().items():
         files.append(File.generated(config, page, content=text))
-    for name in PYODIDE:
-        files.append(
-            File.generated(config, f"counter/{name}", abs_src_path=str(HERE / "node_modules" / "pyodide" / name))
-        )
+    for name in PYODIDE if FETCHED.exists() else ():
+        files.append(File.generated(config, f"counter/{name}", abs_src_path=str(FETCHED / name)))
     files.append(File.generated(config, "counter/skipless.zip", content=bundle()))
     files.append(File.generated(config, "counter/counter.mjs", abs_src_path=str(HERE / "counter.mjs")))
     return files

@@ -19,7 +19,8 @@ class Affine:
 
     `table`: one of its rows is looked up at a time; `one_hot`: and every row can take a bias in. moment: the
     covariance of its inputs, in blocks of them one after the other, and mean: what they are for any token, where a seam
-    that was closed before has made them other than white.
+    that was closed before has made them other than white. scale: by what the stream gets what it writes, bias included,
+    or it gets the stream, where trainable gains stand between.
     """
 
     weight: Float[Matrix, "inputs outputs"] | Float[Tensor, "outputs"]
@@ -28,6 +29,12 @@ class Affine:
     table: bool = False
     moment: Float[Tensor, "blocks n n"] | None = None
     mean: Float[Tensor, "inputs"] | None = None
+    scale: float = 1.0
+
+    @property
+    def scaled(self) -> Float[Matrix, "inputs outputs"] | Float[Tensor, "outputs"]:
+        """The weight, times scale."""
+        return self.weight if self.scale == 1 else self.weight.double() * self.scale
 
     def with_bias(self, bias: Float[Tensor, "outputs"] | None) -> "Affine":
         """The same map plus a bias."""

@@ -51,7 +51,7 @@ SMALL_REST = 2
 MODERATE_REST = 100
 # While M's mean diagonal is less than so many times the least of W_b, fp32's 1e-7 of it is nothing beside W_b.
 EVEN_METRIC = 1e4
-# X change is in half precision where what that adds is less than this part of X's own rounding error, squared.
+# X change is in half precision where what that adds to the loss is less than this part of what rounding X adds.
 NEGLIGIBLE = 0.01
 # A metric is damped by so many eps of its mean diagonal, below which its dtype cannot tell directions apart; and by
 # more, step by step, if it still has no Cholesky factor.
@@ -169,14 +169,15 @@ def round_stream(
         writers[name] = dataclasses.replace(writer, weight=after[: len(writer.weight)])
         stored = (after[-1] if as_rows else writer.bias.to(dtypes[name])).to(writer.bias.dtype)
         writers[name] = dataclasses.replace(writers[name], bias=stored)
-        share = stream.bias_shares[name]
+        share = stream.bias_shares[name] * writer.scale
         if bias is not None:
             if stream.reads("rest", number):
                 bias = bias + share * (read(writer.bias, stream.rest.weight) - read(stored, rounded_rests[0]))
             for follower, own in biases.items():
                 if own is not None and stream.reads(follower, number):
-                    matrix = stream.followers[follower].weight
-                    biases[follower] = own + share * (read(writer.bias, matrix) - read(stored, after_of[follower]))
+                    reader = stream.followers[follower]
+                    lost = read(writer.bias, reader.weight) - read(stored, after_of[follower])
+                    biases[follower] = own + share * reader.scale * lost
     duals = {name: dataclasses.replace(dual, weight=after_of[name].T) for name, dual in stream.duals.items()}
     followers = {
         name: dataclasses.replace(follower, weight=after_of[name], bias=biases[name])
@@ -458,7 +459,7 @@ def round_rows(
     """
     half, quick = dtype in HALF, matrix.dtype == torch.float32
     kept = dtype if half else matrix.dtype
-    within = torch.bfloat16 if half and quick and _is_small(change, power, dtype) else matrix.dtype
+    within = torch.bfloat16 if half and quick and _is_small(change, power, metric, dtype) else matrix.dtype
     moved, upper = change[:, metric.order].T.to(within).contiguous(), metric.upper.float()
     coarse = upper.bfloat16() if quick and dtype == torch.bfloat16 else upper  # fp16 would feel it
 
@@ -481,10 +482,17 @@ def round_rows(
     return result
 
 
-def _is_small(change: Float[Tensor, "d d"], power: Float[Tensor, "d"], dtype: torch.dtype) -> bool:
-    """Whether X change can be computed in bf16, each of its factors and itself off by bf16's relative error."""
-    added = 3 * rounding_error(torch.bfloat16) ** 2 * (power.to(change.dtype) @ change.square()).sum()
-    return bool(added <= NEGLIGIBLE * rounding_error(dtype) ** 2 * power.sum())
+def _is_small(change: Float[Tensor, "d d"], power: Float[Tensor, "d"], metric: Metric, dtype: torch.dtype) -> bool:
+    """Whether X change can be computed in bf16, each of its factors and itself off by bf16's relative error.
+
+    That error passes nothing on: under H it costs its diagonal; what feedback rounds costs the pivots (step 3).
+    """
+    order = metric.order
+    added = 3 * rounding_error(torch.bfloat16) ** 2 * (power.to(change.dtype) @ change.square())[order].double()
+    costs = metric.upper.square().double() @ metric.pivots.double()
+    return bool(
+        added @ costs <= NEGLIGIBLE * rounding_error(dtype) ** 2 * (power[order].double() @ metric.pivots.double())
+    )
 
 
 def _round_block(

@@ -3,9 +3,10 @@
 Row vectors, y = x W + b, W (inputs, outputs) (arXiv:2404.12362, Fig. 1 and 2; biases: S has bias b_S). Every solve is
 in fp64; a product is in what the dtype that it is to be stored in needs (linalg.precision).
 
-    columns S of the readers become the identity    writers W -> W S, b -> b S, those at its first place + b_S
+    columns S of the readers become the identity    writers W -> W S, b -> b S, those at its first place + b_S / scale
                                                     the other columns A_r -> R = S^-1 A_r, b_r -> b_r - b_S R
-                                                    followers (what else reads it) W -> S^-1 W, b -> b - b_S S^-1 W
+                                                    followers (what else reads it) W -> S^-1 W,
+                                                    b -> b - scale b_S S^-1 W
                                                     duals (writers read through the transposed, tied table)
                                                     W -> W S^-T, b -> b S^-T
 """
@@ -76,7 +77,8 @@ def close_stream(
         writer = affines[name]
         bias = None if writer.bias is None else read(writer.bias, chosen)
         moved = dataclasses.replace(writer, weight=product(writer.weight, chosen, within, within), bias=bias)
-        writers[name] = moved.with_bias(chosen_bias) if name in seam.bias_takers else moved
+        taken = None if chosen_bias is None else chosen_bias / moved.scale
+        writers[name] = moved.with_bias(taken) if name in seam.bias_takers else moved
     duals = {}
     for name in seam.duals:
         dual = affines[name]
@@ -86,7 +88,7 @@ def close_stream(
     for name in seam.followers:
         weight = basis.solve(affines[name].weight)
         moved = dataclasses.replace(affines[name], weight=weight)
-        followers[name] = moved.with_bias(None if chosen_bias is None else -read(chosen_bias, weight))
+        followers[name] = moved.with_bias(None if chosen_bias is None else -moved.scale * read(chosen_bias, weight))
     shares = {name: seam.bias_share(name) for name in writers}
     seen = {name: seam.seen[name] for name in seam.followers if name in seam.seen}
     if seam.readers[0] in seam.seen:

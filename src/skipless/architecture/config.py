@@ -32,12 +32,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {"qk_norm": ("heads",)}
 
 # Fields of other people's models alone.
-FOREIGN = frozenset(
-    {
-        "embedding_size", "qkv_bias", "head_bias", "dense_layers", "dense_intermediate_size", "norm_bias",
-        "qk_norm_bias",
-    }
-)  # fmt: skip
+FOREIGN = frozenset({"embedding_size", "dense_layers", "dense_intermediate_size", "qk_norm_bias"})
 
 # Fields that a skipless config.json may leave null: what they stand for then is this class's default.
 NULLABLE = frozenset({"norms", "num_local_experts", "num_experts_per_tok"})
@@ -76,6 +71,7 @@ class Bookkeeping(TypedDict, total=False):
     sliding_window: int | None
     attn_logit_softcapping: int | float | None
     final_logit_softcapping: int | float | None
+    logit_scale: int | float | None
     use_cache: bool
     bos_token_id: int | None
     eos_token_id: int | list[int] | None
@@ -136,11 +132,9 @@ class Module:
 class Architecture:
     """Dimensions in elements; switches as in a skipless config.json, which documents them, and these (FOREIGN):
 
-    embedding_size: width of the token table where it is not hidden_size, and two linear layers translate. qkv_bias,
-    head_bias: q, k, v_proj, lm_head have a bias (q, k, v_proj also if attention_bias is true). Layers in dense_layers
-    have one GLU, dense_intermediate_size wide, instead of experts. norm_bias: whether norms have a bias; qk_norm: a
-    norm of queries and keys, with one gain a dimension of a head, the same for all heads ("head_dim"), or one a
-    dimension of each head ("heads").
+    embedding_size: width of the token table where it is not hidden_size, and two linear layers translate. Layers in
+    dense_layers have one GLU, dense_intermediate_size wide, instead of experts. qk_norm: a norm of queries and keys,
+    with one gain a dimension of a head, the same for all heads ("head_dim"), or one a dimension of each head ("heads").
     """
 
     vocab_size: int
@@ -156,6 +150,7 @@ class Architecture:
     dense_layers: tuple[int, ...] = ()
     dense_intermediate_size: int | None = None
     max_position_embeddings: int = 4096
+    position_offset: int = 0
     attention_bias: bool = False
     mlp_bias: bool = False
     gate_bias: bool = False
@@ -324,6 +319,11 @@ class Architecture:
                 f"config.json: norms_removed: expected {self.first_layer_norms[0]}, which first_layer_removed has "
                 f"applied to the table, found none"
             )
+        if self.head_bias and (self.tie_word_embeddings or self.head_removed):
+            raise InputError(
+                "config.json: head_bias: expected false where lm_head is the table of the embeddings, or logits are "
+                "the stream itself, found true"
+            )
         if len(set(self.norms)) < len(self.norms):
             raise InputError(f"config.json: norms: expected each norm once, found {', '.join(self.norms)}")
         norms = set(self.norm_names())
@@ -345,6 +345,21 @@ class Architecture:
     def value_width(self) -> int:
         """E = kv_heads * head_dim, the width of K's and V's outputs."""
         return self.num_key_value_heads * self.head_dim
+
+    @property
+    def qkv_biased(self) -> bool:
+        """Whether Q, K and V have biases."""
+        return self.attention_bias or self.qkv_bias
+
+    @property
+    def norms_biased(self) -> bool:
+        """Whether norms have biases, those of queries and keys aside."""
+        return self.norm_type == "layer" if self.norm_bias is None else self.norm_bias
+
+    @property
+    def positions(self) -> int:
+        """Rows of a table of learned positions."""
+        return self.max_position_embeddings + self.position_offset
 
     @property
     def own_state(self) -> int:
@@ -467,6 +482,15 @@ class Architecture:
         """The same architecture without skips and norms; a norm of queries and keys may stay, it blocks no seam."""
         return dataclasses.replace(self, residual="none", norm_type="none", norms_removed=(), gains_removed=())
 
+    def given(self) -> dict[str, Any]:
+        """Its fields as a config.json has them, less those that are what they are by default."""
+        found = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, (value, default) in found.items()
+            if value != default
+        }
+
     def unfused(self) -> Self:
         """The same architecture before anything was removed from it."""
         return dataclasses.replace(
@@ -514,7 +538,7 @@ class Architecture:
         table = self.embedding_size or d
         modules = [Module("model.embed_tokens", self.vocab_size, sum(self.row.values()), table=True)]
         if self.position_type == "learned":
-            modules.append(Module("model.position_embeddings", self.max_position_embeddings, d, table=True))
+            modules.append(Module("model.position_embeddings", self.positions, d, table=True))
         if table != d:
             modules.append(Module("model.project_in", table, d))
         for layer in range(self.num_hidden_layers):
@@ -531,16 +555,15 @@ class Architecture:
         """The affine maps of a layer, but for its norms, in the order of computation."""
         modules, d, f = [], self.hidden_size, self.ffn_width(layer)
         attention = f"model.layers.{layer}.self_attn"
-        qkv_bias = self.attention_bias or self.qkv_bias
         pivoted = self.stream_closed(layer) and self.stream_basis == "pivoted"
         looked_up = self.looked_up(layer)
         if pivoted and self.rest_width and not looked_up:
-            modules.append(Module(f"{attention}.rest_proj", d, self.rest_width, qkv_bias))
+            modules.append(Module(f"{attention}.rest_proj", d, self.rest_width, self.qkv_biased))
         for name, width in self.projections.items() if not looked_up else ():
             if not ((pivoted and name in self.pivoted) or (self.stream_closed(layer) and name == self.stream_basis)):
                 fewer = name == "v" and self.values_removed  # a block less of each head's, and its bias has moved on
                 inputs = d - self.head_dim * fewer
-                modules.append(Module(f"{attention}.{name}_proj", inputs, width, qkv_bias and not fewer))
+                modules.append(Module(f"{attention}.{name}_proj", inputs, width, self.qkv_biased and not fewer))
         p_rows = self.p_rows if self.p_removed else self.query_width
         if p_rows:
             modules.append(Module(f"{attention}.o_proj", p_rows, d, self.attention_bias))
@@ -585,9 +608,10 @@ class Architecture:
     def norm_modules(self) -> list[Module]:
         """Gains and biases of the norms, those of queries and keys included, as diagonal maps."""
         d = self.hidden_size
-        biased = self.norm_type == "layer" if self.norm_bias is None else self.norm_bias
         gone = {*self.norms_removed, *self.gains_removed}
-        modules = [Module(name, d, d, biased, diagonal=True) for name in self.norm_names() if name not in gone]
+        modules = [
+            Module(name, d, d, self.norms_biased, diagonal=True) for name in self.norm_names() if name not in gone
+        ]
         widths = {"q": self.query_width, "k": self.value_width} if self.qk_norm else {}
         for letter, width in widths.items():
             size = self.head_dim if self.qk_norm == "head_dim" else width
@@ -667,7 +691,7 @@ def _checked(name: str, field: "dataclasses.Field[Any]", value: Any) -> Any:
     elif expected is str and name not in VALUES:
         if type(value) is not str or not re.fullmatch(r"\w{1,64}", value, re.ASCII):
             raise InputError(f"config.json: {name}: expected a name, found {value!r}")
-    elif expected is bool:
+    elif expected is bool or (expected == bool | None and value is not None):
         if type(value) is not bool:
             raise InputError(f"config.json: {name}: expected true or false, found {value!r}")
     elif expected in (tuple[int, ...], tuple[str, ...]):

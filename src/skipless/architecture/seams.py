@@ -8,15 +8,19 @@ Row vectors, y = x W + b (arXiv:2404.12362, Fig. 1 and 2). Here is only who writ
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 
 from skipless.architecture.config import HOMOGENEOUS, Architecture
-from skipless.architecture.graph import Port, Space, graph
+from skipless.architecture.graph import Place, Port, Space, graph
 
 # What becomes the identity when stream seams are closed: a projection, or the best columns of all three.
 BASES = ("q", "k", "v", "pivoted")
 AUTO = "auto"
 # What is removed unless something else is asked for.
 REMOVABLE = ("stream", "p")
+# What a model with skips and norms can lose.
+COMPACT = ("norms", "values")
 # Of an int32.
 INDEX_BYTES = 4
 # What gives up d^2 weights at a stream seam of a parallel model: Q, K, V that read it, or P that writes it.
@@ -50,6 +54,8 @@ class Seam:
         M, where it stands beside the attention).
     through: a norm between writer and readers that is redundant and goes with the seam.
     mixed: the tensors by which the writer's output is shaped and scaled before it is read (arXiv:2311.01906).
+    scales: of those, what biases that move past gains are to be multiplied or divided by, module by module: the gains
+    between it and the stream that the readers read, with 1 or -1 as their exponents.
     saves: weights (biases and indices not counted) that closing it removes, less those that it adds.
     blocked: why the seam cannot be closed; None if it can. taken: if that is because the space's weights go elsewhere,
     the kind of seam that they go with. gains, norms: norms whose gain is gone, or that are, once it is closed.
@@ -77,6 +83,7 @@ class Seam:
     norms: tuple[str, ...] = ()
     indices: int = 0
     seen: dict[str, int] = dataclasses.field(default_factory=dict, hash=False)
+    scales: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict, hash=False)
 
     def way(self, basis: str) -> str:
         """How it is closed when stream seams are closed by `basis`; seams of other kinds have only one way."""
@@ -179,6 +186,12 @@ def _beside_table(architecture: Architecture, wanted: Wanted, seam: Seam) -> Ite
     return (dataclasses.replace(seam, blocked=reason),)
 
 
+def as_it_is(architecture: Architecture, itemsize: float) -> list[Seam]:
+    """The seams that fuse closes in a model with skips and norms, where a weight takes `itemsize` bytes."""
+    every = seams(architecture, values=True, norms=True)
+    return [seam for seam in every if seam.kind in COMPACT and not (seam.blocked or seam.unpaid(itemsize))]
+
+
 def reasons(every: Iterable[Seam]) -> tuple[str, ...]:
     """What stays when these seams are closed, and why, in words: of each kind, the first."""
     found: dict[str, str] = {}
@@ -205,15 +218,15 @@ def closed(architecture: Architecture, closing: Iterable[Seam], basis: str) -> A
     norms = [name for seam in closing for name in (seam.through, *seam.norms) if name]
     looked_up = architecture.first_layer_removed or "first_layer" in kinds
     own_biases = {module.name for module in architecture.modules() if module.bias}
+    moves = {"stream": architecture.qkv_biased, "values": architecture.qkv_biased}
+    moves["p"] = (moves["values"] and "values" in kinds) or any(name.endswith(".o_proj") for name in own_biases)
     gained = set()
-    if architecture.attention_bias:
-        for seam in closing:
+    for seam in closing:
+        if moves.get(seam.kind):
             gained |= {*seam.bias_takers, *(seam.followers if seam.kind == "stream" else ())} - own_biases
     if not architecture.tie_word_embeddings:
         gained.discard("model.embed_tokens")  # every row of an untied table takes the bias in
-    order = {module.name: index for index, module in enumerate(architecture.modules())}
-    folded = {*architecture.folded_biases, *gained}.difference(_first_layer_readers(architecture) if looked_up else ())
-    return dataclasses.replace(
+    after = dataclasses.replace(
         architecture,
         stream_basis=basis if stream else architecture.stream_basis,
         layers_open=tuple(still_open) if stream or architecture.stream_basis else (),
@@ -223,7 +236,11 @@ def closed(architecture: Architecture, closing: Iterable[Seam], basis: str) -> A
         first_layer_removed=looked_up,
         gains_removed=(*architecture.gains_removed, *gains),
         norms_removed=(*architecture.norms_removed, *norms),
-        folded_biases=tuple(sorted(folded, key=order.__getitem__)),
+        folded_biases=(),
+    )
+    there = [module.name for module in after.modules()]  # P, that takes V's bias in, may have merged
+    return dataclasses.replace(
+        after, folded_biases=tuple(name for name in there if name in {*architecture.folded_biases, *gained})
     )
 
 
@@ -280,20 +297,14 @@ def _heads_pass(architecture: Architecture, space: Space) -> str | None:
     )
 
 
-def _bias_stays(architecture: Architecture, space: Space, takers: Sequence[str]) -> str | None:
+def _bias_stays(architecture: Architecture, takers: Sequence[str]) -> str | None:
     """Why a bias cannot move into what is written at a space's first place, or None."""
-    if not architecture.attention_bias:
+    if not architecture.qkv_biased:
         return None
-    written = any(name.startswith("model.layers.") for name in takers)
-    if architecture.residual_gains and (written or len(space.places) > 1):
-        return (
-            "residual_gains: attention_bias is true, and a layer's output, with the bias that would move into it, is "
-            "scaled before it is read"
-        )
     if any(".experts." in name for name in takers) and not architecture.norm_topk_prob:
         return (
-            "norm_topk_prob false: attention_bias is true, and routing weights that do not sum to 1 would scale the "
-            "bias that moves into the experts"
+            "norm_topk_prob false: q, k and v_proj have biases, and routing weights that do not sum to 1 would scale "
+            "the bias that moves into the experts"
         )
     return None
 
@@ -307,6 +318,35 @@ def _takers(architecture: Architecture, space: Space) -> tuple[str, ...]:
     if attention and architecture.ffn_type == "moe" and not architecture.norm_topk_prob:
         return attention
     return tuple(name for name in names if not name.endswith((".o_proj", "position_embeddings"))) or names
+
+
+def _scales(architecture: Architecture, space: Space, at: Place) -> dict[str, dict[str, int]]:
+    """By module of a space, the gains between what it writes, or reads, and the stream at a place (Seam.scales); none
+    where there are no biases to move.
+    """
+    if not (architecture.residual_gains and architecture.qkv_biased):
+        return {}
+    skips = [
+        f"model.layers.{before.layer}.{'attention' if before.kind == 's' else 'ffn'}_skip_gain"
+        for before, _ in pairwise(space.places)
+    ]
+    found: dict[str, dict[str, int]] = {}
+    here = space.places.index(at)
+    for port in (*space.writers, *space.readers):
+        there, writes = space.places.index(port.place), port in space.writers
+        onwards = there <= here if writes else there >= here
+        gains = dict.fromkeys(skips[min(there, here) : max(there, here)], 1 if onwards else -1)
+        if writes and port.module.startswith("model.layers."):
+            branch = "attention" if port.module.endswith(".o_proj") else "ffn"
+            gains[f"model.layers.{port.module.split('.')[2]}.{branch}_gain"] = 1
+        if gains:
+            found[port.module] = gains
+    return found
+
+
+def _gains(scales: dict[str, dict[str, int]]) -> tuple[str, ...]:
+    """The tensors that are named."""
+    return tuple(dict.fromkeys(gain for gains in scales.values() for gain in gains))
 
 
 def _stream_seams(architecture: Architecture, wanted: Wanted) -> list[Seam]:
@@ -327,8 +367,8 @@ def _stream_seam(architecture: Architecture, layer: int, wanted: Wanted) -> Seam
     blocked = _not_linear(architecture, space) or _heads_pass(architecture, space)
     if blocked is None and layer != space.layers[0]:
         blocked, taken = _given_up(architecture, space), "stream"
-    blocked = blocked or _bias_stays(architecture, space, takers)
-    if blocked is None and architecture.attention_bias and "lm_head" in _names(space.readers):
+    blocked = blocked or _bias_stays(architecture, takers)
+    if blocked is None and architecture.qkv_biased and "lm_head" in _names(space.readers):
         blocked = "attention_bias: a bias of Q would move into the stream that lm_head reads, which has none to undo it"
     if space.written_tied and not architecture.embedding_size:
         last = found.before(architecture.num_hidden_layers)
@@ -355,6 +395,7 @@ def _stream_seam(architecture: Architecture, layer: int, wanted: Wanted) -> Seam
             f"{sum(chosen.values())} outputs together, fewer than hidden_size ({d}): no {d} of them can stand for the "
             f"stream"
         )
+    scales = {} if blocked else _scales(architecture, space, Place("s", layer))
     return Seam(
         kind="stream",
         layer=layer,
@@ -368,9 +409,11 @@ def _stream_seam(architecture: Architecture, layer: int, wanted: Wanted) -> Seam
         bias_takers=takers,
         duals=duals,
         followers=tuple(name for name in _names(space.readers) if name not in readers),
+        mixed=_gains(scales),
         blocked=blocked,
         taken=taken,
         seen=space.seen,
+        scales=scales,
     )
 
 
@@ -482,7 +525,7 @@ def _p_seam(architecture: Architecture, layer: int, wanted: Wanted) -> Seam:
         order="" if merged else f"{_attention(layer)}.row_order",
         bias_takers=readers if merged else (),
         through=through,
-        mixed=_attention_gain(architecture, layer) if merged and architecture.attention_bias else (),
+        mixed=_attention_gain(architecture, layer) if merged and architecture.qkv_biased else (),
         saves=heads * d + (d - heads) * width if merged else d**2,
         blocked=blocked,
     )
@@ -510,7 +553,8 @@ def _joined_p_seam(architecture: Architecture, layer: int, space: Space, wanted:
             f"{layers + 1} stream seams gives up hidden_size^2 = {d**2:,} weights, of Q, K, V that read it or of P "
             f"that writes it, not of both: rewriting cannot remove Q and P; choose with --parallel-removes readers or p"
         )
-    blocked = blocked or _bias_stays(architecture, space, writers[1:]) or _rows_stay(architecture, layer)
+    blocked = blocked or _bias_stays(architecture, writers[1:]) or _rows_stay(architecture, layer)
+    scales = {} if blocked else _scales(architecture, space, space.places[-1])
     return Seam(
         kind="p",
         layer=layer,
@@ -520,9 +564,11 @@ def _joined_p_seam(architecture: Architecture, layer: int, space: Space, wanted:
         identities={"rows": (o_proj,)},
         order=f"{_attention(layer)}.row_order",
         bias_takers=writers[1:] if heads == d else (),
+        mixed=_gains(scales),
         saves=d**2,
         blocked=blocked,
         taken=taken,
+        scales=scales,
     )
 
 
@@ -556,6 +602,8 @@ def _head_seams(architecture: Architecture, wanted: Wanted) -> list[Seam]:
         blocked = "tie_word_embeddings: lm_head is the table of the embeddings"
     elif architecture.embedding_size:
         blocked = "embedding_size: lm_head reads project_out, which would have to merge with it"
+    elif architecture.head_bias:
+        blocked = "head_bias: logits that are the stream itself have nothing to take their bias in"
     elif architecture.vocab_size <= d:
         blocked = (
             f"vocab_size {architecture.vocab_size}: no more than hidden_size ({d}) logits, and no row would be left"
@@ -665,9 +713,9 @@ def _norm_seams(architecture: Architecture, wanted: Wanted) -> list[Seam]:
 
 
 def _norm_seam(architecture: Architecture, norm: str, way: str, readers: tuple[str, ...]) -> Seam:
-    d, biased = architecture.hidden_size, architecture.norm_type == "layer"
+    d, biased = architecture.hidden_size, architecture.norms_biased
     blocked = None
-    if way == "gain" and biased:
+    if way == "gain" and biased and not set(readers) <= _biased(architecture):
         blocked = f"norm_type 'layer': {norm} has a bias, and not all of its readers have one to take it in"
     layer = int(norm.split(".")[2]) if norm.startswith("model.layers.") else 0
     if norm == "model.norm":
@@ -677,6 +725,12 @@ def _norm_seam(architecture: Architecture, norm: str, way: str, readers: tuple[s
     return Seam(
         "norms", layer, d, (norm,), readers, identities, d * (1 + biased), blocked=blocked, gains=gains, norms=norms
     )
+
+
+@lru_cache(8)
+def _biased(architecture: Architecture) -> frozenset[str]:
+    """The modules that have a bias."""
+    return frozenset(module.name for module in architecture.modules() if module.bias)
 
 
 def _table_norm(architecture: Architecture) -> str | None:

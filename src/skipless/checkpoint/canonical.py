@@ -11,15 +11,19 @@ from skipless.errors import InputError
 
 
 class Canonical:
-    """A checkpoint's tensors by our names. tensors: what is known of them before they are read."""
+    """A checkpoint's tensors by our names. tensors: what is known of them before they are read. read: what gives the
+    stored ones; rows of a tensor that is stored as we have it are read alone.
+    """
 
-    def __init__(self, tensors: Mapping[str, TensorInfo], read: Callable[[str], torch.Tensor], layout: Layout):
+    def __init__(self, tensors: Mapping[str, TensorInfo], read: Callable[..., torch.Tensor], layout: Layout):
         self._read, self._layout = read, layout
         self.tensors = infos(tensors, layout)
 
     def tensor(self, name: str, rows: slice | None = None, /) -> torch.Tensor:
         """Read one, or rows (start, stop) of it: in its dtype, or, if it is stored less an offset, in fp64."""
         place = self._layout.places[name]
+        if rows is not None and place == Place(place.tensors[:1]):
+            return self._read(*place.tensors, rows)
         parts = [self._read(stored) for stored in place.tensors]
         whole = parts[0].T if place.transposed else torch.cat(parts) if len(parts) > 1 else parts[0]
         chosen = torch.cat([whole[start:stop] for start, stop in place.rows]) if place.rows else whole
@@ -45,10 +49,10 @@ def infos(tensors: Mapping[str, TensorInfo], layout: Layout) -> dict[str, Tensor
     }
 
 
-def keeping(read: Callable[[str], torch.Tensor], layout: Layout) -> Callable[[str], torch.Tensor]:
+def keeping(read: Callable[..., torch.Tensor], layout: Layout) -> Callable[..., torch.Tensor]:
     """The same, but of what is fused, whose parts are asked for in turn, the last weight and bias are kept."""
     kept = lru_cache(2)(read)
-    return lambda name: kept(name) if len(layout.parts[name]) > 1 else read(name)
+    return lambda name, *rows: kept(name) if len(layout.parts[name]) > 1 else read(name, *rows)
 
 
 def restored(

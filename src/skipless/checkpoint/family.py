@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol, Self
 
-from skipless.architecture.config import Architecture, Module
+from skipless.architecture.config import FOREIGN, Architecture, Module
 from skipless.checkpoint import families, inexpressible
 from skipless.checkpoint.headers import Folder
 from skipless.errors import InputError
@@ -44,6 +44,46 @@ GPT_FIELDS: Mapping[str, Rule] = {
 GPT_DEFAULTS: Mapping[str, Any] = {"n_inner": None, "tie_word_embeddings": True}
 
 
+def rope(config: Config) -> dict[str, Any]:
+    """RoPE's parameters, the same in all layers. Raises InputError for those of layers that differ."""
+    found: Mapping[str, Any] = config["rope_parameters"]
+    if any(isinstance(value, Mapping) for value in found.values()):
+        raise InputError(
+            f"config.json: rope_parameters: expected the same for all layers, found some for each of {[*found]}"
+        )
+    return {name: value for name, value in found.items() if value is not None and name != "type"}
+
+
+def whole_rope(config: Config) -> dict[str, Any]:
+    """The same, of a model that rotates whole heads, whatever its config says."""
+    return {name: value for name, value in rope(config).items() if name != "partial_rotary_factor"}
+
+
+def one_window(config: Config) -> int | None:
+    """The window that all layers have, or None. Raises InputError if some have one and others not."""
+    kinds = set(config["layer_types"] or ())
+    if len(kinds) > 1:
+        raise InputError(
+            f"config.json: layer_types: expected the same for all layers, found {', '.join(sorted(kinds))}"
+        )
+    window: int | None = config["sliding_window"]
+    return None if kinds == {"full_attention"} else window
+
+
+# What a skipless model is told besides, of a config as transformers completes it.
+LLAMA_COMPUTES: Mapping[str, Rule] = {
+    "hidden_act": "hidden_act",
+    "norm_eps": "rms_norm_eps",
+    "max_position_embeddings": "max_position_embeddings",
+    "rope_parameters": whole_rope,
+}
+
+
+GPT_COMPUTES: Mapping[str, Rule] = {"hidden_act": "activation_function", "norm_eps": "layer_norm_epsilon"}
+# Of models with layer norms that RoPE rotates.
+LAYER_NORM_COMPUTES: Mapping[str, Rule] = {**LLAMA_COMPUTES, "norm_eps": "layer_norm_eps", "rope_parameters": rope}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """How one family's config.json and checkpoints are to be read.
@@ -64,6 +104,10 @@ class Family:
     one ("rows"). gain_offset: norms' gains are stored less this (Gemma's 1 + w as w). transposed: linear layers are
     stored (inputs, outputs). buffers, beside: parts of names of tensors that are no weights, and of those of another
     model in the same files.
+
+    computes: what a skipless config.json says besides, so that its model computes the same: its field -> where the
+    config, as transformers completes it, has it; None: no skipless model does. requires: values in that config that are
+    taken for granted.
     """
 
     model_types: tuple[str, ...]
@@ -81,6 +125,8 @@ class Family:
     transposed: bool = False
     buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
     beside: tuple[str, ...] = ()
+    computes: Mapping[str, Rule] | None = None
+    requires: Mapping[str, Any] = field(default_factory=dict)
 
     def config(self, config: Config) -> Config:
         """The language model's part, with this family's defaults. Raises InputError if it is not an object."""
@@ -96,15 +142,37 @@ class Family:
         Raises InputError naming the field that is missing, of the wrong type or out of range.
         """
         own = self.config(config)
-        values = dict(self.fixed)
-        for name, rule in self.fields.items():
-            value = self._value(own, name, rule)
-            if value is not None:
-                values[name] = value
         try:
-            return Architecture.from_values(values)
+            return Architecture.from_values({**self.fixed, **self._values(own, self.fields)})
         except InputError as error:
             raise InputError(self._in_its_words(str(error), own)) from error
+
+    def skipless(self, architecture: Architecture, completed: Config) -> dict[str, Any]:
+        """The fields of a skipless config.json that computes what a model of this family does, nothing removed.
+
+        completed: the family's own, as transformers completes it. Raises InputError, naming the field, for what no
+        skipless model computes.
+        """
+        own = Lenient(completed)
+
+        def refuse(name: str, found: object) -> InputError:
+            return InputError(
+                f"config.json: {name}: expected a {self.model_types[0]} model that a skipless model can compute, for "
+                f"layout skipless, found {found!r}; use layout family"
+            )
+
+        if self.computes is None:
+            raise refuse("model_type", own["model_type"])
+        for name, value in self.requires.items():
+            if own[name] != value:
+                raise refuse(name, own[name])
+        if architecture.qk_norm and architecture.qk_norm_bias:
+            raise refuse("qk_norm_bias", True)
+        for name in ("embedding_size", "dense_layers"):
+            if found := getattr(architecture, name):
+                raise refuse(name, found)
+        given = {name: value for name, value in architecture.given().items() if name not in FOREIGN}
+        return {"model_type": "skipless", **given, **self._values(own, self.computes)}
 
     def layout(self, architecture: Architecture, names: Collection[str]) -> "Layout":
         """Where a checkpoint with tensors of these names has them. Raises InputError as Layout.of does."""
@@ -118,6 +186,11 @@ class Family:
                 return message.replace(name, called, 1)
         return message
 
+    def _values(self, config: Config, rules: Mapping[str, Rule]) -> dict[str, Any]:
+        """What follows from the rules, less what is null."""
+        found = {name: self._value(config, name, rule) for name, rule in rules.items()}
+        return {name: value for name, value in found.items() if value is not None}
+
     @staticmethod
     def _choices(rule: str | tuple[str, ...]) -> tuple[str, ...]:
         return (rule,) if isinstance(rule, str) else rule
@@ -126,6 +199,8 @@ class Family:
         if callable(rule):
             try:
                 return rule(config)
+            except InputError:
+                raise
             except (TypeError, ValueError, ArithmeticError, AttributeError, KeyError) as error:
                 raise InputError(
                     f"config.json: {name}: expected to follow from this {self.model_types[0]} model's fields; {error}"
@@ -290,7 +365,7 @@ def find(config: Config) -> Family:
         known += family.model_types
     raise InputError(
         f"config.json: model_type: expected one of skipless, {', '.join(sorted(known))}; found {model_type!r}; another "
-        f"is described by one file in skipless/checkpoint/families, as in docs/families.md"
+        f"is described by one file in skipless/checkpoint/families, as in docs/add-a-family.md"
     )
 
 

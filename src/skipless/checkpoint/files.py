@@ -119,12 +119,16 @@ def write(path: Path, parts: Iterable[bytes]) -> None:
 
 
 def replace(path: Path, parts: Iterable[bytes]) -> None:
-    """Replace a file by these bytes atomically, synced to disk."""
-    with create(beside(path)) as file:
-        for part in parts:
-            file.write(part)
-        file.sync()
-    os.replace(beside(path), path)
+    """Replace a file by these bytes atomically, synced to disk; if that fails, nothing is left of them."""
+    try:
+        with create(beside(path)) as file:
+            for part in parts:
+                file.write(part)
+            file.sync()
+        os.replace(beside(path), path)
+    except BaseException:
+        remove(beside(path))
+        raise
 
 
 def beside(path: Path) -> Path:

@@ -3,11 +3,13 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING
 
 from skipless.architecture.config import Architecture
 from skipless.checkpoint import family, gguf_file
@@ -17,6 +19,11 @@ from skipless.checkpoint.reader import CheckpointReader, TensorInfo
 from skipless.errors import InputError
 from skipless.model.configuration_skipless import SkiplessConfig
 from skipless.quiet import errors_only
+
+# What transformers raises for a config that it cannot read.
+CONFIG_ERRORS = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, StrictDataclassError)
+# Fields that mean the same in every family's config.
+SHARED = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "use_cache")
 
 
 @runtime_checkable
@@ -70,6 +77,52 @@ def open_source(path: Path, device: str = "cpu") -> Source:
     return Source(layout.family.model_types[0], layout.architecture, Canonical(reader.tensors, reader.tensor, layout))
 
 
+@dataclass(frozen=True)
+class AsSkipless:
+    """A checkpoint as a skipless one: its own, or one of another family, skips and norms included, nothing removed.
+
+    config: the fields of its config.json. tensors, tensor: by our names. layout: where these lie in another family's.
+    """
+
+    architecture: Architecture
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    tensor: Read
+    layout: family.Layout | None = None
+
+
+def as_skipless(reader: CheckpointReader) -> AsSkipless:
+    """A model folder of any family that a skipless model can compute.
+
+    Raises InputError, naming the field, for one that it cannot, and for the first tensor that contradicts the config.
+    """
+    if reader.config.get("model_type") == "skipless":
+        return AsSkipless(read_architecture(reader), reader.config, reader.tensors, reader.tensor)
+    layout = family.laid_out(reader)
+    config = skipless_config(layout, reader.config)
+    tensors = by_our_names(reader, layout)
+    return AsSkipless(Architecture.from_config(config), config, tensors.tensors, tensors.tensor, layout)
+
+
+def by_our_names(reader: RowReader, layout: family.Layout) -> Canonical:
+    """Another family's tensors, some of their rows at a time; what has to be read whole for these is kept a while."""
+    whole = lru_cache(2)(reader.tensor)
+    return Canonical(reader.tensors, lambda name, *rows: reader.tensor(name, *rows) if rows else whole(name), layout)
+
+
+def skipless_config(layout: family.Layout, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a skipless model that computes what another family's does. Raises InputError as above."""
+    try:
+        with errors_only("transformers"):
+            completed = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config))).to_dict()
+    except CONFIG_ERRORS as error:
+        raise InputError(f"config.json: {' '.join(str(error.__cause__ or error).split())}") from error
+    found = layout.family.skipless(layout.architecture, completed)
+    found |= {name: completed[name] for name in SHARED if completed.get(name) is not None}
+    check_config(found)
+    return found
+
+
 def read_architecture(reader: CheckpointReader) -> Architecture:
     """What config.json describes, if the headers agree. Raises InputError for the first difference."""
     source = Architecture.from_config(reader.config)
@@ -88,5 +141,5 @@ def check_config(config: Mapping[str, object]) -> None:
     try:
         with errors_only("transformers"):
             SkiplessConfig.from_dict(copy.deepcopy(dict(config)))
-    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, StrictDataclassError) as error:
+    except CONFIG_ERRORS as error:
         raise InputError(f"config.json: {' '.join(str(error.__cause__ or error).split())}") from error

@@ -37,8 +37,9 @@ AUDITED = (
 
 def plan_table(plan: Plan) -> Table:
     """What a fuse reads, writes and saves (of a family's own layout: moves): one row per kind of task, then totals."""
-    moved = plan.layout is not None
-    table = Table(title="fold" if moved else f"fuse by {plan.basis}", box=box.SIMPLE_HEAD)
+    moved = plan.in_place
+    title = "fold" if moved else f"fuse by {plan.basis}" if plan.layout is None else "fuse"
+    table = Table(title=title, box=box.SIMPLE_HEAD)
     for column in ("task", "count", "reads", "writes", "moves" if moved else "saves"):
         table.add_column(column, justify="left" if column == "task" else "right")
     kinds: dict[str, list[tuple[int, int, int]]] = {}
@@ -217,8 +218,10 @@ def audit_lines(audit: Audit) -> Iterator[Text | str]:
     parts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in audit.as_is.items() if count)
     total = sum(audit.as_is.values())
     yield f"exactly removable besides: {total:,} ({total / audit.parameters:.2%}): {parts}"
+    if audit.left_out:
+        yield f"skipless fuse --layout skipless leaves {audit.left_out:,} numbers out"
     if audit.by_fuse:
-        yield f"of that, skipless fuse moves {audit.by_fuse:,} into the matrices beside them"
+        yield f"skipless fuse moves {audit.by_fuse:,} of them into the matrices beside them"
     yield from map(printable, audit.stays)
 
 
@@ -240,7 +243,8 @@ def report_table(report: Report) -> Table:
 
 
 def _losses(loss: Loss, limit: str) -> tuple[str, ...]:
-    return f"{loss.error:.1e}", limit, f"{loss.kl:.1e}", f"{loss.top1:.1%}", f"{loss.greedy:.0%}"
+    error, *others = loss.cells()
+    return error, limit, *others
 
 
 def report_lines(report: Report) -> Iterator[str]:
@@ -250,13 +254,7 @@ def report_lines(report: Report) -> Iterator[str]:
     yield from report.data.notes
     if report.tensors:
         yield f"tensors: {len(report.tensors):,} are others than in A: {', '.join(report.tensors[:3])}"
-    for found in report.maps:
-        where = "" if found.passed else f" ({found.name})"
-        yield f"maps around closed seams, {found.what}: off by {found.error:.1e}, may be {found.limit:.1e}{where}"
-    if report.proved:
-        yield f"all {report.vocab_size:,} tokens, all positions and experts are covered by comparing tensors"
-    elif report.not_run:
-        yield f"not run (--full runs it): {'; '.join(report.not_run)}"
+    yield from report.covered()
     yield from report.caches
     yield report.note
 
@@ -381,6 +379,7 @@ def count_rows(counts: Sequence[Count], batch: int = 1) -> list[tuple[str, ...]]
     add("of that, by all seams", lambda count: f"{count.everything:,} ({count.everything / count.limit:.2%})")
     add("exactly, as it is", lambda count: f"{(gone := sum(count.as_is.values())):,} ({gone / count.parameters:.1%})")
     add("of that, by fuse", lambda count: "-" if count.by_fuse is None else f"{count.by_fuse:,}")
+    add("of that, --layout skipless", lambda count: "-" if count.left_out is None else f"{count.left_out:,}")
     add("layer 0 as a table", lambda count: _looked_up(count, batch))
     return rows
 

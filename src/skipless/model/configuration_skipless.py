@@ -27,6 +27,24 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "return_dict": (True,),
 }
 
+# The types of RoPE that transformers computes (ROPE_INIT_FUNCTIONS), and parameters of each beside rope_theta and
+# partial_rotary_factor: those that it needs, and those that it may have.
+ROPE_PARAMETERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+    "longrope": (
+        ("short_factor", "long_factor", "original_max_position_embeddings"), ("factor", "attention_factor"),
+    ),
+    "llama3": (("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"), ()),
+}  # fmt: skip
+# Those whose angles depend on how long the sequence is.
+ROPE_BY_LENGTH = ("dynamic", "longrope")
+
 # Where a norm may stand: on what Q, K, V read, on what M reads, on the embeddings and before the head.
 LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
 MODEL_NORMS = ("model.norm", "model.embed_norm")
@@ -52,6 +70,11 @@ NEUTRAL = frozenset(
 )
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
 @strict
 class SkiplessConfig(PreTrainedConfig):
     """Dimensions, switches and closed seams of a skipless transformer (arXiv:2404.12362).
@@ -67,6 +90,12 @@ class SkiplessConfig(PreTrainedConfig):
     layer 0 makes of it before any attention (`row`), whose norms, projections and (parallel) FFN are absent
     (arXiv:2402.13388); `folded_biases` lists the modules that gained a bias by folding, `norms_removed` and
     `gains_removed` the norms that went whole or kept no gain.
+
+    `qkv_bias`, `head_bias`: q, k, v_proj, lm_head have a bias (q, k, v_proj also if `attention_bias` is true).
+    `norm_bias`: whether norms have a bias (null: layer norms do).
+
+    `position_offset`: rows of a table of learned positions before the first one's. `logit_scale`: by which logits are
+    multiplied.
 
     `norms`: where norms stand (null: PRE_NORM); a parallel layer's FFN reads post_attention_layernorm of the layer's
     input, or, without one, what its attention reads. `residual` "both" in a parallel layer: one skip passes both.
@@ -89,10 +118,13 @@ class SkiplessConfig(PreTrainedConfig):
     head_dim: int | None = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 4096
+    position_offset: int = 0
     rope_parameters: dict | None = None
     attention_bias: bool = False
     mlp_bias: bool = False
     gate_bias: bool = False
+    qkv_bias: bool = False
+    head_bias: bool = False
     tie_word_embeddings: bool = False
     block_type: str = "serial"
     ffn_type: str = "glu"
@@ -100,6 +132,7 @@ class SkiplessConfig(PreTrainedConfig):
     norm_type: str = "none"
     norms: list[str] | None = None
     norm_eps: float | int = 1e-6
+    norm_bias: bool | None = None
     norms_removed: list[str] | None = None
     gains_removed: list[str] | None = None
     qk_norm: str | None = None
@@ -110,6 +143,7 @@ class SkiplessConfig(PreTrainedConfig):
     sliding_window: int | None = None
     attn_logit_softcapping: float | int | None = None
     final_logit_softcapping: float | int | None = None
+    logit_scale: float | int | None = None
     position_type: str = "rope"
     attention_shaping: str | None = None
     stream_basis: str | None = None
@@ -211,11 +245,15 @@ class SkiplessConfig(PreTrainedConfig):
                 )
         self.validate_ffn()
         biased = ["model.embed_tokens"]
-        for layer in range(self.first_layer_removed and self.block_type == "parallel", self.num_hidden_layers):
-            biased += self.ffn_matrices(f"model.layers.{layer}.mlp")
+        for layer in range(self.num_hidden_layers):
+            biased += [f"model.layers.{layer}.self_attn.o_proj"] if self.p_rows else []
+            if layer or "beside" not in self.row:
+                biased += self.ffn_matrices(f"model.layers.{layer}.mlp")
         for name in self.folded_biases:
             if name not in biased:
-                raise ValueError(f"folded_biases: expected model.embed_tokens or matrices of an FFN, found {name!r}")
+                raise ValueError(
+                    f"folded_biases: expected model.embed_tokens, o_proj or matrices of an FFN, found {name!r}"
+                )
         self.validate_norms()
         self.validate_removed()
         self.validate_first_layer()
@@ -240,7 +278,7 @@ class SkiplessConfig(PreTrainedConfig):
         for name, found in (("num_local_experts", experts), ("num_experts_per_tok", taken)):
             if self.ffn_type != "moe" and found is not None:
                 raise ValueError(f"{name}: expected null with ffn_type {self.ffn_type!r}, found {found}")
-        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        for name in ("attn_logit_softcapping", "final_logit_softcapping", "logit_scale"):
             if (cap := getattr(self, name)) is not None and not 0 < cap < float("inf"):
                 raise ValueError(f"{name}: expected a positive number or null, found {cap}")
 
@@ -286,6 +324,11 @@ class SkiplessConfig(PreTrainedConfig):
                 f"values_removed: expected a v_proj with more than head_dim ({self.head_dim}) inputs, found "
                 f"{self.hidden_size} and stream_basis {self.stream_basis!r}"
             )
+        if self.head_bias and (self.tie_word_embeddings or self.head_removed):
+            raise ValueError(
+                "head_bias: expected false where lm_head is the table of the embeddings, or logits are the stream "
+                "itself, found true"
+            )
         if self.head_removed and (self.tie_word_embeddings or self.vocab_size <= self.hidden_size):
             raise ValueError(
                 f"head_removed: expected an untied lm_head of more than hidden_size ({self.hidden_size}) outputs, "
@@ -309,6 +352,11 @@ class SkiplessConfig(PreTrainedConfig):
 
     def validate_positions(self) -> None:
         """Refuse rope_parameters that rotate nothing, too much, or in a way the model file does not know."""
+        if self.position_offset < 0 or (self.position_offset and self.position_type != "learned"):
+            raise ValueError(
+                f"position_offset: expected 0, or rows of a table with position_type 'learned', found "
+                f"{self.position_offset} with {self.position_type!r}"
+            )
         if not self.position_type.startswith("rope"):
             if self.rope_parameters:
                 raise ValueError(
@@ -316,20 +364,57 @@ class SkiplessConfig(PreTrainedConfig):
                     f"rope_type {self.rope_parameters['rope_type']!r}"
                 )
             return
-        if (rope_type := self.rope_parameters.get("rope_type", "default")) != "default":
-            raise ValueError(f"rope_parameters.rope_type: expected 'default', found {rope_type!r}, not supported")
-        for name in self.rope_parameters:
-            if name not in ("rope_type", "rope_theta", "partial_rotary_factor"):
-                raise ValueError(f"rope_parameters.{name}: not a parameter of default RoPE; remove it")
-        for name, least in (("rope_theta", 1.0), ("partial_rotary_factor", 0.0)):
-            value = self.rope_parameters.get(name, 1.0)
-            if not isinstance(value, int | float) or not least <= value < float("inf"):
-                raise ValueError(f"rope_parameters.{name}: expected a number from {least} on, found {value!r}")
+        parameters, rope_type = self.rope_parameters, self.rope_parameters["rope_type"]
+        if rope_type not in ROPE_PARAMETERS:
+            raise ValueError(
+                f"rope_parameters.rope_type: expected one of {', '.join(ROPE_PARAMETERS)}; found {rope_type!r}, which "
+                f"is not supported"
+            )
+        needed, optional = ROPE_PARAMETERS[rope_type]
+        for name in parameters:
+            if name not in ("rope_type", "rope_theta", "partial_rotary_factor", *needed, *optional):
+                raise ValueError(f"rope_parameters.{name}: not a parameter of {rope_type} RoPE; remove it")
+        for name in needed:
+            if name not in parameters:
+                raise ValueError(f"rope_parameters.{name}: expected a value with {rope_type} RoPE, found none; add it")
+        for name, value in parameters.items():
+            self.check_rope_parameter(name, value)
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
             raise ValueError(
                 f"rope_parameters.partial_rotary_factor: expected an even number of rotated dimensions in "
                 f"1..{self.head_dim} (head_dim), found {self.rotary_dim}"
             )
+        if rope_type == "dynamic" and self.rotary_dim == 2:
+            raise ValueError("rope_parameters.rope_type: 'dynamic' needs more than two rotated dimensions, found 2")
+        for name in ("short_factor", "long_factor"):
+            if name in parameters and len(parameters[name]) != self.rotary_dim // 2:
+                raise ValueError(
+                    f"rope_parameters.{name}: expected {self.rotary_dim // 2} numbers, one for two rotated dimensions, "
+                    f"found {len(parameters[name])}"
+                )
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            if {low, high} <= parameters.keys() and not parameters[low] < parameters[high]:
+                raise ValueError(
+                    f"rope_parameters.{low}: expected less than {high} ({parameters[high]}), found {parameters[low]}"
+                )
+
+    def check_rope_parameter(self, name: str, value: Any) -> None:
+        """Refuse a parameter of RoPE that is no number, or none that means something."""
+        least = {"rope_theta": 1.0, "factor": 1.0, "original_max_position_embeddings": 1}.get(name, 0.0)
+        if name == "rope_type":
+            return
+        if name == "truncate":
+            fits, expected = isinstance(value, bool), "true or false"
+        elif name.endswith(("short_factor", "long_factor")):
+            fits = isinstance(value, list) and all(is_number(each) and each > 0 for each in value)
+            expected = "a list of positive numbers"
+        else:
+            fits, expected = is_number(value) and value >= least, f"a number from {least} on"
+        if not fits:
+            raise ValueError(f"rope_parameters.{name}: expected {expected}, found {value!r}")
+
+    def validate_rope(self) -> None:
+        """Nothing: validate_positions refuses what this method of transformers' only warns of."""
 
     def has_norm(self, name: str) -> bool:
         """Whether the norm of this name is there and acts."""

@@ -27,13 +27,14 @@ from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES, Tenso
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_skipless import SkiplessConfig
+from .configuration_skipless import ROPE_BY_LENGTH, SkiplessConfig
 
 # The cache's name in this release of transformers: "cache" from 5.24 on, "past_key_values" before.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -64,17 +65,33 @@ def one_cache(past_key_values: Any, cache: Any) -> Any:
     return past_key_values if cache is None else cache
 
 
+def rotary_frequencies(
+    config: SkiplessConfig, device: torch.device, length: torch.Tensor | None = None
+) -> tuple[torch.Tensor, float]:
+    """RoPE's angles by position, (rotary_dim / 2) in fp32, and by what cosine and sine are multiplied: exactly those of
+    transformers' models. length: of the sequence, for types that depend on it.
+    """
+    rope_type, theta = config.rope_parameters["rope_type"], config.rope_parameters["rope_theta"]
+    if rope_type != "default":
+        return ROPE_INIT_FUNCTIONS[rope_type](config, device, seq_len=length)
+    exponent = torch.arange(0, config.rotary_dim, 2, device=device, dtype=torch.float32) / config.rotary_dim
+    return 1.0 / theta**exponent, 1.0
+
+
 def rotary_cos_sin(
     position_ids: torch.Tensor, config: SkiplessConfig, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of RoPE's angles, (B, 1, T, rotary_dim / 2) each (arXiv:2104.09864, eq. 15).
+    """Cosine and sine of RoPE's angles, (B, 1, T, rotary_dim / 2) each (arXiv:2104.09864, eq. 15), angles in fp32 at
+    least.
 
     Computed from the config at every call rather than kept as a buffer, which casting the model would round.
     """
-    exponent = torch.arange(0, config.rotary_dim, 2, device=position_ids.device, dtype=torch.float32)
-    frequency = config.rope_parameters["rope_theta"] ** (-exponent / config.rotary_dim)
-    angle = (position_ids[..., None].float() * frequency)[:, None]
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    by_length = config.rope_parameters["rope_type"] in ROPE_BY_LENGTH
+    length = position_ids.max() + 1 if by_length else None  # as transformers has it, whose arithmetic differs by type
+    frequency, scale = rotary_frequencies(config, position_ids.device, length)
+    wide = torch.promote_types(dtype, torch.float32)
+    angle = (position_ids[..., None].to(wide) * frequency.to(wide))[:, None]
+    return (angle.cos() * scale).to(dtype), (angle.sin() * scale).to(dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
@@ -134,7 +151,8 @@ class SkiplessNorm(nn.Module):
         self.norm_type, self.eps = norm_type, config.norm_eps
         gain = name not in config.gains_removed
         self.register_parameter("weight", nn.Parameter(torch.ones(size)) if gain else None)
-        self.register_parameter("bias", nn.Parameter(torch.zeros(size)) if gain and norm_type == "layer" else None)
+        biased = gain and (norm_type == "layer" if config.norm_bias is None or name == "" else config.norm_bias)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(size)) if biased else None)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
@@ -236,7 +254,8 @@ class SkiplessAttention(nn.Module):
         stream_basis = None if layer_idx in config.layers_open else config.stream_basis
         query_width, value_width = self.num_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         self.widths = (query_width, value_width, value_width)[: 2 if config.values_removed else 3]
-        bias = config.attention_bias
+        bias = config.attention_bias or config.qkv_bias
+        p_bias = config.attention_bias or f"model.layers.{layer_idx}.self_attn.o_proj" in config.folded_biases
         self.row = config.row if config.first_layer_removed and layer_idx == 0 else {}
         rest_proj, column_order, value_order, row_order = None, None, None, None
         pivoted = "" if stream_basis != "pivoted" else "qk" if config.values_removed else "qkv"
@@ -257,7 +276,7 @@ class SkiplessAttention(nn.Module):
             value_order = torch.arange(config.hidden_size, dtype=torch.int32).repeat(self.num_key_value_heads, 1)
         if config.p_removed and config.p_rows:
             row_order = torch.arange(query_width, dtype=torch.int32)
-        self.o_proj = nn.Linear(config.p_rows, config.hidden_size, bias) if config.p_rows else None
+        self.o_proj = nn.Linear(config.p_rows, config.hidden_size, p_bias) if config.p_rows else None
         for name, order in (("column_order", column_order), ("value_order", value_order), ("row_order", row_order)):
             self.register_buffer(name, order)
         for name in ("q_norm", "k_norm"):
@@ -525,7 +544,7 @@ class SkiplessHead(nn.Linear):
 
     def __init__(self, config: SkiplessConfig):
         passed = config.hidden_size if config.head_removed else 0
-        super().__init__(config.hidden_size, config.vocab_size - passed, bias=False)
+        super().__init__(config.hidden_size, config.vocab_size - passed, config.head_bias)
         order = torch.arange(config.vocab_size, dtype=torch.int32) if config.head_removed else None
         self.register_buffer("column_order", order)
 
@@ -557,7 +576,8 @@ class SkiplessPreTrainedModel(PreTrainedModel):
             self._supports_sdpa = False
         if config.position_type == "alibi":  # needs a mask of numbers
             self._supports_flash_attn = self._supports_flex_attn = False
-        if config.ffn_type == "moe":  # which experts run depends on the data
+        by_length = config.position_type.startswith("rope") and config.rope_parameters["rope_type"] in ROPE_BY_LENGTH
+        if config.ffn_type == "moe" or by_length:  # which experts run, or by how much is rotated, depends on the data
             self._can_compile_fullgraph = False
         super().__init__(config, *args, **kwargs)
 
@@ -607,7 +627,7 @@ class SkiplessModel(SkiplessPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = SkiplessEmbedding(config)
         self.position_embeddings = (
-            nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            nn.Embedding(config.max_position_embeddings + config.position_offset, config.hidden_size)
             if config.position_type == "learned"
             else None
         )
@@ -658,7 +678,7 @@ class SkiplessModel(SkiplessPreTrainedModel):
 
         hidden_states = apply(self.embed_norm, inputs_embeds)
         if self.position_embeddings is not None:
-            hidden_states = hidden_states + self.position_embeddings(position_ids)
+            hidden_states = hidden_states + self.position_embeddings(position_ids + self.config.position_offset)
         cos_sin = None
         if self.config.position_type.startswith("rope"):
             cos_sin = rotary_cos_sin(position_ids, self.config, hidden_states.dtype)
@@ -691,6 +711,18 @@ class SkiplessForCausalLM(SkiplessPreTrainedModel, GenerationMixin):
         if config.head_removed:
             self._tp_plan.pop("lm_head", None)  # column_order places all of its outputs
 
+    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs: Any) -> dict[str, Any]:
+        """As of any model; but where longrope goes over to its long factors, the cache, which the short ones have
+        rotated, is made anew, as in transformers' Phi-3.
+        """
+        cache = kwargs.get(CACHE)
+        if cache and self.config.position_type.startswith("rope"):
+            switch = self.config.rope_parameters.get("original_max_position_embeddings")
+            longrope = self.config.rope_parameters["rope_type"] == "longrope"
+            if longrope and cache.get_seq_length() <= switch < input_ids.shape[1]:
+                kwargs |= {CACHE: None, "next_sequence_length": None}
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
+
     @can_return_tuple
     def forward(
         self,
@@ -719,6 +751,8 @@ class SkiplessForCausalLM(SkiplessPreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden_states[:, kept, :])
+        if (scale := self.config.logit_scale) is not None:
+            logits = logits * scale
         if (cap := self.config.final_logit_softcapping) is not None:
             logits = cap * (logits / cap).tanh()
         loss = None

@@ -57,7 +57,7 @@ WAYS: dict[str, Removal] = {
     "head": columns,
     "rows": rows,
     "p": merge,
-    "gain": merge,
+    "gain": neutral,
     "table": table,
     "lookup": first_layer,
     "fold": neutral,

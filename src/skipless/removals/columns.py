@@ -127,11 +127,11 @@ def handed_on(stream: Stream, later: frozenset[str]) -> Stream:
     followers = dict(stream.followers)
     for name in later & followers.keys():
         writers = {each: stream.writers[each] for each in list(stream.writers)[: stream.seen.get(name)]}
-        weights = [writer.weight for writer in writers.values()]
+        weights = [writer.scaled for writer in writers.values()]
         read = moment(weights, F32 if all(weight.dtype in HALF for weight in weights) else F64).double()
         read, mean = of_white_inputs(list(writers.values()), read)
         for each, writer in writers.items():
-            mean = mean if writer.bias is None else mean + stream.bias_shares[each] * writer.bias
+            mean = mean if writer.bias is None else mean + stream.bias_shares[each] * writer.scale * writer.bias
         followers[name] = dataclasses.replace(followers[name], moment=read[None], mean=mean)
     return dataclasses.replace(stream, followers=followers)
 
@@ -192,7 +192,7 @@ class OpenStream:
     def __init__(self, seam: Seam, affines: Mapping[str, Affine]):
         self.seam, self.affines = seam, affines
         self.readers = {name: affines[name].weight for name in seam.readers}
-        self.writers = [affines[name].weight for name in seam.writers]
+        self.writers = [affines[name].scaled for name in seam.writers]
         self.power = mean_squares(self.writers)
         counts = {*seam.seen.values(), len(self.writers)}
         self.written = {count: mean_squares(self.writers[:count]) if seam.seen else self.power for count in counts}
@@ -221,6 +221,12 @@ class OpenStream:
     def moment(self) -> Float[Tensor, "d d"]:
         """G = E[x^T x] of the original stream."""
         return moment(self.writers)
+
+    @cached_property
+    def output_of(self) -> dict[str, str]:
+        """By what each reader, dual and follower gives is called."""
+        found = {name: letter(name) for name in self.readers} | dict.fromkeys(self.seam.duals, "logits")
+        return found | {name: what for what, group in self.followers.items() for name in group}
 
     @cached_property
     def powers(self) -> dict[str, float]:
@@ -297,11 +303,11 @@ class OpenStream:
             parts = []
             for other in others:
                 seen = self._seen(other)
-                x, offset = self._stream(before[:seen], shares)
-                was = self._times(x, self.affines[other].weight)
-                now = self._read(_sum(after[:seen], shares[:seen]), _cast(stream.followers[other], dtypes[other]))
-                powers[name] = powers.get(name, 0.0) + mean_square(was)
-                parts.append(now - was - self._read(offset[None], self.affines[other]))
+                follower, (x, offset) = self.affines[other], self._stream(before[:seen], shares)
+                powers[name] = powers.get(name, 0.0) + mean_square(self._times(x, follower.weight))
+                was = self._read(follower.scale * (x + offset), follower)
+                y = follower.scale * _sum(after[:seen], shares[:seen])
+                parts.append((self._read(y, _cast(stream.followers[other], dtypes[other])) - was) / follower.scale)
             lost[name] = torch.cat(parts, 1)
         if stream.duals:
             duals = [_cast(dual, dtypes[name]).weight.T for name, dual in stream.duals.items()]
@@ -355,9 +361,9 @@ class OpenStream:
         """Relative errors of q, k, v (and logits) when the original's weights are rounded to `dtype`."""
         unit, _ = precision_of(dtype)
         lost = {name: (2 * self._written(name) @ squares(reader, 1)).item() for name, reader in self.outputs.items()}
-        for name in self.readers:
-            if (bias := self.affines[name].bias) is not None:
-                lost[letter(name)] += bias.square().sum().item()
+        for name, what in self.output_of.items():
+            if (bias := self.affines[name].bias) is not None and name not in self.seam.duals:
+                lost[what] += (bias / self.affines[name].scale).square().sum().item()
         return {name: unit * relative(square, powers[name]) for name, square in lost.items()}
 
     def _written(self, name: str) -> Float[Tensor, "d"]:
@@ -367,7 +373,7 @@ class OpenStream:
         power = self.written[seen]
         for writer in self.seam.writers[:seen]:
             if (bias := self.affines[writer].bias) is not None:
-                power = power + self.seam.bias_share(writer) * bias.square()
+                power = power + self.seam.bias_share(writer) * (self.affines[writer].scale * bias).square()
         return power
 
     def _way(
@@ -407,7 +413,7 @@ class OpenStream:
     def _fused(self, stream: Stream, rests: Sequence[Rest], metric: Tensor, dtype: str) -> dict[str, float]:
         """Relative errors of q, k, v (and logits); metric: E[x^T x] of the closed seam's stream."""
         unit, floor = precision_of(dtype)
-        biases = [writer.bias for writer in stream.writers.values() if writer.bias is not None]
+        biases = [writer.scale * writer.bias for writer in stream.writers.values() if writer.bias is not None]
         power = sum((bias.square() for bias in biases), torch.zeros_like(metric[0]))
         rest_bias = stream.rest.bias
         if getattr(torch, dtype) in HALF:
@@ -426,13 +432,14 @@ class OpenStream:
         if rest_bias is not None:
             own = own + unit**2 * rest_bias.square()
         squares = torch.cat([torch.cat([passed, own])[torch.cat([stream.kept, stream.others]).argsort()], extra])
-        of = {name: what for what, group in self.followers.items() for name in group}
-        of |= dict.fromkeys(stream.duals, "logits") | {name: letter(name) for name in self.readers}
         names = (*self.readers, *stream.duals, *stream.followers)
         parts = squares.split([self.width(name) for name in names])
         lost = dict.fromkeys(self.outputs, 0.0)
         for name, part in zip(names, parts, strict=True):
-            lost[of[name]] += part.sum().item()
+            lost[self.output_of[name]] += part.sum().item()
+        for name, follower in stream.followers.items():
+            if follower.bias is not None:
+                lost[self.output_of[name]] += (unit * follower.bias / follower.scale).square().sum().item()
         return {name: relative(square, self.powers[name]) for name, square in lost.items()}
 
     def _shaped(
@@ -493,13 +500,13 @@ def _noise(power: Float[Tensor, "d"], matrix: Float[Tensor, "d r"], floor: float
 def _cast(affine: Affine, dtype: torch.dtype) -> Affine:
     """A map as it is stored."""
     bias = None if affine.bias is None else affine.bias.to(dtype).double()
-    return Affine(affine.weight.to(dtype), bias)
+    return Affine(affine.weight.to(dtype), bias, scale=affine.scale)
 
 
 def _parts(writer: Affine, share: float) -> tuple[Float[Tensor, "n d"], Float[Tensor, "d"]]:
     """What a writer writes of its inputs, and of its bias, of which the stream has a share."""
-    weight = writer.weight.double()
-    return weight, weight.new_zeros(weight.shape[1]) if writer.bias is None else share * writer.bias
+    weight = writer.weight.double() * writer.scale
+    return weight, weight.new_zeros(weight.shape[1]) if writer.bias is None else share * writer.scale * writer.bias
 
 
 def _sum(writers: Sequence[Affine], shares: Sequence[float]) -> Float[Tensor, "n d"]:

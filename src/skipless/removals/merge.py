@@ -1,7 +1,4 @@
-"""A writer merges into what reads it: P, where it writes a space alone, into M, and a norm's gain.
-
-M* = P M, m* = p M + m (Fig. 2a of arXiv:2404.12362); of a gain, P is a diagonal.
-"""
+"""P merges into what reads it, where it writes a space alone: M* = P M, m* = p M + m (Fig. 2a of arXiv:2404.12362)."""
 
 import dataclasses
 import math
@@ -12,13 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from skipless.algebra.affine import Affine, past_norm, read
-from skipless.algebra.forecast import PROBES, Forecast, Outcome, Way, mean_square, precision_of, reach, relative
+from skipless.algebra.forecast import PROBES, Forecast, Way, mean_square, precision_of, reach, relative
 from skipless.algebra.linalg import HALF, block_rows, max_abs, precision, product, squares
 from skipless.algebra.rounding import factorize, round_rows
 from skipless.algebra.tolerances import coarsest, dtype_name
 from skipless.architecture.seams import Seam
 from skipless.checkpoint.opening import Read
-from skipless.removals.setting import Closed, Setting, Step, whole
+from skipless.removals.setting import Closed, Setting, Step
 
 # The size of a merged matrix, of as many outputs as it has: of so few inputs it is right to a few per cent, too.
 FEW_PROBES = 16
@@ -27,9 +24,6 @@ FEW_PROBES = 16
 def close(seam: Seam, affines: dict[str, Affine], setting: Setting, read: Read) -> Closed:
     """Merge the writer into what reads it."""
     way = seam.way(setting.basis)
-    if way == "gain":
-        dtype = dtype_name(coarsest(setting.stored(name) for name in seam.readers))
-        return merge(seam, affines), None, Outcome(seam.kind, seam.layer, way, dtype, {}, {})
     dtypes = {name: setting.kept(name) for name in seam.readers}
     (scale,) = map(read, seam.mixed) if seam.mixed else (None,)
     remaining = merge(seam, affines, dtypes, scale)
@@ -45,7 +39,7 @@ def merge(
     dtypes: Mapping[str, torch.dtype] | None = None,
     scale: Float[Tensor, "1"] | None = None,
 ) -> dict[str, Affine]:
-    """Close a P-M seam, M* = P M, m* = a p M + m (Fig. 2a), or a norm's gain: P is then a diagonal, its weight (d,).
+    """Close a P-M seam, M* = P M, m* = a p M + m (Fig. 2a).
 
     affines: those of seam.modules; returns the readers. dtypes: in what each reader's weight is returned (fp64).
     scale: a, by which what P writes is multiplied before it is read (1), as the heads will be in its place.
@@ -56,9 +50,7 @@ def merge(
     for name, reader in past_norm(seam, affines).items():
         weight, dtype = reader.weight, torch.float64 if dtypes is None else dtypes[name]
         carried = None if bias is None else read(bias, weight)
-        if writer.weight.ndim == 1:
-            moved = (writer.weight.double()[:, None] * weight).to(dtype)
-        elif writer.moment is None or dtype not in HALF:
+        if writer.moment is None or dtype not in HALF:
             moved = product(weight.T, writer.weight.T, dtype).T
         else:
             exact = product(weight.T, writer.weight.T, torch.float64)
@@ -181,10 +173,8 @@ def _probes(size: int, like: Tensor) -> Float[Tensor, "n size"]:
 
 
 def steps(seam: Seam, setting: Setting) -> Iterator[Step]:
-    """One product a reader; of a gain, which takes every number once, none is counted."""
+    """One product a reader."""
     (writer,) = seam.writers
-    if seam.way(setting.basis) == "gain":
-        return
     for name in seam.readers:
         within = precision(setting.info(name).dtype, setting.info(writer).dtype, setting.kept(name))
         yield f"P {name.rpartition('.')[2]}", within, 2.0 * setting.size(writer) * setting.size(name) / seam.width
@@ -198,10 +188,8 @@ def steps(seam: Seam, setting: Setting) -> Iterator[Step]:
 
 
 def memory(seam: Seam, setting: Setting) -> float:
-    """What comes out, and one block of it before it is rounded; of a gain all that is read and made, in fp64."""
+    """What comes out, and one block of it before it is rounded."""
     (writer,) = seam.writers
-    if seam.way(setting.basis) == "gain":
-        return whole(seam, setting)
     d, total, most = seam.width, 0.0, 0.0
     for name in seam.readers:
         kept = setting.kept(name)

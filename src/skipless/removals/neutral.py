@@ -1,6 +1,7 @@
-"""What a family's layout keeps, emptied: a norm's gain and bias, K's bias and V's move, and become 1 and 0.
+"""What moves on and leaves its place empty: a norm's gain and bias, K's bias and V's.
 
-The identities stand in architecture/folds.py. Each matrix is rounded once, from the product.
+In a family's layout they become 1 and 0; in a skipless one a gain and its bias go. The identities stand in
+architecture/folds.py. Each matrix is rounded once, from the product.
 """
 
 import dataclasses
@@ -19,22 +20,20 @@ from skipless.removals.setting import Closed, Setting, no_steps, nothing_lost
 
 
 def close(seam: Seam, affines: dict[str, Affine], setting: Setting, tensor: Read) -> Closed:
-    """Move what the writer holds into its readers, and leave it neutral."""
+    """Move what the writer holds into its readers, and leave it neutral, or, by the way "gain", leave it out."""
     (way,) = seam.identities
-    dtype = dtype_name(coarsest(setting.stored(name) for name in seam.modules))
+    dtype = dtype_name(coarsest(setting.stored(name) for name in seam.readers or seam.writers))
     (writer,) = seam.writers
     held = affines.pop(writer)
-    if way == "fold":
+    if way in ("fold", "gain"):
         remaining = {name: _folded(held, affines.pop(name), setting.kept(name)) for name in seam.readers}
         held = dataclasses.replace(held, weight=torch.ones_like(held.weight))
     else:
         remaining = {name: _with_values(seam, held, affines.pop(name)) for name in seam.readers}
-    bias = None if held.bias is None else torch.zeros_like(held.bias)
-    return (
-        {writer: dataclasses.replace(held, bias=bias), **remaining},
-        None,
-        Outcome(seam.kind, seam.layer, way, dtype, {}, {}),
-    )
+    if way != "gain":
+        bias = None if held.bias is None else torch.zeros_like(held.bias)
+        remaining[writer] = dataclasses.replace(held, bias=bias)
+    return remaining, None, Outcome(seam.kind, seam.layer, way, dtype, {}, {})
 
 
 def _folded(norm: Affine, reader: Affine, dtype: torch.dtype) -> Affine:
@@ -65,5 +64,5 @@ forecast, steps = nothing_lost, no_steps
 
 def memory(seam: Seam, setting: Setting) -> float:
     """What comes out, and, of a fused tensor's part, a copy and the place that it is joined in."""
-    names = [name for name in seam.modules if name in setting.modules]
+    names = [name for name in seam.modules if name in setting.modules and f"{name}.weight" in setting.outputs]
     return float(sum(setting.size(name) * setting.kept(name).itemsize + 2 * setting.info(name).bytes for name in names))

@@ -112,7 +112,8 @@ def close_rows(
         writer = affines[name]
         bias = None if writer.bias is None else basis.solve(writer.bias[:, None])[:, 0]
         moved = dataclasses.replace(writer, weight=basis.solve(writer.weight.T).T, bias=bias)
-        remaining[name] = moved.with_bias(own) if name in seam.bias_takers else moved
+        taken = None if own is None else own * (first.scale / moved.scale)
+        remaining[name] = moved.with_bias(taken) if name in seam.bias_takers else moved
     if orders[0].numel() > size:
         stays = own if not seam.bias_takers else None
         remaining[seam.writers[0]] = Affine(torch.cat(kept, 1), stays)

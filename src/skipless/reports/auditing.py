@@ -22,11 +22,12 @@ from skipless.checkpoint.opening import Reader, open_source
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError
 from skipless.removals import forecast
-from skipless.reports.counting import moved_by_fuse, removable_as_is
+from skipless.reports.counting import left_out_by_fuse, moved_by_fuse, removable_as_is
 from skipless.rewrite.casting import underflows
 from skipless.rewrite.forecasting import Together, forecast_group, together
 from skipless.rewrite.modules import read_seam
 from skipless.rewrite.planning import connected, in_turn
+from skipless.rewrite.probe import stored_in
 from skipless.rewrite.request import Request
 
 
@@ -76,7 +77,8 @@ class Audit:
     problems: of this model; if_skipless: of one with its matrices and without skips and norms. alternatives: options of
     fuse that would make it safe, if as it was asked for it is not. as_is: what can be removed exactly beside seams,
     weights and biases by kind (counting.removable_as_is); by_fuse: of that, what fuse moves in another family's layout,
-    and stays: what it leaves there, and why (counting.Count). parameters: how many there are in all. moves: if kinds of
+    and stays: what it leaves there, and why; left_out: what it does not store in a skipless layout (counting.Count).
+    parameters: how many there are in all. moves: if kinds of
     that layout were asked for, how many numbers, and nothing stands in the way. together: what
     all that was asked for loses, on the way through the layers, in the coarsest dtype of storage.
     """
@@ -91,6 +93,7 @@ class Audit:
     as_is: Mapping[str, int]
     by_fuse: int | None
     stays: tuple[str, ...]
+    left_out: int | None
     parameters: int
     moves: int = 0
     together: Together | None = None
@@ -131,11 +134,13 @@ def audit(
     parameters = sum(info.weights for info in reader.tensors.values() if not info.is_index)
     as_is, family = removable_as_is(source), opened.family
     by_fuse, stays = moved_by_fuse(family, source)
+    kept = stored_in(reader.tensors) if dtype is None else getattr(torch, dtype)
+    left_out = left_out_by_fuse(family, source, kept.itemsize)
     if by_fuse is not None and kinds and set(kinds) <= set(FOLDS):
         moving = request.of(family)
         moves = sum(seam.saves for seam in moving.seams(source))
         stays = tuple(moving.note(source).splitlines())
-        return Audit(family, basis, "", (), (), (), (), as_is, by_fuse, stays, parameters, moves)
+        return Audit(family, basis, "", (), (), (), (), as_is, by_fuse, stays, left_out, parameters, moves)
     asked = request.seams(skipless)
     every = [seam for seam in request.every(skipless) if seam.kind in {*REMOVABLE, *request.kinds}]
     refusals = {(seam.kind, seam.layer): seam for seam in request.every(source)}
@@ -148,9 +153,8 @@ def audit(
         progress(done, len(every))
         possible = not seam.refusal
         affines = read_seam(source, seam, reader.tensor)
-        matrices = seam.readers if seam.rest else seam.writers[:1]
-        if seam.kind == "first_layer":  # nothing is solved for, and a table's spectrum takes long
-            matrices = ()
+        named = seam.readers if seam.rest else seam.writers[:1] if seam.kind != "first_layer" else ()
+        matrices = [name for name in named if name in affines and affines[name].weight.ndim == 2]  # no norm's gain
         stored = {way: request.stored(reader.tensors, seam, way) for way in seam.identities if possible}
         foretold = Forecast(seam, {}, {})
         if possible:
@@ -162,7 +166,7 @@ def audit(
             layer=seam.layer,
             asked=seam in asked,
             blocked=refusals[seam.kind, seam.layer].blocked,
-            matrices={letter(name): spectrum(affines[name].weight) for name in matrices if name in affines},
+            matrices={letter(name): spectrum(affines[name].weight) for name in matrices},
             original=foretold.original,
             ways=foretold.ways,
             problems=_problems(foretold),
@@ -244,6 +248,7 @@ def audit(
         as_is=as_is,
         by_fuse=by_fuse,
         stays=stays,
+        left_out=left_out,
         parameters=parameters,
         together=chosen.together,
     )

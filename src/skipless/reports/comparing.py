@@ -4,6 +4,7 @@ Nothing here is run: a field that changes positions, a row of a table that no sa
 shows in the files, and nowhere else for certain.
 """
 
+import copy
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from skipless.algebra.linalg import slices
 from skipless.architecture.config import Architecture
@@ -21,8 +22,10 @@ from skipless.architecture.seams import Seam, seams
 from skipless.checkpoint.canonical import Canonical
 from skipless.checkpoint.family import Layout, laid_out
 from skipless.checkpoint.headers import MOST_CONFIG, check_file, check_links, read_json_object
+from skipless.checkpoint.opening import AsSkipless, as_skipless
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.errors import InputError
+from skipless.model.configuration_skipless import SkiplessConfig
 from skipless.rewrite.model_files import other_model_files
 from skipless.rewrite.record import differences, digest, read_record, tensor_digest
 
@@ -57,6 +60,10 @@ MOST_JSON = MOST_CONFIG
 BLOCK = 2**22
 
 
+# A checkpoint under its own names, or, of another family's, under ours.
+Opened = CheckpointReader | AsSkipless
+
+
 @dataclass(frozen=True)
 class Data:
     """Differences, in words. function: of what changes the function; generation: of what only generation reads; notes:
@@ -75,7 +82,7 @@ def compare_data(a: CheckpointReader, b: CheckpointReader) -> Data:
     notes: list[str] = []
     for folder in (a.folder, b.folder):
         check_links(folder)
-    for name, before, after in _config_differences(a.folder, b.folder):
+    for name, before, after in _config_differences(a, b):
         line = f"config.json: {name}: {_shown(before)} in A, {_shown(after)} in B"
         (generation if name in SPECIAL_TOKENS else function).append(line)
     generation += _file_differences(a.folder, b.folder)
@@ -100,8 +107,10 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _config_differences(a: Path, b: Path) -> Iterator[tuple[str, Any, Any]]:
-    before, after = (_config(folder) for folder in (a, b))
+def _config_differences(a: CheckpointReader, b: CheckpointReader) -> Iterator[tuple[str, Any, Any]]:
+    before, after = (_config(reader.folder) for reader in (a, b))
+    if (opened := translated(a, b)) is not None:
+        before = _telling(SkiplessConfig.from_dict(copy.deepcopy(dict(opened.config))))
     names = dict.fromkeys((*before, *after))
     if before.get("model_type") != after.get("model_type"):  # whose other fields mean other things
         names = dict.fromkeys(name for name in names if name in SPECIAL_TOKENS)
@@ -110,18 +119,19 @@ def _config_differences(a: Path, b: Path) -> Iterator[tuple[str, Any, Any]]:
             yield name, before.get(name), after.get(name)
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _telling(config: PreTrainedConfig) -> dict[str, Any]:
     """A config with its defaults, less what changes nothing and what fuse changes."""
+    return {name: value for name, value in config.to_dict().items() if name not in NEUTRAL and name not in REMOVED}
+
+
+def _config(folder: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        ).to_dict()
+        return _telling(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
     except Exception as error:
         raise InputError(
             f"{folder / 'config.json'}: expected a config that transformers reads, found: "
             f"{' '.join(str(error.__cause__ or error).split())}"
         ) from error
-    return {name: value for name, value in found.items() if name not in NEUTRAL and name not in REMOVED}
 
 
 def _file_differences(a: Path, b: Path) -> Iterator[str]:
@@ -160,7 +170,8 @@ def _other_source(a: CheckpointReader, record: Mapping[str, Any]) -> str:
 @dataclass(frozen=True)
 class Relation:
     """Two checkpoints of one architecture, B with fewer weights or as many. closed: seams that are open in A and not in
-    B; touched: the modules that closing them rewrites. layout: where these lie, in another family's model.
+    B; touched: the modules that closing them rewrites. layout: where these lie, in another family's model. before: A as
+    a skipless model, if it is another family's and B is not.
     """
 
     source: Architecture
@@ -168,6 +179,7 @@ class Relation:
     closed: tuple[Seam, ...]
     touched: frozenset[str]
     layout: Layout | None = None
+    before: AsSkipless | None = None
 
     def touches(self, tensor: str) -> bool:
         """Whether closing these seams rewrites a stored tensor, or takes it into another one."""
@@ -179,9 +191,10 @@ class Relation:
 
 def relation(a: CheckpointReader, b: CheckpointReader) -> Relation | None:
     """How B was made of A, if fuse could have; None for other models, and for architectures that differ."""
-    if any(reader.config.get("model_type") != "skipless" for reader in (a, b)):
+    before = translated(a, b)
+    if before is None and any(reader.config.get("model_type") != "skipless" for reader in (a, b)):
         return _relation_of_families(a, b)
-    source, target = (Architecture.from_config(reader.config) for reader in (a, b))
+    source, target = (Architecture.from_config(opened.config) for opened in (before or a, b))
     plain: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(source) if field.name in REMOVED}
     if dataclasses.replace(source, **plain) != dataclasses.replace(target, **plain):
         return None
@@ -189,7 +202,18 @@ def relation(a: CheckpointReader, b: CheckpointReader) -> Relation | None:
         closed = tuple(_closed(source, target))
     except LookupError:
         return None
-    return Relation(source, target, closed, frozenset(name for seam in closed for name in seam.modules))
+    touched = frozenset(name for seam in closed for name in seam.modules)
+    return Relation(source, target, closed, touched, before=before)
+
+
+def translated(a: CheckpointReader, b: CheckpointReader) -> AsSkipless | None:
+    """A as a skipless model, if it is one of another family that can be one, and B is a skipless one."""
+    if a.config.get("model_type") == "skipless" or b.config.get("model_type") != "skipless":
+        return None
+    try:
+        return as_skipless(a)
+    except InputError:
+        return None
 
 
 def _relation_of_families(a: CheckpointReader, b: CheckpointReader) -> Relation | None:
@@ -235,7 +259,7 @@ def _closed(source: Architecture, target: Architecture) -> Iterator[Seam]:
 
 
 def differing_tensors(
-    related: Relation, a: CheckpointReader, b: CheckpointReader, progress: Callable[[], None] = lambda: None
+    related: Relation, a: Opened, b: CheckpointReader, progress: Callable[[], None] = lambda: None
 ) -> list[str]:
     """Tensors of A that no closed seam touches, and that are not in B what they are in A, cast to B's dtype.
 
@@ -252,7 +276,7 @@ def differing_tensors(
     return found
 
 
-def _equal(a: CheckpointReader, b: CheckpointReader, name: str) -> bool:
+def _equal(a: Opened, b: CheckpointReader, name: str) -> bool:
     info, dtype = a.tensors[name], b.tensors[name].dtype
     rows = slices(info.shape[0], max(1, BLOCK // max(1, info.weights // info.shape[0]))) if info.weights else ()
     return all(torch.equal(a.tensor(name, part).to(dtype), b.tensor(name, part)) for part in rows)

@@ -15,7 +15,7 @@ from typing import Any
 from skipless.architecture.config import Architecture, Module
 from skipless.architecture.folds import folds, staying
 from skipless.architecture.limit import closable, terms
-from skipless.architecture.seams import REMOVABLE, Seam, reasons, seams
+from skipless.architecture.seams import REMOVABLE, Seam, as_it_is, closed, reasons, seams
 from skipless.bundled import KNOWN
 from skipless.checkpoint import family, gguf_file, inexpressible
 from skipless.checkpoint.headers import Folder, read_json_object
@@ -105,7 +105,8 @@ class Count:
     where e != d. exact: rewriting a skipless version of it, stream and P-M seams; everything:
     all kinds of seams. limit: what could go from one at most
     (removable_at_most). as_is: what can go from the model as it is, by what it is; by_fuse: of that, what fuse moves
-    (None: nothing of that kind, moved_by_fuse), and stays, why it leaves the rest of norms and biases.
+    (None: nothing of that kind, moved_by_fuse), and stays, why it leaves the rest of norms and biases; left_out: how
+    many numbers fewer fuse stores in a skipless layout (None: it has none, left_out_by_fuse).
     """
 
     name: str
@@ -123,6 +124,7 @@ class Count:
     as_is: Mapping[str, int]
     by_fuse: int | None
     stays: tuple[str, ...]
+    left_out: int | None
 
     @property
     def first_layer(self) -> FirstLayer | None:
@@ -218,6 +220,7 @@ def count_architecture(name: str, family_name: str, architecture: Architecture, 
         as_is=removable_as_is(architecture),
         by_fuse=by_fuse,
         stays=stays,
+        left_out=left_out_by_fuse(family_name, architecture, stored),
     )
 
 
@@ -255,6 +258,19 @@ def moved_by_fuse(family_name: str, architecture: Architecture) -> tuple[int | N
         return None, ()
     every = folds(architecture)
     return sum(seam.saves for seam in every if not seam.blocked), staying(every)
+
+
+def left_out_by_fuse(family_name: str, architecture: Architecture, itemsize: float) -> int | None:
+    """How many numbers fewer `fuse --layout skipless` stores of a model with skips and norms, a weight taking so many
+    bytes. None: that family has no skipless layout.
+    """
+    found = [each for each in family.every() if family_name in each.model_types and each.computes is not None]
+    if not found or not architecture.expressible:
+        return None
+    left = closed(architecture, as_it_is(architecture, itemsize), "q")
+    indices = left.index_tensors()
+    before, after = (sum(map(math.prod, each.tensors().values())) for each in (architecture, left))
+    return before - after + sum(map(math.prod, indices.values()))
 
 
 def resolve(model: str | Path) -> tuple[str, str, Architecture]:

@@ -13,7 +13,7 @@ from skipless.checkpoint.reader import CheckpointReader
 from skipless.errors import InputError
 from skipless.inference import generate, load, load_tokenizer
 from skipless.reports.auditing import Audit, audit
-from skipless.reports.comparing import Relation, relation
+from skipless.reports.comparing import Opened, Relation, relation
 from skipless.reports.counting import LETTERS
 from skipless.reports.verification import DEFAULT_DTYPES, DEFAULT_PROMPT, Report, verify
 from skipless.rewrite.card import named
@@ -81,7 +81,7 @@ def overview(
         raise InputError(f"{fused}: expected what fuse has made of {source}, found no seam that was closed in it")
     record = read_record(fused) or {}
     options = record.get("options", {})
-    sizes = [_parts(reader, related) for reader in (first, second)]
+    sizes = [_parts(opened, related) for opened in (related.before or first, second)]
     asked = {name: options[name] for name in ASKED if name in options}
     found = audit(source, **asked, progress=lambda done, total: progress("auditing", done, total))
     report = verify(source, fused, dtypes=DEFAULT_DTYPES, prompt=prompt, tokens=tokens, progress=progress)
@@ -98,7 +98,7 @@ def overview(
         source=named(str(source)),
         fused=named(str(fused)),
         parameters=(sizes[0].total(), sizes[1].total()),
-        bytes=(_bytes(first), _bytes(second)),
+        bytes=(_bytes(related.before or first), _bytes(second)),
         parts={name: (sizes[0][name], sizes[1][name]) for name in PARTS if sizes[0][name] or sizes[1][name]},
         closed=tuple(_closed(kind, [seam for seam in related.closed if seam.kind == kind], basis) for kind in kinds),
         options=asked,
@@ -115,11 +115,11 @@ def _closed(kind: str, seams: list[Any], basis: str) -> Closed:
     return Closed(kind, len(seams), ways, sum(seam.saves for seam in seams))
 
 
-def _bytes(reader: CheckpointReader) -> int:
+def _bytes(reader: Opened) -> int:
     return sum(info.bytes for info in reader.tensors.values())
 
 
-def _parts(reader: CheckpointReader, related: Relation) -> Counter[str]:
+def _parts(reader: Opened, related: Relation) -> Counter[str]:
     """Numbers in a checkpoint by matrix, as the paper calls them, and what else there is."""
     tables = {module.name for module in related.source.modules() if module.table}
     layout = related.layout

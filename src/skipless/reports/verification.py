@@ -26,7 +26,7 @@ from skipless.checkpoint.reader import CheckpointReader
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError
 from skipless.inference import Generated, arithmetic, generate, load, load_tokenizer, spread
-from skipless.reports.comparing import Data, Relation, compare_data, differing_tensors, relation
+from skipless.reports.comparing import Data, Opened, Relation, compare_data, differing_tensors, relation
 from skipless.reports.routing import Choice, following, follows, noting, routed
 from skipless.rewrite import probe
 from skipless.rewrite.machine import available_memory
@@ -78,6 +78,10 @@ class Loss:
     lead: float
     greedy: float
 
+    def cells(self) -> tuple[str, str, str, str]:
+        """Error, KL, top-1 and greedy, as tables have them."""
+        return f"{self.error:.1e}", f"{self.kl:.1e}", f"{self.top1:.1%}", f"{self.greedy:.0%}"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -124,6 +128,16 @@ class Report:
     not_run: tuple[str, ...]
     rows: tuple[Row, ...]
     note: str
+
+    def covered(self) -> Iterator[str]:
+        """What was compared beside the runs, in words, and what was not."""
+        for each in self.maps:
+            where = "" if each.passed else f" ({each.name})"
+            yield f"maps around closed seams, {each.what}: off by {each.error:.1e}, may be {each.limit:.1e}{where}"
+        if self.proved:
+            yield f"all {self.vocab_size:,} tokens, all positions and experts are covered by comparing tensors"
+        elif self.not_run:
+            yield f"not run (--full runs it): {'; '.join(self.not_run)}"
 
 
 @dataclass(frozen=True)
@@ -254,13 +268,14 @@ def verify(
 
     steps.next("comparing files")
     data, related = compare_data(first, second), relation(first, second)
+    source = first if related is None or related.before is None else related.before
     steps.next("comparing tensors")
     tensors: tuple[str, ...] = ()
     maps: tuple[Map, ...] = ()
     if related is not None:
-        tensors = tuple(differing_tensors(related, first, second))
+        tensors = tuple(differing_tensors(related, source, second))
         if related.closed and not tensors:
-            maps = tuple(_maps(related, first, second, stored))
+            maps = tuple(_maps(related, source, second, stored))
 
     exact = related is not None and not related.closed  # then B's weights are A's, cast
     steps.next("running A in float64")
@@ -273,7 +288,7 @@ def verify(
     storage = nothing
     if not exact:
         steps.next(f"running A as {dtype_name(stored)} stores it")
-        touched = None if related is None or related.layout else related.touched
+        touched = None if related is None or related.layout or related.before else related.touched
         draws = range(min(MOST_DRAWS, math.ceil(ENOUGH / width)))
         storage = _usual(
             [_run(a, torch.float64, reference, 0, _noise(first, stored, touched, draw)).loss for draw in draws]
@@ -312,7 +327,7 @@ def verify(
     ).report()
 
 
-def _maps(related: Relation, a: CheckpointReader, b: CheckpointReader, stored: torch.dtype) -> Iterator[Map]:
+def _maps(related: Relation, a: Opened, b: CheckpointReader, stored: torch.dtype) -> Iterator[Map]:
     """The maps around closed seams: all together, the worst single column, and the worst row of a rewritten table."""
     if related.layout is not None:
         found_moved = (each for each, _ in compare(related.layout, related.closed, a, b, stored))

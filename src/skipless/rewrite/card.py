@@ -1,15 +1,22 @@
-"""The model card of what fuse writes, README.md: what was done to which model; below it, the source's own card."""
+"""The model card of what fuse writes, README.md: what was done to which model; below it, the source's own card.
 
+What verify has found stands between the two, once somebody has asked for that.
+"""
+
+import hashlib
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import ModelCardData, RepoCard
 
-from skipless.errors import printable
+from skipless.checkpoint import files
+from skipless.checkpoint.headers import check_file
+from skipless.errors import InputError, printable
 from skipless.quiet import errors_only
 from skipless.rewrite.planning import Plan
+from skipless.rewrite.record import RECORD, read_record, replace_record
 from skipless.version import __version__
 
 CARD = "README.md"
@@ -17,6 +24,8 @@ CARD = "README.md"
 MOST = 2**20
 # Of its metadata, what holds for the new model, too; numbers, above all, need not.
 KEPT = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
+# Sections after what fuse says itself: what verify has found, and the source's card.
+VERIFIED, SOURCE = "## Verified", "## The card of"
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^()\s]+)(\s+\"[^\"]*\")?\)")
 
 
@@ -35,21 +44,57 @@ def card(plan: Plan, options: Mapping[str, Any], name: str, source: str | None, 
     front = ModelCardData(base_model=printable(name), library_name="transformers", tags=["skipless"], **kept)
     lines = ["---", front.to_yaml(), "---", "", *_own(plan, options, name)]
     if source is not None:
-        lines += ["", f"## The card of {_plain(name)}", "", _linked(text, copied).strip()]
+        lines += ["", f"{SOURCE} {plain(name)}", "", _linked(text, copied).strip()]
     return "\n".join(lines) + "\n"
+
+
+def put_verified(folder: Path, lines: Iterable[str]) -> None:
+    """Put what verify has found into a folder's card, in the place of what it had found before.
+
+    The record gets the new card's SHA-256 first: stopped between the two, the same call goes on. Raises InputError for
+    a card that neither fuse nor this function has written, OSError where files cannot be replaced.
+    """
+    file, record = folder / CARD, read_record(folder)
+    if record is None or not file.exists():
+        raise InputError(f"{file}: expected the card that fuse has written, with {RECORD} beside it, found none")
+    if (size := check_file(file, "a model card", folder)) > 2 * MOST:
+        raise InputError(f"{file}: expected the card that fuse has written, found {size:,} bytes; it stays as it is")
+    with files.opened(file) as stream:
+        before = stream.read(size)
+    after = _with_section(before.decode(errors="replace"), lines).encode()
+    entry = {"bytes": len(after), "sha256": hashlib.sha256(after).hexdigest()}
+    known = record["files"].get(CARD, {}).get("sha256")
+    if known not in (hashlib.sha256(before).hexdigest(), entry["sha256"]):
+        raise InputError(f"{file}: expected the card that fuse has written, found another; it stays as it is")
+    new = files.beside(file)
+    try:
+        files.write(new, [after])  # a full disk is noticed before the record changes
+        files.sync(new)
+        replace_record(folder, {**record, "files": {**record["files"], CARD: entry}})
+        files.rename(new, file)
+    except BaseException:
+        files.remove(new)
+        raise
+
+
+def _with_section(card: str, lines: Iterable[str]) -> str:
+    """The card with these lines as its section on what verify has found."""
+    own, heading, source = card.partition(f"\n{SOURCE} ")
+    own = own.partition(f"\n{VERIFIED}\n")[0]
+    return "\n".join([own.rstrip("\n"), "", VERIFIED, "", *lines, ""]) + heading + source
 
 
 def _own(plan: Plan, options: Mapping[str, Any], name: str) -> Iterator[str]:
     (before, after), (bytes_before, bytes_after) = plan.parameters, plan.bytes
-    if plan.layout is not None:
+    if plan.in_place:
         yield from _moved(plan, options, name)
         return
     if any(kind != "first_layer" for kind in plan.kinds):
-        yield f"# {_plain(name)}, less weights that carry no information"
+        yield f"# {plain(name)}, less weights that carry no information"
         yield ""
         yield f"Written by skipless {__version__}: the same function, of fewer weights (arXiv:2404.12362)."
     else:
-        yield f"# {_plain(name)}, its first layer precomputed"
+        yield f"# {plain(name)}, its first layer precomputed"
         yield ""
         yield f"Written by skipless {__version__}: the same function, of other weights (arXiv:2402.13388)."
     yield ""
@@ -66,11 +111,13 @@ def _own(plan: Plan, options: Mapping[str, Any], name: str) -> Iterator[str]:
             yield f"- layer 0 precomputed (arXiv:2402.13388), in the rows of the token table: {much}"
         else:
             yield f"- {len(closed)} {kind} seams closed by {ways}: {much}"
+    yield from (f"- {plain(line)}" for line in plan.note.splitlines() if plan.layout)
     yield f"- asked for: {_asked(options)}"
     yield ""
     yield (
         "Expected errors by seam, versions, and the SHA-256 of all that was read and written are in skipless.json. "
-        "`skipless verify SOURCE THIS` compares both models, `skipless verify THIS` the bytes with that record."
+        "`skipless verify SOURCE THIS` compares both models (`--card`: and writes here what it has found), `skipless "
+        "verify THIS` the bytes with that record."
     )
     yield ""
     yield (
@@ -83,7 +130,7 @@ def _moved(plan: Plan, options: Mapping[str, Any], name: str) -> Iterator[str]:
     """Of a family's model, in whose layout nothing goes."""
     assert plan.layout is not None
     family, (count, _) = plan.layout.family.model_types[0], plan.parameters
-    yield f"# {_plain(name)}, its norms and biases folded"
+    yield f"# {plain(name)}, its norms and biases folded"
     yield ""
     yield (
         f"Written by skipless {__version__}: the same function, and the same tensors by name and shape, so that it "
@@ -94,12 +141,13 @@ def _moved(plan: Plan, options: Mapping[str, Any], name: str) -> Iterator[str]:
     for kind, seams in plan.kinds.items():
         moved = sum(seam.saves for seam in seams)
         yield f"- {kind}: {moved:,} numbers, in {len(seams)} places"
-    yield from (f"- {_plain(line)}" for line in plan.note.splitlines())
+    yield from (f"- {plain(line)}" for line in plan.note.splitlines())
     yield f"- asked for: {_asked(options)}"
     yield ""
     yield (
         "Versions, and the SHA-256 of all that was read and written are in skipless.json. `skipless verify SOURCE "
-        "THIS` compares both models, `skipless verify THIS` the bytes with that record."
+        "THIS` compares both models (`--card`: and writes here what it has found), `skipless verify THIS` the bytes "
+        "with that record."
     )
 
 
@@ -112,7 +160,7 @@ def _shown(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """A name that is no markup."""
     return re.sub(r"([\\`*_\[\]<>#|])", r"\\\1", printable(name))
 

@@ -59,7 +59,7 @@ def _piece(plan: Plan, task: Task, name: str) -> int:
     """Bytes of the pieces in which a task hands out a tensor."""
     info = plan.outputs[name]
     if not task.seams:
-        return _copied(plan.inputs[name]) * info.dtype.itemsize // plan.inputs[name].dtype.itemsize
+        return _copied(plan.renamed[name]) * info.dtype.itemsize // plan.renamed[name].dtype.itemsize
     if task.by_rows and setting(plan, task).is_table(name.rpartition(".")[0]):
         return min(info.bytes, block_rows(info.shape[1]) * info.row_bytes)
     return info.bytes
@@ -85,7 +85,7 @@ def _memory(plan: Plan, task: Task) -> int:
     """Bytes at most: of the largest of the seams, with what is read for it and what earlier ones have left."""
     if not task.seams:
         (name,) = task.writes
-        return OVERHEAD + _copied(plan.inputs[name]) + _piece(plan, task, name)
+        return OVERHEAD + _copied(plan.renamed[name]) + _piece(plan, task, name)
     inputs, _ = plan.canonical
     largest, left = 0.0, dict[str, float]()
     for seam, earlier, later in in_turn(task.seams):

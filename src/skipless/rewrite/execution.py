@@ -21,7 +21,7 @@ from skipless.checkpoint.reader import CheckpointReader, not_finite
 from skipless.errors import InputError
 from skipless.removals import removal
 from skipless.removals.setting import Setting
-from skipless.rewrite.modules import read_affine, read_by_rows
+from skipless.rewrite.modules import read_affine, read_by_rows, scaled
 from skipless.rewrite.planning import Plan, Task, in_turn
 
 # Bytes of a tensor that are copied at a time.
@@ -52,14 +52,14 @@ def run_task(plan: Plan, task: Task, read: Read) -> Done:
     Taking one raises InputError if casting it to a smaller dtype has overflowed.
     """
     outcomes: list[Outcome] = []
+    whole = read if plan.layout is None else keeping(read, plan.layout)
+    ours = read if plan.layout is None else Canonical(plan.inputs, whole, plan.layout).tensor
     if not task.seams:
-        tensors = _copy(plan, task, read)
-    elif plan.layout is None:
-        tensors = _close_all(plan, task, read, outcomes)
+        tensors = _copy(plan, task, read if plan.in_place else ours)
     else:
-        whole = keeping(read, plan.layout)
-        made = _close_all(plan, task, Canonical(plan.inputs, whole, plan.layout).tensor, outcomes)
-        tensors = restored(made, plan.layout, whole)
+        tensors = _close_all(plan, task, ours, outcomes)
+        if plan.layout is not None and plan.in_place:
+            tensors = restored(tensors, plan.layout, whole)
     return Done(_finite(tensors), outcomes)
 
 
@@ -89,7 +89,7 @@ def _finite(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, 
 
 def _copy(plan: Plan, task: Task, read: Read) -> Iterator[tuple[str, torch.Tensor]]:
     (name,) = task.writes
-    info, dtype = plan.inputs[name], plan.outputs[name].dtype
+    info, dtype = plan.renamed[name], plan.outputs[name].dtype
     if info.bytes <= COPIED:
         yield name, read(name).to(dtype)
         return
@@ -109,7 +109,7 @@ def _close_all(plan: Plan, task: Task, read: Read, outcomes: list[Outcome]) -> I
                     read_by_rows(before[name], read) if by_rows else read_affine(before[name], after.get(name), read)
                 )
         seen.update(seam.modules)
-        own = {name: affines.pop(name) for name in seam.modules if name in affines}
+        own = scaled(seam, {name: affines.pop(name) for name in seam.modules if name in affines}, read)
         remaining, order, outcome = removal(seam).close(seam, own, setting(plan, task, earlier, later), read)
         del own
         outcomes.append(outcome)

@@ -22,6 +22,7 @@ from skipless.checkpoint.digests import Digests
 from skipless.checkpoint.family import family_of
 from skipless.checkpoint.headers import INDEX
 from skipless.checkpoint.manifest import JOURNAL, Entry, Manifest
+from skipless.checkpoint.opening import RowReader, by_our_names
 from skipless.checkpoint.others import tell_left_out, unused
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.checkpoint.remote import RemotePlace, located, open_reader, shown
@@ -113,7 +114,7 @@ def _warn(plan: Plan, outcomes: Iterable[Outcome], losses: Sequence[Difference])
             "%s%s; run skipless verify, and if it says no, use %s",
             problems[0],
             f" (and {len(problems) - 1} more)" if len(problems) > 1 else "",
-            "--basis pivoted or a finer --dtype, or leave it open" if plan.layout is None else "a finer --dtype",
+            "--basis pivoted or a finer --dtype, or leave it open" if "stream" in plan.kinds else "a finer --dtype",
         )
 
 
@@ -226,7 +227,7 @@ def plan_fuse(
         raise InputError(f"{place}: expected {needed:,} bytes of free disk space, found {free:,}")
     if here:
         plan = within_memory(plan, resident_memory(), limit)
-    for lost in underflows(plan.inputs, _copied(plan), reader.tensor):
+    for lost in underflows(plan.renamed, _copied(plan), _renamed(plan, reader).tensor):
         raise InputError(str(lost))
     tell_left_out([name for name in reader.left_out(copy) if name not in OURS])
     return Job(request, max_shard_size, chosen, place, reader, plan, copy, tuple(copied), bool(begun and begun.done))
@@ -234,7 +235,7 @@ def plan_fuse(
 
 def model_files(plan: Plan) -> tuple[Path, ...]:
     """The files of code that a plan's result carries: a skipless model's; of another family none."""
-    return MODEL_FILES if plan.layout is None else ()
+    return () if plan.in_place else MODEL_FILES
 
 
 def destination_place(destination: str | Path) -> Place:
@@ -268,6 +269,11 @@ def _copied(plan: Plan) -> dict[str, torch.dtype]:
     return {name: plan.outputs[name].dtype for name in names}
 
 
+def _renamed(plan: Plan, reader: RowReader) -> RowReader:
+    """The source's tensors by the names of the result."""
+    return reader if plan.layout is None or plan.in_place else by_our_names(reader, plan.layout)
+
+
 def _sources(read: Iterable[Mapping[str, str]]) -> dict[str, str]:
     """The SHA-256 of each tensor of the source that was read. Raises InputError for one that has two."""
     found: dict[str, str] = {}
@@ -290,11 +296,11 @@ def _check(
     """As check_fused; what biases or gains that became zero have spoiled is no bug, nor what a changed source has."""
     with Digests(source, overwritten=True) as digests:  # so that nothing waits in memory
         try:
-            if plan.layout is not None:
+            if plan.in_place:
                 return check_moved(plan, digests, fused)
-            return check_fused(plan, source.config, digests, fused, outcomes)
+            return check_fused(plan, _renamed(plan, digests), fused, outcomes)
         except BugError:
-            for found in underflows(plan.inputs, _copied(plan), source.tensor, vectors=True):
+            for found in underflows(plan.renamed, _copied(plan), _renamed(plan, source).tensor, vectors=True):
                 raise InputError(str(found)) from None
             raise
         finally:

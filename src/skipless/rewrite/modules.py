@@ -1,6 +1,7 @@
 """A checkpoint's modules as the algebra's maps."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch
@@ -10,6 +11,7 @@ from skipless.algebra.rows import Rows, Which
 from skipless.architecture.config import Architecture, Module
 from skipless.architecture.seams import Seam
 from skipless.checkpoint.opening import Read
+from skipless.errors import InputError
 
 
 def read_seam(
@@ -24,7 +26,27 @@ def read_seam(
             affines[name] = read_by_rows(modules[name], read_rows)
         else:
             affines[name] = read_affine(modules[name], None, read)
-    return affines
+    return scaled(seam, affines, read)
+
+
+def scaled(seam: Seam, affines: Mapping[str, Affine], read: Callable[[str], torch.Tensor]) -> dict[str, Affine]:
+    """The modules of a seam, each with the gains between it and the stream (Seam.scales).
+
+    Raises InputError for a gain of 0, which no bias can get past.
+    """
+    found = dict(affines)
+    for name, gains in seam.scales.items():
+        scale = 1.0
+        for gain, exponent in gains.items():
+            if not (value := read(gain).double().item()):
+                raise InputError(
+                    f"{gain}: expected a gain other than 0, by which a bias is divided that moves past it, found 0; "
+                    f"leave {seam.kind} out of --remove"
+                )
+            scale *= value**exponent
+        if name in found:
+            found[name] = dataclasses.replace(found[name], scale=scale)
+    return found
 
 
 def tables(source: Architecture, seam: Seam) -> set[str]:

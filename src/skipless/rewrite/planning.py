@@ -17,7 +17,7 @@ from skipless.algebra.linalg import HALF
 from skipless.architecture.config import Architecture, Module
 from skipless.architecture.seams import AUTO, Seam, closed
 from skipless.checkpoint import canonical, family
-from skipless.checkpoint.opening import check_config, read_architecture
+from skipless.checkpoint.opening import AsSkipless, as_skipless, check_config
 from skipless.checkpoint.reader import CheckpointReader, TensorInfo
 from skipless.checkpoint.writer import plan_shards
 from skipless.errors import InputError
@@ -47,7 +47,8 @@ class Plan:
     """All that a fuse will do. `inputs`, `outputs`: every tensor of source and result; `config`: the new one.
 
     basis: how stream seams are closed; reason: why, if it was chosen from the weights. layout: where our names lie in
-    tensors of another family (None: the model is skipless, and they are its own).
+    tensors of another family (None: the model is skipless, and they are its own). source_config: the source's, or that
+    of a skipless model that computes the same.
     """
 
     source: Architecture
@@ -58,6 +59,7 @@ class Plan:
     inputs: Mapping[str, TensorInfo]
     outputs: Mapping[str, TensorInfo]
     config: Mapping[str, object]
+    source_config: Mapping[str, object]
     note: str = ""
     layout: family.Layout | None = None
 
@@ -66,12 +68,23 @@ class Plan:
         """The modules of source and target by name."""
         return _modules(self.source), _modules(self.target)
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the result has the layout of another family, in which numbers move, and no tensor goes."""
+        return self.layout is not None and self.config.get("model_type") != "skipless"
+
     @cached_property
     def canonical(self) -> tuple[Mapping[str, TensorInfo], Mapping[str, TensorInfo]]:
         """Inputs and outputs by our names."""
         if self.layout is None:
             return self.inputs, self.outputs
-        return canonical.infos(self.inputs, self.layout), canonical.infos(self.outputs, self.layout)
+        outputs = canonical.infos(self.outputs, self.layout) if self.in_place else self.outputs
+        return canonical.infos(self.inputs, self.layout), outputs
+
+    @property
+    def renamed(self) -> Mapping[str, TensorInfo]:
+        """Inputs by the names of the outputs."""
+        return self.inputs if self.in_place else self.canonical[0]
 
     @cached_property
     def kinds(self) -> dict[str, list[Seam]]:
@@ -84,7 +97,7 @@ class Plan:
     @property
     def neutral(self) -> int:
         """Of a family's layout, the numbers that become neutral: gains that are 1, and biases that are 0."""
-        return sum(seam.saves for seams in self.kinds.values() for seam in seams) if self.layout else 0
+        return sum(seam.saves for seams in self.kinds.values() for seam in seams) if self.in_place else 0
 
     @cached_property
     def touched(self) -> frozenset[str]:
@@ -96,14 +109,14 @@ class Plan:
         """Numbers stored before and after, biases and gains included, indices not."""
         before, after = (
             sum(info.weights for info in tensors.values() if not info.is_index)
-            for tensors in (self.inputs, self.outputs)
+            for tensors in (self.renamed, self.outputs)
         )
         return before, after
 
     @property
     def bytes(self) -> tuple[int, int]:
         """Bytes of all tensors before and after."""
-        before, after = (sum(info.bytes for info in tensors.values()) for tensors in (self.inputs, self.outputs))
+        before, after = (sum(info.bytes for info in tensors.values()) for tensors in (self.renamed, self.outputs))
         return before, after
 
     @cached_property
@@ -149,7 +162,8 @@ class Plan:
             "tasks": len(self.tasks),
             "parameters_before": before,
             "parameters_after": after,
-            **({"neutral": self.neutral, "stays": self.note.splitlines()} if self.layout else {}),
+            **({"neutral": self.neutral} if self.in_place else {}),
+            **({"stays": self.note.splitlines()} if self.layout else {}),
             "bytes_before": bytes_before,
             "bytes_after": bytes_after,
             "shards": sorted(self.shards),
@@ -169,23 +183,24 @@ def prepare(
     """
     if request.layout == "family":
         return plan_family(reader, request, max_shard_size)
-    source = read_architecture(reader)
+    opened = as_skipless(reader)
+    source, tensors = opened.architecture, opened.tensors
     ways = ("q", "pivoted")
 
     def foretell(seam: Seam) -> Forecast:
-        found = held + forecast_memory(seam, reader.tensors, tables(source, seam))
+        found = held + forecast_memory(seam, tensors, tables(source, seam))
         if limit is not None and found > limit:
             raise InputError(
                 f"basis: expected at most {limit / 1e9:.1f} GB of memory, found that choosing one takes "
                 f"{found / 1e9:.1f} GB; use --basis q, --basis pivoted, or a machine that has more"
             )
-        dtypes = dict.fromkeys(request.stored(reader.tensors, seam, way) for way in ways)
-        affines = read_seam(source, seam, reader.tensor, reader.tensor)
+        dtypes = dict.fromkeys(request.stored(tensors, seam, way) for way in ways)
+        affines = read_seam(source, seam, opened.tensor, opened.tensor)
         return forecast(seam, affines, tuple(dtypes), ways, later=later[seam])
 
-    closing = _closing(source, request)
+    closing = _closing(opened, request)
     later = {seam: after for group in connected(closing) for seam, _, after in in_turn(group)}
-    basis, reason = request.decide(source, reader.tensors, closing, foretell)
+    basis, reason = request.decide(source, tensors, closing, foretell)
     return make_plan(reader, dataclasses.replace(request, basis=basis), reason, max_shard_size)
 
 
@@ -196,8 +211,9 @@ def make_plan(reader: CheckpointReader, request: Request, reason: str = "", max_
     that contradicts its config, a blocked seam, or nothing to remove.
     """
     assert request.basis != AUTO
-    source = read_architecture(reader)
-    closing = _closing(source, request)
+    opened = as_skipless(reader)
+    source = opened.architecture
+    closing = _closing(opened, request)
     target = closed(source, closing, request.basis)
     if request.rest_dtype is not None:
         target = dataclasses.replace(target, rest_dtype=request.rest_dtype)
@@ -206,11 +222,13 @@ def make_plan(reader: CheckpointReader, request: Request, reason: str = "", max_
         target=target,
         basis=request.basis,
         reason=reason,
-        tasks=_tasks(source, target, closing),
+        tasks=_tasks(source, target, closing, opened.layout),
         inputs=reader.tensors,
-        outputs=plan_shards(_outputs(reader.tensors, target, closing, request.dtype), max_shard_size),
-        config=_fused_config(reader.config, target, request.dtype),
+        outputs=plan_shards(_outputs(opened.tensors, target, closing, request.dtype), max_shard_size),
+        config=_fused_config(opened.config, target, request.dtype),
+        source_config=opened.config,
         note=request.note(source),
+        layout=opened.layout,
     )
     _check_smaller(plan, closing, request)
     return plan
@@ -249,6 +267,7 @@ def plan_family(reader: CheckpointReader, request: Request, max_shard_size: int 
         inputs=reader.tensors,
         outputs=plan_shards(kept, max_shard_size),
         config=config,
+        source_config=reader.config,
         note=request.note(source),
         layout=layout,
     )
@@ -272,7 +291,7 @@ def _family_tasks(layout: family.Layout, closing: Iterable[Seam], order: Iterabl
 def _check_smaller(plan: Plan, closing: Iterable[Seam], request: Request) -> None:
     """Raise InputError where indices would take more than the blocks they replace, or new biases more than is saved."""
     for seam in closing:
-        if reason := request.unpaid(plan.inputs, seam, seam.way(plan.basis)):
+        if reason := request.unpaid(plan.renamed, seam, seam.way(plan.basis)):
             raise InputError(reason)
     before, after = plan.parameters
     if after >= before and not plan.target.first_layer_removed:  # which may be worth it
@@ -286,11 +305,18 @@ def _modules(architecture: Architecture) -> dict[str, Module]:
     return {module.name: module for module in (*architecture.modules(), *architecture.norm_modules())}
 
 
-def _closing(source: Architecture, request: Request) -> list[Seam]:
-    """The seams to close, or InputError when there are none or one of them cannot be."""
-    closing = request.seams(source)
+def _closing(opened: AsSkipless, request: Request) -> list[Seam]:
+    """The seams to close, or InputError when there are none or one of them cannot be; of another family's, if nothing
+    in particular is asked for, those that pay.
+    """
+    closing = request.seams(opened.architecture)
+    if opened.layout is not None and request.remove is None:
+        closing = [seam for seam in closing if not request.unpaid(opened.tensors, seam, seam.way("q"))]
     if not closing:
-        raise InputError("nothing to remove: every seam of this model is closed already, or left open on request")
+        why = request.note(opened.architecture).partition("\n")[0]
+        raise InputError(
+            f"nothing to remove: {why or 'every seam of this model is closed already, or left open on request'}"
+        )
     for seam in closing:
         if seam.refusal:
             raise InputError(seam.refusal)
@@ -320,10 +346,19 @@ def _outputs(
     return outputs
 
 
-def _tasks(source: Architecture, target: Architecture, closing: Iterable[Seam]) -> tuple[Task, ...]:
+def _tasks(
+    source: Architecture, target: Architecture, closing: Iterable[Seam], layout: family.Layout | None
+) -> tuple[Task, ...]:
     """One task per group of seams that share modules, one per tensor that stays as it is, in the output's order."""
     before, after = _modules(source), _modules(target)
-    writer_of = {name: Task((), (name,), (name,)) for name in target.tensors()}
+
+    def stored(names: Iterable[str]) -> tuple[str, ...]:
+        if layout is None:
+            return tuple(names)
+        return tuple(dict.fromkeys(place for name in names for place in layout.places[name].tensors))
+
+    kept, indices = source.tensors(), target.index_tensors()
+    writer_of = {name: Task((), stored([name]), (name,)) for name in target.tensors() if name in kept}
     for group in connected(closing):
         by_rows = [seam.kind for seam in group] == ["first_layer"]  # whose table is made of one, row by row
         names = list(dict.fromkeys(name for seam in group for name in seam.modules))
@@ -331,8 +366,8 @@ def _tasks(source: Architecture, target: Architecture, closing: Iterable[Seam]) 
         reads = tuple(tensor for name in names if name in before for tensor in before[name].tensors())
         reads += tuple(dict.fromkeys(name for seam in group for name in seam.mixed))
         writes = tuple(tensor for name in left for tensor in after[name].tensors())
-        writes += tuple(seam.order for seam in group if seam.order in writer_of)
-        writer_of.update(dict.fromkeys(writes, Task(tuple(group), reads, writes, by_rows)))
+        writes += tuple(seam.order for seam in group if seam.order in indices)
+        writer_of.update(dict.fromkeys(writes, Task(tuple(group), stored(reads), writes, by_rows)))
     return tuple(dict.fromkeys(writer_of[name] for name in target.tensors()))
 
 

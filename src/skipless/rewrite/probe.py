@@ -355,9 +355,7 @@ class Checked:
     losses: tuple[Difference, ...]
 
 
-def check_fused(
-    plan: Plan, config: Mapping[str, Any], source: RowReader, fused: RowReader, outcomes: Iterable[Outcome]
-) -> Checked:
+def check_fused(plan: Plan, source: RowReader, fused: RowReader, outcomes: Iterable[Outcome]) -> Checked:
     """Compare what a plan's source and result give for a few tokens, and what that may be.
 
     Raises BugError naming the first output that is off by more than the seams' forecasts and rounding the result's
@@ -366,7 +364,7 @@ def check_fused(
     inputs, touched = Inputs.drawn(plan.source), plan.touched
     stored = stored_in(plan.outputs)
     looked_up = plan.target.first_layer_removed
-    before = outputs(config, source, inputs, rounded_as(stored, plan.inputs, touched), looked_up)
+    before = outputs(plan.source_config, source, inputs, rounded_as(stored, plan.canonical[0], touched), looked_up)
     after = outputs(plan.config, fused, inputs, _as_written(plan), looked_up)
     limit = limits(outcomes, plan.source, _cast(plan))
     differences = [
@@ -410,7 +408,7 @@ def _as_written(plan: Plan) -> Rounded:
     """By how much rounding has changed the modules of what was written: those that are no longer the source's."""
 
     def error(name: str) -> float:
-        before, after = (infos.get(f"{name}.weight") for infos in (plan.inputs, plan.outputs))
+        before, after = (infos.get(f"{name}.weight") for infos in plan.canonical)
         kept = after is None or (name not in plan.touched and before is not None and before.dtype == after.dtype)
         return 0.0 if kept or after is None else rounding_error(after.dtype)
 
@@ -419,7 +417,8 @@ def _as_written(plan: Plan) -> Rounded:
 
 def _cast(plan: Plan) -> torch.dtype | None:
     """The coarsest dtype to which a tensor is cast from a finer one, or None."""
-    pairs = [(plan.inputs[name].dtype, info.dtype) for name, info in plan.outputs.items() if name in plan.inputs]
+    inputs, outputs = plan.canonical
+    pairs = [(inputs[name].dtype, info.dtype) for name, info in outputs.items() if name in inputs]
     cast = [after for before, after in pairs if torch.promote_types(before, after) != after]
     return coarsest(cast) if cast else None
 

@@ -12,7 +12,7 @@ from skipless.algebra.forecast import Forecast
 from skipless.algebra.tolerances import coarsest, dtype_name
 from skipless.architecture.config import Architecture
 from skipless.architecture.folds import FOLDS, folds, staying
-from skipless.architecture.seams import AUTO, BASES, KINDS, PARALLEL_REMOVES, REMOVABLE, Seam, seams
+from skipless.architecture.seams import AUTO, BASES, COMPACT, KINDS, PARALLEL_REMOVES, REMOVABLE, Seam, seams
 from skipless.checkpoint.reader import TensorInfo
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError
@@ -32,7 +32,8 @@ class Request:
     result (None: each keeps its own); rest_dtype: that of rest_proj, "float32" or None. layers_open: layers whose
     stream seam stays open. remove: the kinds of seams to close (seams.KINDS; in a family's layout folds.FOLDS).
     parallel_removes: in a parallel model, where Q and P cannot both go, what does: "readers" (Q, or what the basis
-    says) or "p". layout: of LAYOUTS. None (remove, layout): what is usual for the source (Request.of).
+    says) or "p". layout: of LAYOUTS, of another family's model; of a skipless one, None. None (remove, layout): what is
+    usual for the source (Request.of).
     """
 
     basis: str = AUTO
@@ -46,7 +47,7 @@ class Request:
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of seams asked for."""
-        usual = FOLDS if self.layout == "family" else REMOVABLE
+        usual = {"family": FOLDS, "skipless": COMPACT}.get(self.layout or "", REMOVABLE)
         return usual if self.remove is None else self.remove
 
     def of(self, family: str | None) -> Self:
@@ -58,13 +59,17 @@ class Request:
             raise InputError(f"layout: expected {' or '.join(LAYOUTS)}, found {self.layout!r}")
         if family is None and self.layout == "family":
             raise InputError("layout: expected skipless for a skipless model, found 'family'; leave it out")
-        if family is not None and self.layout == "skipless":
-            raise InputError(
-                f"layout: expected family for a {family} model, found 'skipless': skip connections and norms block the "
-                f"stream and P-M seams that a skipless layout leaves out; leave it out"
-            )
-        usual = {"remove": self.kinds} if family is None else {"layout": "family"}
-        return dataclasses.replace(self, **usual)
+        if family is None:
+            own = dataclasses.replace(self, layout=None)
+            return dataclasses.replace(own, remove=own.kinds)
+        for name in ("basis", "rest_dtype", "layers_open", "parallel_removes"):
+            usual = getattr(Request(), name)
+            if (found := getattr(self, name)) != usual:
+                raise InputError(
+                    f"{name}: expected none for a model with skips and norms, none of whose stream seams can be "
+                    f"closed; found {found!r}"
+                )
+        return dataclasses.replace(self, layout=self.layout or "family")
 
     def seams(self, source: Architecture) -> list[Seam]:
         """The open seams asked for, blocked or not. Raises InputError for options that make no sense."""
@@ -96,6 +101,8 @@ class Request:
             if seam.kind in self.kinds and not (seam.kind == "stream" and seam.layer in self.layers_open)
         ]
         asked = [seam for seam in asked if not seam.spared(self.kinds)]  # their weights go elsewhere (self.note)
+        if self.layout == "skipless":
+            return self._possible(asked)
         if self.basis == "v" and {"stream", "values"} <= set(self.kinds):
             raise InputError(
                 "basis: expected one without v with --remove stream,values, as heads of V cannot be the stream and "
@@ -110,6 +117,16 @@ class Request:
                 )
         return asked
 
+    def _possible(self, asked: list[Seam]) -> list[Seam]:
+        """Of another family's seams, those that can be closed. Raises InputError for a kind, asked for by name, none of
+        whose seams can.
+        """
+        for kind in self.remove or ():
+            own = [seam for seam in asked if seam.kind == kind]
+            if all(seam.blocked for seam in own):
+                raise InputError((own and own[0].refusal) or f"remove: {kind}: nothing to remove: this model has none")
+        return [seam for seam in asked if not seam.blocked]
+
     def _folds(self, source: Architecture) -> list[Seam]:
         """What can be moved within a family's layout, of the kinds asked for. Raises InputError for other options."""
         if unknown := sorted(set(self.kinds) - set(FOLDS)):
@@ -118,13 +135,6 @@ class Request:
                 f"norms and skip connections block its stream and P-M seams, and its layout has a place for every "
                 f"block; skipless audit says what could go"
             )
-        for name in ("basis", "rest_dtype", "layers_open", "parallel_removes"):
-            usual = getattr(Request(), name)
-            if (found := getattr(self, name)) != usual:
-                raise InputError(
-                    f"{name}: expected none for a model with skips and norms, none of whose stream seams can be "
-                    f"closed; found {found!r}"
-                )
         every = folds(source)
         for kind in self.remove or ():
             if not any(seam.kind == kind and not seam.blocked for seam in every):
@@ -141,6 +151,11 @@ class Request:
         """What of what was asked for stays, as its weights go elsewhere, and why; or nothing."""
         if self.layout == "family":
             return "\n".join(staying(seam for seam in folds(source) if seam.kind in self.kinds))
+        if self.layout == "skipless":
+            gone = {name for seam in self.seams(source) for name in seam.writers}
+            norms = [seam for seam in folds(source) if seam.kind == "norms" and seam.writers[0] not in gone]
+            others = [seam for seam in self.every(source) if seam.kind != "norms"]
+            return "\n".join(staying(seam for seam in (*norms, *others) if seam.kind in self.kinds))
         spared = [seam for seam in self.every(source) if seam.kind in self.kinds and seam.spared(self.kinds)]
         if source.block_type != "parallel" or source.residual != "none":
             kinds = " and ".join(dict.fromkeys(seam.kind for seam in spared))

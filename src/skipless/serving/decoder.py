@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from skipless.errors import InputError
 from skipless.inference import load
+from skipless.model.configuration_skipless import ROPE_BY_LENGTH
 from skipless.model.modeling_skipless import CACHE
 
 
@@ -73,15 +74,27 @@ class Widened(nn.Module):
         return weight.float()
 
 
+def load_skipless(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """A skipless model folder. Raises InputError for what does not load, and for other models."""
+    model = load(folder, dtype)
+    if model.config.model_type != "skipless":
+        raise InputError(
+            f"{folder}: expected a skipless model, found model_type {model.config.model_type!r}; optimum exports others"
+        )
+    return model
+
+
 def load_decoder(folder: Path, stored: torch.dtype) -> Decoder:
     """A skipless model folder, its weights in the dtype `stored` (rest_proj in its own), all arithmetic in fp32.
 
     Raises InputError for what does not load, and for other models.
     """
-    model = load(folder, stored)
-    if model.config.model_type != "skipless":
+    model = load_skipless(folder, stored)
+    rope_type = (model.config.rope_parameters or {}).get("rope_type")
+    if rope_type in ROPE_BY_LENGTH:
         raise InputError(
-            f"{folder}: expected a skipless model, found model_type {model.config.model_type!r}; optimum exports others"
+            f"config.json: rope_parameters.rope_type: expected one whose angles do not depend on the length of the "
+            f"sequence, found {rope_type!r}, which a graph of fixed angles cannot be"
         )
     for module in list(model.modules()):
         if isinstance(module, PreTrainedModel):

@@ -15,6 +15,7 @@ class Engine:
 ENGINES = {
     "torch": Engine("decoding", ("float64", "float32", "bfloat16", "float16")),
     "openvino": Engine("openvino", ("float32", "bfloat16", "int8", "int4"), "openvino"),
+    "onnxruntime-genai": Engine("onnx_genai", ("float32",), "onnx"),
     "vllm": Engine("vllm", ("float32", "bfloat16", "float16"), "vllm"),
 }
 

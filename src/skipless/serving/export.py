@@ -48,10 +48,10 @@ def export(source: str | Path, destination: str | Path, *, to: str, weights: str
     with beside(place) as found:
         folder = found / "model"
         folder.mkdir()
-        room.write(source, folder, weights)
         for file in (*others, Path("config.json")):
             (folder / file.parent).mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / file, folder / file)
+        room.write(source, folder, weights)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         place.publish(folder)
     return Exported(str(destination), to, weights, size)

@@ -84,12 +84,17 @@ def write(source: Path, folder: Path, weights: str) -> None:
 def check(architecture: Architecture, config: SkiplessConfig) -> None:
     """Raise InputError, naming the field, for what the architecture in llama.cpp does not compute."""
     experts = config.ffn_type == "moe"
+    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
     read = architecture.query_width if config.p_removed and config.p_merged else architecture.hidden_size
     for name, expected, fits in (
         ("attention_shaping", "null or 'value'", config.attention_shaping != "full"),
         ("residual_gains", "false", not config.residual_gains),
         ("first_layer_removed", "false", not config.first_layer_removed),
         ("sliding_window", "null", config.sliding_window is None),
+        ("head_bias", "false", not config.head_bias),
+        ("position_offset", "0", not config.position_offset),
+        ("logit_scale", "null", config.logit_scale is None),
+        ("rope_parameters", "null or those of default RoPE", rope_type == "default"),
         ("hidden_act", f"one of {', '.join(ACTIVATIONS)}", config.hidden_act in ACTIVATIONS),
         ("hidden_act", "another than 'gelu' for experts", not (experts and config.hidden_act == "gelu")),
         (
@@ -160,6 +165,8 @@ def stored_from(layout: Layout) -> dict[str, list[str]]:
 
 def tensor(name: str, parts: list[str], layout: Layout, reader: CheckpointReader) -> np.ndarray[Any, Any]:
     """One tensor of the file, in fp32 or, of indices, int32."""
+    if not parts and len(layout.shapes[name]) == 1:
+        return np.ones(layout.shapes[name], np.float32)
     if not parts:
         return whole_values(int(name.split(".")[1]), layout.architecture, reader)
     values = [reader.tensor(part) for part in parts]

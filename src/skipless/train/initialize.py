@@ -19,9 +19,11 @@ FFN_SHARE = 0.1
 
 
 @torch.no_grad()
-def initialize(model: SkiplessForCausalLM) -> None:
+def initialize(model: SkiplessForCausalLM, sharpness: tuple[float, ...] = ()) -> None:
     """Set the starting values in place. Projections may be absent, as in Fig. 1 to 4 of arXiv:2404.12362.
 
+    sharpness: K over Q in the first and in the last layer, and evenly between them in the others; the softmax of 0 is
+    uniform, and the larger, the more of it a token keeps for itself. Without it, 0 in shaped attention, else 1.
     Raises InputError for a model that was fused in a way that no model is trained in, or whose GLU has neither norms
     nor a gate bias.
     """
@@ -40,30 +42,29 @@ def initialize(model: SkiplessForCausalLM) -> None:
         nn.init.normal_(model.model.position_embeddings.weight, std=0.1)
     if not config.tie_word_embeddings:
         nn.init.normal_(model.lm_head.weight, std=0.1 * config.hidden_size**-0.5)
-    for layer in model.model.layers:
-        initialize_attention(layer.self_attn)
+    first, last = sharpness or ((1.0, 1.0) if config.attention_shaping is None else (0.0, 0.0))
+    factors = torch.linspace(first, last, config.num_hidden_layers).tolist()
+    for layer, factor in zip(model.model.layers, factors, strict=True):
+        initialize_attention(layer.self_attn, factor)
         for mlp in layer.mlp.experts if isinstance(layer.mlp, SkiplessExperts) else [layer.mlp]:
             initialize_ffn(mlp)
         share_output(layer)
 
 
-def initialize_attention(attention: SkiplessAttention) -> None:
-    """Orthogonal Q, V, P. Shaped: K = 0 (uniform softmax), or, if absent, Q = 0. Plain: K = Q summed over each group,
-    so tokens see themselves first; of an absent Q, the identity, and with an absent K, Q = 1.
+def initialize_attention(attention: SkiplessAttention, sharpness: float) -> None:
+    """Orthogonal Q, V, P, and K = sharpness Q, summed over each group. Of an absent Q, the identity, and with an absent
+    K, Q = sharpness.
     """
     for linear in (attention.q_proj, attention.v_proj, attention.o_proj):
         if linear is not None:
             nn.init.orthogonal_(linear.weight)
-    shaped = attention.config.attention_shaping is not None
-    if shaped:
-        nn.init.zeros_((attention.q_proj if attention.k_proj is None else attention.k_proj).weight)
-    elif attention.k_proj is None:
-        nn.init.eye_(attention.q_proj.weight)
-    else:
-        weight = attention.k_proj.weight
-        query = torch.eye(weight.shape[1]).to(weight) if attention.q_proj is None else attention.q_proj.weight
-        grouped = query.view(attention.num_key_value_heads, -1, attention.head_dim, weight.shape[1])
-        weight.copy_(grouped.sum(1).flatten(0, 1))
+    if attention.k_proj is None:
+        attention.q_proj.weight.copy_(sharpness * torch.eye(attention.q_proj.in_features))
+        return
+    weight = attention.k_proj.weight
+    query = torch.eye(weight.shape[1]).to(weight) if attention.q_proj is None else attention.q_proj.weight
+    grouped = query.view(attention.num_key_value_heads, -1, attention.head_dim, weight.shape[1])
+    weight.copy_(sharpness * grouped.sum(1).flatten(0, 1))
 
 
 def initialize_ffn(mlp: SkiplessMLP) -> None:

@@ -45,6 +45,17 @@ class Start:
     """[start]: where the weights start, if not at random values."""
 
     folder: str = option("a skipless model folder whose weights to start from; it replaces [model]", "")
+    sharpness: tuple[float, ...] = option(
+        "without `folder`: K over Q in the first and the last layer; 0: uniform attention, 1: to the token itself", ()
+    )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """[schedule]: what of the model that the run starts from fades away, each from one step to another."""
+
+    skips: tuple[int, ...] = option("two steps, between which skip connections fade to nothing", ())
+    norms: tuple[int, ...] = option("two steps, between which norms fade to a constant, which matrices take in", ())
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,7 @@ class Recipe:
     data: Data = option("what is trained on", Data())
     tokenizer: Tokenizer = option("how text becomes tokens", Tokenizer())
     start: Start = option("where the weights start", Start())
+    schedule: Schedule = option("what fades away", Schedule())
 
     @classmethod
     def read(cls, name: str, model: Path | None = None) -> "Recipe":
@@ -101,6 +113,22 @@ class Recipe:
         if recipe.dtype not in DTYPE_NAMES:
             raise InputError(f"{path}: dtype: expected one of {', '.join(DTYPE_NAMES)}, found {recipe.dtype!r}")
         return recipe
+
+    def __post_init__(self) -> None:
+        """Raise InputError for a fade that begins from nothing, or does not end."""
+        for name, steps in dataclasses.asdict(self.schedule).items():
+            if not steps:
+                continue
+            if len(steps) != 2 or not 0 <= steps[0] < steps[1] <= self.steps:
+                raise InputError(
+                    f"schedule.{name}: expected two steps, the second later than the first and at most "
+                    f"{self.steps}, found {list(steps)}"
+                )
+            if not self.start.folder or self.fsdp:
+                raise InputError(
+                    f"schedule.{name}: expected start.folder, a model to start from, and no fsdp; found "
+                    f"{'fsdp' if self.start.folder else 'none'}"
+                )
 
     def to_json(self) -> dict[str, Any]:
         """Its fields as JSON has them, those of a section as section.field."""
@@ -133,6 +161,11 @@ def _checked(field: "dataclasses.Field[Any]", value: Any, where: str) -> Any:
         if not isinstance(patterns, list) or not all(isinstance(each, str) for each in patterns):
             raise InputError(f"{where}{name}: expected a pattern or a list of them, found {value!r}")
         return tuple(patterns)
+    if expected in (tuple[int, ...], tuple[float, ...]):
+        kinds = (int,) if expected == tuple[int, ...] else (int, float)
+        if not isinstance(value, list) or len(value) != 2 or any(type(each) not in kinds for each in value):
+            raise InputError(f"{where}{name}: expected two numbers{' of steps' * (len(kinds) == 1)}, found {value!r}")
+        return tuple(value)
     expected = dict if name == "model" else expected
     if expected is float and type(value) is int:
         value = float(value)

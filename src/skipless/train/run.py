@@ -20,9 +20,10 @@ from skipless.inference import load
 from skipless.model import SkiplessConfig, SkiplessForCausalLM
 from skipless.quiet import no_library_bars
 from skipless.train import corpus
+from skipless.train.fade import Fade, final
 from skipless.train.initialize import initialize
 from skipless.train.log import Bar, callbacks, is_first
-from skipless.train.recipe import Recipe
+from skipless.train.recipe import Recipe, Schedule
 from skipless.train.trainer import SkiplessTrainer, training_arguments
 
 CHECKPOINTS, LOG = "checkpoints", "log"
@@ -57,7 +58,7 @@ def check_folder(out: Path, recipe: Recipe, resume: bool) -> None:
         raise InputError(
             f"{out}: expected an unfinished run to resume, found none; start a new folder without --resume"
         )
-    started = read_json_object(saved)
+    started = Recipe(1, 1, 1, 0.0, 0.0).to_json() | read_json_object(saved)  # which an older release may have written
     done = started.pop("done", 0)
     if recipe.steps <= done:
         raise InputError(f"{out}: expected an unfinished run to resume, found one of {done} steps; --steps takes more")
@@ -92,7 +93,7 @@ def new_model(recipe: Recipe) -> SkiplessForCausalLM:
     if recipe.start.folder:
         return load(Path(recipe.start.folder), torch.float32).train()
     model = SkiplessForCausalLM(config)
-    initialize(model)
+    initialize(model, recipe.start.sharpness)
     return model
 
 
@@ -124,6 +125,8 @@ def save(trainer: SkiplessTrainer, recipe: Recipe, tokenizer: PreTrainedTokenize
     if not is_first():
         return
     config = trainer.model.config
+    if recipe.schedule != Schedule():
+        config = final(config, state, recipe.schedule)
     config.use_cache = True  # Trainer turned it off
     with torch.device("meta"):
         model = SkiplessForCausalLM(config)
@@ -152,6 +155,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False) -> dict[str, float
         check_folder(out, recipe, resume)
     set_seed(recipe.seed)
     model = new_model(recipe)
+    fades = [] if recipe.schedule == Schedule() else [Fade(model, recipe.schedule)]
     arguments = training_arguments(recipe, model.config, str(checkpoints))
     if recipe.checkpointing and not recipe.fsdp:  # which does it itself
         newer = hasattr(model, "activation_checkpointing_enable")  # in transformers 6 there is no other
@@ -169,7 +173,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False) -> dict[str, float
 
     newest = newest_checkpoint(checkpoints)
     bar = Bar(sequences * recipe.sequence_length, text)
-    trainer = SkiplessTrainer(recipe, model, text, arguments, callbacks(bar, out / LOG, _step(newest)))
+    trainer = SkiplessTrainer(recipe, model, text, arguments, [*fades, *callbacks(bar, out / LOG, _step(newest))])
     with no_library_bars(), bar.progress:
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
         loss = trainer.last_evaluation()

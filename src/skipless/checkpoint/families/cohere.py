@@ -1,6 +1,13 @@
 """Cohere's Command R: parallel layers with one norm without biases, interleaved RoPE, tied embeddings."""
 
-from skipless.checkpoint.family import LLAMA_DEFAULTS, LLAMA_FIELDS, LLAMA_FIXED, Family
+from skipless.checkpoint.family import (
+    LAYER_NORM_COMPUTES,
+    LLAMA_DEFAULTS,
+    LLAMA_FIELDS,
+    LLAMA_FIXED,
+    Family,
+    whole_rope,
+)
 
 FAMILY = Family(
     model_types=("cohere",),
@@ -19,4 +26,5 @@ FAMILY = Family(
         "position_type": "rope_interleaved",
     },
     norm_heads="rows",
+    computes={**LAYER_NORM_COMPUTES, "rope_parameters": whole_rope, "logit_scale": "logit_scale"},
 )

@@ -1,6 +1,6 @@
 """Falcon: multi-query with one norm (7B), grouped with two (40B, 180B), or serial with ALiBi (RW)."""
 
-from skipless.checkpoint.family import Config, Family
+from skipless.checkpoint.family import Config, Family, whole_rope
 
 
 def kv_heads(config: Config) -> int | None:
@@ -65,4 +65,11 @@ FAMILY = Family(
     },
     variants=({"input_layernorm": "ln_attn", "post_attention_layernorm": "ln_mlp"},),
     qkv="grouped",
+    computes={
+        "hidden_act": "activation",
+        "norm_eps": "layer_norm_epsilon",
+        "max_position_embeddings": "max_position_embeddings",
+        "rope_parameters": whole_rope,
+    },
+    requires={"alibi": False},  # whose slopes it scales as it does the scores
 )

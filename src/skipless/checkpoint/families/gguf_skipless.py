@@ -1,8 +1,8 @@
 """GGUF files of architecture "skipless", as `skipless export --to gguf` writes them (integrations/llama.cpp).
 
 They have the tensors of the model folder, under llama.cpp's names, but for these: an FFN's experts lie in one tensor;
-a gain of a head is there for each of its outputs; and the values of a closed seam have their identity columns back,
-which cost less than gathering others would.
+a gain of a head is there for each of its outputs; a norm that acts without a gain has one of 1, by which llama.cpp
+knows it; and the values of a closed seam have their identity columns back, which cost less than gathering others would.
 """
 
 import json
@@ -19,7 +19,9 @@ CONFIG = "skipless.config"
 
 
 class SkiplessLayout(Layout):
-    """Where a GGUF file of a skipless architecture has its tensors; of values of a closed seam, no places."""
+    """Where a GGUF file of a skipless architecture has its tensors; of values of a closed seam, and of gains of 1, no
+    places.
+    """
 
     def __init__(self, family: Family, architecture: Architecture, *names: Any):
         super().__init__(family, architecture, *names)
@@ -29,6 +31,8 @@ class SkiplessLayout(Layout):
                 stored = self._stored(tensor)
                 self.places[tensor] = Place((stored,), tuple((head * size, head * size + 1) for head in heads))
                 self.shapes[stored] = (architecture.query_width,)
+        for norm in architecture.gains_removed:
+            self.shapes[f"{self._stored(norm)}.weight"] = (architecture.hidden_size,)
         for tensor, shape in architecture.index_tensors().items():
             if not tensor.endswith("value_order"):
                 stored = self._stored(tensor)

@@ -1,6 +1,6 @@
 """GPT-2: linear layers stored (inputs, outputs), learned positions."""
 
-from skipless.checkpoint.family import GPT_DEFAULTS, GPT_FIELDS, Family
+from skipless.checkpoint.family import GPT_COMPUTES, GPT_DEFAULTS, GPT_FIELDS, Family
 
 FAMILY = Family(
     model_types=("gpt2",),
@@ -15,6 +15,8 @@ FAMILY = Family(
         "mlp_bias": True,
     },
     prefixes=("transformer.", ""),
+    computes=GPT_COMPUTES,
+    requires={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
     layers="h.{i}",
     names={
         "model.embed_tokens": "wte",

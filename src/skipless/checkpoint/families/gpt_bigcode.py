@@ -10,5 +10,6 @@ FAMILY = dataclasses.replace(
     fields={**gpt2.FAMILY.fields, "num_key_value_heads": lambda config: 1 if config["multi_query"] else None},
     defaults={**gpt2.FAMILY.defaults, "multi_query": True},
     qkv="grouped",
+    requires={"scale_attn_weights": True, "add_cross_attention": False},
     transposed=False,
 )

@@ -1,6 +1,6 @@
 """GPT-NeoX and Pythia: fused projections, head by head; parallel layers with two norms, if not serial."""
 
-from skipless.checkpoint.family import LLAMA_FIELDS, LLAMA_FIXED, Family
+from skipless.checkpoint.family import LAYER_NORM_COMPUTES, LLAMA_FIELDS, LLAMA_FIXED, Family
 
 FAMILY = Family(
     model_types=("gpt_neox",),
@@ -22,5 +22,6 @@ FAMILY = Family(
         "mlp.down_proj": "mlp.dense_4h_to_h",
     },
     qkv="grouped",
+    computes=LAYER_NORM_COMPUTES,
     buffers=("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"),
 )

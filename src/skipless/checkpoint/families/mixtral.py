@@ -1,6 +1,6 @@
 """Mixtral: Mistral with experts."""
 
-from skipless.checkpoint.family import LLAMA_DEFAULTS, LLAMA_FIELDS, LLAMA_FIXED, Family
+from skipless.checkpoint.family import LLAMA_COMPUTES, LLAMA_DEFAULTS, LLAMA_FIELDS, LLAMA_FIXED, Family, one_window
 
 FAMILY = Family(
     model_types=("mixtral",),
@@ -11,6 +11,7 @@ FAMILY = Family(
     },
     defaults=LLAMA_DEFAULTS,
     fixed={**LLAMA_FIXED, "ffn_type": "moe"},
+    computes={**LLAMA_COMPUTES, "sliding_window": one_window},
     names={
         "mlp.router": "block_sparse_moe.gate",
         "mlp.experts.{e}.gate_proj": "block_sparse_moe.experts.{e}.w1",

@@ -4,6 +4,8 @@ from skipless.checkpoint.family import LLAMA_FIELDS, LLAMA_FIXED, Config, Family
 
 # The position table's first two rows are for padding.
 OFFSET = 2
+# torch's own.
+EPS = 1e-5
 
 
 def norms(config: Config) -> tuple[str, ...]:
@@ -24,7 +26,7 @@ FAMILY = Family(
         "embedding_size": lambda config: (
             None if config["word_embed_proj_dim"] == config["hidden_size"] else config["word_embed_proj_dim"]
         ),
-        "max_position_embeddings": lambda config: config["max_position_embeddings"] + OFFSET,
+        "max_position_embeddings": "max_position_embeddings",
         "attention_bias": "enable_bias",
         "mlp_bias": "enable_bias",
         "norms": norms,
@@ -37,7 +39,15 @@ FAMILY = Family(
         "do_layer_norm_before": True,
         "_remove_final_layer_norm": False,
     },
-    fixed={**LLAMA_FIXED, "norm_type": "layer", "ffn_type": "mlp", "position_type": "learned"},
+    fixed={
+        **LLAMA_FIXED,
+        "norm_type": "layer",
+        "ffn_type": "mlp",
+        "position_type": "learned",
+        "position_offset": OFFSET,
+    },
+    computes={"hidden_act": "activation_function", "norm_eps": lambda config: EPS},
+    requires={"layer_norm_elementwise_affine": True},
     prefixes=("model.decoder.", "decoder."),
     names={
         "model.position_embeddings": "embed_positions",

@@ -1,6 +1,6 @@
 """Phi-1, 1.5 and 2: parallel layers with one norm, biases everywhere."""
 
-from skipless.checkpoint.family import LLAMA_DEFAULTS, LLAMA_FIELDS, LLAMA_FIXED, Family
+from skipless.checkpoint.family import LAYER_NORM_COMPUTES, LLAMA_DEFAULTS, LLAMA_FIELDS, LLAMA_FIXED, Family
 
 FAMILY = Family(
     model_types=("phi",),
@@ -17,6 +17,7 @@ FAMILY = Family(
         "mlp_bias": True,
         "head_bias": True,
     },
+    computes=LAYER_NORM_COMPUTES,
     names={
         "model.norm": "final_layernorm",
         "self_attn.o_proj": "self_attn.dense",

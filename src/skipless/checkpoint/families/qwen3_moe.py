@@ -1,7 +1,15 @@
 """Qwen3 with experts, in all layers or some."""
 
 from skipless.architecture.config import MOST_LAYERS
-from skipless.checkpoint.family import LLAMA_DEFAULTS, LLAMA_FIELDS, LLAMA_FIXED, Config, Family
+from skipless.checkpoint.family import (
+    LLAMA_COMPUTES,
+    LLAMA_DEFAULTS,
+    LLAMA_FIELDS,
+    LLAMA_FIXED,
+    Config,
+    Family,
+    one_window,
+)
 
 
 def dense_layers(config: Config) -> list[int]:
@@ -24,5 +32,6 @@ FAMILY = Family(
     },
     defaults={**LLAMA_DEFAULTS, "attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": None},
     fixed={**LLAMA_FIXED, "ffn_type": "moe", "qk_norm": "head_dim"},
+    computes={**LLAMA_COMPUTES, "sliding_window": one_window, "norm_topk_prob": "norm_topk_prob"},
     names={"mlp.router": "mlp.gate"},
 )

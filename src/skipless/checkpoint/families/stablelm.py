@@ -1,7 +1,7 @@
 """StableLM: partial RoPE, LayerNorm; in one size parallel layers and a norm for each head."""
 
 from skipless.architecture.config import PRE_NORM
-from skipless.checkpoint.family import LLAMA_DEFAULTS, LLAMA_FIELDS, LLAMA_FIXED, Family
+from skipless.checkpoint.family import LAYER_NORM_COMPUTES, LLAMA_DEFAULTS, LLAMA_FIELDS, LLAMA_FIXED, Family
 
 FAMILY = Family(
     model_types=("stablelm",),
@@ -14,6 +14,7 @@ FAMILY = Family(
     },
     defaults={**LLAMA_DEFAULTS, "use_qkv_bias": False, "use_parallel_residual": False, "qk_layernorm": False},
     fixed={**LLAMA_FIXED, "norm_type": "layer"},
+    computes=LAYER_NORM_COMPUTES,
     names={
         "self_attn.q_norm": "self_attn.q_layernorm.norms.{h}",
         "self_attn.k_norm": "self_attn.k_layernorm.norms.{h}",

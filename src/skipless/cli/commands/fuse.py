@@ -17,7 +17,8 @@ from skipless.cli.output import err, out, print_json, waiting, work_bar
 @click.option(
     "--layout",
     type=click.Choice(["skipless", "family"]),
-    help="How DST is laid out: as a skipless model, or as SRC's own family has it [default: as SRC is].",
+    help="How DST is laid out: as a skipless model, which leaves out what goes, or as SRC's own family has it "
+    "[default: as SRC is].",
 )
 @click.option(
     "--max-shard-size", default="5GB", show_default=True, help="Largest file of weights: a number and MB or GB."
@@ -58,6 +59,7 @@ def fuse(
 
     Of a skipless model Q (or K, V) and P go. Of a model with skips and norms, of any family that is known, no tensor
     goes: gains of norms and biases move into the matrices beside them, and become 1 and 0; it loads wherever SRC does.
+    With --layout skipless these, and a block of each head of V, go; it then loads as a skipless model.
     """
     from skipless.checkpoint.remote import shown
     from skipless.cli import tables

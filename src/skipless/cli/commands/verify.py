@@ -7,8 +7,9 @@ from pathlib import Path
 import click
 
 from skipless.cli.options import as_json
-from skipless.cli.output import out, print_json, step_bar, waiting
+from skipless.cli.output import err, out, print_json, step_bar, waiting
 from skipless.dtypes import DTYPE_NAMES
+from skipless.errors import InputError
 
 
 @click.command()
@@ -31,6 +32,7 @@ from skipless.dtypes import DTYPE_NAMES
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random tokens.")
 @click.option("--full", is_flag=True, help="Run every token, every position, and a context beyond the window.")
+@click.option("--card", is_flag=True, help="If they are, write it into B's model card, which fuse has written.")
 @as_json
 def verify(
     a: Path,
@@ -40,6 +42,7 @@ def verify(
     tokens: int,
     seed: int,
     full: bool,
+    card: bool,
     as_json: bool,
 ) -> None:
     """Are A and B (made from A) the same function?
@@ -49,7 +52,10 @@ def verify(
     """
     from skipless.cli import tables
     from skipless.reports import verification
+    from skipless.reports.card import write_verdict
 
+    if b is None and card:
+        raise InputError(f"--card: expected A and B, found {a} alone; name the model that it was made of, too")
     if b is None:
         with waiting("reading"):
             changed = verification.verify_record(a)
@@ -70,6 +76,11 @@ def verify(
             full=full,
             progress=advance,
         )
+    if card and report.same:
+        try:
+            write_verdict(report, a, b)
+        except (InputError, OSError) as error:  # the answer is the same without it
+            err.print(f"--card: nothing was written: {error}", soft_wrap=True)
     if as_json:
         print_json(dataclasses.asdict(report))
     else:
