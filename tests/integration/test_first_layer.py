@@ -241,6 +241,18 @@ def test_the_dry_run_says_what_it_costs(tmp_path):
     assert "precompute layer 0 1 " in text
 
 
+def test_count_says_what_fuse_adds_and_what_is_left(tmp_path):
+    source, fused = save(build(), tmp_path / "source"), tmp_path / "fused"
+    before = skipless.count(source)
+    plan = skipless.fuse(source, fused, remove=["stream", "p", "first_layer"])
+    assert before.first_layer is not None
+    assert before.first_layer.row == D + 2 * E
+    assert plan.parameters[1] - plan.parameters[0] == before.first_layer.grows - 2 * 32**2 - 3 * 32**2
+    after = skipless.count(fused)
+    assert after.first_layer is None
+    assert after.limit == before.limit - 6 * 32**2
+
+
 def test_a_config_that_contradicts_its_table(tmp_path):
     source, fused = save(build(norm_type="rms"), tmp_path / "source"), tmp_path / "fused"
     skipless.fuse(source, fused, remove=["first_layer"])

@@ -14,6 +14,7 @@ from typing import Any
 
 from skipless.architecture.config import Architecture, Module
 from skipless.architecture.folds import folds, staying
+from skipless.architecture.graph import graph
 from skipless.architecture.limit import closable, terms
 from skipless.architecture.seams import REMOVABLE, Seam, as_it_is, closed, reasons, seams
 from skipless.bundled import KNOWN
@@ -131,16 +132,17 @@ class Count:
         """What precomputing layer 0 would take and give, as its paper counts: matrices alone, no biases, no routers.
         None where it cannot be, or has been.
 
-        A serial layer's row holds the token's embedding, which the skip adds, q, k and v; a parallel one's, in place of
-        the embedding, its sum with what the FFN gives.
+        A serial layer's row holds q, k, v and, where a skip adds it, the token's embedding; a parallel one's q, k, v
+        and the embedding's sum with what the FFN gives.
         """
         a = self.architecture
         if a.first_layer_stays or a != a.unfused():
             return None
         letters = "qkvmo" if a.block_type == "parallel" else "qkv"
-        read = a.query_width + 2 * a.value_width
         removed = sum(self.per_layer[letter] for letter in letters)
-        return FirstLayer(removed, read * a.vocab_size, a.hidden_size, a.hidden_size + read)
+        after = dataclasses.replace(a, first_layer_removed=True, norms_removed=a.first_layer_norms)
+        row = sum(after.row.values())
+        return FirstLayer(removed, (row - a.hidden_size) * a.vocab_size, a.hidden_size, row)
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -226,11 +228,13 @@ def count_architecture(name: str, family_name: str, architecture: Architecture, 
 
 def removable_at_most(architecture: Architecture) -> int:
     """How many weights of a skipless version carry no information (limit.terms, without those of biases), less those
-    that have been removed already.
+    that have been removed already. Of layer 0 in the token table, its stream seam's are no more.
     """
-    whole = architecture.unfused()
+    whole, left = architecture.unfused(), dataclasses.replace(architecture, first_layer_removed=False)
     gone = sum(module.inputs * module.outputs for module in whole.modules())
-    gone -= sum(module.inputs * module.outputs for module in architecture.modules())
+    gone -= sum(module.inputs * module.outputs for module in left.modules())
+    if architecture.first_layer_removed and not architecture.stream_closed(0):
+        gone += (len(graph(architecture).before(0).places) == 1) * architecture.hidden_size**2
     return sum(found for name, found in terms(whole.skipless()).items() if name != "biases") - gone
 
 
