@@ -356,7 +356,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(source, tmp_path):
     cases = [
         (("--basis", "k"), "basis: expected a square projection, found k_proj (16, 32) in layer 0"),
         (("--layers-open", "7"), "layers_open: expected layers 0..2, found 7"),
-        (("--remove", "bias"), "remove: expected some of norms, stream, values, p, head; found 'bias'"),
+        (("--remove", "bias"), "remove: expected some of norms, stream, values, p, head, first_layer; found 'bias'"),
     ]
     for options, message in cases:
         refused(run(source, *options), message)

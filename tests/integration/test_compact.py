@@ -104,6 +104,27 @@ def test_every_family_is_the_same_function_of_as_many_fewer_numbers_as_promised(
     assert torch.equal(*tokens)
 
 
+LOOKED_UP = ("gpt_neox", "mixtral", "qwen3", "phi", "phi3-long", "stablelm-parallel", "cohere-untied")
+
+
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in LOOKED_UP)])
+def test_layer_0_is_looked_up(name, tmp_path):
+    """Serial, a row has the embedding, too, which the skip adds; parallel, its sum with what the FFN gives."""
+    source, fused = tmp_path / "source", tmp_path / "fused"
+    saved(name, source)
+    kinds = ("norms", "values", "first_layer") if name == "llama" else ("first_layer",)
+    skipless.fuse(source, fused, layout="skipless", remove=kinds)
+    assert error(source, fused) < FP64
+    a = skipless.count(source).architecture
+    table = load_file(fused / "model.safetensors")["model.embed_tokens.weight"]
+    assert table.shape == (96, 32 + a.query_width + 2 * a.value_width)
+    found = skipless.verify(source, fused, dtypes=(), tokens=4)
+    assert found.same
+    assert found.proved
+    spoil(fused, lambda tensors: tensors["model.embed_tokens.weight"][:, -1].add_(0.1))
+    assert differs(source, fused)
+
+
 def spoil(folder, change):
     """Change a folder's tensors, and take away what would tell by their bytes."""
     (folder / "skipless.json").unlink(missing_ok=True)
@@ -227,7 +248,10 @@ def test_what_no_skipless_model_computes_is_refused_by_the_field(name, values, m
     ("options", "message"),
     [
         (["--remove", "stream"], "the stream seam of layer 0 is blocked by residual 'both'"),
-        (["--remove", "biases"], "remove: expected some of norms, stream, values, p, head; found 'biases'"),
+        (
+            ["--remove", "biases"],
+            "remove: expected some of norms, stream, values, p, head, first_layer; found 'biases'",
+        ),
         (["--basis", "q"], "basis: expected none"),
     ],
     ids=str,

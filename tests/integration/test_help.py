@@ -128,7 +128,10 @@ def test_what_a_shell_reads(shell):
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])
-@pytest.mark.parametrize("arguments", ["count mistral-7b llama-3.1-8b gpt2 pythia-6.9b", "limit gpt2", "count --paper"])
+@pytest.mark.parametrize(
+    "arguments",
+    ["count mistral-7b llama-3.1-8b gpt2 pythia-6.9b", "limit gpt2", "count --paper", "count --paper 2402.13388"],
+)
 def test_no_number_is_cut_at_any_width(arguments, width, monkeypatch):
     monkeypatch.setattr(output.out, "_width", 1000)
     whole = run(*arguments.split()).stdout

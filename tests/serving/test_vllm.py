@@ -45,6 +45,8 @@ MODELS = {
         {"norm_type": "layer", "norms": ["model.embed_norm", "input_layernorm"], "qk_norm": "head_dim"},
         None,
     ),
+    "layer 0 as a table": ({}, {"remove": ("stream", "p", "first_layer")}),
+    "parallel, layer 0 as a table": ({**PARALLEL, **BIASES}, {"remove": ("first_layer",)}),
     "windows, caps": (
         {"sliding_window": 6, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
         {"basis": "pivoted", **ALL},

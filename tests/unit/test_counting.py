@@ -1,3 +1,4 @@
+import csv
 import json
 import re
 import subprocess
@@ -53,6 +54,39 @@ def test_the_papers_table_to_the_digit():
     assert found["saved"] == ["16%", "15%"]
     assert found["possible batch-1 decode speed-up"] == ["1.19x", "1.17x"]
     assert "the paper's vocabulary is 50,400, the published config's 50,432" in " ".join(result.stdout.split())
+
+
+def test_the_tables_of_the_first_layers_paper_to_the_digit():
+    """arXiv:2402.13388, section 3."""
+    result = run("--paper", "2402.13388", "--csv")
+    assert result.exit_code == 0, result.output
+    shapes, savings = (list(csv.reader(part.splitlines())) for part in result.stdout.split("\n\n"))
+    assert shapes[0] == ["", "pythia-6.9b", "mistral-7b", "mixtral-8x7b"]
+    found = {name: values for name, *values in shapes}
+    assert found["e"] == ["4096", "1024", "1024"]
+    assert found["experts"] == ["1", "1", "8"]
+    assert found["f, vocab"] == ["16384, 50400", "14336, 32000", "14336, 32000"]
+    assert found["Q+P a layer"] == ["33,554,432"] * 3
+    assert found["K+V a layer"] == ["33,554,432", "8,388,608", "8,388,608"]
+    assert found["FFN a layer"] == ["134,217,728", "176,160,768", "1,409,286,144"]
+    assert found["embeddings (in + out)"] == ["412,876,800", "262,144,000", "262,144,000"]
+    assert found["total"] == ["6.9B", "7.2B", "46.7B"]
+    assert savings == [
+        ["", "pythia-6.9b", "mistral-7b", "mixtral-8x7b, parallel"],
+        ["weights that go", "184,549,376", "25,165,824", "1,434,451,968"],
+        ["reads before, batch 1", "184,553,472", "25,169,920", "1,434,456,064"],
+        ["reads after, batch 1", "16,384", "10,240", "10,240"],
+        ["fewer, batch 1", "11,264x", "2,458x", "140,084x"],
+        ["fewer, batch 16", "704x", "154x", "8,756x"],
+        ["fewer, batch 256", "44x", "10x", "548x"],
+        ["fewer, batch 1,024", "11x", "3x", "137x"],
+        ["embeddings grow by", "619,315,200", "196,608,000", "196,608,000"],
+        ["memory grows by", "434,765,824", "171,442,176", "-1,237,843,968"],
+        ["of all weights", "6%", "2%", "-3%"],
+    ]
+    (model, *_) = json.loads(run("--paper", "2402.13388", "--json").stdout)["models"]
+    assert model["first_layer"] == {"removed": 184549376, "added": 619315200, "width": 4096, "row": 16384}
+    assert run("--paper", "2402.13389").exit_code == 2
 
 
 def test_mistral_by_name():

@@ -27,6 +27,7 @@ MODELS = [
     },
     {"stream_basis": "pivoted", "attention_bias": True, "num_key_value_heads": 4, "values_removed": True},
     {**EXPERTS, **BIASES, "head_dim": 6, "p_removed": True, "folded_biases": FOLDED, "tie_word_embeddings": True},
+    {"first_layer_removed": True, "stream_basis": "pivoted", "values_removed": True, "num_key_value_heads": 4},
     {"values_removed": True, **QKV},
     {"head_dim": 16, "p_removed": True, "head_removed": True, "attention_bias": True, "values_removed": True},
 ]
@@ -53,6 +54,7 @@ def described(architecture, name):
     }
     values |= {"H": a.num_attention_heads, "K": a.num_key_value_heads, "h": a.head_dim, "D": a.query_width}
     values |= {"e": a.value_width, "E": a.num_local_experts}
+    values["R"] = sum(a.row.values())
     values["I"] = a.query_width if a.p_removed and a.p_merged else a.hidden_size
     for number, (pattern, shape, when, index) in enumerate(rows()):
         if re.fullmatch(pattern, name) and all(getattr(a, field) for field in when):
@@ -91,13 +93,15 @@ WIDE, PARALLEL = {**SERIAL, "head_dim": 16}, {"block_type": "parallel"}
         (PARALLEL, "values", "q", ("head",)),
         (SERIAL, "head", "q", ("stream", "p", "values")),
         (PARALLEL, "head", "q", ("stream", "values")),
+        (SERIAL, "first_layer", "q", ("stream", "p", "values", "head")),
     ],
     ids=str,
 )
 def test_which_run_may_follow(fields, first, basis, later):
     architecture = Architecture.from_config({"model_type": "skipless", **TINY, **fields})
     removes = "p" if fields is PARALLEL and first == "p" else "readers"
-    found = closed(architecture, [seam for seam in seams(architecture, removes) if seam.kind == first], basis)
+    every = seams(architecture, removes, first_layer=first == "first_layer")
+    found = closed(architecture, [seam for seam in every if seam.kind == first], basis)
     can = set()
     for removes in ("readers", "p"):
         every = [seam for seam in seams(found, removes) if seam.layer and seam.kind != "norms"]

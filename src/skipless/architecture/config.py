@@ -182,6 +182,7 @@ class Architecture:
     p_removed: bool = False
     values_removed: bool = False
     head_removed: bool = False
+    first_layer_removed: bool = False
     folded_biases: tuple[str, ...] = ()
 
     @classmethod
@@ -307,6 +308,13 @@ class Architecture:
                 f"config.json: head_removed: expected an untied lm_head of more than hidden_size ({self.hidden_size}) "
                 f"outputs, found {self.vocab_size}{' tied' * self.tie_word_embeddings}"
             )
+        if self.first_layer_removed and (reason := self.first_layer_stays):
+            raise InputError(f"config.json: first_layer_removed: expected false, found true with {reason}")
+        if self.first_layer_removed and self.first_layer_norms:
+            raise InputError(
+                f"config.json: norms_removed: expected {self.first_layer_norms[0]}, which first_layer_removed has "
+                f"applied to the table, found none"
+            )
         if self.head_bias and (self.tie_word_embeddings or self.head_removed):
             raise InputError(
                 "config.json: head_bias: expected false where lm_head is the table of the embeddings, or logits are "
@@ -407,6 +415,54 @@ class Architecture:
         matrices = len(self.ffn_readers(layer)) - routed
         return matrices * self.ffn_width(layer) + routed * self.num_local_experts
 
+    @cached_property
+    def row(self) -> dict[str, int]:
+        """What a row of the token table holds, part -> width: the embedding, "x"; or, with first_layer_removed, what
+        layer 0 makes of it before any attention.
+
+        That is the stream, if a skip or a closed seam takes it as it is, then what each projection of layer 0 gives
+        ("q", "k", "v", "rest"), and, of a parallel layer, all that is added to its attention: skip and FFN ("beside").
+        """
+        if not self.first_layer_removed:
+            return {"x": self.embedding_size or self.hidden_size}
+        basis, parallel = self.stream_basis if self.stream_closed(0) else None, self.block_type == "parallel"
+        skip = not parallel and self.residual in ("attention", "both")
+        parts = {"x": self.hidden_size} if skip or basis else {}
+        if basis == "pivoted" and self.rest_width:
+            parts["rest"] = self.rest_width
+        gone = self.pivoted if basis == "pivoted" else (basis,)
+        parts |= {name: width for name, width in self.projections.items() if name not in gone}
+        return parts | ({"beside": self.hidden_size} if parallel else {})
+
+    @property
+    def first_layer_stays(self) -> str | None:
+        """What stands in the way of precomputing layer 0, or None."""
+        if self.position_type == "learned":
+            return "position_type 'learned': positions are added to the embedding before Q, K and V read it"
+        if self.tie_word_embeddings:
+            return (
+                "tie_word_embeddings: the head reads the table of the embeddings, which would have to be stored beside "
+                "the other one"
+            )
+        if self.embedding_size:
+            return "embedding_size: project_in stands between the table and layer 0"
+        if self.embedding_multiplier is not None:
+            return "embedding_multiplier: rows of the table would be multiplied by it, with all that they hold"
+        if self.block_type == "parallel" and self.has_norm("model.layers.0.ffn_output_norm"):
+            return "ffn_output_norm: a norm of what the FFN gives is not in the table"
+        return None
+
+    @property
+    def first_layer_norms(self) -> tuple[str, ...]:
+        """The norms that precomputing layer 0 applies to its table, of those that act."""
+        parallel = ("model.layers.0.post_attention_layernorm",) if self.block_type == "parallel" else ()
+        names = ("model.embed_norm", "model.layers.0.input_layernorm", *parallel)
+        return tuple(name for name in names if self.has_norm(name))
+
+    def looked_up(self, layer: int) -> bool:
+        """Whether what this layer makes of a token before any attention is in the table."""
+        return self.first_layer_removed and layer == 0
+
     def stream_closed(self, layer: int) -> bool:
         """Whether the stream seam before this layer has been closed."""
         return self.stream_basis is not None and layer not in self._layers_open
@@ -446,6 +502,7 @@ class Architecture:
             p_removed=False,
             values_removed=False,
             head_removed=False,
+            first_layer_removed=False,
             norms_removed=(),
             gains_removed=(),
             folded_biases=(),
@@ -480,13 +537,13 @@ class Architecture:
         """Every affine map of the checkpoint, in the order of computation."""
         d = self.hidden_size
         table = self.embedding_size or d
-        modules = [Module("model.embed_tokens", self.vocab_size, table, table=True)]
+        modules = [Module("model.embed_tokens", self.vocab_size, sum(self.row.values()), table=True)]
         if self.position_type == "learned":
             modules.append(Module("model.position_embeddings", self.positions, d, table=True))
         if table != d:
             modules.append(Module("model.project_in", table, d))
         for layer in range(self.num_hidden_layers):
-            modules += self._layer(layer)
+            modules += self.layer_modules(layer)
         if table != d:
             modules.append(Module("model.project_out", d, table))
         if not self.tie_word_embeddings:
@@ -495,13 +552,15 @@ class Architecture:
         folded = set(self.folded_biases)
         return [dataclasses.replace(module, bias=True) if module.name in folded else module for module in modules]
 
-    def _layer(self, layer: int) -> list[Module]:
+    def layer_modules(self, layer: int) -> list[Module]:
+        """The affine maps of a layer, but for its norms, in the order of computation."""
         modules, d, f = [], self.hidden_size, self.ffn_width(layer)
         attention = f"model.layers.{layer}.self_attn"
         pivoted = self.stream_closed(layer) and self.stream_basis == "pivoted"
-        if pivoted and self.rest_width:
+        looked_up = self.looked_up(layer)
+        if pivoted and self.rest_width and not looked_up:
             modules.append(Module(f"{attention}.rest_proj", d, self.rest_width, self.qkv_biased))
-        for name, width in self.projections.items():
+        for name, width in self.projections.items() if not looked_up else ():
             if not ((pivoted and name in self.pivoted) or (self.stream_closed(layer) and name == self.stream_basis)):
                 fewer = name == "v" and self.values_removed  # a block less of each head's, and its bias has moved on
                 inputs = d - self.head_dim * fewer
@@ -509,6 +568,8 @@ class Architecture:
         p_rows = self.p_rows if self.p_removed else self.query_width
         if p_rows:
             modules.append(Module(f"{attention}.o_proj", p_rows, d, self.attention_bias))
+        if looked_up and self.block_type == "parallel":
+            return modules
         ffn_inputs = self.query_width if self.p_removed and self.p_merged else d
         if self.has_experts(layer):
             modules.append(Module(f"model.layers.{layer}.mlp.router", ffn_inputs, self.num_local_experts))
@@ -579,6 +640,8 @@ class Architecture:
             if self.block_type == "parallel":  # where one skip passes both
                 skips["both"] = ("attention",)
             gains = ("attention_gain", "ffn_gain", *(f"{skip}_skip_gain" for skip in skips[self.residual]))
+            if self.looked_up(layer) and self.block_type == "parallel":
+                gains = ("attention_gain",)
             found |= {f"{name}.{gain}": (1,) for gain in gains}
         return found
 
@@ -589,7 +652,7 @@ class Architecture:
             attention = f"model.layers.{layer}.self_attn"
             if self.stream_basis == "pivoted" and self.stream_closed(layer):
                 found[f"{attention}.column_order"] = (sum(self.pivoted.values()),)
-            if self.values_removed:
+            if self.values_removed and not self.looked_up(layer):
                 found[f"{attention}.value_order"] = (self.num_key_value_heads, self.hidden_size)
             if self.p_removed and self.p_rows:
                 found[f"{attention}.row_order"] = (self.query_width,)

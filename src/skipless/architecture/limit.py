@@ -37,7 +37,8 @@ class Limit:
 
 def limit(architecture: Architecture) -> Limit:
     """The formula, and what `fuse` can remove of it where weights are stored in half precision."""
-    if architecture.stream_basis or architecture.p_removed or architecture.values_removed or architecture.head_removed:
+    a = architecture
+    if a.stream_basis or a.p_removed or a.values_removed or a.head_removed or a.first_layer_removed:
         raise InputError("config.json: expected a model that has not been fused, for which there is a formula")
     removed: dict[str, int] = {}
     for seam in closable(architecture):

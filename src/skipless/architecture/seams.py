@@ -32,8 +32,9 @@ class Seam:
     """One seam, as data. Modules are named as in the checkpoint.
 
     kind: "stream" (between one layer's output and the next one's Q, K, V), "p" (between P and M), "values" (between V
-    and P, head by head), "head" (between the last layer and the logits), or "norms" (a norm's gain, or a norm of the
-    embeddings, and what reads it); layer: of its readers (P's own, for "p" and "values").
+    and P, head by head), "head" (between the last layer and the logits), "norms" (a norm's gain, or a norm of the
+    embeddings, and what reads it), or "first_layer" (between the token table and layer 0's attention); layer: of its
+    readers (P's own, for "p" and "values").
     writers, readers: the modules whose outputs, inputs lie in the seam's space, of `width` dimensions (in each of
     `blocks` heads).
     identities: name of a way to close the seam -> the modules that go, or lose a block:
@@ -44,6 +45,7 @@ class Seam:
         "rows"          `width` rows of the first writer (of each block's columns) become the identity
         "gain"          the norm's gain merges into the readers
         "table"         the norm is applied to the table's rows once and for all
+        "lookup"        all of the readers are, and what they give is in the table, in the embedding's place
     order: the index tensor that puts passed and stored columns (rows) in their places; indices: how many it has, where
     they may take more than the block that they replace (of the other kinds d^2 is always more).
     bias_takers: the modules that take in the bias of the module that goes.
@@ -54,7 +56,7 @@ class Seam:
     mixed: the tensors by which the writer's output is shaped and scaled before it is read (arXiv:2311.01906).
     scales: of those, what biases that move past gains are to be multiplied or divided by, module by module: the gains
     between it and the stream that the readers read, with 1 or -1 as their exponents.
-    saves: weights (biases and indices not counted) that closing it removes.
+    saves: weights (biases and indices not counted) that closing it removes, less those that it adds.
     blocked: why the seam cannot be closed; None if it can. taken: if that is because the space's weights go elsewhere,
     the kind of seam that they go with. gains, norms: norms whose gain is gone, or that are, once it is closed.
     seen: of readers and followers that read before all writers have written, how many have.
@@ -130,27 +132,58 @@ class Wanted:
 
     parallel_removes: in a parallel model, "readers" (Q, K, V; then P is blocked) or "p" (then they are, from layer 1
     on). values: whether the value seams will be, or have been, closed, so that V's columns cannot be passed through.
+    first_layer: whether layer 0 will be, or has been, precomputed, so that its matrices give up nothing else; that is
+    no seam to whoever does not ask for it: what goes holds information, and the model may grow.
     """
 
     parallel_removes: str = "readers"
     values: bool = False
+    first_layer: bool = False
 
 
 def seams(
-    architecture: Architecture, parallel_removes: str = "readers", values: bool | None = None, norms: bool = False
+    architecture: Architecture,
+    parallel_removes: str = "readers",
+    values: bool | None = None,
+    norms: bool = False,
+    first_layer: bool = False,
 ) -> list[Seam]:
     """The seams that are still open, in the order in which they are closed, blocked ones included with the reason.
 
-    parallel_removes, values: as in Wanted (None: whether they have been). norms: whether the norms seams will be closed
-    first; one that goes into the table then blocks nothing.
+    parallel_removes, values, first_layer: as in Wanted (values None: whether they have been). norms: whether the norms
+    seams will be closed first; one that goes into the table then blocks nothing.
     """
-    wanted = Wanted(parallel_removes, architecture.values_removed if values is None else values)
+    values = architecture.values_removed if values is None else values
+    wanted = Wanted(parallel_removes, values, first_layer or architecture.first_layer_removed)
     found = _norm_seams(architecture, wanted)
     gone = [seam for seam in found if norms and seam.norms]
     left = closed(architecture, gone, "") if gone else architecture
     found += [seam for kind, find in KINDS.items() if kind != "norms" for seam in find(left, wanted)]
+    found = [seam for each in found for seam in _beside_table(architecture, wanted, each)]
     order = list(KINDS)
-    return sorted(found, key=lambda seam: (seam.kind != "norms", seam.layer, order.index(seam.kind)))
+
+    def turn(seam: Seam) -> tuple[bool, bool, int, int]:
+        """The table of layer 0 takes in what all others have left."""
+        return seam.kind == "first_layer", seam.kind != "norms", seam.layer, order.index(seam.kind)
+
+    return sorted(found, key=turn)
+
+
+def _beside_table(architecture: Architecture, wanted: Wanted, seam: Seam) -> Iterable[Seam]:
+    """The same seam, where layer 0 goes or has gone into the table: none, if all that it would give up goes there, and
+    blocked, if it would rewrite what is there already, or if a skip past layer 0 takes its basis, too.
+    """
+    if not wanted.first_layer or seam.kind == "first_layer":
+        return (seam,)
+    looked_up = {*_first_layer_readers(architecture), *architecture.first_layer_norms}
+    given = any(looked_up.issuperset(gone) for gone in seam.identities.values() if gone)
+    if given and not (seam.kind == "stream" and len(graph(architecture).before(0).places) > 1):
+        return ()
+    rewritten = architecture.first_layer_removed and {"model.embed_tokens", *looked_up}.intersection(seam.modules)
+    if seam.blocked or not (given or rewritten):
+        return (seam,)
+    reason = "first_layer, by which the table holds what layer 0 makes of it: close it in a run before that one"
+    return (dataclasses.replace(seam, blocked=reason),)
 
 
 def as_it_is(architecture: Architecture, itemsize: float) -> list[Seam]:
@@ -183,6 +216,7 @@ def closed(architecture: Architecture, closing: Iterable[Seam], basis: str) -> A
     ]
     gains = [name for seam in closing for name in seam.gains]
     norms = [name for seam in closing for name in (seam.through, *seam.norms) if name]
+    looked_up = architecture.first_layer_removed or "first_layer" in kinds
     own_biases = {module.name for module in architecture.modules() if module.bias}
     moves = {"stream": architecture.qkv_biased, "values": architecture.qkv_biased}
     moves["p"] = (moves["values"] and "values" in kinds) or any(name.endswith(".o_proj") for name in own_biases)
@@ -199,6 +233,7 @@ def closed(architecture: Architecture, closing: Iterable[Seam], basis: str) -> A
         p_removed=architecture.p_removed or "p" in kinds,
         values_removed=architecture.values_removed or "values" in kinds,
         head_removed=architecture.head_removed or "head" in kinds,
+        first_layer_removed=looked_up,
         gains_removed=(*architecture.gains_removed, *gains),
         norms_removed=(*architecture.norms_removed, *norms),
         folded_biases=(),
@@ -600,6 +635,46 @@ def _head_seams(architecture: Architecture, wanted: Wanted) -> list[Seam]:
     return [seam]
 
 
+def _first_layer_readers(architecture: Architecture) -> tuple[str, ...]:
+    """The modules of layer 0 between the stream and any attention."""
+    before = dataclasses.replace(architecture, first_layer_removed=False)
+    names = [module.name for module in before.layer_modules(0)]
+    rooms = (".self_attn.", ".mlp.") if architecture.block_type == "parallel" else (".self_attn.",)
+    return tuple(name for name in names if any(room in name for room in rooms) and not name.endswith(".o_proj"))
+
+
+def _first_layer_seams(architecture: Architecture, wanted: Wanted) -> list[Seam]:
+    """Between the token table and layer 0's attention, where a token meets no other (arXiv:2402.13388)."""
+    if architecture.first_layer_removed or not wanted.first_layer:
+        return []
+    readers, norms = _first_layer_readers(architecture), architecture.first_layer_norms
+    blocked, saves = architecture.first_layer_stays, 0
+    if blocked is None:
+        removed = (*architecture.norms_removed, *norms)
+        before = dataclasses.replace(architecture, folded_biases=())
+        after = dataclasses.replace(before, first_layer_removed=True, norms_removed=removed)
+        table, *_ = after.modules()
+        gone = sum(module.inputs * module.outputs for module in before.layer_modules(0) if module.name in readers)
+        saves = gone - table.inputs * (table.outputs - architecture.hidden_size)
+    gains = architecture.gain_tensors(0) if architecture.block_type == "parallel" else {}
+    order = architecture.index_tensors().keys() & {f"{_attention(0)}.value_order"}
+    mixed = (*order, *(name for name in gains if name.endswith(("ffn_gain", "skip_gain"))))
+    return [
+        Seam(
+            kind="first_layer",
+            layer=0,
+            width=architecture.hidden_size,
+            writers=("model.embed_tokens",),
+            readers=(*norms, *readers),
+            identities={"lookup": (*norms, *readers)},
+            saves=saves,
+            mixed=mixed,
+            blocked=blocked,
+            norms=norms,
+        )
+    ]
+
+
 def _norm_matters(architecture: Architecture, layer: int, norms: list[str]) -> str | None:
     """Why the norm before a serial layer's FFN changes what the model computes, or None.
 
@@ -695,4 +770,5 @@ KINDS: dict[str, Callable[[Architecture, Wanted], list[Seam]]] = {
     "values": _value_seams,
     "p": _p_seams,
     "head": _head_seams,
+    "first_layer": _first_layer_seams,
 }

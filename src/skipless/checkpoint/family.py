@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any, Protocol, Self
 
 from skipless.architecture.config import FOREIGN, Architecture, Module
-from skipless.checkpoint import families
+from skipless.checkpoint import families, inexpressible
 from skipless.checkpoint.headers import Folder
 from skipless.errors import InputError
 
@@ -358,8 +358,10 @@ def every() -> Iterator[Family]:
 
 
 def find(config: Config) -> Family:
-    """The family of a config.json. Raises InputError for a model_type that none describes."""
+    """The family of a config.json. Raises InputError for a model_type that none describes, or that none can."""
     model_type = config.get("model_type")
+    if (other := inexpressible.find(config)) is not None:
+        raise InputError(other.refusal(config))
     known: list[str] = []
     for family in every():
         if model_type in family.model_types:

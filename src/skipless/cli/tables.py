@@ -12,7 +12,7 @@ from rich.text import Text
 from skipless.architecture.seams import REMOVABLE
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import printable
-from skipless.reports.counting import Conditions, Count, Removal
+from skipless.reports.counting import Conditions, Count, FirstLayer, Removal, in_parallel
 
 if TYPE_CHECKING:  # so that counting loads no torch
     from skipless.algebra.spectrum import Spectrum
@@ -28,6 +28,11 @@ if TYPE_CHECKING:  # so that counting loads no torch
     from skipless.serving.bench import Bench
 
 MEGABYTE = 10**6
+# What each kind of seam is audited by.
+AUDITED = (
+    ("stream", "q, k, v"), ("first_layer", "q, k, v, looked up"), ("values", "P's outputs"), ("p", "M's outputs"),
+    ("head", "logits"),
+)  # fmt: skip
 
 
 def plan_table(plan: Plan) -> Table:
@@ -61,12 +66,30 @@ def plan_table(plan: Plan) -> Table:
 
 def _kind(task: Task) -> str:
     kind = " + ".join(dict.fromkeys(map(_verb, task.seams))) or "copy"
-    return f"{kind} by rows" if task.by_rows else kind
+    return f"{kind} by rows" if task.by_rows and task.seams[0].kind != "first_layer" else kind
 
 
 def _verb(seam: Seam) -> str:
-    """What is done with a seam; one by which nothing goes is no seam to a user."""
+    """What is done with a seam; one by which nothing goes is no seam to a user, nor is layer 0."""
+    if seam.kind == "first_layer":
+        return "precompute layer 0"
     return f"close {seam.kind} seam" if any(seam.identities.values()) else f"fold {seam.kind}"
+
+
+def first_layer_lines(plan: Plan) -> Iterator[str]:
+    """What precomputing layer 0 adds to the file, and what a step then reads of it, by the tokens in it."""
+    before, after = plan.modules
+    for seam in plan.kinds.get("first_layer", ()):
+        table, old = after["model.embed_tokens"], before["model.embed_tokens"]
+        removed = sum(before[name].inputs * before[name].outputs for name in seam.readers if not before[name].diagonal)
+        found = FirstLayer(removed, table.inputs * (table.outputs - old.outputs), old.outputs, table.outputs)
+        grows = f"{'grows' if found.grows > 0 else 'shrinks'} by {abs(found.grows):,} weights"
+        reads = [(batch, *found.reads(batch)) for batch in (1, 16, 256)]
+        steps = ", ".join(f"{now:,} instead of {then:,} at batch {batch}" for batch, then, now in reads)
+        yield (
+            f"layer 0, precomputed: the model {grows} ({abs(found.grows) / plan.parameters[0]:.1%}); of what a table "
+            f"can hold, a step reads {steps} weights"
+        )
 
 
 def work_table(estimate: Estimate) -> Table:
@@ -132,7 +155,7 @@ def audit_tables(audit: Audit) -> Iterator[Table]:
     for layer, row in rows.items():
         table.add_row(str(layer), *(row.get(name, "") for name in columns))
     yield table
-    for kind, what in (("stream", "q, k, v"), ("values", "P's outputs"), ("p", "M's outputs"), ("head", "logits")):
+    for kind, what in AUDITED:
         if seams := [seam for seam in audit.seams if seam.kind == kind and seam.ways]:
             stored = {dtype for seam in seams for dtype in seam.stored.values()}
             dtypes = [name for name in DTYPE_NAMES if name in stored or name != "float64"]
@@ -313,8 +336,8 @@ def _megabytes(size: int) -> str:
     return f"{size / MEGABYTE:,.1f} MB"
 
 
-def count_rows(counts: Sequence[Count]) -> list[tuple[str, ...]]:
-    """A table of counts: the models' names, then what is counted and each model's, in words; "" between groups."""
+def count_rows(counts: Sequence[Count], batch: int = 1) -> list[tuple[str, ...]]:
+    """A table of counts: the models' names, then what is counted and each model's, in words. batch: a step's tokens."""
     rows = [("", *(printable(count.name) for count in counts))]
 
     def add(label: str, value: Callable[[Count], object]) -> None:
@@ -357,7 +380,16 @@ def count_rows(counts: Sequence[Count]) -> list[tuple[str, ...]]:
     add("exactly, as it is", lambda count: f"{(gone := sum(count.as_is.values())):,} ({gone / count.parameters:.1%})")
     add("of that, by fuse", lambda count: "-" if count.by_fuse is None else f"{count.by_fuse:,}")
     add("of that, --layout skipless", lambda count: "-" if count.left_out is None else f"{count.left_out:,}")
+    add("layer 0 as a table", lambda count: _looked_up(count, batch))
     return rows
+
+
+def _looked_up(count: Count, batch: int) -> str:
+    """What precomputing layer 0 adds, and by what factor a step then reads less of it."""
+    if count.first_layer is None:
+        return "-"
+    before, after = count.first_layer.reads(batch)
+    return f"{count.first_layer.grows:+,} ({count.first_layer.grows / count.weights:+.1%}), {before / after:,.0f}x"
 
 
 def limit_table(found: Limit) -> Table:
@@ -405,7 +437,13 @@ def count_notes(counts: Sequence[Count], conditions: Conditions) -> Iterator[str
         f"speed-up: decoding at batch {conditions.batch} with {conditions.context:,} tokens of context, by what is "
         f"read of {conditions.dtype} weights and {conditions.cache_dtype} cache{machine}"
     )
+    yield (
+        f"layer 0 as a table (arXiv:2402.13388): of what it makes of each token before any attention: weights added, "
+        f"less those that go, and how many times fewer of these a step of batch {conditions.batch} reads"
+    )
     for count in counts:
+        if reason := count.architecture.first_layer_stays:
+            yield f"{count.name}: no layer 0 as a table: {reason}"
         for reason in count.exact.blocked:
             yield f"{count.name}, if skipless: {reason}"
         d, own = count.architecture.hidden_size, count.architecture.own_state
@@ -421,13 +459,21 @@ def count_notes(counts: Sequence[Count], conditions: Conditions) -> Iterator[str
 def paper_rows(pairs: Sequence[tuple[Count, Count]]) -> list[tuple[str, ...]]:
     """The paper's table, arXiv:2404.12362."""
     counts = [counted for counted, _ in pairs]
+    rows = _paper_shapes(counts)
+    left = [c.weights - c.parts["q"] - c.parts["p"] for c in counts]
+    ratios = [c.weights / weights for c, weights in zip(counts, left, strict=True)]
+    rows.append(("total without Q+P", *map(_billions, left)))
+    rows.append(("saved", *(f"{1 - weights / c.weights:.0%}" for c, weights in zip(counts, left, strict=True))))
+    rows.append(("possible batch-1 decode speed-up", *(f"{ratio:.2f}x" for ratio in ratios)))
+    return rows
+
+
+def _paper_shapes(counts: Sequence[Count], experts: bool = False) -> list[tuple[str, ...]]:
+    """What both papers' tables say of models before anything is removed. experts: whether they have a row."""
     rows = [("", *(count.name for count in counts))]
 
     def add(label: str, *values: str) -> None:
         rows.append((label, *values))
-
-    def billions(weights: int) -> str:
-        return f"{weights / 1e9:.1f}B"
 
     add("d, layers", *(f"{c.architecture.hidden_size}, {c.architecture.num_hidden_layers}" for c in counts))
     add(
@@ -436,26 +482,58 @@ def paper_rows(pairs: Sequence[tuple[Count, Count]]) -> list[tuple[str, ...]]:
     )
     add("e", *(f"{c.architecture.value_width}" for c in counts))
     add("f, vocab", *(f"{c.architecture.intermediate_size}, {c.architecture.vocab_size}" for c in counts))
+    if experts:
+        add("experts", *(f"{c.architecture.num_local_experts or 1}" for c in counts))
     for label, letters in (("Q+P a layer", "qp"), ("K+V a layer", "kv"), ("FFN a layer", "mo")):
         add(label, *(f"{sum(c.per_layer[letter] for letter in letters):,}" for c in counts))
     add("embeddings (in + out)", *(f"{c.embeddings:,}" for c in counts))
-    add("total", *(billions(c.weights) for c in counts))
-    left = [c.weights - c.parts["q"] - c.parts["p"] for c in counts]
-    add("total without Q+P", *(billions(weights) for weights in left))
-    add("saved", *(f"{1 - weights / c.weights:.0%}" for c, weights in zip(counts, left, strict=True)))
-    ratios = [c.weights / weights for c, weights in zip(counts, left, strict=True)]
-    add("possible batch-1 decode speed-up", *(f"{ratio:.2f}x" for ratio in ratios))
+    add("total", *(_billions(c.weights) for c in counts))
     return rows
 
 
-def paper_notes(pairs: Sequence[tuple[Count, Count]]) -> Iterator[str]:
-    """Where a published config differs from what the paper counts."""
-    yield "the paper's speed-up is the ratio of all weights, embeddings included"
+def _billions(weights: int) -> str:
+    return f"{weights / 1e9:.1f}B"
+
+
+def first_layer_paper(pairs: Sequence[tuple[Count, Count]]) -> list[list[tuple[str, ...]]]:
+    """The two tables of arXiv:2402.13388, of which the second takes the layers of experts to be parallel."""
+    counts = [counted for counted, _ in pairs]
+    parallel = [in_parallel(c) if c.architecture.ffn_type == "moe" else c for c in counts]
+    found = [each for c in parallel if (each := c.first_layer) is not None]
+    names = (f"{c.name}{', parallel' * (c is not before)}" for c, before in zip(parallel, counts, strict=True))
+    rows = [("", *names)]
+    rows.append(("weights that go", *(f"{each.removed:,}" for each in found)))
+    for label, number in (("before", 0), ("after", 1)):
+        rows.append((f"reads {label}, batch 1", *(f"{each.reads(1)[number]:,}" for each in found)))
+    for batch in (1, 16, 256, 1024):
+        reads = (each.reads(batch) for each in found)
+        rows.append((f"fewer, batch {batch:,}", *(f"{before / after:,.0f}x" for before, after in reads)))
+    rows.append(("embeddings grow by", *(f"{each.added:,}" for each in found)))
+    rows.append(("memory grows by", *(f"{each.grows:,}" for each in found)))
+    shares = (each.grows / c.weights for each, c in zip(found, parallel, strict=True))
+    rows.append(("of all weights", *(f"{share:.0%}" for share in shares)))
+    return [_paper_shapes(counts, experts=True), rows]
+
+
+def paper_notes(pairs: Sequence[tuple[Count, Count]], first: bool = False) -> Iterator[str]:
+    """What the papers' numbers are, and where a published config differs from what they count. first: of the first
+    layer's paper.
+    """
+    if first:
+        yield "the paper's reads are of layer 0 alone: a row of the table for each token, and the weights that go, once"
+    else:
+        yield "the paper's speed-up is the ratio of all weights, embeddings included"
     for counted, published in pairs:
         if (theirs := counted.architecture.vocab_size) != (ours := published.architecture.vocab_size):
             yield (
                 f"{counted.name}: the paper's vocabulary is {theirs:,}, the published config's {ours:,}: its "
                 f"embeddings have {published.embeddings:,} weights"
+            )
+        if first and counted.architecture.ffn_type == "moe":
+            router = counted.architecture.hidden_size * counted.architecture.num_local_experts
+            yield (
+                f"{counted.name}: a parallel version is hypothetical; the paper leaves its router's {router:,} weights "
+                f"out"
             )
 
 

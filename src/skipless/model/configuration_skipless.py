@@ -90,7 +90,9 @@ class SkiplessConfig(PreTrainedConfig):
     merged into the FFN's input matrices, or, where it has more inputs than outputs, that hidden_size of its rows are
     the identity and row_order tells which; `values_removed` that head_dim inputs of each of v_proj's heads pass through
     (value_order), and its bias has moved on; `head_removed` that hidden_size of the logits are the stream itself
-    (lm_head.column_order); `folded_biases` lists the modules that gained a bias by folding, `norms_removed` and
+    (lm_head.column_order); `first_layer_removed` that a row of the token table holds, in place of the embedding, what
+    layer 0 makes of it before any attention (`row`), whose norms, projections and (parallel) FFN are absent
+    (arXiv:2402.13388); `folded_biases` lists the modules that gained a bias by folding, `norms_removed` and
     `gains_removed` the norms that went whole or kept no gain.
 
     `qkv_bias`, `head_bias`: q, k, v_proj, lm_head have a bias (q, k, v_proj also if `attention_bias` is true).
@@ -162,6 +164,7 @@ class SkiplessConfig(PreTrainedConfig):
     p_removed: bool = False
     values_removed: bool = False
     head_removed: bool = False
+    first_layer_removed: bool = False
     folded_biases: list[str] | None = None
     use_cache: bool = True
     pad_token_id: int | None = None
@@ -264,7 +267,8 @@ class SkiplessConfig(PreTrainedConfig):
         biased = ["model.embed_tokens"]
         for layer in range(self.num_hidden_layers):
             biased += [f"model.layers.{layer}.self_attn.o_proj"] if self.p_rows else []
-            biased += self.ffn_matrices(f"model.layers.{layer}.mlp")
+            if layer or "beside" not in self.row:
+                biased += self.ffn_matrices(f"model.layers.{layer}.mlp")
         for name in self.folded_biases:
             if name not in biased:
                 raise ValueError(
@@ -272,6 +276,7 @@ class SkiplessConfig(PreTrainedConfig):
                 )
         self.validate_norms()
         self.validate_removed()
+        self.validate_first_layer()
         self.validate_positions()
 
     def ffn_matrices(self, mlp: str) -> list[str]:
@@ -351,6 +356,21 @@ class SkiplessConfig(PreTrainedConfig):
                 f"head_removed: expected an untied lm_head of more than hidden_size ({self.hidden_size}) outputs, "
                 f"found {self.vocab_size}{' tied' * self.tie_word_embeddings}"
             )
+
+    def validate_first_layer(self) -> None:
+        """Refuse a table of what layer 0 gives where something else stands between it and the embedding."""
+        if not self.first_layer_removed:
+            return
+        if self.position_type == "learned" or self.tie_word_embeddings:
+            raise ValueError(
+                f"first_layer_removed: expected false with position_type {self.position_type!r} and "
+                f"tie_word_embeddings {self.tie_word_embeddings}, found true"
+            )
+        layer = "model.layers.0."
+        norms = ["model.embed_norm", f"{layer}input_layernorm"]
+        norms += [f"{layer}post_attention_layernorm"] * (self.block_type == "parallel")
+        for name in filter(self.has_norm, norms):
+            raise ValueError(f"norms_removed: expected {name}, which first_layer_removed has applied to the table")
 
     def validate_positions(self) -> None:
         """Refuse rope_parameters that rotate nothing, or in a way the model file does not know."""
@@ -437,6 +457,28 @@ class SkiplessConfig(PreTrainedConfig):
         """Columns of q, k and (unless values_removed) v_proj together beyond the hidden_size that are the identity."""
         value_heads = (1 if self.values_removed else 2) * self.num_key_value_heads
         return (self.num_attention_heads + value_heads) * self.head_dim - self.hidden_size
+
+    @property
+    def row(self) -> dict[str, int]:
+        """What a row of the token table holds, part -> width: the stream ("x"); or, with first_layer_removed, of layer
+        0 the stream, if a skip or a closed seam takes it as it is, then what each of its projections would give, and,
+        parallel, all that is added to its attention: skip and FFN ("beside").
+        """
+        if not self.first_layer_removed:
+            return {"x": self.hidden_size}
+        basis = None if 0 in self.layers_open else self.stream_basis
+        parallel = self.block_type == "parallel"
+        skip = not parallel and self.residual in ("attention", "both")
+        row = {"x": self.hidden_size} if skip or basis is not None else {}
+        gone = "" if basis is None else basis
+        if basis == "pivoted":
+            gone = "qk" if self.values_removed else "qkv"
+            if self.rest_width:
+                row["rest"] = self.rest_width
+        for name, heads in zip("qkv", (self.num_attention_heads, *[self.num_key_value_heads] * 2), strict=True):
+            if name not in gone:
+                row[name] = heads * self.head_dim
+        return row | ({"beside": self.hidden_size} if parallel else {})
 
     @property
     def p_merged(self) -> bool:

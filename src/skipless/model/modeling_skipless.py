@@ -7,9 +7,11 @@ A closed stream seam leaves out q_proj (or k_proj, v_proj): the stream itself is
 Pivoted, it leaves out all three: d of their outputs are the stream itself, rest_proj computes the others from it.
 A closed P-M seam leaves out o_proj: the concatenated heads feed gate_proj and up_proj directly. Closed value, head and
 wide P-M seams leave out a square block of v_proj, lm_head and o_proj: an index tensor says which inputs or outputs are
-passed through.
+passed through. With first_layer_removed, layer 0 takes what it makes of a token before any attention from the token's
+row of the table (arXiv:2402.13388).
 
-Shapes: B batch, T tokens, d hidden_size, H query heads, K key-value heads, g = H / K queries per group, h head_dim.
+Shapes: B batch, T tokens, d hidden_size, R the width of the token table, H query heads, K key-value heads, g = H / K
+queries per group, h head_dim.
 """
 
 from typing import Any
@@ -267,22 +269,23 @@ class SkiplessAttention(nn.Module):
         self.widths = (query_width, value_width, value_width)[: 2 if config.values_removed else 3]
         bias = config.attention_bias or config.qkv_bias
         p_bias = config.attention_bias or f"model.layers.{layer_idx}.self_attn.o_proj" in config.folded_biases
+        self.row = config.row if config.first_layer_removed and layer_idx == 0 else {}
         rest_proj, column_order, value_order, row_order = None, None, None, None
         pivoted = "" if stream_basis != "pivoted" else "qk" if config.values_removed else "qkv"
         if pivoted:
             column_order = torch.arange(config.hidden_size + config.rest_width, dtype=torch.int32)
-            if config.rest_width:
+            if config.rest_width and not self.row:
                 dtype = torch.get_default_dtype()
                 if config.rest_dtype is not None:  # loading casts into the dtype that a parameter was made with
                     dtype = torch.promote_types(dtype, getattr(torch, config.rest_dtype))
                 rest_proj = nn.Linear(config.hidden_size, config.rest_width, bias, dtype=dtype)
         self.register_module("rest_proj", rest_proj)
         for name, width in (("q", query_width), ("k", value_width), ("v", value_width)):
-            gone = name in pivoted or name == stream_basis
+            gone = name in pivoted or name == stream_basis or name in self.row
             passed = self.head_dim if name == "v" and config.values_removed else 0
             linear = None if gone else nn.Linear(config.hidden_size - passed, width, bias and not passed)
             self.register_module(f"{name}_proj", linear)
-        if config.values_removed:
+        if config.values_removed and not self.row:
             value_order = torch.arange(config.hidden_size, dtype=torch.int32).repeat(self.num_key_value_heads, 1)
         if config.p_removed and config.p_rows:
             row_order = torch.arange(query_width, dtype=torch.int32)
@@ -303,24 +306,30 @@ class SkiplessAttention(nn.Module):
         self.options = {name: value for name, value in options.items() if value is not None}
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Query, key and value, (B, T, heads * h) each, of the stream (B, T, d); of the rank's heads, where there are
-        ranks.
+        """Query, key and value, (B, T, heads * h) each, of the stream (B, T, d), or of rows of the table (B, T, R); of
+        the rank's heads, where there are ranks.
         """
+        given = split_row(hidden_states, self.row)
+        hidden_states = given.get("x", hidden_states)
         if self.column_order is None:
-            linears = (self.q_proj, self.k_proj, self.v_proj)[: len(self.widths)]
-            projected = [
-                self.split_heads(hidden_states) if linear is None else linear(hidden_states) for linear in linears
-            ]
+            projected = [self.project_one(name, hidden_states, given) for name in "qkv"[: len(self.widths)]]
         else:
-            columns = hidden_states
+            rest = given.get("rest")
             if self.rest_proj is not None:
-                rest = self.rest_proj(hidden_states.to(self.rest_proj.weight.dtype))
-                columns = torch.cat((hidden_states, rest.to(hidden_states.dtype)), -1)
+                rest = self.rest_proj(hidden_states.to(self.rest_proj.weight.dtype)).to(hidden_states.dtype)
+            columns = hidden_states if rest is None else torch.cat((hidden_states, rest), -1)
             placed = columns.index_select(-1, self.column_order).split(self.widths, -1)
             projected = [self.split_heads(states) for states in placed]
-        if self.value_order is not None:
-            projected.append(self.split_heads(self.project_values(hidden_states)))
+        if self.config.values_removed:
+            projected.append(self.split_heads(given["v"] if "v" in given else self.project_values(hidden_states)))
         return tuple(projected)
+
+    def project_one(self, name: str, hidden_states: torch.Tensor, given: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Of query, key and value the one of this name: as the table gives it, the stream itself, or its projection."""
+        if name in given:
+            return self.split_heads(given[name])
+        linear = getattr(self, f"{name}_proj")
+        return self.split_heads(hidden_states) if linear is None else linear(hidden_states)
 
     def project_values(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Values (B, T, K * h) of which each head's are h entries of the stream (B, T, d) plus a map of the others."""
@@ -406,6 +415,11 @@ class SkiplessAttention(nn.Module):
         return self.project_out(output), weights
 
 
+def split_row(hidden_states: torch.Tensor, row: dict[str, int]) -> dict[str, torch.Tensor]:
+    """The parts of rows of the table (B, T, R), by name; of the stream, for which no parts are named, none."""
+    return dict(zip(row, hidden_states.split(list(row.values()), -1), strict=True)) if row else {}
+
+
 class SkiplessMLP(nn.Module):
     """M, activation, O: an MLP or a gated linear unit. With o_proj merged, its input is the concatenated heads."""
 
@@ -480,14 +494,15 @@ class SkiplessDecoderLayer(GradientCheckpointingLayer):
         self.attention_skip = config.residual in ("attention", "both")
         self.ffn_skip = config.residual in ("ffn", "both") and not self.parallel
         self.self_attn = SkiplessAttention(config, layer_idx)
+        looked_up = "beside" in self.self_attn.row
         mlp = SkiplessExperts if config.ffn_type == "moe" else SkiplessMLP
-        self.mlp = mlp(config, f"{name}.mlp")
+        self.mlp: Any = None if looked_up else mlp(config, f"{name}.mlp")
         self.input_layernorm = norm_of(config, f"{name}.input_layernorm")
         self.post_attention_layernorm = norm_of(config, f"{name}.post_attention_layernorm")
         self.attention_output_norm = norm_of(config, f"{name}.attention_output_norm")
-        self.ffn_output_norm = norm_of(config, f"{name}.ffn_output_norm")
-        gains = {"attention_gain": True, "ffn_gain": True}
-        gains |= {"attention_skip_gain": self.attention_skip, "ffn_skip_gain": self.ffn_skip}
+        self.ffn_output_norm = None if looked_up else norm_of(config, f"{name}.ffn_output_norm")
+        gains = {"attention_gain": True, "ffn_gain": not looked_up}
+        gains |= {"attention_skip_gain": self.attention_skip and not looked_up, "ffn_skip_gain": self.ffn_skip}
         for gain, exists in gains.items():
             exists = exists and config.residual_gains
             self.register_parameter(gain, nn.Parameter(torch.ones(1)) if exists else None)
@@ -496,15 +511,29 @@ class SkiplessDecoderLayer(GradientCheckpointingLayer):
         read = apply(self.input_layernorm, hidden_states)
         attention, _ = self.self_attn(read, **kwargs)
         attention = scale(apply(self.attention_output_norm, attention), self.attention_gain)
-        if self.attention_skip:
-            attention = attention + scale(hidden_states, self.attention_skip_gain)
+        if (beside := self.beside(hidden_states, read)) is not None:
+            attention = attention + beside
         if self.parallel:
-            norm = self.post_attention_layernorm
-            ffn = self.mlp(read if norm is None else norm(hidden_states))
-            return attention + scale(apply(self.ffn_output_norm, ffn), self.ffn_gain)
+            return attention
         ffn = self.mlp(apply(self.post_attention_layernorm, attention))
         ffn = scale(apply(self.ffn_output_norm, ffn), self.ffn_gain)
         return ffn + scale(attention, self.ffn_skip_gain) if self.ffn_skip else ffn
+
+    def beside(self, hidden_states: torch.Tensor, read: torch.Tensor) -> torch.Tensor | None:
+        """What is added to the attention's output: what a skip passes by, and, of a parallel layer, the FFN's output.
+
+        hidden_states: the stream, or rows of the table; read: the same, as the attention reads it.
+        """
+        given = split_row(hidden_states, self.self_attn.row)
+        if "beside" in given:
+            return given["beside"]
+        skip = scale(given.get("x", hidden_states), self.attention_skip_gain) if self.attention_skip else None
+        if not self.parallel:
+            return skip
+        norm = self.post_attention_layernorm
+        ffn = self.mlp(read if norm is None else norm(hidden_states))
+        ffn = scale(apply(self.ffn_output_norm, ffn), self.ffn_gain)
+        return ffn if skip is None else skip + ffn
 
 
 def apply(norm: nn.Module | None, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -521,7 +550,7 @@ class SkiplessEmbedding(nn.Embedding):
     """A token table, plus a bias for every token where a tied table could not take one in (identities: seam 0)."""
 
     def __init__(self, config: SkiplessConfig):
-        super().__init__(config.vocab_size, config.hidden_size)
+        super().__init__(config.vocab_size, sum(config.row.values()))
         self.multiplier = config.embedding_multiplier
         folded = "model.embed_tokens" in config.folded_biases
         self.register_parameter("bias", nn.Parameter(torch.empty(config.hidden_size)) if folded else None)

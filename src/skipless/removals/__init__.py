@@ -12,7 +12,7 @@ from skipless.algebra.affine import Affine
 from skipless.algebra.forecast import Forecast
 from skipless.architecture.seams import Seam
 from skipless.checkpoint.opening import Read
-from skipless.removals import columns, merge, neutral, rows, table
+from skipless.removals import columns, first_layer, merge, neutral, rows, table
 from skipless.removals.setting import Closed, Setting, Step
 
 __all__ = ["WAYS", "Removal", "forecast", "removal"]
@@ -59,6 +59,7 @@ WAYS: dict[str, Removal] = {
     "p": merge,
     "gain": neutral,
     "table": table,
+    "lookup": first_layer,
     "fold": neutral,
     "key_bias": neutral,
     "value_bias": neutral,

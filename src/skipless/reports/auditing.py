@@ -153,7 +153,7 @@ def audit(
         progress(done, len(every))
         possible = not seam.refusal
         affines = read_seam(source, seam, reader.tensor)
-        named = seam.readers if seam.rest else seam.writers[:1]
+        named = seam.readers if seam.rest else seam.writers[:1] if seam.kind != "first_layer" else ()
         matrices = [name for name in named if name in affines and affines[name].weight.ndim == 2]  # no norm's gain
         stored = {way: request.stored(reader.tensors, seam, way) for way in seam.identities if possible}
         foretold = Forecast(seam, {}, {})

@@ -39,8 +39,8 @@ NEUTRAL = frozenset(
 )  # fmt: skip
 # Fields that say what fuse has removed: what they promise is compared by the tensors.
 REMOVED = (
-    "stream_basis", "rest_dtype", "layers_open", "p_removed", "values_removed", "head_removed", "folded_biases",
-    "norms_removed", "gains_removed",
+    "stream_basis", "rest_dtype", "layers_open", "p_removed", "values_removed", "head_removed",
+    "first_layer_removed", "folded_biases", "norms_removed", "gains_removed",
 )  # fmt: skip
 # Fields that generation reads, and no forward pass.
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "sep_token_id")
@@ -182,7 +182,9 @@ class Relation:
     before: AsSkipless | None = None
 
     def touches(self, tensor: str) -> bool:
-        """Whether closing these seams rewrites a stored tensor."""
+        """Whether closing these seams rewrites a stored tensor, or takes it into another one."""
+        if any(tensor in seam.mixed for seam in self.closed) and tensor not in self.target.tensors():
+            return True
         names = (tensor,) if self.layout is None else self.layout.parts.get(tensor, ())
         return any(name.rpartition(".")[0] in self.touched for name in names)
 
@@ -239,12 +241,17 @@ def _is_neutral(tensors: Canonical, seam: Seam) -> bool:
 def _closed(source: Architecture, target: Architecture) -> Iterator[Seam]:
     """Seams that are open in one architecture, and not in the other."""
     by_p = target.block_type == "parallel" and target.p_removed and not source.p_removed
-    for seam in seams(source, "p" if by_p else "readers", target.values_removed):
+    removes = "p" if by_p else "readers"
+    every = seams(source, removes, target.values_removed)  # those of layer 0, too: it may have been precomputed later
+    if target.first_layer_removed:
+        every += [seam for seam in seams(source, removes, first_layer=True) if seam.kind == "first_layer"]
+    for seam in every:
         gone = {
             "stream": seam.kind == "stream" and target.stream_closed(seam.layer),
             "p": target.p_removed,
             "values": target.values_removed,
             "head": target.head_removed,
+            "first_layer": True,
             "norms": seam.writers[0] in (*target.gains_removed, *target.norms_removed),
         }
         if gone[seam.kind]:

@@ -14,10 +14,11 @@ from typing import Any
 
 from skipless.architecture.config import Architecture, Module
 from skipless.architecture.folds import folds, staying
+from skipless.architecture.graph import graph
 from skipless.architecture.limit import closable, terms
 from skipless.architecture.seams import REMOVABLE, Seam, as_it_is, closed, reasons, seams
 from skipless.bundled import KNOWN
-from skipless.checkpoint import family, gguf_file
+from skipless.checkpoint import family, gguf_file, inexpressible
 from skipless.checkpoint.headers import Folder, read_json_object
 from skipless.errors import InputError
 
@@ -33,8 +34,11 @@ LETTERS = {
     "gate_proj": "m",
     "down_proj": "o",
 }
-# The paper's two models, with the vocabulary it gives Pythia.
+# The papers whose tables are counted again: ours, and that of the first layer; the models of both, with the vocabulary
+# that they give Pythia, and that of the second one alone.
+PAPERS = ("2404.12362", "2402.13388")
 PAPER = {"pythia-6.9b": 50400, "mistral-7b": 32000}
+FIRST_LAYER = {**PAPER, "mixtral-8x7b": 32000}
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,30 @@ class Exact(Removal):
 
 
 @dataclass(frozen=True)
+class FirstLayer:
+    """Layer 0 precomputed (arXiv:2402.13388): a table of what it makes of each token before any attention, in place of
+    the embeddings.
+
+    removed: weights of layer 0 that go; added: those that the table has more than the embeddings; width: numbers of the
+    stream, row: of a row of the table.
+    """
+
+    removed: int
+    added: int
+    width: int
+    row: int
+
+    @property
+    def grows(self) -> int:
+        """By how many weights the model grows; negative where it shrinks."""
+        return self.added - self.removed
+
+    def reads(self, batch: int) -> tuple[int, int]:
+        """Weights that a step of so many tokens reads for it before, and after."""
+        return batch * self.width + self.removed, batch * self.row
+
+
+@dataclass(frozen=True)
 class Count:
     """What a model has, and what could go.
 
@@ -99,12 +127,30 @@ class Count:
     stays: tuple[str, ...]
     left_out: int | None
 
+    @property
+    def first_layer(self) -> FirstLayer | None:
+        """What precomputing layer 0 would take and give, as its paper counts: matrices alone, no biases, no routers.
+        None where it cannot be, or has been.
+
+        A serial layer's row holds q, k, v and, where a skip adds it, the token's embedding; a parallel one's q, k, v
+        and the embedding's sum with what the FFN gives.
+        """
+        a = self.architecture
+        if a.first_layer_stays or a != a.unfused():
+            return None
+        letters = "qkvmo" if a.block_type == "parallel" else "qkv"
+        removed = sum(self.per_layer[letter] for letter in letters)
+        after = dataclasses.replace(a, first_layer_removed=True, norms_removed=a.first_layer_norms)
+        row = sum(after.row.values())
+        return FirstLayer(removed, (row - a.hidden_size) * a.vocab_size, a.hidden_size, row)
+
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
         values = dataclasses.asdict(self)
         total = sum(self.as_is.values())
         return {
             **values,
+            "first_layer": self.first_layer and dataclasses.asdict(self.first_layer),
             "own_state": self.architecture.own_state,
             "limit": {"removable": self.limit},
             "as_is": {**self.as_is, "total": total, "saving": total / self.parameters},
@@ -182,11 +228,13 @@ def count_architecture(name: str, family_name: str, architecture: Architecture, 
 
 def removable_at_most(architecture: Architecture) -> int:
     """How many weights of a skipless version carry no information (limit.terms, without those of biases), less those
-    that have been removed already.
+    that have been removed already. Of layer 0 in the token table, its stream seam's are no more.
     """
-    whole = architecture.unfused()
+    whole, left = architecture.unfused(), dataclasses.replace(architecture, first_layer_removed=False)
     gone = sum(module.inputs * module.outputs for module in whole.modules())
-    gone -= sum(module.inputs * module.outputs for module in architecture.modules())
+    gone -= sum(module.inputs * module.outputs for module in left.modules())
+    if architecture.first_layer_removed and not architecture.stream_closed(0):
+        gone += (len(graph(architecture).before(0).places) == 1) * architecture.hidden_size**2
     return sum(found for name, found in terms(whole.skipless()).items() if name != "biases") - gone
 
 
@@ -249,6 +297,8 @@ def resolve(model: str | Path) -> tuple[str, str, Architecture]:
         known = table()
         names, asked = known["models"], str(model).lower()
         asked = {each.lower(): name for name, hub in known["hub"].items() for each in hub}.get(asked, asked)
+        if asked not in names and (other := inexpressible.named(asked)) is not None:
+            raise InputError(other.refusal_of(str(model)))
         if asked not in names:
             near = difflib.get_close_matches(asked.rpartition("/")[2], names, 4, 0.4)
             raise InputError(
@@ -268,14 +318,21 @@ def table() -> dict[str, Any]:
     return loaded
 
 
-def paper() -> list[tuple[Count, Count]]:
-    """The models of the paper's table as it counts them, and as published."""
+def paper(models: Mapping[str, int]) -> list[tuple[Count, Count]]:
+    """The models of a paper's table as it counts them (PAPER, FIRST_LAYER), and as published."""
     found = []
-    for name, vocabulary in PAPER.items():
+    for name, vocabulary in models.items():
         published = count(name)
         architecture = dataclasses.replace(published.architecture, vocab_size=vocabulary)
         found.append((count_architecture(name, published.family, architecture, Conditions()), published))
     return found
+
+
+def in_parallel(serial: Count) -> Count:
+    """The model whose attention and FFN stood side by side, and read one norm."""
+    norms = tuple(norm for norm in serial.architecture.norms if norm != "post_attention_layernorm")
+    architecture = dataclasses.replace(serial.architecture, block_type="parallel", norms=norms)
+    return count_architecture(serial.name, serial.family, architecture, Conditions())
 
 
 def _described(config: Mapping[str, Any]) -> tuple[str, Architecture]:

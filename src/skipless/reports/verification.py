@@ -336,17 +336,19 @@ def _maps(related: Relation, a: Opened, b: CheckpointReader, stored: torch.dtype
         return
     source, target = related.source, related.target
     inputs, rounded = probe.Inputs.drawn(source), probe.rounded_as(stored, a.tensors, related.touched)
-    exact, found = probe.outputs(a.config, a, inputs, rounded), probe.outputs(b.config, b, inputs)
+    looked_up = target.first_layer_removed
+    exact = probe.outputs(a.config, a, inputs, rounded, looked_up)
+    found = probe.outputs(b.config, b, inputs, looked_up=looked_up)
     pairs = list(probe.judge(exact, found, source, target, stored))
     for judged, what in zip(zip(*pairs, strict=True), ("together", "one column"), strict=True):
         worst = max(judged, key=_share)
         yield Map(worst.name, worst.error, worst.limit, what)
     letters = "qkv" if source.values_removed == target.values_removed else "qk"
-    tables = {"tokens": "model.embed_tokens", "positions": "model.position_embeddings"}
+    tables = {"tokens": "model.embed_tokens", "positions": "model.position_embeddings", "after": "model.embed_tokens"}
     if related.touched.isdisjoint(tables.values()):
         return
-    rows, other = (probe.table_reads(reader.config, reader, letters) for reader in (a, b))
-    lost = probe.table_reads(a.config, a, letters, probe.stored_as(stored, related.touched))
+    rows, other = (probe.table_reads(reader.config, reader, letters, looked_up=looked_up) for reader in (a, b))
+    lost = probe.table_reads(a.config, a, letters, probe.stored_as(stored, related.touched), looked_up)
     for name, before in rows.items():
         if tables[name] in related.touched:
             size = before.norm(dim=1)

@@ -89,9 +89,14 @@ def _own(plan: Plan, options: Mapping[str, Any], name: str) -> Iterator[str]:
     if plan.in_place:
         yield from _moved(plan, options, name)
         return
-    yield f"# {plain(name)}, less weights that carry no information"
-    yield ""
-    yield f"Written by skipless {__version__}: the same function, of fewer weights (arXiv:2404.12362)."
+    if any(kind != "first_layer" for kind in plan.kinds):
+        yield f"# {plain(name)}, less weights that carry no information"
+        yield ""
+        yield f"Written by skipless {__version__}: the same function, of fewer weights (arXiv:2404.12362)."
+    else:
+        yield f"# {plain(name)}, its first layer precomputed"
+        yield ""
+        yield f"Written by skipless {__version__}: the same function, of other weights (arXiv:2402.13388)."
     yield ""
     yield "| | before | after | less |"
     yield "|---|---|---|---|"
@@ -101,7 +106,11 @@ def _own(plan: Plan, options: Mapping[str, Any], name: str) -> Iterator[str]:
     for kind, closed in plan.kinds.items():
         ways = ", ".join(dict.fromkeys(seam.way(plan.basis) for seam in closed))
         saved = sum(seam.saves for seam in closed)
-        yield f"- {len(closed)} {kind} seams closed by {ways}: {saved:,} weights less"
+        much = f"{abs(saved):,} weights {'less' if saved >= 0 else 'more'}"
+        if kind == "first_layer":
+            yield f"- layer 0 precomputed (arXiv:2402.13388), in the rows of the token table: {much}"
+        else:
+            yield f"- {len(closed)} {kind} seams closed by {ways}: {much}"
     yield from (f"- {plain(line)}" for line in plan.note.splitlines() if plan.layout)
     yield f"- asked for: {_asked(options)}"
     yield ""

@@ -294,7 +294,7 @@ def _check_smaller(plan: Plan, closing: Iterable[Seam], request: Request) -> Non
         if reason := request.unpaid(plan.renamed, seam, seam.way(plan.basis)):
             raise InputError(reason)
     before, after = plan.parameters
-    if after >= before:
+    if after >= before and not plan.target.first_layer_removed:  # which may be worth it
         raise InputError(
             f"remove: expected fewer than {before:,} weights without {', '.join(request.kinds)}, found {after:,}: the "
             f"biases that matrices gain are more than that saves; leave p out of --remove"
@@ -360,13 +360,14 @@ def _tasks(
     kept, indices = source.tensors(), target.index_tensors()
     writer_of = {name: Task((), stored([name]), (name,)) for name in target.tensors() if name in kept}
     for group in connected(closing):
+        by_rows = [seam.kind for seam in group] == ["first_layer"]  # whose table is made of one, row by row
         names = list(dict.fromkeys(name for seam in group for name in seam.modules))
         left = [name for name in (*names, *(seam.rest for seam in group)) if name in after]
         reads = tuple(tensor for name in names if name in before for tensor in before[name].tensors())
         reads += tuple(dict.fromkeys(name for seam in group for name in seam.mixed))
         writes = tuple(tensor for name in left for tensor in after[name].tensors())
         writes += tuple(seam.order for seam in group if seam.order in indices)
-        writer_of.update(dict.fromkeys(writes, Task(tuple(group), stored(reads), writes)))
+        writer_of.update(dict.fromkeys(writes, Task(tuple(group), stored(reads), writes, by_rows)))
     return tuple(dict.fromkeys(writer_of[name] for name in target.tensors()))
 
 
@@ -400,7 +401,8 @@ def _fused_config(config: Mapping[str, object], target: Architecture, dtype: str
     Raises InputError naming the field when the model file would refuse it.
     """
     fields: dict[str, object] = {"stream_basis": target.stream_basis, "p_removed": target.p_removed}
-    fields |= {name: True for name in ("values_removed", "head_removed") if getattr(target, name)}
+    removed = ("values_removed", "head_removed", "first_layer_removed")
+    fields |= {name: True for name in removed if getattr(target, name)}
     fields |= {name: list(names) for name in ("norms_removed", "gains_removed") if (names := getattr(target, name))}
     if target.rest_dtype is not None:
         fields["rest_dtype"] = target.rest_dtype

@@ -27,7 +27,7 @@ from skipless.checkpoint.opening import RowReader
 from skipless.checkpoint.reader import TensorInfo
 from skipless.errors import BugError
 from skipless.model import SkiplessConfig, SkiplessForCausalLM
-from skipless.model.modeling_skipless import SkiplessNorm
+from skipless.model.modeling_skipless import SkiplessNorm, apply, rotary_cos_sin
 from skipless.rewrite.casting import CAST
 from skipless.rewrite.planning import Plan
 
@@ -180,13 +180,18 @@ class Outputs:
 
 @torch.no_grad()
 def outputs(
-    config: Mapping[str, Any], reader: RowReader, inputs: Inputs, rounded: Rounded = lambda name: 0.0
+    config: Mapping[str, Any],
+    reader: RowReader,
+    inputs: Inputs,
+    rounded: Rounded = lambda name: 0.0,
+    looked_up: bool = False,
 ) -> Outputs:
     """What a checkpoint gives, and what becomes of that when its weights are rounded, in one pass.
 
     An error of relative size u of each weight W_ij, x_j W_ij, is as large on average as one of x_j: so the same tokens
     go through the model twice, and the second time every map's input is off by u at random, and what a bias, a norm's
-    gain or a table's row gives.
+    gain or a table's row gives. looked_up: whether a model that this is compared with has layer 0 in its table: an FFN
+    beside its attention then gives what it gives.
     """
     model, found = streamed_model(config, reader), dict[str, torch.Tensor]()
     for name, module in model.named_modules():
@@ -195,8 +200,10 @@ def outputs(
     parts: dict[int, list[torch.Tensor]] = {}
     layers: Any = model.model.layers
     for index, layer in enumerate(layers):
-        parts[index] = []
         layer.self_attn.project = _noting(layer.self_attn.project, found, index)
+        if looked_up and not index and layer.parallel:
+            continue
+        parts[index] = []
         if hasattr(layer.mlp, "top_k"):  # every expert counts
             layer.mlp.top_k = len(layer.mlp.experts)
         for name, module in layer.mlp.named_modules():
@@ -250,39 +257,53 @@ def generator_of(name: str) -> torch.Generator:
 
 @torch.no_grad()
 def table_reads(
-    config: Mapping[str, Any], reader: RowReader, letters: str, change: Change = exactly
+    config: Mapping[str, Any], reader: RowReader, letters: str, change: Change = exactly, looked_up: bool = False
 ) -> dict[str, torch.Tensor]:
     """What layer 0 reads of each row of the tables, "tokens" and "positions": (rows, MIXTURES), random mixtures of the
-    columns of q, k (and v, by `letters`).
+    columns of q, k (and v, by `letters`). looked_up: as in outputs; what of a row passes by the attention then shows in
+    "after", what is read of layer 0, each token a sequence of its own.
     """
-    model: Any = streamed_model(config, reader, change).model
-    attention, generator = model.layers[0].self_attn, torch.Generator().manual_seed(1)
-    mixing: list[torch.Tensor] = []
+    whole: Any = streamed_model(config, reader, change)
+    model, layer = whole.model, whole.model.layers[0]
+    mixing: dict[str, torch.Tensor] = {}
 
-    def mixed(rows: torch.Tensor) -> torch.Tensor:
-        parts = [part for name, part in zip("qkv", attention.project(rows[None]), strict=True) if name in letters]
-        joined = torch.cat(parts, -1)[0]
-        if not mixing:
-            mixing.append(torch.randn(joined.shape[-1], MIXTURES, generator=generator, dtype=torch.float64))
-        return joined @ mixing[0]
+    def mixed(name: str, columns: torch.Tensor) -> torch.Tensor:
+        if name not in mixing:
+            shape = (columns.shape[-1], MIXTURES)
+            mixing[name] = torch.randn(shape, generator=generator_of(f"mixing {name}"), dtype=torch.float64)
+        return columns @ mixing[name]
 
-    d = model.config.hidden_size
-    offset = mixed(torch.zeros(1, d, dtype=torch.float64))
-    unit = torch.eye(d, dtype=torch.float64)
-    matrix = torch.cat([mixed(unit[rows]) - offset for rows in slices(d, MIXTURES)])
+    def projected(rows: torch.Tensor, attention: Any = layer.self_attn) -> torch.Tensor:
+        parts = zip("qkv", attention.project(rows[None]), strict=True)
+        return mixed("q, k, v", torch.cat([part for name, part in parts if name in letters], -1)[0])
+
+    def after(x: torch.Tensor) -> torch.Tensor:
+        positions = torch.zeros(len(x), 1, dtype=torch.long)
+        rope = model.config.position_type.startswith("rope")
+        cos_sin = rotary_cos_sin(positions, model.config, x.dtype) if rope else None
+        x = layer(x[:, None], position_embeddings=cos_sin, position_ids=positions)[:, 0]
+        if len(model.layers) == 1:
+            return mixed("logits", whole.lm_head(apply(model.norm, x)))
+        return projected(apply(model.layers[1].input_layernorm, x), model.layers[1].self_attn)
+
     table, bias = model.embed_tokens.weight, model.embed_tokens.bias
-    tokens = []
-    for rows in slices(table.shape[0], max(1, BLOCK // d)):
-        read = table.read(rows) if bias is None else table.read(rows) + bias
-        for norm in (model.embed_norm, model.layers[0].input_layernorm):
-            read = read if norm is None else norm(read)
-        tokens.append(read @ matrix + offset)
-    found = {"tokens": torch.cat(tokens)}
+    width = table.shape[1]
+    offset = projected(torch.zeros(1, width, dtype=torch.float64))
+    unit = torch.eye(width, dtype=torch.float64)
+    matrix = torch.cat([projected(unit[rows]) - offset for rows in slices(width, MIXTURES)])
+    tokens, passed = [], []
+    for rows in slices(table.shape[0], max(1, BLOCK // width)):
+        x = table.read(rows) if bias is None else table.read(rows) + bias
+        x = apply(model.embed_norm, x)
+        tokens.append(apply(layer.input_layernorm, x) @ matrix + offset)
+        if looked_up and (layer.parallel or layer.attention_skip):
+            passed.append(after(x))
+    reads = {"tokens": torch.cat(tokens)} | ({"after": torch.cat(passed)} if passed else {})
     if model.position_embeddings is not None:
         table = model.position_embeddings.weight
-        parts = [table.read(rows) @ matrix for rows in slices(table.shape[0], max(1, BLOCK // d))]
-        found["positions"] = torch.cat(parts)
-    return found
+        parts = [table.read(rows) @ matrix for rows in slices(table.shape[0], max(1, BLOCK // width))]
+        reads["positions"] = torch.cat(parts)
+    return reads
 
 
 def _noting(project: Callable[..., Any], found: dict[str, torch.Tensor], index: int) -> Callable[..., Any]:
@@ -336,8 +357,9 @@ def check_fused(plan: Plan, source: RowReader, fused: RowReader, outcomes: Itera
     """
     inputs, touched = Inputs.drawn(plan.source), plan.touched
     stored = stored_in(plan.outputs)
-    before = outputs(plan.source_config, source, inputs, rounded_as(stored, plan.canonical[0], touched))
-    after = outputs(plan.config, fused, inputs, _as_written(plan))
+    looked_up = plan.target.first_layer_removed
+    before = outputs(plan.source_config, source, inputs, rounded_as(stored, plan.canonical[0], touched), looked_up)
+    after = outputs(plan.config, fused, inputs, _as_written(plan), looked_up)
     limit = limits(outcomes, plan.source, _cast(plan))
     differences = [
         Difference(each.name, each.error, math.hypot(limit(each.name), SLACK * each.lost_after))

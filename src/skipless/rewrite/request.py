@@ -144,7 +144,8 @@ class Request:
 
     def every(self, source: Architecture) -> list[Seam]:
         """All open seams, as they are when what is asked for is closed."""
-        return seams(source, self.parallel_removes, "values" in self.kinds or None, "norms" in self.kinds)
+        values, norms, first_layer = (kind in self.kinds for kind in ("values", "norms", "first_layer"))
+        return seams(source, self.parallel_removes, values or None, norms, first_layer)
 
     def note(self, source: Architecture) -> str:
         """What of what was asked for stays, as its weights go elsewhere, and why; or nothing."""

@@ -89,6 +89,7 @@ def check(architecture: Architecture, config: SkiplessConfig) -> None:
     for name, expected, fits in (
         ("attention_shaping", "null or 'value'", config.attention_shaping != "full"),
         ("residual_gains", "false", not config.residual_gains),
+        ("first_layer_removed", "false", not config.first_layer_removed),
         ("sliding_window", "null", config.sliding_window is None),
         ("head_bias", "false", not config.head_bias),
         ("position_offset", "0", not config.position_offset),

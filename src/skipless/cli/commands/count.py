@@ -8,12 +8,18 @@ import click
 from skipless.cli.options import as_json, known_names
 from skipless.cli.output import out, print_json
 from skipless.errors import InputError
-from skipless.reports.counting import WEIGHT_BYTES
+from skipless.reports.counting import PAPERS, WEIGHT_BYTES
 
 
 @click.command("count")
 @click.argument("models", nargs=-1, metavar="[CONFIG|FOLDER|NAME ...]", shell_complete=known_names)
-@click.option("--paper", is_flag=True, help="The paper's table, counted again.")
+@click.option(
+    "--paper",
+    type=click.Choice(PAPERS),
+    is_flag=False,
+    flag_value=PAPERS[0],
+    help="The tables of arXiv:2404.12362, or of this paper, counted again.",
+)
 @click.option("--list", "listed", is_flag=True, help="The names that are known.")
 @click.option(
     "--dtype", type=click.Choice(tuple(WEIGHT_BYTES)), default="bfloat16", show_default=True, help="Of the weights."
@@ -34,7 +40,7 @@ from skipless.reports.counting import WEIGHT_BYTES
 @as_json
 def count_command(
     models: tuple[str, ...],
-    paper: bool,
+    paper: str | None,
     listed: bool,
     dtype: str,
     cache_dtype: str,
@@ -54,7 +60,7 @@ def count_command(
     from skipless.cli import tables
     from skipless.reports import counting as room
 
-    if sum([bool(models), paper, listed]) != 1:
+    if sum([bool(models), paper is not None, listed]) != 1:
         raise InputError("count: expected models, or --paper, or --list")
     if (bandwidth is None) != (flops is None):
         raise InputError("count: expected --bandwidth and --flops together, or neither")
@@ -65,21 +71,28 @@ def count_command(
     conditions = room.Conditions(
         dtype, cache_dtype, context, batch, bandwidth and bandwidth * 1e9, flops and flops * 1e12
     )
+    first = paper == PAPERS[1]
     if paper:
-        pairs = room.paper()
+        pairs = room.paper(room.FIRST_LAYER if first else room.PAPER)
         counts = [counted for counted, _ in pairs]
-        rows, notes = tables.paper_rows(pairs), tables.paper_notes(pairs)
+        tabulated = tables.first_layer_paper(pairs) if first else [tables.paper_rows(pairs)]
+        notes = tables.paper_notes(pairs, first)
     else:
         counts = [room.count(model, conditions) for model in models]
-        rows, notes = tables.count_rows(counts), tables.count_notes(counts, conditions)
+        tabulated, notes = [tables.count_rows(counts, batch)], tables.count_notes(counts, conditions)
     if as_json:
         print_json({"models": [counted.to_json() for counted in counts]})
-    elif as_csv:
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerows(rows)
-    elif as_markdown:
-        click.echo(tables.markdown(rows))
-    else:
-        out.print_table(tables.count_table(rows))
+        return
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    for number, rows in enumerate(tabulated):
+        if number and (as_csv or as_markdown):
+            click.echo()
+        if as_csv:
+            writer.writerows(rows)
+        elif as_markdown:
+            click.echo(tables.markdown(rows))
+        else:
+            out.print_table(tables.count_table(rows))
+    if not (as_csv or as_markdown):
         for note in notes:
             out.print(note, soft_wrap=True)

@@ -105,6 +105,8 @@ def fuse(
         out.print_table(tables.work_table(estimated))
         for line in tables.work_lines(estimated):
             out.print(line, soft_wrap=True)
+    for line in tables.first_layer_lines(plan):
+        out.print(line, soft_wrap=True)
     if plan.reason:
         out.print(f"basis {plan.basis}: {plan.reason}", soft_wrap=True)
     if plan.note:
