@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -70,6 +71,17 @@ def test_a_full_disk_says_what_to_do(source, tmp_path, monkeypatch):
     assert "fused: could not be written: No space left on device; what is done is kept: go on with --resume" in (
         result.stderr.replace("\n", " ")
     )
+
+
+@pytest.mark.parametrize("number", [1, 4, 8])
+def test_its_threads_end_with_it(source, tmp_path, monkeypatch, number):
+    """Whoever keeps the error keeps no thread: one that the garbage collector ends can wait for itself."""
+    stop_at_write(monkeypatch, number, OSError(errno.ENOSPC, "full"))
+    before = set(threading.enumerate())
+    with pytest.raises(StorageError) as kept:
+        fuse(source, tmp_path / "fused", **MANY_FILES)
+    assert kept.value.__traceback__ is not None
+    assert {thread.name for thread in set(threading.enumerate()) - before} == set()
 
 
 def test_nothing_done_leaves_nothing_behind(source, tmp_path, monkeypatch):

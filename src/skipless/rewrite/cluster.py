@@ -16,7 +16,7 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from random import SystemRandom
@@ -36,7 +36,7 @@ from skipless.checkpoint.remote import open_reader
 from skipless.errors import DisagreementError, InputError, StorageError
 from skipless.rewrite.cost import cost, least
 from skipless.rewrite.environment import environment
-from skipless.rewrite.execution import Done, Results, run_digested
+from skipless.rewrite.execution import Done, Results, Tensors, run_digested
 from skipless.rewrite.machine import freed_memory_kept, resident_memory
 from skipless.rewrite.planning import Plan
 
@@ -196,7 +196,7 @@ class Submission:
         sources: dict[str, str] = {}
         return Done(self._tensors(outcomes, sources), outcomes, sources, self._confirm)
 
-    def _tensors(self, outcomes: list[Outcome], sources: dict[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
+    def _tensors(self, outcomes: list[Outcome], sources: dict[str, str]) -> Tensors:
         left = {name: info.bytes for name, info in self._outputs.items()}
         while isinstance(found := self.next(), tuple):
             name, data = found
@@ -341,7 +341,7 @@ def carry_out(expected: Mapping[str, object], job: Sequence["ray.ObjectRef[Input
     plan, reader = _opened(job[0])
     done = run_digested(plan, plan.tasks[number], reader)
     digests = {name: hashlib.sha256() for name in plan.tasks[number].writes}
-    with freed_memory_kept(resident_memory() + cost(plan, plan.tasks[number]).memory):
+    with closing(done.tensors), freed_memory_kept(resident_memory() + cost(plan, plan.tasks[number]).memory):
         for name, tensor in done.tensors:
             data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
             digests[name].update(data.data)

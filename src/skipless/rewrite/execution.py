@@ -26,6 +26,8 @@ from skipless.rewrite.planning import Plan, Task, in_turn
 
 # Bytes of a tensor that are copied at a time.
 COPIED = 2**26
+# Tensors by name; closed before its end, it stops the threads that it has begun.
+Tensors = Generator[tuple[str, torch.Tensor], None, None]
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Done:
     confirm: given the SHA-256 of each tensor as it was written, raises StorageError if it is not what was computed.
     """
 
-    tensors: Iterator[tuple[str, torch.Tensor]]
+    tensors: Tensors
     outcomes: list[Outcome]
     sources: dict[str, str] = dataclasses.field(default_factory=dict)
     confirm: Callable[[Mapping[str, str]], None] = lambda digests: None
@@ -68,7 +70,7 @@ def run_digested(plan: Plan, task: Task, reader: CheckpointReader) -> Done:
     digests = Digests(reader, overwritten=task.by_rows)
     done = run_task(plan, task, digests.tensor)
 
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors() -> Tensors:
         with digests:
             yield from done.tensors
             done.sources.update(digests.finish())
@@ -76,7 +78,7 @@ def run_digested(plan: Plan, task: Task, reader: CheckpointReader) -> Done:
     return dataclasses.replace(done, tensors=tensors())
 
 
-def _finite(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+def _finite(tensors: Iterator[tuple[str, torch.Tensor]]) -> Tensors:
     """Check each tensor on this thread: the writer thread would block on the pool that the next seam uses."""
     for name, tensor in tensors:
         if not_finite(tensor):

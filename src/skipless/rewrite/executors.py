@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from importlib.util import find_spec
 from threading import Event
@@ -26,7 +27,9 @@ def run_local(plan: Plan, reader: CheckpointReader, todo: Sequence[int]) -> Resu
             for number, following in zip(todo, [*todo[1:], None], strict=False):
                 if following is not None:
                     ahead.submit(reader.warm, plan.tasks[following].reads, stopped.is_set)
-                yield number, run_digested(plan, plan.tasks[number], reader)
+                done = run_digested(plan, plan.tasks[number], reader)
+                with closing(done.tensors):  # left to the garbage collector, it would join its thread from any other
+                    yield number, done
     finally:
         stopped.set()
         ahead.shutdown(cancel_futures=True)
