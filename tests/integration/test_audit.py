@@ -55,7 +55,8 @@ def test_every_seam_with_its_matrices_and_errors(source):
         for way in seam["ways"].values():
             for dtype, errors in way["errors"].items():
                 assert list(errors) == (["q", "k", "v"] if stream else ["m"])
-                assert all(0 < error < 10 * torch.finfo(getattr(torch, dtype)).eps for error in errors.values())
+                assert max(errors.values()) > 0
+                assert all(0 <= error < 10 * torch.finfo(getattr(torch, dtype)).eps for error in errors.values())
         if stream:
             assert 1 < seam["ways"]["pivoted"]["condition"] < 1e4
             assert 0 < seam["ways"]["pivoted"]["largest"] <= 1.05

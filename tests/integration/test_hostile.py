@@ -267,7 +267,7 @@ def test_a_config(source, changes, message):
         ({"id2label": {"a": "b"}}, "config.json: invalid literal for int() with base 10: 'a'"),
         ({"attention_dropout": 0.1}, "attention_dropout: expected 0, found 0.1, which is not supported"),
         ({"use_sliding_window": True}, "use_sliding_window: expected False, found True, which is not supported"),
-        ({"layer_types": ["full_attention"]}, "layer_types: expected 'full_attention' 2 times, with"),
+        ({"layer_types": ["full_attention"]}, "layer_types: expected full_attention 2 times, with"),
     ],
     ids=str,
 )

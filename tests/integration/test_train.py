@@ -252,7 +252,10 @@ def test_nan_is_named_by_its_step_and_not_saved(recipe: Recipe, tmp_path: Path, 
         ({"hidden_size": "x"}, "model: Field 'hidden_size' expected int, got str"),
         ({"num_key_value_heads": 3}, "model: num_key_value_heads: expected a divisor"),
         ({"hidden_sizes": 3}, "model: hidden_sizes: not a field"),
-        ({"stream_basis": "pivoted"}, "stream_basis, values_removed, head_removed: expected a model with whole"),
+        (
+            {"stream_basis": "pivoted"},
+            "stream_basis, values_removed, head_removed, first_layer_removed: expected a model with whole",
+        ),
         ({"vocab_size": 10**6}, "vocab_size: expected .* found 1000000"),
     ],
 )
