@@ -193,12 +193,18 @@ def as_it_is(architecture: Architecture, itemsize: float) -> list[Seam]:
 
 
 def reasons(every: Iterable[Seam]) -> tuple[str, ...]:
-    """What stays when these seams are closed, and why, in words: of each kind, the first."""
+    """What stays when these seams are closed, and why, in words: of each kind, the first reason; kinds that share one,
+    together.
+    """
     found: dict[str, str] = {}
     for seam in every:
         if seam.blocked:
             found.setdefault(seam.kind, seam.blocked)
-    return tuple(f"the {kind} seams: {reason}" for kind, reason in found.items())
+    kinds: dict[str, list[str]] = {}
+    for kind, reason in found.items():
+        kinds.setdefault(reason, []).append(kind)
+    joined = {reason: ", ".join(stay[:-1]) + " and " * (len(stay) > 1) + stay[-1] for reason, stay in kinds.items()}
+    return tuple(f"the {stay} seams: {reason}" for reason, stay in joined.items())
 
 
 def closed(architecture: Architecture, closing: Iterable[Seam], basis: str) -> Architecture:
