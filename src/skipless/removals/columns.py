@@ -512,9 +512,9 @@ def steps(seam: Seam, setting: Setting) -> Iterator[Step]:
             yield "N", within, float(sum(b * b * d for b in blocks))
             yield "factorize N", within, 4 / 3 * sum(b**3 for b in blocks)
             yield "round R", F32, float(sum(b * d**2 + b * b * d for b in blocks))
-        yield "M = 1 + R R^T", within, float(r * d**2)
-        yield "factorize M", within, d**3 / 3
-        yield "R^T M^-1", within, 2.0 * d**2 * r
+        yield "H = 1 + R R^T", within, float(r * d**2)
+        yield "factorize H", within, d**3 / 3
+        yield "R^T H^-1", within, 2.0 * d**2 * r
         yield "change of X", within, 2.0 * d**2 * r
         yield "X + X change", BF16 if s.half and s.pivoted else within, 2.0 * n * d**2
         yield "round X", BF16 if s.half else F32, float(n * d**2)
