@@ -106,7 +106,7 @@ def terms(architecture: Architecture) -> dict[str, int]:
 
 
 def _queries_and_keys(a: Architecture) -> int:
-    """A layer's changes of basis of queries and keys: those that commute with RoPE's rotations; with norms, scalings."""
+    """A layer's changes of basis of queries and keys: what commutes with RoPE's rotations; with norms, scalings."""
     size, rope = a.head_dim, a.position_type.startswith("rope")
     rotated = size if rope else 0  # with partial RoPE more goes
     if a.qk_norm is not None:
