@@ -148,7 +148,7 @@ def test_the_commands(tmp_path):
         ({"norm_type": "rms", "gain_offset": 1.0}, "gain_offset: expected 0 for gguf, found 1.0"),
         ({"norm_type": "rms", "norms": ["ffn_output_norm"]}, "norms: expected none of what P and O give"),
         ({"qk_norm": "heads"}, "qk_norm: expected null or 'head_dim' for gguf, found 'heads'"),
-        ({"logit_scale": 0.5}, "logit_scale: expected null for gguf, found 0.5"),
+        ({"logit_scale": 0.5}, "logit_scale: expected 1 for gguf, found 0.5"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "rope_parameters: expected"),
         ({"hidden_act": "tanh"}, "hidden_act: expected one of silu, swish, relu, gelu"),
         ({"hidden_act": "gelu", **EXPERTS}, "hidden_act: expected another than 'gelu' for experts"),

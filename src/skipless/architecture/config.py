@@ -71,7 +71,7 @@ class Bookkeeping(TypedDict, total=False):
     sliding_window: int | None
     attn_logit_softcapping: int | float | None
     final_logit_softcapping: int | float | None
-    logit_scale: int | float | None
+    logit_scale: int | float
     attention_multiplier: int | float | None
     use_cache: bool
     bos_token_id: int | None

@@ -155,7 +155,7 @@ class SkiplessConfig(PreTrainedConfig):
     sliding_window: int | None = None
     attn_logit_softcapping: float | int | None = None
     final_logit_softcapping: float | int | None = None
-    logit_scale: float | int | None = None
+    logit_scale: float | int = 1.0  # not null: vLLM multiplies by what it finds
     position_type: str = "rope"
     attention_shaping: str | None = None
     stream_basis: str | None = None
@@ -298,9 +298,11 @@ class SkiplessConfig(PreTrainedConfig):
         for name, found in (("num_local_experts", experts), ("num_experts_per_tok", taken)):
             if self.ffn_type != "moe" and found is not None:
                 raise ValueError(f"{name}: expected null with ffn_type {self.ffn_type!r}, found {found}")
-        for name in ("attn_logit_softcapping", "final_logit_softcapping", "logit_scale", *MULTIPLIERS):
+        for name in ("attn_logit_softcapping", "final_logit_softcapping", *MULTIPLIERS):
             if (cap := getattr(self, name)) is not None and not 0 < cap < float("inf"):
                 raise ValueError(f"{name}: expected a positive number or null, found {cap}")
+        if not 0 < self.logit_scale < float("inf"):
+            raise ValueError(f"logit_scale: expected a positive number, found {self.logit_scale}")
 
     def validate_norms(self) -> None:
         """Refuse norms that the model file does not know, and skips that a parallel layer does not have."""

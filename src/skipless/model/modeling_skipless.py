@@ -783,7 +783,7 @@ class SkiplessForCausalLM(SkiplessPreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden_states[:, kept, :])
-        if (scale := self.config.logit_scale) is not None:
+        if (scale := self.config.logit_scale) != 1:
             logits = logits * scale
         if (cap := self.config.final_logit_softcapping) is not None:
             logits = cap * (logits / cap).tanh()
