@@ -37,6 +37,7 @@ OTHERS = {
     "qwen2-tied": ("Qwen2", {**LLAMA, "tie_word_embeddings": True}),
     "qwen3_moe-all": ("Qwen3Moe", {**LLAMA, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24}),
     "cohere-untied": ("Cohere", {**LLAMA, "tie_word_embeddings": False, "logit_scale": 0.5}),
+    "gpt2-constant-norms": ("GPT2", {**GPT, "layer_norm_epsilon": 1e12}),
     "phi3-long": ("Phi3", {**LLAMA, "rope_parameters": LONG, "original_max_position_embeddings": 8}),
 }
 COMPACT = [
@@ -131,6 +132,17 @@ def spoil(folder, change):
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_norms_that_are_all_but_constant(tmp_path):
+    """GPT-2 trained without norms is published so: of each, eps is 1e12 and gains are around 1e6."""
+    source, fused = tmp_path / "source", tmp_path / "fused"
+    saved("gpt2-constant-norms", source)
+    spoil(source, lambda tensors: [t.mul_(1e6) for name, t in tensors.items() if "ln_" in name and "weight" in name])
+    skipless.fuse(source, fused, layout="skipless")
+    assert error(source, fused) < FP64
+    edit_config(fused, norm_eps=1e10)
+    assert error(source, fused) > 0.1
 
 
 @pytest.fixture

@@ -685,8 +685,8 @@ def _checked(name: str, field: "dataclasses.Field[Any]", value: Any) -> Any:
         if type(value) is not int or not (0 < value < 2**31 or value == field.default == 0):
             raise InputError(f"config.json: {name}: expected a positive integer below 2^31, found {value!r}")
     elif expected is float:
-        if type(value) not in (int, float) or not 0 <= value < 1:
-            raise InputError(f"config.json: {name}: expected a number from 0 to 1, found {value!r}")
+        if type(value) not in (int, float) or not 0 <= value < math.inf:
+            raise InputError(f"config.json: {name}: expected a number from 0 on, found {value!r}")
     elif expected in (float | int, float | int | None):
         if type(value) not in (int, float) and not (value is None and expected == float | int | None):
             raise InputError(f"config.json: {name}: expected a number, found {value!r}")

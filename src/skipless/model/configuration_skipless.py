@@ -308,8 +308,8 @@ class SkiplessConfig(PreTrainedConfig):
         """Refuse norms that the model file does not know, and skips that a parallel layer does not have."""
         if not is_number(self.gain_offset):
             raise ValueError(f"gain_offset: expected a finite number, found {self.gain_offset}")
-        if not 0 <= self.norm_eps < 1:
-            raise ValueError(f"norm_eps: expected a number from 0 to 1, found {self.norm_eps}")
+        if not 0 <= self.norm_eps < float("inf"):
+            raise ValueError(f"norm_eps: expected a number from 0 on, found {self.norm_eps}")
         known = () if self.norm_type == "none" else (*LAYER_NORMS, *MODEL_NORMS)
         for name in self.norms or ():
             if name not in known:
