@@ -406,7 +406,9 @@ def repaired_metric(rest: Tensor, passed_weights: Tensor, rest_weights: Tensor) 
     return inverse(_root(metric))
 
 
-def solve_rest(exact: Sequence[Tensor], rounded: Sequence[Tensor], rest: Tensor) -> Float[Tensor, "d r"]:
+def solve_rest(
+    exact: Sequence[Float[Matrix, "_ d"]], rounded: Sequence[Float[Matrix, "_ d"]], rest: Float[Tensor, "d r"]
+) -> Float[Tensor, "d r"]:
     """Step 6: argmin over R' of || X' R' - X R ||, as R + (X'^T X')^-1 X'^T (X - X') R: the difference is solved for.
 
     X is a stream like that of `moment`: a sum of one row of each writer.
@@ -417,8 +419,8 @@ def solve_rest(exact: Sequence[Tensor], rounded: Sequence[Tensor], rest: Tensor)
             now = after[rows].to(rest.dtype)
             gone = multiply(before[rows].to(rest.dtype) - now, rest)
             owed += multiply(now.T, gone) / len(after)
-        afters.append(after.mean(0, dtype=rest.dtype))
-        lost.append((before.mean(0, dtype=rest.dtype) - afters[-1]) @ rest)
+        afters.append(mean_row(after).to(rest.dtype))
+        lost.append((mean_row(before).to(rest.dtype) - afters[-1]) @ rest)
     for k, after in enumerate(afters):
         for other, value in enumerate(lost):
             if other != k:
