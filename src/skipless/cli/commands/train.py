@@ -83,6 +83,7 @@ def tell(found: "Estimate", as_json: bool) -> None:
         print_json(dataclasses.asdict(found) | {"memory_total": total})
         return
     parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in found.memory.items())
-    out.print(f"weights: {found.parameters:,}")
-    out.print(f"tokens: {found.tokens_per_step:,} a step, {found.tokens:,} in all: {found.flops:.1e} FLOPs")
+    out.print(f"weights: {found.parameters:,}", soft_wrap=True)
+    line = f"tokens: {found.tokens_per_step:,} a step, {found.tokens:,} in all: {found.flops:.1e} FLOPs"
+    out.print(line, soft_wrap=True)
     out.print(f"memory a process: {total / 1e9:.1f} GB ({parts})", soft_wrap=True)
