@@ -34,13 +34,13 @@ def eval_command(
 
         from skipless.train.evaluation import evaluate
 
-    found = evaluate(
+    result = evaluate(
         model, data, field=field, sequence_length=sequence_length, most_tokens=tokens, dtype=getattr(torch, dtype)
     )
     if as_json:
-        print_json(dataclasses.asdict(found))
+        print_json(dataclasses.asdict(result))
     else:
-        bits = "" if found.bits_per_byte is None else f"{found.bits_per_byte:.3f} bits a byte, "
+        bits = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.3f} bits a byte, "
         out.print(
-            f"{found.loss:.3f} nats a token, {bits}perplexity {found.perplexity:,.1f}, on {found.tokens:,} tokens"
+            f"{result.loss:.3f} nats a token, {bits}perplexity {result.perplexity:,.1f}, on {result.tokens:,} tokens"
         )

@@ -24,7 +24,7 @@ def limit_command(model: str, check: bool, as_json: bool) -> None:
 
     _, family, architecture = resolve(model)
     architecture = architecture if family == "skipless" else architecture.skipless()
-    found, certificate = room.limit(architecture), None
+    limit, certificate = room.limit(architecture), None
     if check:
         from skipless.reports.certificate import certify
 
@@ -32,9 +32,9 @@ def limit_command(model: str, check: bool, as_json: bool) -> None:
             certificate = certify(architecture, progress)
     if as_json:
         counted = certificate and {**dataclasses.asdict(certificate), "holds": certificate.holds}
-        print_json({**dataclasses.asdict(found), "removable": found.removable, "certificate": counted})
+        print_json({**dataclasses.asdict(limit), "removable": limit.removable, "certificate": counted})
     else:
-        out.print_table(tables.limit_table(found))
-        for line in tables.limit_lines(found, certificate):
+        out.print_table(tables.limit_table(limit))
+        for line in tables.limit_lines(limit, certificate):
             out.print(line, soft_wrap=True)
     sys.exit(0 if certificate is None or certificate.holds else 1)

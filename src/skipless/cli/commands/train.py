@@ -76,13 +76,13 @@ def train(
         out.print(f"held out: {result['held_out_loss']:.3f} nats a token{more}")
 
 
-def tell(found: "Estimate", as_json: bool) -> None:
+def tell(estimate: "Estimate", as_json: bool) -> None:
     """Print an estimate."""
-    total = sum(found.memory.values())
+    total = sum(estimate.memory.values())
     if as_json:
-        print_json(dataclasses.asdict(found) | {"memory_total": total})
+        print_json(dataclasses.asdict(estimate) | {"memory_total": total})
         return
-    parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in found.memory.items())
-    out.print(f"weights: {found.parameters:,}")
-    out.print(f"tokens: {found.tokens_per_step:,} a step, {found.tokens:,} in all: {found.flops:.1e} FLOPs")
+    parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in estimate.memory.items())
+    out.print(f"weights: {estimate.parameters:,}")
+    out.print(f"tokens: {estimate.tokens_per_step:,} a step, {estimate.tokens:,} in all: {estimate.flops:.1e} FLOPs")
     out.print(f"memory a process: {total / 1e9:.1f} GB ({parts})", soft_wrap=True)
