@@ -216,7 +216,10 @@ def test_what_stays_is_copied_in_parts(source, tmp_path, monkeypatch):
     assert torch.equal(reader.tensor("lm_head.weight"), copied.tensor("lm_head.weight"))
 
 
-def test_a_forecast_by_rows_is_that_of_the_whole(source, monkeypatch):
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_forecast_by_rows_is_that_of_the_whole(bias, tmp_path, monkeypatch):
+    """Q's bias moves into each row of the table."""
+    source = save(build(dtype=torch.bfloat16, attention_bias=bias, **SIZES), tmp_path / "source")
     found = prepare(CheckpointReader(source), Request())
     monkeypatch.setattr(planning, "read_seam", lambda source, seam, read, _: read_seam(source, seam, read))
     assert prepare(CheckpointReader(source), Request()).reason == found.reason != ""

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from skipless.algebra.linalg import product
-from skipless.algebra.rows import Matrix
+from skipless.algebra.rows import Matrix, Rows
 from skipless.architecture.seams import Seam
 
 
@@ -41,7 +41,10 @@ class Affine:
         if bias is None:
             return self
         if self.one_hot:
-            return dataclasses.replace(self, weight=self.weight + bias.to(self.weight.dtype))
+            own = bias.to(self.weight.dtype)
+            if isinstance(self.weight, Rows):
+                return dataclasses.replace(self, weight=self.weight.map(own.add, len(own), own.dtype))
+            return dataclasses.replace(self, weight=self.weight + own)
         return dataclasses.replace(self, bias=bias if self.bias is None else self.bias + bias)
 
     def of_rows(self, weight: Float[Matrix, "some outputs"]) -> "Affine":

@@ -198,12 +198,16 @@ def as_it_is(architecture: Architecture, itemsize: float) -> list[Seam]:
 
 
 def reasons(every: Iterable[Seam]) -> tuple[str, ...]:
-    """What stays when these seams are closed, and why: a sentence for the first blocked seam of each kind."""
+    """What stays when these seams are closed, and why: each kind's first reason; kinds that share one, together."""
     first: dict[str, str] = {}
     for seam in every:
         if seam.blocked:
             first.setdefault(seam.kind, seam.blocked)
-    return tuple(f"the {kind} seams: {reason}" for kind, reason in first.items())
+    kinds: dict[str, list[str]] = {}
+    for kind, reason in first.items():
+        kinds.setdefault(reason, []).append(kind)
+    joined = {reason: ", ".join(stay[:-1]) + " and " * (len(stay) > 1) + stay[-1] for reason, stay in kinds.items()}
+    return tuple(f"the {stay} seams: {reason}" for reason, stay in joined.items())
 
 
 def closed(architecture: Architecture, closing: Iterable[Seam], basis: str) -> Architecture:

@@ -22,10 +22,9 @@ def read_seam(
     rows = tables(source, seam)
     affines = {}
     for name in (name for name in seam.modules if name in modules):
-        if read_rows is not None and name in rows:
-            affines[name] = read_by_rows(modules[name], read_rows)
-        else:
-            affines[name] = read_affine(modules[name], None, read)
+        some = read_rows if name in rows else None
+        affine = read_by_rows(modules[name], some) if some else read_affine(modules[name], None, read)
+        affines[name] = dataclasses.replace(affine, one_hot=name in rows)  # of untied ones, which take biases in
     return scaled(seam, affines, read)
 
 
