@@ -12,7 +12,7 @@ from skipless.cli.output import err, out, print_json
 from skipless.errors import INTERRUPTED, extra
 
 if TYPE_CHECKING:
-    from skipless.train.estimate import Estimate
+    from skipless.train.estimate import TrainingEstimate
 
 
 class WithFields(click.Command):
@@ -76,7 +76,7 @@ def train(
         out.print(f"held out: {result['held_out_loss']:.3f} nats a token{more}", soft_wrap=True)
 
 
-def tell(estimate: "Estimate", as_json: bool) -> None:
+def tell(estimate: "TrainingEstimate", as_json: bool) -> None:
     """Print an estimate."""
     total = sum(estimate.memory.values())
     if as_json:
