@@ -13,9 +13,9 @@ import skipless
 from skipless import InputError, cli
 from skipless.bundled import BUNDLED
 from skipless.checkpoint import opening, reader
+from skipless.checkpoint.gguf_tokens import CONTRACTIONS, OTHERS, SPACE
 from skipless.reports.counting import count
 from skipless.serving.export import export
-from skipless.serving.gguf_tokenizer import CONTRACTIONS, OTHERS, SPACE
 from tests.gguf_forms import EXPERTS, FORMS, SIZES, form
 from tests.models import build, edit_tensors, save
 

@@ -74,6 +74,10 @@ class Folder:
         self.shards = self._find_shards()
         self.headers: Mapping[str, Header] = self._read_headers()
 
+    def path(self, name: str) -> Path:
+        """Where the config, the index or a shard lies."""
+        return self.folder / name
+
     def _find_shards(self) -> list[str]:
         index = self.folder / INDEX
         if os.path.lexists(index):

@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from skipless.checkpoint.gguf_folder import GGUFFolder
 from skipless.checkpoint.headers import (
     INDEX,
     MOST_CONFIG,
@@ -187,8 +188,10 @@ def _version(info: Mapping[str, Any]) -> dict[str, str]:
 
 
 def open_reader(place: str | Path, device: str = "cpu") -> CheckpointReader:
-    """Open a skipless model folder at a path or URL."""
+    """Open a model folder at a path or URL, or a GGUF file as the one that it was made of."""
     found = located(place)
+    if isinstance(found, Path) and found.suffix == ".gguf":
+        return GGUFFolder(found, device)
     return RemoteReader(found, device) if isinstance(found, str) else CheckpointReader(found, device)
 
 

@@ -27,7 +27,7 @@ from skipless.checkpoint.reader import CheckpointReader
 from skipless.errors import InputError
 from skipless.model.configuration_skipless import SkiplessConfig
 from skipless.rewrite.model_files import other_model_files
-from skipless.rewrite.record import differences, digest, read_record, tensor_digest
+from skipless.rewrite.record import differences, digest, read_record
 
 # Fields of a config that change neither what a model computes nor what it generates.
 NEUTRAL = frozenset(
@@ -163,7 +163,7 @@ def _other_source(a: CheckpointReader, record: Mapping[str, Any]) -> str:
     if source["files"].get("config.json") != digest(a.folder / "config.json"):
         return "config.json"
     for name in a.tensors:
-        if source["tensors"].get(name) != tensor_digest(a, name):
+        if source["tensors"].get(name) != a.digest(name):
             return name
     return ""
 

@@ -265,9 +265,9 @@ def removable_as_is(architecture: Architecture) -> dict[str, int]:
 def moved_by_fuse(family_name: str, architecture: Architecture) -> tuple[int | None, tuple[str, ...]]:
     """Of what can go as it is: what fuse moves in the family's layout, where gains become 1, biases 0; and what stays.
 
-    None: it moves nothing of this kind (a skipless model, a GGUF file).
+    None: it moves nothing of this kind (a skipless model, as a folder or a GGUF file).
     """
-    if family_name == "skipless" or family_name.startswith("gguf"):
+    if family_name in ("skipless", "gguf-skipless"):
         return None, ()
     every = folds(architecture)
     return sum(seam.saves for seam in every if not seam.blocked), staying(every)

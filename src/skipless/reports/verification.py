@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from skipless.algebra.tolerances import OWN_ERROR_FACTOR, TOLERANCES, dtype_name, tolerance
 from skipless.checkpoint.reader import CheckpointReader
+from skipless.checkpoint.remote import open_reader
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError
 from skipless.inference import Generated, arithmetic, generate, load, load_tokenizer, spread
@@ -267,7 +268,7 @@ def verify(
     done, and of how many. Raises InputError for folders that do not load whole, or whose vocabularies differ.
     """
     a, b = Path(a), Path(b)
-    first, second = CheckpointReader(a), CheckpointReader(b)
+    first, second = open_reader(a), CheckpointReader(b)
     for name in dtypes:
         if name not in DTYPE_NAMES:
             raise InputError(f"dtype: expected one of {', '.join(DTYPE_NAMES)}, found {name!r}")

@@ -42,7 +42,7 @@ from skipless.rewrite.maps import check_moved
 from skipless.rewrite.model_files import MODEL_FILES, OURS
 from skipless.rewrite.planning import Plan, Task, prepare
 from skipless.rewrite.probe import Checked, Difference, check_fused
-from skipless.rewrite.record import RECORD, tensor_digest, write_record
+from skipless.rewrite.record import RECORD, write_record
 from skipless.rewrite.request import Request
 
 
@@ -199,15 +199,10 @@ def plan_fuse(
     if isinstance(location, Path):
         _check_outside(place, [location])
     place.check()
-    if isinstance(location, Path) and location.suffix == ".gguf":
-        raise InputError(
-            f"{source}: expected a model folder, found a GGUF file, which count and audit read, and fuse does not; "
-            f"fuse the safetensors that it was made of"
-        )
     reader = open_reader(source, device)
     request = request.of(family_of(reader.config))
     copied = [file for file in reader.other_files(copy) if str(file) not in OURS]
-    _check_outside(place, (reader.folder / name for name in ("config.json", *reader.shards, *map(str, copied))))
+    _check_outside(place, map(reader.path, ("config.json", *reader.shards, *map(str, copied))))
     for pattern in unused(copy, copied):
         raise InputError(f"copy: expected a pattern that names a file to copy, found {pattern!r}, which names none")
     here = reader.device.type == "cpu" and engine == "local"
@@ -391,7 +386,7 @@ def _is_done(job: Job, task: Task, entry: Entry, writer: CheckpointWriter) -> bo
         and all(writer.digest(name) == digest for name, digest in entry.digests.items())
         and (
             isinstance(located(job.reader.place), str)
-            or all(tensor_digest(job.reader, name) == digest for name, digest in entry.sources.items())
+            or all(job.reader.digest(name) == digest for name, digest in entry.sources.items())
         )
     )
 

@@ -57,13 +57,9 @@ def _source(reader: CheckpointReader, copy: Collection[str]) -> dict[str, Any]:
     """What the source is called, and the SHA-256 of its files; of shards, of their headers, as the tensors' follow."""
     others = [Path("config.json"), *reader.other_files(copy)]
     digests = {str(name): digest(reader.fetch(name)) for name in others}
-    headers = {shard: digest(reader.folder / shard, _header_bytes(reader.folder / shard)) for shard in reader.shards}
+    starts = {header.shard: header.start for header in sorted(reader.headers.values(), key=lambda each: -each.start)}
+    headers = {shard: digest(reader.path(shard), start) for shard, start in sorted(starts.items())}
     return {"name": reader.name.rstrip("/").rpartition("/")[2], "files": digests, "headers": headers}
-
-
-def _header_bytes(shard: Path) -> int:
-    with files.opened(shard) as file:
-        return 8 + int.from_bytes(file.read(8), "little")
 
 
 def digest(file: Path, size: int | None = None, start: int = 0) -> str:
@@ -74,12 +70,6 @@ def digest(file: Path, size: int | None = None, start: int = 0) -> str:
         for block in stream.blocks(size):
             sha256.update(block)
     return sha256.hexdigest()
-
-
-def tensor_digest(reader: CheckpointReader, name: str) -> str:
-    """SHA-256 of a tensor's bytes, as the record has it."""
-    info = reader.tensors[name]
-    return digest(reader.folder / info.shard, info.bytes, reader.headers[name].start)
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

@@ -4,32 +4,18 @@ llama.cpp tokenizes with code of its own, which a file chooses by name: byte-lev
 BPE with bytes to fall back on (SentencePiece's) by scores.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import gguf
 from gguf import TokenType
 
+from skipless.checkpoint.gguf_tokens import IGNORES_MERGES, SPACE, SPLITS
 from skipless.checkpoint.headers import read_json_object
 from skipless.errors import InputError
 from skipless.inference import load_tokenizer
 
 FILE = "tokenizer.json"
-# SentencePiece's word boundary.
-SPACE = "\u2581"
-
-CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# How text is split -> llama.cpp's name for it.
-SPLITS = {
-    json.dumps([["ByteLevel", True]]): "gpt-2",
-    json.dumps([["Digits", True], ["ByteLevel", True]]): "smollm",
-    json.dumps([["Split", CONTRACTIONS + r"\p{N}{1,3}" + OTHERS], ["ByteLevel", False]]): "llama-bpe",
-    json.dumps([["Split", CONTRACTIONS + r"\p{N}" + OTHERS], ["ByteLevel", False]]): "qwen2",
-}
-# What takes a word that is a token whole, whether merges lead to it or not.
-IGNORES_MERGES = ("llama-bpe",)
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, source: Path, vocab_size: int) -> None:
@@ -106,10 +92,10 @@ def _split(described: dict[str, Any]) -> str:
             raise _refused("pre_tokenizer.add_prefix_space", "false", True)
         option = {"ByteLevel": "use_regex", "Digits": "individual_digits", "Split": "pattern"}.get(kind)
         value = step.get(option, True)
-        found.append([kind, value.get("Regex", value) if isinstance(value, dict) else value])
-    name = SPLITS.get(json.dumps(found))
+        found.append((kind, value.get("Regex", value) if isinstance(value, dict) else value))
+    name = next((name for name, steps in SPLITS.items() if steps == found), None)
     if name is None:
-        raise _refused("pre_tokenizer", f"a way to split text that is one of {', '.join(SPLITS.values())}", found)
+        raise _refused("pre_tokenizer", f"a way to split text that is one of {', '.join(SPLITS)}", found)
     ignores = bool(described["model"].get("ignore_merges"))
     if ignores != (name in IGNORES_MERGES):
         raise _refused("model.ignore_merges", f"{not ignores} with the split {name}", ignores)

@@ -59,7 +59,8 @@ def fuse(
 
     Of a skipless model Q (or K, V) and P go. Of a model with skips and norms, of any family that is known, no tensor
     goes: gains of norms and biases move into the matrices beside them, and become 1 and 0; it loads wherever SRC does.
-    With --layout skipless these, and a block of each head of V, go; it then loads as a skipless model.
+    With --layout skipless these, and a block of each head of V, go; it then loads as a skipless model. SRC may be a
+    GGUF file of an ordinary Llama.
     """
     expect_weights(source)
     from skipless.checkpoint.remote import shown
