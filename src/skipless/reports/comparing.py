@@ -224,7 +224,7 @@ def _relation_of_families(a: CheckpointReader, b: CheckpointReader) -> Relation 
         first, second = (laid_out(reader) for reader in (a, b))
     except InputError:  # of a family that is not described
         return None
-    if (first.family, first.architecture, first.places) != (second.family, second.architecture, second.places):
+    if (first.family, first.architecture, first.locations) != (second.family, second.architecture, second.locations):
         return None
     every = [seam for seam in folds(first.architecture) if not seam.blocked]
     before, after = (Canonical(reader.tensors, reader.tensor, first) for reader in (a, b))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from skipless.checkpoint.headers import Folder
 from skipless.checkpoint.others import tell_left_out
-from skipless.checkpoint.staging import LocalPlace, beside
+from skipless.checkpoint.staging import LocalDestination, beside
 from skipless.errors import InputError, extra
 from skipless.rewrite.model_files import OURS
 from skipless.serving.engines import FORMATS
@@ -40,7 +40,7 @@ def export(source: str | Path, destination: str | Path, *, to: str, weights: str
     source, destination = Path(source), Path(destination)
     if Path(os.path.realpath(destination)).is_relative_to(os.path.realpath(source)):
         raise InputError(f"{destination}: expected a folder outside the source {source}, which stays as it is")
-    place = LocalPlace(destination)
+    place = LocalDestination(destination)
     place.check()
     opened = Folder(source)
     others = [file for file in opened.other_files() if str(file) not in OURS]

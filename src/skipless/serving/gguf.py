@@ -161,8 +161,8 @@ def stored_as(name: str, shape: tuple[int, ...], architecture: Architecture, wei
 def stored_from(layout: Layout) -> dict[str, list[str]]:
     """Which of the model folder's tensors each of the file's is made of."""
     found: dict[str, list[str]] = {name: [] for name in layout.shapes}
-    for tensor, place in layout.places.items():
-        found[place.tensors[0]].append(tensor)
+    for tensor, location in layout.locations.items():
+        found[location.tensors[0]].append(tensor)
     return found
 
 
