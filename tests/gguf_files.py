@@ -32,13 +32,13 @@ def write(model, file, kind="F32", edit=lambda writer: None, rotated=True):
     edit(writer)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, weight in model.state_dict().items():
-        if name not in layout.places:
+        if name not in layout.locations:
             continue
         values, kept = weight.float().numpy(), GGMLQuantizationType["F32" if weight.ndim == 1 else kind]
         if rotated and (count := heads.get(name.split(".")[-2])):  # permute() of llama.cpp's convert_hf_to_gguf.py
             shape = values.shape
             values = values.reshape(count, 2, shape[0] // count // 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
-        (stored,) = layout.places[name].tensors
+        (stored,) = layout.locations[name].tensors
         writer.add_tensor(stored, quantize(np.ascontiguousarray(values), kept), raw_dtype=kept)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

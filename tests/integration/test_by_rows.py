@@ -8,7 +8,7 @@ from skipless import InputError, cli, fuse
 from skipless.algebra import linalg
 from skipless.checkpoint.opening import read_architecture
 from skipless.checkpoint.reader import CheckpointReader
-from skipless.checkpoint.staging import LocalPlace
+from skipless.checkpoint.staging import LocalDestination
 from skipless.checkpoint.writer import CheckpointWriter
 from skipless.rewrite import cost, execution, fusion, planning
 from skipless.rewrite.estimate import within_memory
@@ -165,7 +165,7 @@ def test_a_fuse_goes_on_with_less_memory_or_more(source, tmp_path, monkeypatch):
                     patch.setattr(CheckpointWriter, "write", stopped)
                     with pytest.raises(KeyboardInterrupt):
                         fuse(source, tmp_path / "fused", basis="q")
-                    assert (LocalPlace(tmp_path / "fused").unfinished / "journal.jsonl").read_bytes()
+                    assert (LocalDestination(tmp_path / "fused").unfinished / "journal.jsonl").read_bytes()
                 else:
                     fuse(source, tmp_path / "fused", basis="q", resume=True)
         assert contents(tmp_path / "fused") == contents(tmp_path / "whole")

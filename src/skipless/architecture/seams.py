@@ -198,9 +198,7 @@ def as_it_is(architecture: Architecture, itemsize: float) -> list[Seam]:
 
 
 def reasons(every: Iterable[Seam]) -> tuple[str, ...]:
-    """What stays when these seams are closed, and why, in words: of each kind, the first reason; kinds that share one,
-    together.
-    """
+    """What stays when these seams are closed, and why: each kind's first reason; kinds that share one, together."""
     first: dict[str, str] = {}
     for seam in every:
         if seam.blocked:

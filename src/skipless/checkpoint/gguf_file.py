@@ -81,10 +81,10 @@ class GGUFReader:
 
     def tensor(self, name: str) -> Any:
         """Read one tensor. Raises InputError if it cannot be dequantized, or holds NaN or infinity."""
-        found = self.values(name, self._tensors[name].data.tobytes(), self.headers[name].shape)
-        if found.is_floating_point() and not found.isfinite().all():
+        stored = self.values(name, self._tensors[name].data.tobytes(), self.headers[name].shape)
+        if stored.is_floating_point() and not stored.isfinite().all():
             raise InputError(f"{name}: expected finite numbers, found NaN or infinite ones; the file is damaged")
-        return found
+        return stored
 
     def size(self, name: str) -> int:
         """How many bytes of the file a tensor takes."""
@@ -154,7 +154,7 @@ def _long_lists(file: Path) -> dict[int, int]:
     """
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         order = "<" if struct.unpack_from("<I", data, 4)[0] & 0xFFFF else ">"
-        values, found = 0, {}
+        values, long = 0, {}
 
         def number(code: str, at: int) -> int:
             read: int = struct.unpack_from(order + code, data, at)[0]
@@ -188,7 +188,7 @@ def _long_lists(file: Path) -> dict[int, int]:
             start = after(STRING, at) + 4
             before, at = values, after(number("I", start - 4), start)
             if values - before > LONG:
-                found[start] = at - start
+                long[start] = at - start
             else:
                 kept += values - before
             if kept > MOST_KEPT:
@@ -203,4 +203,4 @@ def _long_lists(file: Path) -> dict[int, int]:
             at += 4 + 8 * dimensions + 12
             if number("Q", at - 8) > len(data):
                 raise ValueError("a tensor beyond the end of the file")
-        return found
+        return long

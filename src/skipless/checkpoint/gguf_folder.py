@@ -65,7 +65,7 @@ class GGUFFolder(CheckpointReader):
         return self._file if name == self._file.name else super().path(name)
 
     def size(self, name: str) -> int:
-        return self._gguf.size(self._layout.places[name].tensors[0])
+        return self._gguf.size(self._layout.locations[name].tensors[0])
 
     def fingerprint(self, copy: Any = ()) -> dict[str, Any]:
         """Of the file, which all else is made of."""
@@ -120,11 +120,11 @@ class GGUFFolder(CheckpointReader):
 
     def _read_headers(self) -> dict[str, Header]:
         stored = self._gguf.headers
-        return {name: stored[place.tensors[0]] for name, place in self._layout.places.items()}
+        return {name: stored[location.tensors[0]] for name, location in self._layout.locations.items()}
 
     def _read(self, name: str, start: int, into: memoryview) -> int:
         """Fill a buffer with a tensor's bytes, as if it were stored as it is given."""
-        info, (stored,) = self.tensors[name], self._layout.places[name].tensors
+        info, (stored,) = self.tensors[name], self._layout.locations[name].tensors
         first, stop, rows = start // info.row_bytes, -(-(start + len(into)) // info.row_bytes), info.shape[0]
         order = _order(name, self._layout.architecture)
         low, high = (first, stop) if order is None and len(info.shape) > 1 else (0, rows)

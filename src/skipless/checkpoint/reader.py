@@ -101,7 +101,7 @@ class CheckpointReader(Folder):
         return {name: list(stamp) for name, stamp in (self._stamps | others).items()}
 
     def shared_fingerprint(self) -> dict[str, Any]:
-        """What of the fingerprint is the same of a copy, on another machine, that has kept the times of its files."""
+        """The part of the fingerprint that a copy on another machine shares, if it has kept its files' times."""
         return {name: stamp[:2] for name, stamp in self.fingerprint().items()}
 
     def check_unchanged(self) -> None:
@@ -150,7 +150,7 @@ class CheckpointReader(Folder):
         return self.tensors[name].bytes
 
     def sample(self, most: int) -> int:
-        """Read the beginning of the largest shard, past the system's cache if it lets us: at most so many bytes."""
+        """Read at most so many bytes of the largest shard, past the system's cache if that can be."""
         path = max(map(self.path, self.shards), key=lambda path: path.stat().st_size)
         block, done = memoryview(bytearray(BLOCK)), 0
         with path.open("rb", buffering=0) as file:
@@ -220,11 +220,9 @@ def file_stamp(file: Path) -> tuple[int, ...]:
     return _stamped(file.stat())
 
 
-def _stamped(found: os.stat_result) -> tuple[int, ...]:
-    """Size; nanoseconds of the last change of what is in it, as anybody can set them, and of any change, as nobody can;
-    and which file it is.
-    """
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+def _stamped(status: os.stat_result) -> tuple[int, ...]:
+    """Size, mtime, ctime (both in nanoseconds) and inode: mtime can be set by anybody, ctime cannot."""
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def _info(name: str, header: Header) -> TensorInfo:

@@ -117,8 +117,9 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: b
 
 
 def alibi_slopes(heads: int) -> list[float]:
-    """Slope of each head (arXiv:2108.12409): 2^(-8 i / n), and for other heads than a power of two, of every second
-    one of twice as many.
+    """Slope of each head i of n (arXiv:2108.12409): 2^(-8 i / n).
+
+    Where n is no power of two, the heads beyond the last such power take every second slope of twice as many heads.
     """
     whole = 2 ** (heads.bit_length() - 1)
     slopes = [2 ** (-8 * i / whole) for i in range(1, whole + 1)]
@@ -607,16 +608,18 @@ class SkiplessPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As of any model; but a checkpoint that has more than its config says, such as a q_proj that should be the
-        identity, is another model's: ValueError naming the tensor. A head may be left out.
+        """As for any model, but ValueError naming a tensor that config.json has no place for.
+
+        A checkpoint that has more than its config says, such as a q_proj that should be the identity, is another
+        model's. A head may be left out.
         """
-        model, found = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        for name in sorted(name for name in found["unexpected_keys"] if not name.startswith("lm_head.")):
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        for name in sorted(name for name in info["unexpected_keys"] if not name.startswith("lm_head.")):
             raise ValueError(
                 f"{name!r}: expected no such tensor with stream_basis {model.config.stream_basis!r} and the other "
                 f"fields of config.json, found one; this config.json is another checkpoint's"
             )
-        return (model, found) if output_loading_info else model
+        return (model, info) if output_loading_info else model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -745,8 +748,9 @@ class SkiplessForCausalLM(SkiplessPreTrainedModel, GenerationMixin):
             self._tp_plan.pop("lm_head", None)  # column_order places all of its outputs
 
     def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs: Any) -> dict[str, Any]:
-        """As of any model; but where longrope goes over to its long factors, the cache, which the short ones have
-        rotated, is made anew, as in transformers' Phi-3.
+        """As for any model; but where longrope changes to its long factors, the cache is made anew, as in Phi-3.
+
+        The short factors have rotated what it holds.
         """
         cache = kwargs.get(CACHE)
         for parameters in ropes_by_length(self.config) if cache else ():

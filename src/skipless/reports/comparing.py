@@ -65,9 +65,10 @@ Opened = CheckpointReader | AsSkipless
 
 
 @dataclass(frozen=True)
-class Data:
-    """Differences, in words. function: of what changes the function; generation: of what only generation reads; notes:
-    what else is worth knowing, and changes no answer.
+class Differences:
+    """How two folders' data differ, one sentence each.
+
+    function: in what changes the function. generation: in what only generation reads. notes: in what changes no answer.
     """
 
     function: tuple[str, ...]
@@ -75,7 +76,7 @@ class Data:
     notes: tuple[str, ...]
 
 
-def compare_data(a: CheckpointReader, b: CheckpointReader) -> Data:
+def compare_data(a: CheckpointReader, b: CheckpointReader) -> Differences:
     """Compare all that two folders say, but for their tensors."""
     function: list[str] = []
     generation: list[str] = []
@@ -99,7 +100,7 @@ def compare_data(a: CheckpointReader, b: CheckpointReader) -> Data:
             kind.append(f"B's {name}: {problem}, by its skipless.json")
         if other := _other_source(a, record):
             notes.append(f"by its skipless.json, B was made of another source than A: {other}")
-    return Data(tuple(function), tuple(generation), tuple(notes))
+    return Differences(tuple(function), tuple(generation), tuple(notes))
 
 
 def _shown(value: Any) -> str:
@@ -169,9 +170,10 @@ def _other_source(a: CheckpointReader, record: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Relation:
-    """Two checkpoints of one architecture, B with fewer weights or as many. closed: seams that are open in A and not in
-    B; touched: the modules that closing them rewrites. layout: where these lie, in another family's model. before: A as
-    a skipless model, if it is another family's and B is not.
+    """Two checkpoints of one architecture; B has fewer weights than A, or as many.
+
+    closed: the seams that are open in A and not in B. touched: the modules that closing them rewrites. layout: where
+    canonical tensors lie, if both are another family's. before: A as a skipless model, if A alone is another family's.
     """
 
     source: Architecture
@@ -222,7 +224,7 @@ def _relation_of_families(a: CheckpointReader, b: CheckpointReader) -> Relation 
         first, second = (laid_out(reader) for reader in (a, b))
     except InputError:  # of a family that is not described
         return None
-    if (first.family, first.architecture, first.places) != (second.family, second.architecture, second.places):
+    if (first.family, first.architecture, first.locations) != (second.family, second.architecture, second.locations):
         return None
     every = [seam for seam in folds(first.architecture) if not seam.blocked]
     before, after = (Canonical(reader.tensors, reader.tensor, first) for reader in (a, b))
@@ -265,15 +267,15 @@ def differing_tensors(
 
     `progress` is called for each tensor that has been looked at.
     """
-    found = []
+    different = []
     for name, info in a.tensors.items():
         progress()
         if related.touches(name):
             continue
         other = b.tensors.get(name)
         if other is None or other.shape != info.shape or not _equal(a, b, name):
-            found.append(name)
-    return found
+            different.append(name)
+    return different
 
 
 def _equal(a: Opened, b: CheckpointReader, name: str) -> bool:

@@ -25,8 +25,8 @@ from skipless.checkpoint.manifest import JOURNAL, Entry, Manifest
 from skipless.checkpoint.opening import RowReader, by_our_names
 from skipless.checkpoint.others import tell_left_out, unused
 from skipless.checkpoint.reader import CheckpointReader
-from skipless.checkpoint.remote import RemotePlace, located, open_reader, shown
-from skipless.checkpoint.staging import LocalPlace, Place, Staging, staged
+from skipless.checkpoint.remote import RemoteDestination, located, open_reader, shown
+from skipless.checkpoint.staging import Destination, LocalDestination, Staging, staged
 from skipless.checkpoint.writer import CheckpointWriter, write_json
 from skipless.errors import BugError, InputError
 from skipless.log import logger
@@ -87,7 +87,7 @@ def fuse(
         source, destination, request, max_shard_size, max_memory, engine, address, device, resume, tuple(copy)
     )
     plan, reader = job.plan, job.reader
-    with _resuming(job), staged(job.place, job.manifest(), job.files(), resume) as staging:
+    with _resuming(job), staged(job.destination, job.manifest(), job.files(), resume) as staging:
         progress(plan, None)
         _copy_others(job, staging.folder)
         shards = _execute(job, staging, progress)
@@ -97,7 +97,7 @@ def fuse(
         sources = _sources(entry.sources for entry in entries)
         checked = _check(plan, reader, CheckpointReader(staging.folder), outcomes, sources)
         reader.check_unchanged()
-        made = job.made() | {"check": _found(checked.differences), "losses": _found(checked.losses)}
+        made = job.made() | {"check": _errors(checked.differences), "losses": _errors(checked.losses)}
         write_record(staging.folder, reader, made, sources, outcomes, shards, job.copy)
     _warn(plan, outcomes, checked.losses)
     return plan
@@ -119,7 +119,7 @@ def _warn(plan: Plan, outcomes: Iterable[Outcome], losses: Sequence[Difference])
         )
 
 
-def _found(differences: Iterable[Difference]) -> dict[str, list[float]]:
+def _errors(differences: Iterable[Difference]) -> dict[str, list[float]]:
     """As JSON has them: of each output what it is off by, and what it may be."""
     return {each.name: [each.error, each.limit] for each in differences}
 
@@ -135,7 +135,7 @@ class Job:
     request: Request
     max_shard_size: int
     executor: Executor
-    place: Place
+    destination: Destination
     reader: CheckpointReader
     plan: Plan
     copy: tuple[str, ...]
@@ -192,24 +192,24 @@ def plan_fuse(
 ) -> Job:
     """All that a fuse will do, and everything refused that can be before the first write; arguments as for fuse."""
     chosen = choose_executor(engine, address)
-    place = destination_place(destination)
+    dst = destination_at(destination)
     location = located(source)
-    if _is_within(place, location):
-        raise InputError(f"{place}: expected a folder outside the source {shown(source)}, which stays as it is")
+    if _is_within(dst, location):
+        raise InputError(f"{dst}: expected a folder outside the source {shown(source)}, which stays as it is")
     if isinstance(location, Path):
-        _check_outside(place, [location])
-    place.check()
+        _check_outside(dst, [location])
+    dst.check()
     reader = open_reader(source, device)
     request = request.of(family_of(reader.config))
     copied = [file for file in reader.other_files(copy) if str(file) not in OURS]
-    _check_outside(place, map(reader.path, ("config.json", *reader.shards, *map(str, copied))))
+    _check_outside(dst, map(reader.path, ("config.json", *reader.shards, *map(str, copied))))
     for pattern in unused(copy, copied):
         raise InputError(f"copy: expected a pattern that names a file to copy, found {pattern!r}, which names none")
     here = reader.device.type == "cpu" and engine == "local"
     if max_memory is not None and not here:
         raise InputError("max_memory: expected none with another engine or device than local and cpu; leave it out")
     limit = resident_memory() + available_memory() if max_memory is None else max_memory
-    begun = Manifest.load(place.unfinished) if resume else None
+    begun = Manifest.load(dst.unfinished) if resume else None
     if begun is not None and request.basis == AUTO:  # decided before, from the same weights (staged sees to that)
         decided = dataclasses.replace(request, basis=begun.job["basis"])
         plan = dataclasses.replace(prepare(reader, decided, max_shard_size), reason=begun.job["reason"])
@@ -218,15 +218,15 @@ def plan_fuse(
     needed = plan.bytes[1] + sum(
         file.stat().st_size for file in (*model_files(plan), *(reader.folder / each for each in copied))
     )
-    free = shutil.disk_usage(place.disk).free
+    free = shutil.disk_usage(dst.disk).free
     if begun is None and needed > free:
-        raise InputError(f"{place}: expected {needed:,} bytes of free disk space, found {free:,}")
+        raise InputError(f"{dst}: expected {needed:,} bytes of free disk space, found {free:,}")
     if here:
         plan = within_memory(plan, resident_memory(), limit)
     for lost in underflows(plan.renamed, _copied(plan), _renamed(plan, reader).tensor):
         raise InputError(str(lost))
     tell_left_out([name for name in reader.left_out(copy) if name not in OURS])
-    return Job(request, max_shard_size, chosen, place, reader, plan, copy, tuple(copied), bool(begun and begun.done))
+    return Job(request, max_shard_size, chosen, dst, reader, plan, copy, tuple(copied), bool(begun and begun.done))
 
 
 def model_files(plan: Plan) -> tuple[Path, ...]:
@@ -234,28 +234,28 @@ def model_files(plan: Plan) -> tuple[Path, ...]:
     return () if plan.in_place else MODEL_FILES
 
 
-def destination_place(destination: str | Path) -> Place:
+def destination_at(place: str | Path) -> Destination:
     """Where DST is to be: at a path or a URL."""
-    location = located(destination)
-    return RemotePlace(location) if isinstance(location, str) else LocalPlace(location)
+    location = located(place)
+    return RemoteDestination(location) if isinstance(location, str) else LocalDestination(location)
 
 
-def _is_within(place: Place, source: str | Path) -> bool:
-    """Whether what is to be at a place would be written into the source."""
+def _is_within(destination: Destination, source: str | Path) -> bool:
+    """Whether a destination would be written into the source."""
     if isinstance(source, str):
-        return f"{place}/".startswith(f"{shown(source).rstrip('/')}/")
-    written = place.path if isinstance(place, LocalPlace) else place.unfinished
+        return f"{destination}/".startswith(f"{shown(source).rstrip('/')}/")
+    written = destination.path if isinstance(destination, LocalDestination) else destination.unfinished
     return Path(os.path.realpath(written)).is_relative_to(os.path.realpath(source))
 
 
-def _check_outside(place: Place, paths: Iterable[Path]) -> None:
+def _check_outside(destination: Destination, paths: Iterable[Path]) -> None:
     """Raise InputError for a source, or a file of it, that lies where DST is in the making."""
-    unfinished = os.path.realpath(place.unfinished)
+    unfinished = os.path.realpath(destination.unfinished)
     for path in paths:
         if Path(os.path.realpath(path)).is_relative_to(unfinished):
             raise InputError(
-                f"{path}: expected a source outside {place.unfinished}, where {place} is in the making; move it "
-                f"elsewhere, or choose another name for the new folder"
+                f"{path}: expected a source outside {destination.unfinished}, where {destination} is in the making; "
+                f"move it elsewhere, or choose another name for the new folder"
             )
 
 

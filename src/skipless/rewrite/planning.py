@@ -281,7 +281,7 @@ def _family_tasks(layout: family.Layout, closing: Iterable[Seam], order: Iterabl
 
     def stored(seam: Seam) -> tuple[str, ...]:
         tensors = (tensor for name in seam.modules for tensor in modules[name].tensors())
-        return tuple(dict.fromkeys(place for tensor in tensors for place in layout.places[tensor].tensors))
+        return tuple(dict.fromkeys(each for tensor in tensors for each in layout.locations[tensor].tensors))
 
     task_of = {name: Task((), (name,), (name,)) for name in order}
     for group in connected(closing, stored):
@@ -358,7 +358,7 @@ def _tasks(
     def stored(names: Iterable[str]) -> tuple[str, ...]:
         if layout is None:
             return tuple(names)
-        return tuple(dict.fromkeys(place for name in names for place in layout.places[name].tensors))
+        return tuple(dict.fromkeys(each for name in names for each in layout.locations[name].tensors))
 
     kept, indices = source.tensors(), target.index_tensors()
     writer_of = {name: Task((), stored([name]), (name,)) for name in target.tensors() if name in kept}

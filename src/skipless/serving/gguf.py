@@ -164,10 +164,10 @@ def stored_as(name: str, shape: tuple[int, ...], architecture: Architecture, wei
 
 def stored_from(layout: Layout) -> dict[str, list[str]]:
     """Which of the model folder's tensors each of the file's is made of."""
-    found: dict[str, list[str]] = {name: [] for name in layout.shapes}
-    for tensor, place in layout.places.items():
-        found[place.tensors[0]].append(tensor)
-    return found
+    sources: dict[str, list[str]] = {name: [] for name in layout.shapes}
+    for tensor, location in layout.locations.items():
+        sources[location.tensors[0]].append(tensor)
+    return sources
 
 
 def tensor(name: str, parts: list[str], layout: Layout, reader: CheckpointReader) -> np.ndarray[Any, Any]:
@@ -177,12 +177,12 @@ def tensor(name: str, parts: list[str], layout: Layout, reader: CheckpointReader
     if not parts:
         return whole_values(int(name.split(".")[1]), layout.architecture, reader)
     values = [reader.tensor(part) for part in parts]
-    found = torch.stack(values) if len(values) > 1 else values[0]
-    if not found.dtype.is_floating_point:
-        return found.numpy()
-    if found.numel() < math.prod(layout.shapes[name]):  # a gain of each head, for each of its outputs
-        found = found.repeat_interleave(layout.architecture.head_dim)
-    return found.float().reshape(layout.shapes[name]).numpy()
+    whole = torch.stack(values) if len(values) > 1 else values[0]
+    if not whole.dtype.is_floating_point:
+        return whole.numpy()
+    if whole.numel() < math.prod(layout.shapes[name]):  # a gain of each head, for each of its outputs
+        whole = whole.repeat_interleave(layout.architecture.head_dim)
+    return whole.float().reshape(layout.shapes[name]).numpy()
 
 
 def whole_values(layer: int, architecture: Architecture, reader: CheckpointReader) -> np.ndarray[Any, Any]:
@@ -192,5 +192,5 @@ def whole_values(layer: int, architecture: Architecture, reader: CheckpointReade
     size, heads = architecture.head_dim, architecture.num_key_value_heads
     identity = torch.eye(size, dtype=weight.dtype).expand(heads, -1, -1)
     ordered = torch.cat((identity, weight.unflatten(0, (heads, size))), -1)
-    found = torch.empty_like(ordered).scatter_(-1, order[:, None].expand_as(ordered), ordered)
-    return found.flatten(0, 1).float().numpy()
+    weights = torch.empty_like(ordered).scatter_(-1, order[:, None].expand_as(ordered), ordered)
+    return weights.flatten(0, 1).float().numpy()

@@ -85,17 +85,17 @@ def _split(described: dict[str, Any]) -> str:
     if normalizer.get("type") != "NFC":
         raise _refused("normalizer", "none, or NFC", normalizer.get("type"))
     steps = described.get("pre_tokenizer") or {}
-    found = []
+    splits = []
     for step in steps.get("pretokenizers", [steps]):
         kind = step.get("type")
         if step.get("add_prefix_space"):
             raise _refused("pre_tokenizer.add_prefix_space", "false", True)
         option = {"ByteLevel": "use_regex", "Digits": "individual_digits", "Split": "pattern"}.get(kind)
         value = step.get(option, True)
-        found.append((kind, value.get("Regex", value) if isinstance(value, dict) else value))
-    name = next((name for name, steps in SPLITS.items() if steps == found), None)
+        splits.append((kind, value.get("Regex", value) if isinstance(value, dict) else value))
+    name = next((name for name, steps in SPLITS.items() if steps == splits), None)
     if name is None:
-        raise _refused("pre_tokenizer", f"a way to split text that is one of {', '.join(SPLITS)}", found)
+        raise _refused("pre_tokenizer", f"a way to split text that is one of {', '.join(SPLITS)}", splits)
     ignores = bool(described["model"].get("ignore_merges"))
     if ignores != (name in IGNORES_MERGES):
         raise _refused("model.ignore_merges", f"{not ignores} with the split {name}", ignores)
@@ -111,8 +111,8 @@ def _space_prefix(described: dict[str, Any]) -> bool:
     replaced = steps.pop("Replace", {})
     prepended = steps.pop("Prepend", None)
     if splitter or steps or (replaced.get("pattern"), replaced.get("content")) != ({"String": " "}, SPACE):
-        found = (splitter.get("type"), normalizer)
-        raise _refused("normalizer", f"one that replaces spaces by {SPACE}, and no pre_tokenizer", found)
+        named = (splitter.get("type"), normalizer)
+        raise _refused("normalizer", f"one that replaces spaces by {SPACE}, and no pre_tokenizer", named)
     return prepended is not None
 
 

@@ -56,8 +56,9 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     progress: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> Evaluation:
-    """Evaluate a model folder that transformers loads on texts, as the trainer does on what it holds out: documents one
-    behind the other, cut into sequences, whose first tokens are not predicted.
+    """Evaluate a model folder that transformers loads on texts, as the trainer evaluates on what it holds out.
+
+    The documents are joined and cut into sequences, whose first tokens are not predicted.
 
     `progress` is called with the tokens done, and with the most there may be, or None: a text is read as it comes.
     Raises InputError for files that cannot be read, and for fewer tokens than a sequence has.

@@ -11,7 +11,7 @@ from typing import Any
 
 from skipless.architecture.config import Architecture, Module
 from skipless.checkpoint.families import gguf_llama
-from skipless.checkpoint.family import Config, Family, Layout, Place
+from skipless.checkpoint.family import Config, Family, Layout, Location
 from skipless.errors import InputError
 
 # The metadata that holds config.json.
@@ -29,14 +29,14 @@ class SkiplessLayout(Layout):
         for layer in range(architecture.num_hidden_layers):
             for tensor in architecture.gain_tensors(layer):
                 stored = self._stored(tensor)
-                self.places[tensor] = Place((stored,), tuple((head * size, head * size + 1) for head in heads))
+                self.locations[tensor] = Location((stored,), tuple((head * size, head * size + 1) for head in heads))
                 self.shapes[stored] = (architecture.query_width,)
         for norm in architecture.gains_removed:
             self.shapes[f"{self._stored(norm)}.weight"] = (architecture.hidden_size,)
         for tensor, shape in architecture.index_tensors().items():
             if not tensor.endswith("value_order"):
                 stored = self._stored(tensor)
-                self.places[tensor] = Place((stored,))
+                self.locations[tensor] = Location((stored,))
                 self.shapes[stored] = shape
 
     def _module(self, module: Module) -> None:
@@ -45,7 +45,7 @@ class SkiplessLayout(Layout):
             expert = int(parts[5])
             for tensor, shape in module.tensors().items():
                 stacked = f"{stored}.{tensor.rpartition('.')[2]}"
-                self.places[tensor] = Place((stacked,), ((expert, expert + 1),))
+                self.locations[tensor] = Location((stacked,), ((expert, expert + 1),))
                 self.shapes[stacked] = (self.architecture.num_local_experts, *shape)
         elif parts[-1] == "v_proj" and self.architecture.values_removed:
             self.shapes[f"{stored}.weight"] = (module.outputs, self.architecture.hidden_size)

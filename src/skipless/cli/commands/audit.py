@@ -34,14 +34,14 @@ def audit(model: Path, plot: Path | None, as_json: bool, **removal: Any) -> None
         plotting.check(plot)
     tell_of_other_model_files(model)
     with count_bar("auditing") as progress:
-        found = auditing.audit(model, progress=progress, **options)
+        audited = auditing.audit(model, progress=progress, **options)
     if plot is not None:
-        plotting.plot_conditions(found, plot, f"{model.resolve().stem}: condition numbers")
+        plotting.plot_conditions(audited, plot, f"{model.resolve().stem}: condition numbers")
     if as_json:
-        print_json({**dataclasses.asdict(found), "safe": found.safe})
+        print_json({**dataclasses.asdict(audited), "safe": audited.safe})
     else:
-        for table in tables.audit_tables(found):
+        for table in tables.audit_tables(audited):
             out.print_table(table)
-        for line in tables.audit_lines(found):
+        for line in tables.audit_lines(audited):
             out.print(line, soft_wrap=True)
-    sys.exit(0 if found.safe else 1)
+    sys.exit(0 if audited.safe else 1)

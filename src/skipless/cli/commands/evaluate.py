@@ -35,7 +35,7 @@ def eval_command(
         from skipless.train.evaluation import evaluate
 
     with count_bar("evaluating") as progress:
-        found = evaluate(
+        result = evaluate(
             model,
             data,
             field=field,
@@ -45,8 +45,8 @@ def eval_command(
             progress=progress,
         )
     if as_json:
-        print_json(dataclasses.asdict(found))
+        print_json(dataclasses.asdict(result))
     else:
-        bits = "" if found.bits_per_byte is None else f"{found.bits_per_byte:.3f} bits a byte, "
-        line = f"{found.loss:.3f} nats a token, {bits}perplexity {found.perplexity:,.1f}, on {found.tokens:,} tokens"
+        bits = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.3f} bits a byte, "
+        line = f"{result.loss:.3f} nats a token, {bits}perplexity {result.perplexity:,.1f}, on {result.tokens:,} tokens"
         out.print(line, soft_wrap=True)

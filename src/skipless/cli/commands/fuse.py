@@ -94,7 +94,7 @@ def fuse(
                     **options,
                 )
             except (KeyboardInterrupt, SystemExit):
-                if fusion.destination_place(destination).unfinished.exists():
+                if fusion.destination_at(destination).unfinished.exists():
                     again = [shown(word) for word in sys.argv[1:] if word != "--resume"]
                     line = f"interrupted; go on with: skipless {shlex.join(again)} --resume"
                     err.print(line, soft_wrap=True)

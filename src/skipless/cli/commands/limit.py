@@ -27,7 +27,7 @@ def limit_command(model: str, check: bool, as_json: bool) -> None:
     name, family, as_it_is = resolve(model)
     architecture = as_it_is if family == "skipless" else as_it_is.skipless()
     blocked = () if family == "skipless" else reasons(seams(as_it_is, norms=True))
-    found, certificate = room.limit(architecture), None
+    limit, certificate = room.limit(architecture), None
     if check:
         from skipless.reports.certificate import certify
 
@@ -35,11 +35,11 @@ def limit_command(model: str, check: bool, as_json: bool) -> None:
             certificate = certify(architecture, progress)
     if as_json:
         counted = certificate and {**dataclasses.asdict(certificate), "holds": certificate.holds}
-        more = {"removable": found.removable, "as_it_is": blocked, "certificate": counted}
-        print_json({**dataclasses.asdict(found), **more})
+        more = {"removable": limit.removable, "as_it_is": blocked, "certificate": counted}
+        print_json({**dataclasses.asdict(limit), **more})
     else:
-        out.print_table(tables.limit_table(found))
-        for line in tables.limit_lines(found, certificate):
+        out.print_table(tables.limit_table(limit))
+        for line in tables.limit_lines(limit, certificate):
             out.print(line, soft_wrap=True)
         if blocked:
             out.print(f"these are the numbers of a skipless {name}; as it is, these stay:", soft_wrap=True)
