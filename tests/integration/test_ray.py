@@ -81,9 +81,11 @@ def change_computed(monkeypatch, wrong):
 
 def watch_checks(monkeypatch):
     """The reports that are compared, in pairs."""
-    compare, pairs = cluster.Report.compare, []
+    compare, pairs = cluster.WorkerReport.compare, []
     monkeypatch.setattr(
-        cluster.Report, "compare", lambda one, other, task: pairs.append((one, other)) or compare(one, other, task)
+        cluster.WorkerReport,
+        "compare",
+        lambda one, other, task: pairs.append((one, other)) or compare(one, other, task),
     )
     return pairs
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -60,6 +61,17 @@ def known_names(context: click.Context, parameter: click.Parameter, incomplete: 
 
     found = [CompletionItem(name) for name in table()["models"] if name.startswith(incomplete)]
     return found or [CompletionItem(incomplete, type="file")]
+
+
+def expect_weights(model: str | Path) -> None:
+    """Refuse a name that count and limit know where weights are needed: such a name has none."""
+    from skipless.reports.counting import table
+
+    if str(model).lower() in table()["models"] and not Path(model).exists():
+        raise InputError(
+            f"{model}: expected a model folder, found a known name, of which there is only the config: ask skipless "
+            f"count {model}, and skipless limit {model} for what blocks a removal"
+        )
 
 
 def parse_removal(layers_open: str, remove: str | None, **others: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from skipless.quiet import no_library_bars
 from skipless.rewrite.fusion import fuse
 
 # Diagonal entries of R below this part of the largest are zero; a rank counts only if the next is smaller by GAP.
-ZERO, GAP = 1e-10, 1e2
+ZERO, GAP = 1e-12, 1e2
 TOKENS = 10
 # In how many sequences each token stands.
 CONTEXTS = 8

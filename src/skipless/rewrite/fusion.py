@@ -68,17 +68,18 @@ def fuse(
 ) -> Plan:
     """Write `source` without Q (or K, V) and P into the new folder `destination`, and return what was done.
 
-    Of a model with skips and norms, of any family that is described, norms' gains and biases are moved instead
-    (architecture/folds.py). basis, dtype, rest_dtype, layers_open, remove, parallel_removes, layout: what is asked for
-    (request.Request). max_shard_size
-    in bytes; max_memory: of this process, if it computes, in bytes (None: what is free). engine: "local", or "ray" with
-    the cluster at `address` (None: one on this machine). device: where the algebra is done, "cpu" or a CUDA device
-    (their results differ in the last bits). copy: shell patterns of files of `source` that are copied along beside
-    tokenizer, licence and the like (checkpoint/others.py). resume: go on where an earlier call with the same arguments
-    was stopped; the result is the same, bit for bit. `progress` is called with None once the plan is made and then with
-    each task that is done. The result computes the same function (identities: arXiv:2404.12362, Fig. 1). Raises
-    InputError for anything that stands in the way; `destination` then does not exist. What is on disk when the disk
-    fails or the process is stopped is kept.
+    The result computes the same function (identities: arXiv:2404.12362, Fig. 1). In a model with skips and norms, of
+    any family that is described, norms' gains and biases are moved instead (architecture/folds.py).
+
+    basis, dtype, rest_dtype, layers_open, remove, parallel_removes, layout: what is asked for (request.Request).
+    max_shard_size: in bytes. max_memory: of this process, if it computes, in bytes (None: what is free). engine:
+    "local", or "ray" with the cluster at `address` (None: one on this machine). device: where the algebra is done,
+    "cpu" or a CUDA device (their results differ in the last bits). copy: shell patterns of files of `source` that are
+    copied along beside tokenizer, licence and the like (checkpoint/others.py). resume: go on where an earlier call with
+    the same arguments was stopped; the result is the same, bit for bit. progress: called with None once the plan is
+    made, and then with each task that is done.
+    Raises InputError for anything that stands in the way; `destination` then does not exist. When the disk fails or the
+    process is stopped, what is done is kept.
     """
     kinds = None if remove is None else tuple(remove)
     request = Request(basis, dtype, rest_dtype, tuple(layers_open), kinds, parallel_removes, layout)
@@ -125,7 +126,7 @@ def _found(differences: Iterable[Difference]) -> dict[str, list[float]]:
 
 @dataclass(frozen=True)
 class Job:
-    """A fuse that nothing stands in the way of: what was asked for, who does it, from where, to where, and how.
+    """A fuse that can start: all checks that need no tensor have passed.
 
     copy: patterns of what is copied along beside the usual; copied: files of the source, all that is copied along.
     begun: whether an earlier process has done some of its tasks.
@@ -192,11 +193,11 @@ def plan_fuse(
     """All that a fuse will do, and everything refused that can be before the first write; arguments as for fuse."""
     chosen = choose_executor(engine, address)
     place = destination_place(destination)
-    found = located(source)
-    if _is_within(place, found):
+    location = located(source)
+    if _is_within(place, location):
         raise InputError(f"{place}: expected a folder outside the source {shown(source)}, which stays as it is")
-    if isinstance(found, Path):
-        _check_outside(place, [found])
+    if isinstance(location, Path):
+        _check_outside(place, [location])
     place.check()
     reader = open_reader(source, device)
     request = request.of(family_of(reader.config))
@@ -235,8 +236,8 @@ def model_files(plan: Plan) -> tuple[Path, ...]:
 
 def destination_place(destination: str | Path) -> Place:
     """Where DST is to be: at a path or a URL."""
-    found = located(destination)
-    return RemotePlace(found) if isinstance(found, str) else LocalPlace(found)
+    location = located(destination)
+    return RemotePlace(location) if isinstance(location, str) else LocalPlace(location)
 
 
 def _is_within(place: Place, source: str | Path) -> bool:
@@ -271,14 +272,14 @@ def _renamed(plan: Plan, reader: RowReader) -> RowReader:
 
 def _sources(read: Iterable[Mapping[str, str]]) -> dict[str, str]:
     """The SHA-256 of each tensor of the source that was read. Raises InputError for one that has two."""
-    found: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for name, digest in (item for each in read for item in each.items()):
-        if found.setdefault(name, digest) != digest:
+        if digests.setdefault(name, digest) != digest:
             raise InputError(
                 f"{name}: expected the bytes that were read of it before, found others: the source has changed "
                 f"meanwhile; let nothing write to it, and begin anew"
             )
-    return found
+    return digests
 
 
 def _check(
@@ -288,15 +289,15 @@ def _check(
     outcomes: Sequence[Outcome],
     sources: Mapping[str, str],
 ) -> Checked:
-    """As check_fused; what biases or gains that became zero have spoiled is no bug, nor what a changed source has."""
+    """As check_fused; but InputError, no BugError, where underflow of biases or gains, or a changed source, is why."""
     with Digests(source, overwritten=True) as digests:  # so that nothing waits in memory
         try:
             if plan.in_place:
                 return check_moved(plan, digests, fused)
             return check_fused(plan, _renamed(plan, digests), fused, outcomes)
         except BugError:
-            for found in underflows(plan.renamed, _copied(plan), _renamed(plan, source).tensor, vectors=True):
-                raise InputError(str(found)) from None
+            for underflow in underflows(plan.renamed, _copied(plan), _renamed(plan, source).tensor, vectors=True):
+                raise InputError(str(underflow)) from None
             raise
         finally:
             _sources([sources, digests.finish()])
@@ -319,8 +320,8 @@ def _source_card(job: Job) -> str | None:
     if Path(CARD) not in job.copied:
         return None
     with files.opened(job.reader.fetch(Path(CARD))) as file:
-        found = file.read(MOST + 1)
-    return None if len(found) > MOST else found.decode(errors="replace")
+        text = file.read(MOST + 1)
+    return None if len(text) > MOST else text.decode(errors="replace")
 
 
 @contextmanager
@@ -369,7 +370,7 @@ def _execute(job: Job, staging: Staging, progress: Callable[[Plan, Task | None],
 
 
 def _is_done(job: Job, task: Task, entry: Entry, writer: CheckpointWriter) -> bool:
-    """Whether the journal says all of a task, and of the right one, and the disk says the same.
+    """Whether the journal has all of a task, and of the right one, and the disk agrees.
 
     Of a remote source its files' versions were compared, and its tensors are not read again.
     """

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from skipless.cli.options import as_json, parse_removal, removal_options
+from skipless.cli.options import as_json, expect_weights, parse_removal, removal_options
 from skipless.cli.output import count_bar, out, print_json, tell_of_other_model_files
 
 
@@ -25,6 +25,7 @@ def audit(model: Path, plot: Path | None, as_json: bool, **removal: Any) -> None
     For every layer: condition numbers of Q, K, V and P, and the relative errors of q, k, v and of M's outputs to expect
     from each way to remove them, stored in each dtype, beside the original's own.
     """
+    expect_weights(model)
     from skipless.cli import plotting, tables
     from skipless.reports import auditing
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from skipless.cli.options import as_json, parse_removal, parse_size, removal_options
+from skipless.cli.options import as_json, expect_weights, parse_removal, parse_size, removal_options
 from skipless.cli.output import err, out, print_json, waiting, work_bar
 
 
@@ -62,6 +62,7 @@ def fuse(
     With --layout skipless these, and a block of each head of V, go; it then loads as a skipless model. SRC may be a
     GGUF file of an ordinary Llama.
     """
+    expect_weights(source)
     from skipless.checkpoint.remote import shown
     from skipless.cli import tables
     from skipless.rewrite import fusion

@@ -73,7 +73,7 @@ def train(
     else:
         bits = result["bits_per_byte"]
         more = "" if bits is None else f", {bits:.3f} bits a byte"
-        out.print(f"held out: {result['held_out_loss']:.3f} nats a token{more}")
+        out.print(f"held out: {result['held_out_loss']:.3f} nats a token{more}", soft_wrap=True)
 
 
 def tell(found: "Estimate", as_json: bool) -> None:
