@@ -182,6 +182,7 @@ class Architecture:
     layers_open: tuple[int, ...] = ()
     p_removed: bool = False
     values_removed: bool = False
+    keys_removed: bool = False
     head_removed: bool = False
     first_layer_removed: bool = False
     folded_biases: tuple[str, ...] = ()
@@ -304,6 +305,8 @@ class Architecture:
                 f"config.json: values_removed: expected a v_proj with more than head_dim ({self.head_dim}) inputs, "
                 f"found {self.hidden_size} and stream_basis {self.stream_basis!r}"
             )
+        if self.keys_removed and (reason := self.keys_stay):
+            raise InputError(f"config.json: keys_removed: expected false, found true with {reason}")
         if self.head_removed and (self.tie_word_embeddings or self.vocab_size <= self.hidden_size):
             raise InputError(
                 f"config.json: head_removed: expected an untied lm_head of more than hidden_size ({self.hidden_size}) "
@@ -435,6 +438,8 @@ class Architecture:
     @property
     def first_layer_stays(self) -> str | None:
         """What stands in the way of precomputing layer 0, or None."""
+        if self.keys_removed:
+            return "keys_removed: Q and K of layer 0 are in a basis of their own"
         if self.position_type == "learned":
             return "position_type 'learned': positions are added to the embedding before Q, K and V read it"
         if self.tie_word_embeddings:
@@ -448,6 +453,21 @@ class Architecture:
             return "embedding_multiplier: rows of the table would be multiplied by it, with all that they hold"
         if self.block_type == "parallel" and self.has_norm("model.layers.0.ffn_output_norm"):
             return "ffn_output_norm: a norm of what the FFN gives is not in the table"
+        return None
+
+    @property
+    def keys_stay(self) -> str | None:
+        """What stands between Q and K, or in the way of their losing a block, or None."""
+        if self.position_type.startswith("rope"):
+            return f"position_type {self.position_type!r}: queries and keys are rotated"
+        if self.qk_norm:
+            return f"qk_norm {self.qk_norm!r}: queries and keys are normalized"
+        if self.stream_basis:
+            return f"stream_basis {self.stream_basis!r}: of Q, K and V hidden_size^2 weights are gone"
+        if self.first_layer_removed:
+            return "first_layer_removed: the table holds layer 0's queries and keys as they were"
+        if self.head_dim >= self.hidden_size:
+            return f"head_dim {self.head_dim}: k_proj has at most {self.hidden_size} inputs, and none would be left"
         return None
 
     @property
@@ -499,6 +519,7 @@ class Architecture:
             layers_open=(),
             p_removed=False,
             values_removed=False,
+            keys_removed=False,
             head_removed=False,
             first_layer_removed=False,
             norms_removed=(),
@@ -560,7 +581,8 @@ class Architecture:
             modules.append(Module(f"{attention}.rest_proj", d, self.rest_width, self.qkv_biased))
         for name, width in self.projections.items() if not looked_up else ():
             if not ((pivoted and name in self.pivoted) or (self.stream_closed(layer) and name == self.stream_basis)):
-                fewer = name == "v" and self.values_removed  # a block less of each head's, and its bias has moved on
+                # a block less of each head's, and its bias has moved on, or cancels
+                fewer = (name == "v" and self.values_removed) or (name == "k" and self.keys_removed)
                 inputs = d - self.head_dim * fewer
                 modules.append(Module(f"{attention}.{name}_proj", inputs, width, self.qkv_biased and not fewer))
         p_rows = self.p_rows if self.p_removed else self.query_width
@@ -650,6 +672,8 @@ class Architecture:
                 shapes[f"{attention}.column_order"] = (sum(self.pivoted.values()),)
             if self.values_removed and not self.looked_up(layer):
                 shapes[f"{attention}.value_order"] = (self.num_key_value_heads, self.hidden_size)
+            if self.keys_removed:
+                shapes[f"{attention}.key_order"] = (self.num_key_value_heads, self.hidden_size)
             if self.p_removed and self.p_rows:
                 shapes[f"{attention}.row_order"] = (self.query_width,)
         if self.head_removed:

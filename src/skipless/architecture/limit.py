@@ -40,7 +40,7 @@ class Limit:
 def limit(architecture: Architecture) -> Limit:
     """The formula, and what `fuse` can remove of it where weights are stored in half precision."""
     a = architecture
-    if a.stream_basis or a.p_removed or a.values_removed or a.head_removed or a.first_layer_removed:
+    if a.stream_basis or a.p_removed or a.values_removed or a.keys_removed or a.head_removed or a.first_layer_removed:
         raise InputError("config.json: expected a model that has not been fused, for which there is a formula")
     removed: dict[str, int] = {}
     for seam in closable(architecture):

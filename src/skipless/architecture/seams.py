@@ -20,7 +20,7 @@ AUTO = "auto"
 # What is removed unless something else is asked for.
 REMOVABLE = ("stream", "p")
 # What a model with skips and norms can lose.
-COMPACT = ("norms", "values")
+COMPACT = ("norms", "values", "queries")
 # Of an int32.
 INDEX_BYTES = 4
 # What gives up d^2 weights at a stream seam of a parallel model: Q, K, V that read it, or P that writes it.
@@ -35,6 +35,7 @@ class Seam:
         "stream"        between one layer's output and the next one's Q, K, V
         "p"             between P and M
         "values"        between V and P, head by head
+        "queries"       between K and Q, head by head
         "head"          between the last layer and the logits
         "norms"         between a norm's gain, or a norm of the embeddings, and what reads it
         "first_layer"   between the token table and layer 0's attention
@@ -46,7 +47,8 @@ class Seam:
         "pivoted"       `width` columns of the readers do, the other columns become one module, `rest`
         "head"          the same, of lm_head, which keeps its name
         "p"             the writer merges into the readers
-        "rows"          `width` rows of the first writer (of each block's columns) become the identity
+        "rows"          `width` rows of the first writer (of each block's columns) become the identity; of K, whose
+                        seam Q reads transposed
         "gain"          the norm's gain merges into the readers
         "table"         the norm is applied to the table's rows once and for all
         "lookup"        all of the readers are, and what they give is in the table, in the embedding's place
@@ -150,18 +152,21 @@ def seams(
     values: bool | None = None,
     norms: bool = False,
     first_layer: bool = False,
+    queries: bool = False,
 ) -> list[Seam]:
     """The seams that are still open, in the order in which they are closed, blocked ones included with the reason.
 
     parallel_removes, values, first_layer: as in Wanted (values None: whether they have been). norms: whether the norms
-    seams will be closed first; one that goes into the table then blocks nothing.
+    seams will be closed first; one that goes into the table then blocks nothing. queries: whether those between K and Q
+    are asked for, as they exclude others.
     """
     values = architecture.values_removed if values is None else values
     wanted = Wanted(parallel_removes, values, first_layer or architecture.first_layer_removed)
     open_seams = _norm_seams(architecture, wanted)
     gone = [seam for seam in open_seams if norms and seam.norms]
     left = closed(architecture, gone, "") if gone else architecture
-    open_seams += [seam for kind, find in KINDS.items() if kind != "norms" for seam in find(left, wanted)]
+    asked = [find for kind, find in KINDS.items() if kind != "norms" and (queries or kind != "queries")]
+    open_seams += [seam for find in asked for seam in find(left, wanted)]
     open_seams = [seam for each in open_seams for seam in _beside_table(architecture, wanted, each)]
     order = list(KINDS)
 
@@ -193,7 +198,7 @@ def _beside_table(architecture: Architecture, wanted: Wanted, seam: Seam) -> Ite
 
 def as_it_is(architecture: Architecture, itemsize: float) -> list[Seam]:
     """The seams that fuse closes in a model with skips and norms, where a weight takes `itemsize` bytes."""
-    every = seams(architecture, values=True, norms=True)
+    every = seams(architecture, values=True, norms=True, queries=True)
     return [seam for seam in every if seam.kind in COMPACT and not (seam.blocked or seam.unpaid(itemsize))]
 
 
@@ -241,6 +246,7 @@ def closed(architecture: Architecture, closing: Iterable[Seam], basis: str) -> A
         layers_open=tuple(still_open) if stream or architecture.stream_basis else (),
         p_removed=architecture.p_removed or "p" in kinds,
         values_removed=architecture.values_removed or "values" in kinds,
+        keys_removed=architecture.keys_removed or "queries" in kinds,
         head_removed=architecture.head_removed or "head" in kinds,
         first_layer_removed=looked_up,
         gains_removed=(*architecture.gains_removed, *gains),
@@ -391,6 +397,8 @@ def _stream_seam(architecture: Architecture, layer: int, wanted: Wanted) -> Seam
             "values_removed: v_proj passes inputs of the stream through, which fixes its basis; close both at once, of "
             "the original"
         )
+    if blocked is None and architecture.keys_removed:
+        blocked = "keys_removed: k_proj passes inputs of the stream through, which fixes its basis"
     d, widths = architecture.hidden_size, dict(architecture.projections)
     chosen = {name: width for name, width in widths.items() if not (name == "v" and wanted.values)}
     identities: dict[str, tuple[str, ...]] = {
@@ -490,6 +498,34 @@ def _value_seam(architecture: Architecture, layer: int) -> Seam:
         ),
         saves=heads * size**2,
         blocked=blocked,
+    )
+
+
+def _query_seams(architecture: Architecture, wanted: Wanted) -> list[Seam]:
+    if architecture.keys_removed:
+        return []
+    return [_query_seam(architecture, layer) for layer in range(architecture.num_hidden_layers)]
+
+
+def _query_seam(architecture: Architecture, layer: int) -> Seam:
+    """Between each head of K and the queries of its group: scores are x Q K^T y^T, where nothing stands between.
+
+    Within a layer, so that skips and norms do not matter. A bias of K adds the same to all of a query's scores, which
+    the softmax takes away again, so it goes, too; Q's takes part.
+    """
+    attention, size, heads = _attention(layer), architecture.head_dim, architecture.num_key_value_heads
+    return Seam(
+        kind="queries",
+        layer=layer,
+        width=size,
+        blocks=heads,
+        writers=(f"{attention}.k_proj",),
+        readers=(f"{attention}.q_proj",),
+        identities={"rows": (f"{attention}.k_proj",)},
+        order=f"{attention}.key_order",
+        indices=heads * architecture.hidden_size,
+        saves=heads * size**2,
+        blocked=architecture.keys_stay,
     )
 
 
@@ -764,7 +800,9 @@ def _norm_readers(architecture: Architecture, norm: str) -> tuple[str, ...]:
     if name == "post_attention_layernorm" and architecture.p_removed and architecture.p_merged:
         return ()
     if name == "input_layernorm" and (
-        architecture.stream_closed(int(prefix.split(".")[2])) or architecture.values_removed
+        architecture.stream_closed(int(prefix.split(".")[2]))
+        or architecture.values_removed
+        or architecture.keys_removed
     ):
         return ()  # some of q, k and v are the norm's output as it is
     return graph(architecture).through(norm)
@@ -775,6 +813,7 @@ KINDS: dict[str, Callable[[Architecture, Wanted], list[Seam]]] = {
     "norms": _norm_seams,
     "stream": _stream_seams,
     "values": _value_seams,
+    "queries": _query_seams,
     "p": _p_seams,
     "head": _head_seams,
     "first_layer": _first_layer_seams,

@@ -30,8 +30,8 @@ if TYPE_CHECKING:  # so that counting loads no torch
 MEGABYTE = 10**6
 # What each kind of seam is audited by.
 AUDITED = (
-    ("stream", "q, k, v"), ("first_layer", "q, k, v, looked up"), ("values", "P's outputs"), ("p", "M's outputs"),
-    ("head", "logits"),
+    ("stream", "q, k, v"), ("first_layer", "q, k, v, looked up"), ("values", "P's outputs"),
+    ("queries", "scores"), ("p", "M's outputs"), ("head", "logits"),
 )  # fmt: skip
 
 

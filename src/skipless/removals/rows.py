@@ -1,4 +1,4 @@
-"""Rows of what writes a space become the identity: of P where others write with it, or of each head of V.
+"""Rows of what writes a space become the identity: of P where others write with it, or of each head of V, or K.
 
 With T the rows of a writer that go (of V, of each head its own):
 
@@ -6,8 +6,10 @@ With T the rows of a writer that go (of V, of each head its own):
     readers                   A -> T A
     other writers             W -> W T^-1, b -> b T^-1
     a bias of V               goes on to the readers
+    a bias of K               goes: it adds the same to all of a query's scores
 
 So x [T; U] A = x [I; R] (T A). Letters are those of docs/half-precision.md: R is the rest, here of rows.
+Of K, the reader A is Q transposed, with its bias as one more column: scores are (x [T; U]) (A (y, 1)^T).
 """
 
 import dataclasses
@@ -32,12 +34,13 @@ from skipless.removals.setting import Closed, Setting, Step, whole
 
 
 def close(seam: Seam, affines: dict[str, Affine], setting: Setting, read: Read) -> Closed:
-    """Make rows of P, or of each head of V, the identity, and round what remains with the least error."""
+    """Make rows of P, or of each head of V or K, the identity, and round what remains with the least error."""
+    affines = turned(seam, affines)
     weight, mix = affines[seam.writers[0]].weight.double(), None
     if seam.kind == "values":
         mix = _mix(seam, read, weight.new_ones(setting.architecture.num_attention_heads))
     bases = choose_rows(seam, weight)
-    remaining, order = close_rows(seam, affines, bases, biased=mix is None)
+    remaining, order = close_rows(seam, affines, bases, biased=seam.kind == "p")
     dtypes = {name: setting.kept(name) for name in remaining}
     written = [dtypes[name] for name in remaining if name not in setting.later]
     name = dtype_name(coarsest(written or [torch.float64]))
@@ -47,7 +50,26 @@ def close(seam: Seam, affines: dict[str, Affine], setting: Setting, read: Read) 
     condition = max(basis.condition for basis in bases)
     errors = measure(seam, affines, remaining, stored, order, dtypes)
     outcome = _forecast(seam, affines, condition, {name: errors}).outcome("rows", name)
-    return stored, (order if seam.kind == "values" else order[0]).to(torch.int32), outcome
+    stored = turned_back(seam, stored, affines)
+    return stored, (order[0] if seam.kind == "p" else order).to(torch.int32), outcome
+
+
+def turned(seam: Seam, affines: Mapping[str, Affine]) -> dict[str, Affine]:
+    """Of a seam between K and Q, Q transposed, its bias as one more column; of others, all as it is."""
+    found = dict(affines)
+    for name in seam.readers if seam.kind == "queries" else ():
+        weight, bias = found[name].weight.double(), found[name].bias
+        found[name] = Affine((weight if bias is None else torch.cat([weight, bias.double()[None]])).T)
+    return found
+
+
+def turned_back(seam: Seam, found: Mapping[str, Affine], affines: Mapping[str, Affine]) -> dict[str, Affine]:
+    """The same, back again. affines: as they were, before any row of K became the identity."""
+    back, inputs = dict(found), len(affines[seam.writers[0]].weight)
+    for name in seam.readers if seam.kind == "queries" else ():
+        weight = found[name].weight.T
+        back[name] = Affine(weight[:inputs], weight[inputs] if len(weight) > inputs else None)
+    return back
 
 
 def _mix(seam: Seam, read: Read, ones: torch.Tensor) -> torch.Tensor:
@@ -259,11 +281,12 @@ def forecast(
     later: frozenset[str] = frozenset(),
 ) -> Forecast:
     """What passing rows through will cost in each dtype: it is done, and measured."""
+    affines = turned(seam, affines)
     try:
         bases = choose_rows(seam, affines[seam.writers[0]].weight)
     except InputError:
         return _impossible(seam, dtypes)
-    remaining, order = close_rows(seam, affines, bases, biased=seam.kind != "values")
+    remaining, order = close_rows(seam, affines, bases, biased=seam.kind == "p")
     errors = {}
     for dtype in dtypes:
         kept = {name: torch.float64 if name in later else getattr(torch, dtype) for name in remaining}

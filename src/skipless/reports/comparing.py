@@ -39,7 +39,7 @@ NEUTRAL = frozenset(
 )  # fmt: skip
 # Fields that say what fuse has removed: what they promise is compared by the tensors.
 REMOVED = (
-    "stream_basis", "rest_dtype", "layers_open", "p_removed", "values_removed", "head_removed",
+    "stream_basis", "rest_dtype", "layers_open", "p_removed", "values_removed", "keys_removed", "head_removed",
     "first_layer_removed", "folded_biases", "norms_removed", "gains_removed",
 )  # fmt: skip
 # Fields that generation reads, and no forward pass.
@@ -244,7 +244,9 @@ def _closed(source: Architecture, target: Architecture) -> Iterator[Seam]:
     """Seams that are open in one architecture, and not in the other."""
     by_p = target.block_type == "parallel" and target.p_removed and not source.p_removed
     removes = "p" if by_p else "readers"
-    every = seams(source, removes, target.values_removed)  # those of layer 0, too: it may have been precomputed later
+    every = seams(
+        source, removes, target.values_removed, queries=True
+    )  # those of layer 0, too: it may have been precomputed later
     if target.first_layer_removed:
         every += [seam for seam in seams(source, removes, first_layer=True) if seam.kind == "first_layer"]
     for seam in every:
@@ -252,6 +254,7 @@ def _closed(source: Architecture, target: Architecture) -> Iterator[Seam]:
             "stream": seam.kind == "stream" and target.stream_closed(seam.layer),
             "p": target.p_removed,
             "values": target.values_removed,
+            "queries": target.keys_removed,
             "head": target.head_removed,
             "first_layer": True,
             "norms": seam.writers[0] in (*target.gains_removed, *target.norms_removed),

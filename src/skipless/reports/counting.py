@@ -248,9 +248,12 @@ def removable_at_most(architecture: Architecture) -> int:
 
 
 def removable_as_is(architecture: Architecture) -> dict[str, int]:
-    """What can go exactly from a model with its skips and norms: value seams, and what can be moved (folds.folds)."""
+    """What can go exactly from a model with its skips and norms: seams of values, and of queries and keys, and what can
+    be moved (folds.folds).
+    """
     values = architecture.num_hidden_layers * architecture.value_width * architecture.head_dim
-    numbers = {"values": values, "norm_gains": 0, "norm_biases": 0, "k_bias": 0, "v_bias": 0}
+    queries = 0 if architecture.position_type.startswith("rope") or architecture.qk_norm else values
+    numbers = {"values": values, "queries": queries, "norm_gains": 0, "norm_biases": 0, "k_bias": 0, "v_bias": 0}
     for seam in folds(architecture):
         if seam.blocked:
             continue

@@ -354,7 +354,9 @@ def _maps(related: Relation, a: Opened, b: CheckpointReader, stored: torch.dtype
     for judged, what in zip(zip(*pairs, strict=True), ("together", "one column"), strict=True):
         worst = max(judged, key=_share)
         yield Map(worst.name, worst.error, worst.limit, what)
-    letters = "qkv" if source.values_removed == target.values_removed else "qk"
+    letters = ("qk" if source.keys_removed == target.keys_removed else "") + (
+        "v" if source.values_removed == target.values_removed else ""
+    )
     tables = {"tokens": "model.embed_tokens", "positions": "model.position_embeddings", "after": "model.embed_tokens"}
     if related.touched.isdisjoint(tables.values()):
         return

@@ -405,7 +405,7 @@ def _fused_config(config: Mapping[str, object], target: Architecture, dtype: str
     Raises InputError naming the field when the model file would refuse it.
     """
     fields: dict[str, object] = {"stream_basis": target.stream_basis, "p_removed": target.p_removed}
-    removed = ("values_removed", "head_removed", "first_layer_removed")
+    removed = ("values_removed", "keys_removed", "head_removed", "first_layer_removed")
     fields |= {name: True for name in removed if getattr(target, name)}
     fields |= {name: list(names) for name in ("norms_removed", "gains_removed") if (names := getattr(target, name))}
     if target.rest_dtype is not None:

@@ -1,7 +1,8 @@
 """What a checkpoint does to single tokens, in fp64, by the model file's own code, a few rows of its weights in memory.
 
-Two checkpoints that are the same function agree wherever the basis is not free: in q, k and v, in what the FFN's input
-matrices give, and in the logits. Here a model runs on sequences of one token, so that attention passes the token's own
+Two checkpoints that are the same function agree wherever the basis is not free: in q, k and v (where Q and K have a
+basis of their own, in each query's scores, but for a number that all of them share), in what the FFN's input matrices
+give, and in the logits. Here a model runs on sequences of one token, so that attention passes the token's own
 value on, and the FFN's hidden activations are replaced by random ones, the same for both models: every output then
 depends on the matrices of one layer or two, and its relative error is that of closing their seams.
 """
@@ -171,7 +172,8 @@ Rounded = Callable[[str], float]
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a checkpoint gives, (tokens, columns): "0.q" of layer 0, "0.m" of its FFN's input matrices, "logits".
+    """What a checkpoint gives, (tokens, columns): "0.q" of layer 0, "0.scores" of its queries and all tokens' keys,
+    "0.m" of its FFN's input matrices, "logits".
 
     exact: that. lost: the norm of its change when the weights are rounded.
     """
@@ -202,7 +204,7 @@ def outputs(
     parts: dict[int, list[torch.Tensor]] = {}
     layers: Any = model.model.layers
     for index, layer in enumerate(layers):
-        layer.self_attn.project = _noting(layer.self_attn.project, noted, index)
+        layer.self_attn.project = _noting(layer.self_attn.project, noted, index, layer.self_attn.head_dim)
         if looked_up and not index and layer.parallel:
             continue
         parts[index] = []
@@ -263,8 +265,9 @@ def table_reads(
 ) -> dict[str, torch.Tensor]:
     """What layer 0 reads of each row of the tables, "tokens" and "positions": (rows, MIXTURES).
 
-    These are random mixtures of the columns of q, k and v (`letters`). looked_up: as in outputs; what passes by the
-    attention then shows in "after", which is read of layer 0's output, each token a sequence of its own.
+    These are random mixtures of the columns of q, k and v (`letters`), or, without q and k, of scores. looked_up: as in
+    outputs; what passes by the attention then shows in "after", which is read of layer 0's output, each token a
+    sequence of its own.
     """
     whole: Any = streamed_model(config, reader, change)
     model, layer = whole.model, whole.model.layers[0]
@@ -277,8 +280,19 @@ def table_reads(
         return columns @ mixing[name]
 
     def projected(rows: torch.Tensor, attention: Any = layer.self_attn) -> torch.Tensor:
-        parts = zip("qkv", attention.project(rows[None]), strict=True)
-        return mixed("q, k, v", torch.cat([part for name, part in parts if name in letters], -1)[0])
+        parts = dict(zip("qkv", attention.project(rows[None]), strict=True))
+        columns = [parts[name][0] for name in "qkv" if name in letters]
+        if "k" not in letters:
+            reference = torch.randn(MIXTURES, rows.shape[-1], generator=generator_of("queries"), dtype=torch.float64)
+            queries = attention.project(reference[None])[0][0]
+            keys = parts["k"] - attention.project(torch.zeros_like(rows[None, :1]))[1]  # whose bias matters to none
+            columns.append(scored(queries, keys[0], attention.head_dim))
+        return mixed("q, k, v", torch.cat(columns, -1))
+
+    def scored(queries: torch.Tensor, keys: torch.Tensor, size: int) -> torch.Tensor:
+        groups = keys.shape[-1] // size
+        summed = queries.unflatten(-1, (groups, -1, size)).sum(-2).flatten(1)  # of each group, its queries' sum
+        return keys @ summed.T
 
     def after(x: torch.Tensor) -> torch.Tensor:
         positions = torch.zeros(len(x), 1, dtype=torch.long)
@@ -309,13 +323,26 @@ def table_reads(
     return reads
 
 
-def _noting(project: Callable[..., Any], notes: dict[str, torch.Tensor], index: int) -> Callable[..., Any]:
+def _noting(project: Callable[..., Any], notes: dict[str, torch.Tensor], index: int, size: int) -> Callable[..., Any]:
     def noted(hidden_states: torch.Tensor) -> Any:
         projected = project(hidden_states)
         notes.update((f"{index}.{name}", each.flatten(0, 1)) for name, each in zip("qkv", projected, strict=True))
+        queries, keys = (notes[f"{index}.{name}"].chunk(2) for name in "qk")
+        pairs = zip(queries, keys, strict=True)
+        notes[f"{index}.scores"] = torch.cat([scores(*pair, size).flatten(1) for pair in pairs])
         return projected
 
     return noted
+
+
+def scores(
+    queries: Float[torch.Tensor, "n heads_h"], keys: Float[torch.Tensor, "m groups_h"], size: int
+) -> Float[torch.Tensor, "n heads m"]:
+    """Of queries and keys of heads of this size, before they are scaled, less each query's mean."""
+    heads, groups = queries.unflatten(-1, (-1, size)), keys.unflatten(-1, (-1, size))
+    groups = groups.repeat_interleave(heads.shape[1] // groups.shape[1], 1)
+    found = torch.einsum("nhs,mhs->nhm", heads, groups)
+    return found - found.mean(-1, keepdim=True)
 
 
 def _replacing(name: str) -> Callable[..., Any]:
@@ -439,13 +466,16 @@ class Compared:
 def compare(before: Outputs, after: Outputs, source: Architecture, target: Architecture) -> Iterator[Compared]:
     """What two checkpoints give, wherever closing seams leaves the basis as it is.
 
-    Values have a basis of their own once their seams are closed; and where a redundant norm went, what the FFN reads is
-    scaled, token by token.
+    Queries and keys, and values, have a basis of their own once their seams are closed; and where a redundant norm
+    went, what the FFN reads is scaled, token by token.
     """
     rescaled = set(target.norms_removed) - set(source.norms_removed)
     for name, exact in before.exact.items():
         result, (layer, _, kind) = after.exact[name], name.partition(".")
+        rebased = target.keys_removed != source.keys_removed
         if kind == "v" and target.values_removed != source.values_removed:
+            continue
+        if kind in (("q", "k") if rebased else ("scores",)):
             continue
         sizes = [exact.norm().item(), result.norm().item()]
         if kind == "m" and f"model.layers.{layer}.post_attention_layernorm" in rescaled:

@@ -87,6 +87,11 @@ class Request:
             )
         if unknown := sorted(set(self.kinds) - set(KINDS)):
             raise InputError(f"remove: expected some of {', '.join(KINDS)}; found {unknown[0]!r}")
+        if "queries" in self.kinds and (others := {"stream", "first_layer"}.intersection(self.kinds)):
+            raise InputError(
+                f"remove: expected queries without stream and first_layer, which rewrite Q and K, too; found "
+                f"{', '.join(sorted(others))}"
+            )
         if self.parallel_removes not in PARALLEL_REMOVES:
             raise InputError(
                 f"parallel_removes: expected {' or '.join(PARALLEL_REMOVES)}, found {self.parallel_removes!r}"
@@ -147,8 +152,10 @@ class Request:
 
     def every(self, source: Architecture) -> list[Seam]:
         """All open seams, as they are when what is asked for is closed."""
-        values, norms, first_layer = (kind in self.kinds for kind in ("values", "norms", "first_layer"))
-        return seams(source, self.parallel_removes, values or None, norms, first_layer)
+        values, norms, first_layer, queries = (
+            kind in self.kinds for kind in ("values", "norms", "first_layer", "queries")
+        )
+        return seams(source, self.parallel_removes, values or None, norms, first_layer, queries)
 
     def note(self, source: Architecture) -> str:
         """What stays although it was asked for, as its weights go elsewhere, and why; or ""."""
@@ -157,7 +164,7 @@ class Request:
         if self.layout == "skipless":
             gone = {name for seam in self.seams(source) for name in seam.writers}
             norms = [seam for seam in folds(source) if seam.kind == "norms" and seam.writers[0] not in gone]
-            others = [seam for seam in self.every(source) if seam.kind != "norms"]
+            others = [seam for seam in self.every(source) if seam.kind not in ("norms", "queries")]
             return "\n".join(staying(seam for seam in (*norms, *others) if seam.kind in self.kinds))
         spared = [seam for seam in self.every(source) if seam.kind in self.kinds and seam.spared(self.kinds)]
         if source.block_type != "parallel" or source.residual != "none":

@@ -175,7 +175,8 @@ def tensor(name: str, parts: list[str], layout: Layout, reader: CheckpointReader
     if not parts and len(layout.shapes[name]) == 1:
         return np.ones(layout.shapes[name], np.float32)
     if not parts:
-        return whole_values(int(name.split(".")[1]), layout.architecture, reader)
+        kind = "key" if name.endswith("attn_k.weight") else "value"
+        return whole_projection(kind, int(name.split(".")[1]), layout.architecture, reader)
     values = [reader.tensor(part) for part in parts]
     whole = torch.stack(values) if len(values) > 1 else values[0]
     if not whole.dtype.is_floating_point:
@@ -185,10 +186,13 @@ def tensor(name: str, parts: list[str], layout: Layout, reader: CheckpointReader
     return whole.float().reshape(layout.shapes[name]).numpy()
 
 
-def whole_values(layer: int, architecture: Architecture, reader: CheckpointReader) -> np.ndarray[Any, Any]:
-    """v_proj of a closed value seam with its identity columns, (heads * head_dim, hidden_size)."""
+def whole_projection(
+    kind: str, layer: int, architecture: Architecture, reader: CheckpointReader
+) -> np.ndarray[Any, Any]:
+    """k_proj or v_proj ("key", "value") of a closed seam with its identity columns, (heads * head_dim, hidden_size)."""
     attention = f"model.layers.{layer}.self_attn"
-    weight, order = reader.tensor(f"{attention}.v_proj.weight"), reader.tensor(f"{attention}.value_order").long()
+    weight = reader.tensor(f"{attention}.{kind[0]}_proj.weight")
+    order = reader.tensor(f"{attention}.{kind}_order").long()
     size, heads = architecture.head_dim, architecture.num_key_value_heads
     identity = torch.eye(size, dtype=weight.dtype).expand(heads, -1, -1)
     ordered = torch.cat((identity, weight.unflatten(0, (heads, size))), -1)

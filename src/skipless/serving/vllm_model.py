@@ -87,9 +87,10 @@ class SkiplessForCausalLM(TransformersForCausalLM):
     def replace_special(self, attention: Any, name: str) -> None:
         """Give an attention module vLLM's ranks, and the projections that it reads in its own way."""
         attention.split_heads, attention.gather_heads = SplitHeads(), GatherHeads()
-        if attention.value_order is not None:
-            linear = attention.v_proj
-            attention.v_proj = PlainWeight(linear.input_size, linear.output_size)
+        for order, projection in (("key_order", "k_proj"), ("value_order", "v_proj")):
+            if getattr(attention, order) is not None:
+                linear = getattr(attention, projection)
+                setattr(attention, projection, PlainWeight(linear.input_size, linear.output_size))
         if self.config.rest_dtype is not None and attention.rest_proj is not None:
             linear = attention.rest_proj
             attention.rest_proj = ReplicatedLinear(

@@ -28,11 +28,11 @@ def initialize(model: SkiplessForCausalLM, sharpness: tuple[float, ...] = ()) ->
     nor a gate bias.
     """
     config = model.config
-    removed = (config.values_removed, config.head_removed, config.first_layer_removed)
+    removed = (config.values_removed, config.keys_removed, config.head_removed, config.first_layer_removed)
     if config.stream_basis == "pivoted" or any(removed):
         raise InputError(
-            "stream_basis, values_removed, head_removed, first_layer_removed: expected a model with whole matrices to "
-            "start training from, found one that was fused"
+            "stream_basis, values_removed, keys_removed, head_removed, first_layer_removed: expected a model with "
+            "whole matrices to start training from, found one that was fused"
         )
     gated = config.ffn_type != "mlp" and not (config.gate_bias or config.mlp_bias)
     if gated and config.norm_type == "none":
