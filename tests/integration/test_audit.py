@@ -380,6 +380,7 @@ def refused(result, message):
     assert message in line
 
 
+@pytest.mark.slow
 def test_a_picture_of_condition_numbers(source, tmp_path):
     for name in ("found.png", "found.svg"):
         assert run(source, "--plot", tmp_path / name).exit_code == 0

@@ -69,6 +69,7 @@ def test_a_folder_may_be_called_as_a_known_model_is(tmp_path, monkeypatch):
     assert "gpt2/config.json: expected" in run("audit", "gpt2").stderr
 
 
+@pytest.mark.slow
 def test_bench_without_a_model(tmp_path):
     result = run("bench", tmp_path / "nothing")
     assert result.exit_code == 2

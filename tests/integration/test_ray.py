@@ -214,6 +214,7 @@ def test_a_stopped_driver_stops_its_workers_and_goes_on(source, tmp_path, two_wo
 WRONG = "model.layers.1.mlp.down_proj.weight"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "found"),
     [
