@@ -630,7 +630,10 @@ def _rows_stay(architecture: Architecture, layer: int) -> str | None:
     if heads < d:
         return f"heads * head_dim ({heads}) being less than hidden_size ({d}): {heads} rows cannot stand for the stream"
     if architecture.tie_word_embeddings:
-        return "tie_word_embeddings: what reads the last layer's output is the table, which is written with, too"
+        return (
+            "tie_word_embeddings: the table reads what the last layer's P writes, and p_removed is one switch for all "
+            "layers; as many weights go with --parallel-removes readers"
+        )
     if architecture.head_removed:
         return "head_removed: logits are outputs of the last layer as they are, which fixes its basis"
     return None
