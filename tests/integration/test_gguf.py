@@ -107,6 +107,13 @@ def test_fewer_bits(weights, tmp_path):
             assert torch.equal(values, expected), name
 
 
+@pytest.mark.parametrize("weights", ["q5_1", "q4_0"])
+def test_the_rest_has_8_bits(weights, tmp_path):
+    file = exported(form("pivoted", tmp_path), tmp_path / "out", weights)
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
+    assert (types["blk.1.attn_qkv.weight"], types["blk.1.ffn_up.weight"]) == ("Q8_0", weights.upper())
+
+
 def test_rows_that_are_no_whole_blocks_stay_in_half_precision(tmp_path):
     source = save(build(intermediate_size=40), tmp_path / "source")
     file = exported(source, tmp_path / "out", "q4_0")
