@@ -35,7 +35,7 @@ MODELS := tools/site/models
 WITH_TOOLS := PATH="$(abspath $(TOOLS))/bin:$$PATH" PYTHONPATH=src NO_MKDOCS_2_WARNING=1
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' src/skipless/version.py)
 
-.PHONY: help demo test test-all test-newest test-oldest test-vllm llama-cpp test-llama-cpp check benchmarks versions wheel locks pages site test-site publish pictures
+.PHONY: help demo test test-all test-newest test-oldest test-vllm test-mlx llama-cpp test-llama-cpp check benchmarks versions wheel locks pages site test-site publish pictures
 
 help:
 	@echo "make demo        fuse the bundled model and prove it is the same function (creates .venv first)"
@@ -44,6 +44,7 @@ help:
 	@echo "make test-newest the same with the newest releases of all that skipless needs (updates .venv-newest first)"
 	@echo "make test-oldest and with the oldest (updates .venv-oldest first)"
 	@echo "make test-vllm   run the tests of the vLLM plugin (creates .venv-vllm first, from requirements-vllm.lock)"
+	@echo "make test-mlx    run the tests of MLX on Linux (installs it into .venv first, from requirements-mlx.lock)"
 	@echo "make llama-cpp   build llama.cpp with the architecture skipless, into .venv-llama-cpp (C++: takes a while)"
 	@echo "make test-llama-cpp  run the tests that need it (builds it first)"
 	@echo "make check       formatting, lint and types: ruff, mypy (creates .venv first)"
@@ -96,6 +97,10 @@ $(VLLM_READY): requirements-vllm.lock pyproject.toml
 
 test-vllm: $(VLLM_READY)
 	$(VLLM)/bin/python -m pytest tests/serving/test_vllm.py
+
+test-mlx: $(READY)
+	$(BIN)/python $(INSTALL) --requirement requirements-mlx.lock
+	$(BIN)/python -m pytest tests/serving/test_mlx.py
 
 $(LLAMA_READY): $(wildcard integrations/llama.cpp/*) benchmarks/requirements-llama-cpp.lock
 	rm -rf $(LLAMA)/source

@@ -12,7 +12,7 @@ START, END = "<!-- make versions -->\n", "<!-- end -->\n"
 
 def locked(name: str) -> str | None:
     """The release of a package that the tests run with."""
-    for lock in ("requirements.lock", "requirements-vllm.lock"):
+    for lock in ("requirements.lock", "requirements-mlx.lock", "requirements-vllm.lock"):
         text = (ROOT / lock).read_text(encoding="utf-8")
         if found := re.search(rf"^{re.escape(name)}==([^\s+]+)", text, re.MULTILINE | re.IGNORECASE):
             return found[1]

@@ -13,9 +13,9 @@ import skipless
 from skipless import InputError, cli
 from skipless.bundled import BUNDLED
 from skipless.checkpoint import opening, reader
+from skipless.checkpoint.gguf_tokens import CONTRACTIONS, OTHERS, SPACE
 from skipless.reports.counting import count
 from skipless.serving.export import export
-from skipless.serving.gguf_tokenizer import CONTRACTIONS, OTHERS, SPACE
 from tests.gguf_forms import EXPERTS, FORMS, SIZES, form
 from tests.models import build, edit_tensors, save
 
@@ -62,8 +62,11 @@ def test_values_have_their_identity_back(name, tmp_path):
     x = torch.randn(5, model.config.hidden_size)
     for number, layer in enumerate(model.model.layers):
         whole = torch.from_numpy(np.array(stored[f"blk.{number}.attn_v.weight"]))
-        expected = layer.self_attn.project_values(x)
+        expected = layer.self_attn.project(x[None])[2][0]
         torch.testing.assert_close(x @ whole.T, expected, rtol=1e-5, atol=1e-5)
+        if model.config.keys_removed:
+            keys = torch.from_numpy(np.array(stored[f"blk.{number}.attn_k.weight"]))
+            torch.testing.assert_close(x @ keys.T, layer.self_attn.project(x[None])[1][0], rtol=1e-5, atol=1e-5)
         assert (x.roll(1, -1) @ whole.T - expected).abs().max() > 0.1
     assert count(file).parameters == count(source).parameters
     with pytest.raises(InputError, match="use the model folder that it was exported from"):
@@ -155,7 +158,7 @@ def test_the_commands(tmp_path):
         ({"norm_type": "rms", "gain_offset": 1.0}, "gain_offset: expected 0 for gguf, found 1.0"),
         ({"norm_type": "rms", "norms": ["ffn_output_norm"]}, "norms: expected none of what P and O give"),
         ({"qk_norm": "heads"}, "qk_norm: expected null or 'head_dim' for gguf, found 'heads'"),
-        ({"logit_scale": 0.5}, "logit_scale: expected null for gguf, found 0.5"),
+        ({"logit_scale": 0.5}, "logit_scale: expected 1 for gguf, found 0.5"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "rope_parameters: expected"),
         ({"hidden_act": "tanh"}, "hidden_act: expected one of silu, swish, relu, gelu"),
         ({"hidden_act": "gelu", **EXPERTS}, "hidden_act: expected another than 'gelu' for experts"),

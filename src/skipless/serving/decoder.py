@@ -83,17 +83,22 @@ def load_skipless(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
+def check_fixed_angles(config: Any) -> None:
+    """Raise InputError where RoPE's angles depend on how long the sequence is."""
+    for parameters in ropes_by_length(config):
+        raise InputError(
+            f"config.json: rope_parameters.rope_type: expected one whose angles do not depend on the length of the "
+            f"sequence, found {parameters['rope_type']!r}, which a graph of fixed angles cannot be"
+        )
+
+
 def load_decoder(folder: Path, stored: torch.dtype) -> Decoder:
     """A skipless model folder, its weights in the dtype `stored` (rest_proj in its own), all arithmetic in fp32.
 
     Raises InputError for what does not load, and for other models.
     """
     model = load_skipless(folder, stored)
-    for parameters in ropes_by_length(model.config):
-        raise InputError(
-            f"config.json: rope_parameters.rope_type: expected one whose angles do not depend on the length of the "
-            f"sequence, found {parameters['rope_type']!r}, which a graph of fixed angles cannot be"
-        )
+    check_fixed_angles(model.config)
     if len(kinds := set(model.config.attention_kinds)) > 1:
         raise InputError(
             f"config.json: layer_types: expected one kind, so that one mask serves all; found {sorted(kinds)}"

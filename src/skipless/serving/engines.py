@@ -16,8 +16,9 @@ ENGINES = {
     "torch": Engine("decoding", ("float64", "float32", "bfloat16", "float16")),
     "openvino": Engine("openvino", ("float32", "bfloat16", "int8", "int4"), "openvino"),
     "onnxruntime-genai": Engine("onnx_genai", ("float32",), "onnx"),
+    "mlx": Engine("mlx", ("float32", "bfloat16", "float16"), "mlx"),
     "vllm": Engine("vllm", ("float32", "bfloat16", "float16"), "vllm"),
 }
 
 # What `export` writes: the module that does (with WEIGHTS and `write`).
-FORMATS = {"openvino": "openvino", "onnx": "onnx", "gguf": "gguf"}
+FORMATS = {"openvino": "openvino", "onnx": "onnx", "gguf": "gguf", "mlx": "mlx"}

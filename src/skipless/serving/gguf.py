@@ -94,7 +94,8 @@ def check(architecture: Architecture, config: SkiplessConfig) -> None:
         ("sliding_window", "null", config.sliding_window is None),
         ("head_bias", "false", not config.head_bias),
         ("position_offset", "0", not config.position_offset),
-        *((name, "null", getattr(config, name) is None) for name in ("logit_scale", *MULTIPLIERS)),
+        ("logit_scale", "1", config.logit_scale == 1),
+        *((name, "null", getattr(config, name) is None) for name in MULTIPLIERS),
         ("gain_offset", "0", not config.gain_offset),
         ("norms", "none of what P and O give", not set(OUTPUT_NORMS).intersection(config.norms or ())),
         ("qk_norm", "null or 'head_dim'", config.qk_norm != "heads"),
@@ -163,10 +164,10 @@ def stored_as(name: str, shape: tuple[int, ...], architecture: Architecture, wei
 
 def stored_from(layout: Layout) -> dict[str, list[str]]:
     """Which of the model folder's tensors each of the file's is made of."""
-    found: dict[str, list[str]] = {name: [] for name in layout.shapes}
-    for tensor, place in layout.places.items():
-        found[place.tensors[0]].append(tensor)
-    return found
+    sources: dict[str, list[str]] = {name: [] for name in layout.shapes}
+    for tensor, location in layout.locations.items():
+        sources[location.tensors[0]].append(tensor)
+    return sources
 
 
 def tensor(name: str, parts: list[str], layout: Layout, reader: CheckpointReader) -> np.ndarray[Any, Any]:
@@ -174,22 +175,26 @@ def tensor(name: str, parts: list[str], layout: Layout, reader: CheckpointReader
     if not parts and len(layout.shapes[name]) == 1:
         return np.ones(layout.shapes[name], np.float32)
     if not parts:
-        return whole_values(int(name.split(".")[1]), layout.architecture, reader)
+        kind = "key" if name.endswith("attn_k.weight") else "value"
+        return whole_projection(kind, int(name.split(".")[1]), layout.architecture, reader)
     values = [reader.tensor(part) for part in parts]
-    found = torch.stack(values) if len(values) > 1 else values[0]
-    if not found.dtype.is_floating_point:
-        return found.numpy()
-    if found.numel() < math.prod(layout.shapes[name]):  # a gain of each head, for each of its outputs
-        found = found.repeat_interleave(layout.architecture.head_dim)
-    return found.float().reshape(layout.shapes[name]).numpy()
+    whole = torch.stack(values) if len(values) > 1 else values[0]
+    if not whole.dtype.is_floating_point:
+        return whole.numpy()
+    if whole.numel() < math.prod(layout.shapes[name]):  # a gain of each head, for each of its outputs
+        whole = whole.repeat_interleave(layout.architecture.head_dim)
+    return whole.float().reshape(layout.shapes[name]).numpy()
 
 
-def whole_values(layer: int, architecture: Architecture, reader: CheckpointReader) -> np.ndarray[Any, Any]:
-    """v_proj of a closed value seam with its identity columns, (heads * head_dim, hidden_size)."""
+def whole_projection(
+    kind: str, layer: int, architecture: Architecture, reader: CheckpointReader
+) -> np.ndarray[Any, Any]:
+    """k_proj or v_proj ("key", "value") of a closed seam with its identity columns, (heads * head_dim, hidden_size)."""
     attention = f"model.layers.{layer}.self_attn"
-    weight, order = reader.tensor(f"{attention}.v_proj.weight"), reader.tensor(f"{attention}.value_order").long()
+    weight = reader.tensor(f"{attention}.{kind[0]}_proj.weight")
+    order = reader.tensor(f"{attention}.{kind}_order").long()
     size, heads = architecture.head_dim, architecture.num_key_value_heads
     identity = torch.eye(size, dtype=weight.dtype).expand(heads, -1, -1)
     ordered = torch.cat((identity, weight.unflatten(0, (heads, size))), -1)
-    found = torch.empty_like(ordered).scatter_(-1, order[:, None].expand_as(ordered), ordered)
-    return found.flatten(0, 1).float().numpy()
+    weights = torch.empty_like(ordered).scatter_(-1, order[:, None].expand_as(ordered), ordered)
+    return weights.flatten(0, 1).float().numpy()

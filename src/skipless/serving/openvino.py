@@ -158,7 +158,7 @@ def compress(model: ov.Model, weights: str) -> ov.Model:
 
 
 class Runner:
-    """A model in OpenVINO's own runtime, decoding greedily.
+    """A model in OpenVINO's own runtime (running.Runner), decoding greedily.
 
     folder: a model folder, or one that `export` wrote (with the weights it has). precision: float32, bfloat16, int8 or
     int4: of weights, and which of OpenVINO's options go with them (DECODING).
