@@ -255,7 +255,7 @@ def main() -> None:
     for kind in WHOLE:
         report(kind, load(folders[kind], torch.float32), tokens)
     report_fused(FUSED, folders[FUSED], ("q", "k", "v", "pivoted"), tokens)
-    report_fused("bundled", BUNDLED, ("q", "pivoted"), held_out_of_bundled(SEQUENCES))
+    report_fused("bundled", BUNDLED, ("q", "pivoted"), held_out_of_bundled(2 * SEQUENCES))
 
 
 if __name__ == "__main__":
