@@ -91,7 +91,7 @@ def main() -> None:
             if not gate:
                 with ExitStack() as stack:
                     for added in ("add_own_values", "add_gate_biases"):
-                        stack.enter_context(patch.object(fade, added, lambda model: None))
+                        stack.enter_context(patch.object(fade, added, lambda model: []))
                     row(f"{name}, {kind}, and neither added", after, start=start, schedule=schedule)
         row("from scratch, as many as the fade", after, model=SHAPE | SKIPLESS)
         row("from scratch, as many as both", before + after, model=SHAPE | SKIPLESS)

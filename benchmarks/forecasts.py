@@ -1,6 +1,6 @@
 """Is what audit forecasts what fuse does, in bf16 and fp16? Is anything called safe that loses too much?
 
-    python benchmarks/forecasts.py [--models 40]
+    python benchmarks/forecasts.py [--models 40] [--keep FILE]
 
 Random models of several widths and switches, Gaussian weights in fp32, serial layers without skips and norms. Each kind
 of seam is closed alone, and several together. Measured, in fp64, with white inputs: the errors of q, k and v; and those
@@ -131,8 +131,9 @@ def lost(found: torch.Tensor, exact: torch.Tensor) -> float:
     return ((found - exact).norm(dim=-1) / exact.norm(dim=-1)).median().item()
 
 
-def judge(seed: int, found: dict[str, dict[str, list[float]]], unsafe: list[str]) -> None:
-    """Add the ratios of what one model shows, kind by kind."""
+def judge(seed: int) -> dict[str, dict[str, list[float]]]:
+    """The ratios of what one model shows, by dtype and kind."""
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     generator = random.Random(seed)
     fields, basis = draw_fields(generator.choice), generator.choice(("pivoted", "pivoted", "auto"))
     with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as temporary:
@@ -169,8 +170,13 @@ def judge(seed: int, found: dict[str, dict[str, list[float]]], unsafe: list[str]
                 seen["multiple"].append(multiple)
                 seen["all"].append(numbers.fused / numbers.original / multiple)
                 seen["safe"].append(audit.safe)
-                if audit.safe and multiple > OWN_ERROR_FACTOR:
-                    unsafe.append(f"seed {seed}, {dtype}, {kind}: {multiple:.2f}")
+    return found
+
+
+def kept(file: Path | None) -> dict[int, dict[str, dict[str, list[float]]]]:
+    """What an earlier run has written, by seed."""
+    lines = file.read_text().splitlines() if file and file.exists() else []
+    return dict(map(json.loads, lines))
 
 
 def worst(ratios: list[float]) -> float:
@@ -181,13 +187,23 @@ def worst(ratios: list[float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=int, default=40)
+    parser.add_argument("--keep", type=Path, help="a line for each model; those that are there are not judged again")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     transformers_logging.disable_progress_bar()
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     unsafe: list[str] = []
+    known = kept(arguments.keep)
     for seed in track(range(arguments.models), console=Console(stderr=True)):
-        judge(seed, found, unsafe)
+        judged = known.get(seed) or judge(seed)
+        if arguments.keep and seed not in known:
+            with arguments.keep.open("a") as file:
+                print(json.dumps([seed, judged]), file=file)
+        for kind, seen in judged.items():
+            for name, ratios in seen.items():
+                found[kind][name] += ratios
+            pairs = zip(seen["multiple"], seen["safe"], strict=True)
+            unsafe += [f"seed {seed}, {kind}: {each:.2f}" for each, safe in pairs if safe and each > OWN_ERROR_FACTOR]
     names = {"read": "q, k, v", "way": "a layer", "own": "the original's", "all": "all, logits"}
     table = Table(title=f"forecast / measured, median (worst), of {arguments.models} random models")
     for column in ("", *names.values(), "multiple of the original's", "called safe"):
@@ -199,8 +215,8 @@ def main() -> None:
     Console(width=140).print(table)
     print(*unsafe, sep="\n")
     off = {kind: worst(seen["read"] + seen["way"]) for kind, seen in found.items()}
-    judged = {kind: ratio for kind, ratio in off.items() if not kind.endswith("biases")}
-    wrong = [kind for kind, ratio in judged.items() if abs(math.log(ratio)) > math.log(1 + OFF)]
+    plain = {kind: ratio for kind, ratio in off.items() if not kind.endswith("biases")}
+    wrong = [kind for kind, ratio in plain.items() if abs(math.log(ratio)) > math.log(1 + OFF)]
     print(json.dumps({"models": arguments.models, "worst": off, "off": wrong, "unsafe": unsafe}))
     sys.exit(1 if wrong or unsafe else 0)
 

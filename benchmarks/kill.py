@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from skipless import fuse
-from skipless.checkpoint.staging import LocalPlace
+from skipless.checkpoint.staging import LocalDestination
 from skipless.model import SkiplessConfig, SkiplessForCausalLM
 from skipless.rewrite import execution
 
@@ -78,7 +78,7 @@ def main() -> None:
             return subprocess.Popen([sys.executable, __file__, "--child", *paths])
 
         def wait_for_files(process: subprocess.Popen[bytes]) -> None:
-            while process.poll() is None and not LocalPlace(folder / "fused").unfinished.exists():
+            while process.poll() is None and not LocalDestination(folder / "fused").unfinished.exists():
                 time.sleep(0.001)
 
         process = start(folder / "log")
@@ -103,7 +103,7 @@ def main() -> None:
             time.sleep(moment)
             process.send_signal(signal.SIGKILL)
             process.wait()
-            journal = LocalPlace(folder / "fused").unfinished / "journal.jsonl"
+            journal = LocalDestination(folder / "fused").unfinished / "journal.jsonl"
             whole_lines = journal.read_text().count("\n") if journal.exists() else 0
             finished = set(log.read_text().split())
             if not (folder / "fused").exists():

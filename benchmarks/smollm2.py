@@ -6,8 +6,9 @@
 
 The stream seams of SmolLM2-135M (its skips and norms left out: only its matrices matter here): x is written by the FFN
 output of one layer, or the embedding, and read by Q, K, V of the next. Errors of q, k, v for white inputs, over those
-of the original's weights rounded to the same dtype; the worst of the three. Prints tables, and on the last line one
-JSON object.
+of the original's weights rounded to the same dtype; the worst of the three. Then the whole model, as it is, through
+`skipless fuse` in either layout: logits on Python's standard library, with arithmetic in fp64. Prints tables, and on
+the last line one JSON object.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import dataclasses
 import json
 import math
 import statistics
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,12 +25,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import skipless
 from skipless.algebra.affine import Affine
 from skipless.algebra.basis import Basis
 from skipless.algebra.rounding import round_stream
 from skipless.algebra.stream import Stream
 from skipless.architecture.seams import Seam
+from skipless.inference import arithmetic, load, load_tokenizer
 from skipless.removals.columns import OpenStream
+from skipless.train.data import Blocks, read_texts, standard_library
+from stored import compare as compare_logits
+from stored import logits
 
 console = Console(width=110)
 READERS = ("q_proj", "k_proj", "v_proj")
@@ -173,14 +180,62 @@ def compare(name: str, layers: list[Callable[[], Layer]], dtypes: list[torch.dty
     return result
 
 
+def whole(file: Path, sequences: int = 8) -> dict[str, dict[str, float]]:
+    """The model as fuse stores it in either layout, and, of the original, its weights rounded to bf16."""
+    found = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        ways = [(layout, dtype) for layout in ("skipless", "family") for dtype in ("bfloat16", "float64")]
+        for layout, dtype in ways:
+            plan = skipless.fuse(file, folder / f"{layout}-{dtype}", layout=layout, dtype=dtype)
+            found[f"{dtype}: --layout {layout}"] = {"parameters": plan.parameters[1], "neutral": plan.neutral}
+        tokenizer = load_tokenizer(folder / "skipless-bfloat16")
+        texts = read_texts(standard_library())[::40]
+        tokens = Blocks.from_texts(texts, tokenizer, 128).tokens
+        tokens = tokens[torch.linspace(0, len(tokens) - 1, sequences).long()]
+
+        def run(path: Path, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+            model = load(path, torch.float64)
+            for weight in model.parameters():
+                weight.data = weight.to(dtype).double()
+            with arithmetic(model):
+                return logits(model, tokens)
+
+        exact = run(file)
+        original = {"parameters": plan.parameters[0], "neutral": 0}
+        found["bfloat16: original, cast"] = {**original, **compare_logits(run(file, torch.bfloat16), exact)}
+        for layout, dtype in ways:
+            found[f"{dtype}: --layout {layout}"] |= compare_logits(run(folder / f"{layout}-{dtype}"), exact)
+    table = Table(title=f"SmolLM2-135M whole, {tokens.numel():,} tokens of text")
+    for column in ("stored", "numbers", "of these neutral", "logits, relative error", "KL, nats", "top-1 equal"):
+        table.add_column(column, justify="left" if column == "stored" else "right")
+    for name, numbers in sorted(found.items()):
+        table.add_row(
+            name,
+            f"{numbers['parameters']:,}",
+            f"{numbers['neutral']:,}",
+            f"{numbers['logit_error']:.2g}",
+            f"{numbers['kl']:.2g}",
+            f"{numbers['top1']:.4f}",
+        )
+    console.print(table)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("gguf", type=Path, help="SmolLM2-135M-Instruct.Q4_1.gguf")
-    file = parser.parse_args().gguf
+    parser.add_argument("--whole", action="store_true", help="the whole model alone")
+    arguments = parser.parse_args()
+    file = arguments.gguf
+    if arguments.whole:
+        print(json.dumps(whole(file)))
+        return
     half = [torch.bfloat16, torch.float16]
-    result = {"SmolLM2-135M": compare("SmolLM2-135M", smollm2(file), half)}
+    result: dict[str, object] = {"SmolLM2-135M": compare("SmolLM2-135M", smollm2(file), half)}
     for width in (1024, 2048):
         result[f"Gaussian, d = {width}"] = compare(f"Gaussian, d = {width}", [gaussian(width)], half)
+    result["SmolLM2-135M, whole"] = whole(file)
     print(json.dumps(result))
 
 

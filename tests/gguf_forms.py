@@ -36,6 +36,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "parallel, p": {**PARALLEL, **WIDE, "p_removed": True},
     "values and head": ALL,
     "values alone": {**VALUES, **BIASES},
+    "queries": {
+        "position_type": "learned", "keys_removed": True, **VALUES, "norm_type": "layer", "residual": "both", **BIASES,
+    },
     "wide heads": {**WIDE, **BIASES, **PIVOTED},
     "narrow heads, merged": {"head_dim": 8, **BIASES, "p_removed": True},
     "biases": {**BIASES, **BY_Q},

@@ -75,7 +75,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def stop_fuse(source: Path, destination: Path, number: int, **options: Any) -> Path:
     """Begin a fuse, and stop it when the task of this number is done; where it is in the making."""
     from skipless import fuse
-    from skipless.checkpoint.staging import LocalPlace
+    from skipless.checkpoint.staging import LocalDestination
 
     def stop(plan: Any, task: Any) -> None:
         if task is plan.tasks[number]:
@@ -84,7 +84,7 @@ def stop_fuse(source: Path, destination: Path, number: int, **options: Any) -> P
     with suppress(KeyboardInterrupt):
         fuse(source, destination, progress=stop, **options)
     assert not destination.exists()
-    return LocalPlace(destination).unfinished
+    return LocalDestination(destination).unfinished
 
 
 def random_ids(model: SkiplessForCausalLM, batch: int = 2, length: int = 11, seed: int = 1) -> torch.Tensor:

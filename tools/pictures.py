@@ -1,10 +1,13 @@
 """Draw the pictures of docs/pictures.md: `make pictures`.
 
-The spaces are those of the code's graph; errors and speeds those of the tables in docs/, which benchmarks print.
+The spaces are those of the code's graph; errors and speeds those of the tables in docs/, which benchmarks print; losses
+those of benchmarks/pays.csv.
 """
 
+import csv
 import math
 import re
+import statistics
 from collections.abc import Iterator
 from html import escape
 from itertools import pairwise
@@ -14,6 +17,7 @@ from skipless.architecture.config import Architecture
 from skipless.architecture.graph import Graph, Place, graph
 
 DOCS = Path(__file__).parents[1] / "docs"
+PAYS = Path(__file__).parents[1] / "benchmarks" / "pays.csv"
 FOLDER = DOCS / "pictures"
 STYLE = """
 text { font: 14px system-ui, sans-serif; fill: #1c1e21; text-anchor: middle }
@@ -268,12 +272,67 @@ def speeds() -> str:
     return picture(760, bottom + 38, "Speed by engine", [*parts, text(465, bottom + 28, note, "small")])
 
 
+def losses() -> str:
+    """Held-out loss against weights in the layers, with and without Q and P, by kind of block."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    with PAYS.open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row["size"] == "1M" and row["phase"] == "final":
+                found.setdefault(row["kind"], []).append((int(row["layers"]), float(row["held_out_loss"])))
+    left, right, top, bottom = 70, 740, 60, 480
+    fewest, most, best, worst = 5.8e5, 10.6e5, 3.7, 4.7
+
+    def at(weights: float, loss: float) -> tuple[float, float]:
+        x = left + (right - left) * (weights - fewest) / (most - fewest)
+        return x, top + (bottom - top) * (worst - loss) / (worst - best)
+
+    def path(points: list[tuple[float, float]]) -> str:
+        return "M" + " ".join(f"{x:.1f} {y:.1f}" for x, y in (at(*point) for point in points))
+
+    parts = list(legend(left, 30, {"first": "with norms, and skips", "second": "serial", "third": "parallel"}))
+    for tenth in range(37, 48, 2):
+        y = at(fewest, tenth / 10)[1]
+        parts += [
+            f'<path d="M{left} {y:g}H{right}" class="grid"/>',
+            text(left - 8, y + 4, f"{tenth / 10}", "small right"),
+        ]
+    for thousands in range(600, 1001, 100):
+        parts.append(text(at(1e3 * thousands, best)[0], bottom + 22, f"{1000 * thousands:,}", "small"))
+    colours = {"serial": "second", "parallel": "third"}
+    for kind in (each for each in found if f"{each} without QP" in found or each.startswith("SAS")):
+        ends = [found[each] for each in (kind, f"{kind} without QP") if each in found]
+        block, _, name = kind.partition(" ")
+        colour = colours.get(block, "first")
+        low, high = ([(runs[0][0], pick(loss for _, loss in runs)) for runs in ends] for pick in (min, max))
+        parts.append(f'<path d="{path([*low, *reversed(high)])}Z" class="{colour}" fill-opacity=".25"/>')
+        for runs, *bar in zip(ends, low, high, strict=True):
+            mean = statistics.mean(loss for _, loss in runs)
+            x, y = at(runs[0][0], mean)
+            parts.append(f'<path d="{path(bar)}"/>')
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" class="{colour}"><title>{mean:.3f}</title></circle>')
+        x, y = at(*high[0])
+        if len(ends) == 2:
+            parts.append(text(x, y - 8, name if block in colours else kind, "small"))
+        else:  # the two lie on one another
+            shift, side = (8, "left") if kind == "SAS-P" else (-8, "right")
+            parts.append(text(x + shift, y + 18, kind, f"small {side}"))
+    note = "held-out nats a token, by weights in the layers; right: with Q and P, left: without; bands: three seeds"
+    return picture(760, bottom + 60, "Loss by weights", [*parts, text(400, bottom + 48, note, "small")])
+
+
 def _number(cell: str) -> float:
     """The number that a cell begins with."""
     return float(re.match(r"[\d.]+", cell)[0])
 
 
-PICTURES = {"layer.svg": layer, "spaces.svg": spaces, "fuse.svg": fuse, "errors.svg": errors, "speeds.svg": speeds}
+PICTURES = {
+    "layer.svg": layer,
+    "spaces.svg": spaces,
+    "fuse.svg": fuse,
+    "errors.svg": errors,
+    "speeds.svg": speeds,
+    "losses.svg": losses,
+}
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)

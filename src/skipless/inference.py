@@ -11,11 +11,19 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import skipless.model  # noqa: F401  (registers the AutoClasses)
 from skipless.algebra.tolerances import dtype_name
+from skipless.checkpoint.gguf_folder import GGUFFolder
 from skipless.checkpoint.headers import Folder, check_links
 from skipless.errors import InputError
 from skipless.quiet import no_library_bars
@@ -28,10 +36,13 @@ CACHE_ERRORS = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.2, to
 
 
 def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a model folder whole, in `dtype`, for inference. Code in the folder is never run.
+    """Load a model folder, or a GGUF file as the one that it was made of, whole, in `dtype`, for inference. Code in the
+    folder is never run.
 
     Raises InputError when the folder does not load, or its tensors are not exactly the model's.
     """
+    if folder.suffix == ".gguf":
+        return _load_gguf(folder, dtype)
     Folder(folder)
     check_links(folder)
     try:
@@ -51,6 +62,16 @@ def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
             raise InputError(f"{folder}: {name}: expected each of 0..{size - 1} once; the file is damaged")
     if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the others know no fp64
+    return model.eval()
+
+
+def _load_gguf(file: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """As dequantized: transformers may keep weights in as few bits as the file has."""
+    reader = GGUFFolder(file, tokenizer=False)
+    config = AutoConfig.from_pretrained(reader.folder, local_files_only=True, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for name, weight in model.named_parameters():
+        weight.data = reader.tensor(name).to(dtype)
     return model.eval()
 
 

@@ -357,7 +357,10 @@ def test_bad_input_is_one_line_and_nothing_is_written(source, tmp_path):
     cases = [
         (("--basis", "k"), "basis: expected a square projection, found k_proj (16, 32) in layer 0"),
         (("--layers-open", "7"), "layers_open: expected layers 0..2, found 7"),
-        (("--remove", "bias"), "remove: expected some of norms, stream, values, p, head, first_layer; found 'bias'"),
+        (
+            ("--remove", "bias"),
+            "remove: expected some of norms, stream, values, queries, p, head, first_layer; found 'bias'",
+        ),
     ]
     for options, message in cases:
         refused(run(source, *options), message)
@@ -377,6 +380,7 @@ def refused(result, message):
     assert message in line
 
 
+@pytest.mark.slow
 def test_a_picture_of_condition_numbers(source, tmp_path):
     for name in ("found.png", "found.svg"):
         assert run(source, "--plot", tmp_path / name).exit_code == 0
@@ -394,7 +398,8 @@ def test_a_picture_of_condition_numbers(source, tmp_path):
 def test_what_can_go_from_a_model_as_it_is(tmp_path):
     found = skipless.audit(save(build(position_type="learned", attention_bias=True), tmp_path / "source"))
     assert found.as_is == {
-        "values": 3 * 2 * 8**2, "norm_gains": 0, "norm_biases": 0, "k_bias": 3 * 16, "v_bias": 3 * 16,
+        "values": 3 * 2 * 8**2, "queries": 3 * 2 * 8**2, "norm_gains": 0, "norm_biases": 0, "k_bias": 3 * 16,
+        "v_bias": 3 * 16,
     }  # fmt: skip
     rope = skipless.audit(save(build(attention_bias=True), tmp_path / "rope"))
     assert rope.as_is["k_bias"] == 0

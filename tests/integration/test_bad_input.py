@@ -300,7 +300,7 @@ def test_q_and_p_of_a_parallel_model(tmp_path):
     [
         (
             ("--remove", "stream,head,bias"),
-            "remove: expected some of norms, stream, values, p, head, first_layer; found 'bias'",
+            "remove: expected some of norms, stream, values, queries, p, head, first_layer; found 'bias'",
         ),
         (("--remove", "stream,values", "--basis", "v"), "basis: expected one without v with --remove stream,values"),
     ],

@@ -255,8 +255,12 @@ def test_the_roofline_comes_first(folders):
         (["--shape", "mistral-8b"], "the nearest names are"),
         (["x", "--dtype", "int8"], "dtype: expected one of float64, float32, bfloat16, float16 for torch, found int8"),
         (["x", "--engine", "vllm", "--compile"], "compile: expected engine torch, found vllm"),
-        (["nothing-here"], "nothing-here"),
-        (["x", "--engine", "vllm"], "vllm: expected the [vllm] extra, found no vllm; pip install 'skipless[vllm]'"),
+        pytest.param(["nothing-here"], "nothing-here", marks=pytest.mark.slow),  # a process that imports torch
+        pytest.param(
+            ["x", "--engine", "vllm"],
+            "vllm: expected the [vllm] extra, found no vllm; pip install 'skipless[vllm]'",
+            marks=pytest.mark.slow,
+        ),
         (["x", "--plot", "x.bmp"], "--plot: expected a file named"),
     ],
 )

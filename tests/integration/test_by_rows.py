@@ -8,7 +8,7 @@ from skipless import InputError, cli, fuse
 from skipless.algebra import linalg
 from skipless.checkpoint.opening import read_architecture
 from skipless.checkpoint.reader import CheckpointReader
-from skipless.checkpoint.staging import LocalPlace
+from skipless.checkpoint.staging import LocalDestination
 from skipless.checkpoint.writer import CheckpointWriter
 from skipless.rewrite import cost, execution, fusion, planning
 from skipless.rewrite.estimate import within_memory
@@ -165,7 +165,7 @@ def test_a_fuse_goes_on_with_less_memory_or_more(source, tmp_path, monkeypatch):
                     patch.setattr(CheckpointWriter, "write", stopped)
                     with pytest.raises(KeyboardInterrupt):
                         fuse(source, tmp_path / "fused", basis="q")
-                    assert (LocalPlace(tmp_path / "fused").unfinished / "journal.jsonl").read_bytes()
+                    assert (LocalDestination(tmp_path / "fused").unfinished / "journal.jsonl").read_bytes()
                 else:
                     fuse(source, tmp_path / "fused", basis="q", resume=True)
         assert contents(tmp_path / "fused") == contents(tmp_path / "whole")
@@ -216,10 +216,16 @@ def test_what_stays_is_copied_in_parts(source, tmp_path, monkeypatch):
     assert torch.equal(reader.tensor("lm_head.weight"), copied.tensor("lm_head.weight"))
 
 
-def test_a_forecast_by_rows_is_that_of_the_whole(source, monkeypatch):
-    found = prepare(CheckpointReader(source), Request())
+@pytest.mark.parametrize("position_type", ["rope", "learned"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("request_", [Request(), Request(remove=("stream", "values"))], ids=["stream,p", "values"])
+def test_a_forecast_by_rows_is_that_of_the_whole(position_type, bias, request_, tmp_path, monkeypatch):
+    """Of a table that takes Q's bias in, to which positions are added, and whose followers another seam rewrites."""
+    fields = {"attention_bias": bias, "position_type": position_type, "num_key_value_heads": 4}
+    source = save(build(dtype=torch.bfloat16, **SIZES, **fields), tmp_path / "source")
+    found = prepare(CheckpointReader(source), request_)
     monkeypatch.setattr(planning, "read_seam", lambda source, seam, read, _: read_seam(source, seam, read))
-    assert prepare(CheckpointReader(source), Request()).reason == found.reason != ""
+    assert prepare(CheckpointReader(source), request_).reason == found.reason != ""
 
 
 def test_choosing_a_basis_takes_memory_too(source, tmp_path, monkeypatch):

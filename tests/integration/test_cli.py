@@ -38,6 +38,8 @@ def test_version():
         (["fuse", "a", "b", "--dtyp", "float32"], "No such option"),
         (["fuse", "a", "b", "--dtype", "fp32"], "'fp32' is not one of"),
         (["verify", "a", "b", "--tokens", "0"], "0 is not in the range"),
+        (["audit", "Llama-3.1-8B"], "found a known name"),
+        (["fuse", "gpt2", "fused"], "found a known name"),
         (["bench"], "expected model folders, or --shape"),
         (["forget"], "No such command"),
         (["--forget"], "No such option"),
@@ -61,6 +63,13 @@ def test_as_a_module(options):
     assert done.stdout == run("count", "gpt2", *options).stdout
 
 
+def test_a_folder_may_be_called_as_a_known_model_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt2").mkdir()
+    assert "gpt2/config.json: expected" in run("audit", "gpt2").stderr
+
+
+@pytest.mark.slow
 def test_bench_without_a_model(tmp_path):
     result = run("bench", tmp_path / "nothing")
     assert result.exit_code == 2

@@ -117,6 +117,7 @@ def test_other_models_are_refused(tmp_path):
         load_decoder(tmp_path / "llama", torch.float32)
 
 
+@pytest.mark.slow
 def test_no_engine_is_imported_before_it_is_used():
     code = "import sys, skipless.cli, skipless.serving.export, skipless.serving.decoder; print(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -16,7 +16,7 @@ import torch
 
 from skipless import fuse
 from skipless.checkpoint import files
-from skipless.checkpoint.staging import KEPT, LocalPlace
+from skipless.checkpoint.staging import KEPT, LocalDestination
 from skipless.errors import StorageError
 from skipless.rewrite import fusion
 from skipless.rewrite.probe import Checked
@@ -119,7 +119,7 @@ def test_every_call(made, quick, tmp_path, fault, begun):
     source, whole, template = made
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in source.rglob("*") if path.is_file()}
     destination = tmp_path / "fused"
-    unfinished = LocalPlace(destination).unfinished
+    unfinished = LocalDestination(destination).unfinished
 
     def prepare():
         if begun:

@@ -351,8 +351,6 @@ def test_the_family_layout_is_no_skipless_models(tmp_path):
     save(build(), tmp_path / "source")
     with pytest.raises(skipless.InputError, match="layout: expected skipless for a skipless model, found 'family'"):
         skipless.fuse(tmp_path / "source", tmp_path / "folded", layout="family")
-    with pytest.raises(skipless.InputError, match="expected a model folder, found a GGUF file"):
-        skipless.fuse(tmp_path / "tiny.gguf", tmp_path / "folded")
 
 
 def test_what_a_user_sees(tmp_path):

@@ -29,24 +29,28 @@ def fuzz(folder, base, changes, random):
     return hostile.attempt(hostile.write(folder / "case", files), (hostile.any_request(random),))
 
 
+@pytest.mark.slow
 @FUZZED
 @given(random=RANDOMS, base=st.sampled_from(sorted(hostile.CONFIGS)))
 def test_any_header(tmp_path, random, base):
     fuzz(tmp_path, base, {SINGLE: hostile.hostile_header}, random)
 
 
+@pytest.mark.slow
 @FUZZED
 @given(random=RANDOMS, base=st.sampled_from(["skipless, sharded", "llama, sharded"]))
 def test_any_index(tmp_path, random, base):
     fuzz(tmp_path, base, {INDEX: hostile.hostile_index}, random)
 
 
+@pytest.mark.slow
 @FUZZED
 @given(random=RANDOMS, base=st.sampled_from(sorted(hostile.CONFIGS)))
 def test_any_config(tmp_path, random, base):
     fuzz(tmp_path, base, {"config.json": hostile.hostile_config}, random)
 
 
+@pytest.mark.slow
 @FUZZED
 @given(random=RANDOMS)
 def test_any_gguf_file(tmp_path, random):

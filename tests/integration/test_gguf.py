@@ -13,9 +13,9 @@ import skipless
 from skipless import InputError, cli
 from skipless.bundled import BUNDLED
 from skipless.checkpoint import opening, reader
+from skipless.checkpoint.gguf_tokens import CONTRACTIONS, OTHERS, SPACE
 from skipless.reports.counting import count
 from skipless.serving.export import export
-from skipless.serving.gguf_tokenizer import CONTRACTIONS, OTHERS, SPACE
 from tests.gguf_forms import EXPERTS, FORMS, SIZES, form
 from tests.models import build, edit_tensors, save
 
@@ -62,8 +62,11 @@ def test_values_have_their_identity_back(name, tmp_path):
     x = torch.randn(5, model.config.hidden_size)
     for number, layer in enumerate(model.model.layers):
         whole = torch.from_numpy(np.array(stored[f"blk.{number}.attn_v.weight"]))
-        expected = layer.self_attn.project_values(x)
+        expected = layer.self_attn.project(x[None])[2][0]
         torch.testing.assert_close(x @ whole.T, expected, rtol=1e-5, atol=1e-5)
+        if model.config.keys_removed:
+            keys = torch.from_numpy(np.array(stored[f"blk.{number}.attn_k.weight"]))
+            torch.testing.assert_close(x @ keys.T, layer.self_attn.project(x[None])[1][0], rtol=1e-5, atol=1e-5)
         assert (x.roll(1, -1) @ whole.T - expected).abs().max() > 0.1
     assert count(file).parameters == count(source).parameters
     with pytest.raises(InputError, match="use the model folder that it was exported from"):
@@ -107,6 +110,13 @@ def test_fewer_bits(weights, tmp_path):
             assert torch.equal(values, expected), name
 
 
+@pytest.mark.parametrize("weights", ["q5_1", "q4_0"])
+def test_the_rest_has_8_bits(weights, tmp_path):
+    file = exported(form("pivoted", tmp_path), tmp_path / "out", weights)
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
+    assert (types["blk.1.attn_qkv.weight"], types["blk.1.ffn_up.weight"]) == ("Q8_0", weights.upper())
+
+
 def test_rows_that_are_no_whole_blocks_stay_in_half_precision(tmp_path):
     source = save(build(intermediate_size=40), tmp_path / "source")
     file = exported(source, tmp_path / "out", "q4_0")
@@ -148,7 +158,7 @@ def test_the_commands(tmp_path):
         ({"norm_type": "rms", "gain_offset": 1.0}, "gain_offset: expected 0 for gguf, found 1.0"),
         ({"norm_type": "rms", "norms": ["ffn_output_norm"]}, "norms: expected none of what P and O give"),
         ({"qk_norm": "heads"}, "qk_norm: expected null or 'head_dim' for gguf, found 'heads'"),
-        ({"logit_scale": 0.5}, "logit_scale: expected null for gguf, found 0.5"),
+        ({"logit_scale": 0.5}, "logit_scale: expected 1 for gguf, found 0.5"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "rope_parameters: expected"),
         ({"hidden_act": "tanh"}, "hidden_act: expected one of silu, swish, relu, gelu"),
         ({"hidden_act": "gelu", **EXPERTS}, "hidden_act: expected another than 'gelu' for experts"),

@@ -66,8 +66,8 @@ def test_values_are_rounded_with_feedback(tmp_path, name, kinds, biased):
 
 
 def test_a_plain_cast_of_values_loses_more(tmp_path, monkeypatch):
-    def plain(kept, readers, moment, *_):
-        return kept, list(readers), rounding.passed_moment(kept, moment)
+    def plain(rest, readers, moment, *_):
+        return rest, list(readers), rounding.passed_moment(rest, moment)
 
     source = save(gaussian(3, ffn_type="mlp"), tmp_path / "source")
     monkeypatch.setattr(rows, "round_passed", plain)

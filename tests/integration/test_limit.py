@@ -114,6 +114,23 @@ def test_a_skipless_mistral_loses_all_but_what_no_block_holds(name):
     assert 0.999 <= sum(found["removed"].values()) / found["removable"] < 1
 
 
+def test_the_command_says_what_blocks_a_model_as_it_is(tmp_path):
+    def printed(*arguments):
+        result = CliRunner().invoke(cli.main, ["limit", *arguments])
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    found = printed("llama-3.1-8b")
+    assert "the numbers of a skipless llama-3.1-8b; as it is, these stay:\n" in found
+    assert found.count("residual 'both' and norm_type 'rms'") == 1
+    assert "the stream, p and head seams: " in found
+    (reason,) = json.loads(printed("llama-3.1-8b", "--json"))["as_it_is"]
+    assert reason in found
+    (tmp_path / "config.json").write_text(json.dumps(MQA))
+    assert "as it is" not in printed(str(tmp_path))
+    assert json.loads(printed(str(tmp_path), "--json"))["as_it_is"] == []
+
+
 @pytest.mark.slow
 def test_the_command_counts():
     result = CliRunner().invoke(cli.main, ["limit", "mistral-7b", "--check"])

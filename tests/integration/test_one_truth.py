@@ -103,7 +103,7 @@ MODELS = {
 @pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
 def test_what_goes_is_the_same_to_the_weight(fields, tmp_path):
     """By the plan, the file, and, where no matrix gains a bias, by limit, count and what count says is left."""
-    source = save(build(dtype=torch.float32, **fields), tmp_path / "source")
+    source = save(build(dtype=torch.bfloat16, **fields), tmp_path / "source")
     architecture = Architecture.from_config(read_json_object(source / "config.json"))
     found = limit(architecture)
     kinds = tuple(kind for kind in found.removed if kind != "norms")

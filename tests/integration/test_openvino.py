@@ -166,6 +166,14 @@ def test_integers_lose_what_rounding_loses(weights, bits, group):
 
 
 @pytest.mark.slow
+def test_int4_leaves_the_rest_8_bits(fused):
+    constants = [node for node in room.convert(fused, "int4").get_ops() if node.get_type_name() == "Constant"]
+    for name, expected in (("rest_proj", "u8"), ("down_proj", "i4")):
+        found = [node.get_element_type() for node in constants if name in node.get_friendly_name()]
+        assert {kind.get_type_name() for kind in found if kind.is_integral()} == {expected}, name
+
+
+@pytest.mark.slow
 def test_the_runner_decodes_and_counts(fused, exported, prompt):
     """Also batches, an exported folder, and what a token reads."""
     expected = greedy(BUNDLED, prompt, 12)

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from safetensors import safe_open
 
 from skipless import cli, fuse
-from skipless.checkpoint.staging import LocalPlace
+from skipless.checkpoint.staging import LocalDestination
 from skipless.errors import InputError
 from skipless.rewrite import execution
 from tests.models import SMALL, SMALL_FILES, build, contents, edit_tensors, save, stop_fuse
@@ -50,7 +50,7 @@ def whole(made):
 
 @pytest.fixture
 def stopped(made, tmp_path):
-    return shutil.copytree(made[2], LocalPlace(tmp_path / "fused").unfinished)
+    return shutil.copytree(made[2], LocalDestination(tmp_path / "fused").unfinished)
 
 
 def everything(folder):
@@ -113,7 +113,7 @@ def test_a_source_where_the_new_folder_is_in_the_making(source, stopped, tmp_pat
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_a_file_of_the_source_that_lies_there(source, tmp_path, name):
     copy = shutil.copytree(source, tmp_path / "copy")
-    unfinished = LocalPlace(tmp_path / "fused").unfinished
+    unfinished = LocalDestination(tmp_path / "fused").unfinished
     unfinished.mkdir()
     (copy / name).rename(unfinished / "lock")
     (copy / name).symlink_to(unfinished / "lock")
@@ -130,7 +130,7 @@ def test_a_file_of_the_source_that_lies_there(source, tmp_path, name):
 )
 @pytest.mark.parametrize("options", [[], ["--resume"]], ids=str)
 def test_a_folder_that_no_fuse_has_made(source, tmp_path, names, options):
-    unfinished = LocalPlace(tmp_path / "fused").unfinished
+    unfinished = LocalDestination(tmp_path / "fused").unfinished
     for name in names:
         (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
         (unfinished / name).mkdir() if name.endswith("/") else (unfinished / name).write_text("mine")
@@ -141,7 +141,7 @@ def test_a_folder_that_no_fuse_has_made(source, tmp_path, names, options):
 
 
 def test_a_folder_whose_job_is_somebody_elses(source, tmp_path):
-    unfinished = LocalPlace(tmp_path / "fused").unfinished
+    unfinished = LocalDestination(tmp_path / "fused").unfinished
     (unfinished / "model").mkdir(parents=True)
     (unfinished / "job.json").write_text('{"format": "mine"}')
     (unfinished / "model" / "model.safetensors").write_text("mine")
@@ -165,7 +165,7 @@ def test_other_files_beside_it_stay(source, stopped, whole, name, caplog):
 
 def test_a_fuse_that_fails_removes_what_it_has_written_and_no_more(source, tmp_path, monkeypatch):
     copy = shutil.copytree(source, tmp_path / "copy")
-    unfinished = LocalPlace(tmp_path / "fused").unfinished
+    unfinished = LocalDestination(tmp_path / "fused").unfinished
 
     def planting(plan, task):
         (unfinished / "notes.txt").write_text("mine")
@@ -432,7 +432,7 @@ def test_what_is_no_file_of_ours(source, stopped, whole, name, kind):
 @pytest.mark.parametrize("make", [symlink, hard_link])
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "skipless.json", "modeling_skipless.py"])
 def test_a_link_that_is_put_there_meanwhile_is_not_written_through(source, tmp_path, whole, make, name):
-    unfinished = LocalPlace(tmp_path / "fused").unfinished
+    unfinished = LocalDestination(tmp_path / "fused").unfinished
 
     def planting(plan, task):
         (unfinished / "model" / name).unlink(missing_ok=True)

@@ -16,7 +16,7 @@ import torch
 
 from skipless import InputError, fuse
 from skipless.checkpoint.reader import CheckpointReader
-from skipless.checkpoint.staging import LocalPlace
+from skipless.checkpoint.staging import LocalDestination
 from skipless.checkpoint.writer import CheckpointWriter
 from skipless.errors import DisagreementError, StorageError
 from skipless.rewrite import environment, executors
@@ -81,9 +81,11 @@ def change_computed(monkeypatch, wrong):
 
 def watch_checks(monkeypatch):
     """The reports that are compared, in pairs."""
-    compare, pairs = cluster.Report.compare, []
+    compare, pairs = cluster.WorkerReport.compare, []
     monkeypatch.setattr(
-        cluster.Report, "compare", lambda one, other, task: pairs.append((one, other)) or compare(one, other, task)
+        cluster.WorkerReport,
+        "compare",
+        lambda one, other, task: pairs.append((one, other)) or compare(one, other, task),
     )
     return pairs
 
@@ -159,7 +161,7 @@ def test_what_no_machine_has_room_for_goes_by_rows(tmp_path, two_workers, monkey
 
 @pytest.mark.slow
 def test_a_task_that_kills_every_worker(source, tmp_path, two_workers, whole, monkeypatch):
-    journal = LocalPlace(tmp_path / "fused").unfinished / "journal.jsonl"
+    journal = LocalDestination(tmp_path / "fused").unfinished / "journal.jsonl"
 
     def kill(number, outputs):
         if number == 0:
@@ -193,7 +195,7 @@ def test_a_stopped_driver_stops_its_workers_and_goes_on(source, tmp_path, two_wo
         wrap(patch, sleep)
         with pytest.raises(KeyboardInterrupt):
             fuse(source, tmp_path / "fused", engine="ray", **MANY_FILES)
-    journal = LocalPlace(tmp_path / "fused").unfinished / "journal.jsonl"
+    journal = LocalDestination(tmp_path / "fused").unfinished / "journal.jsonl"
     lines = journal.read_text().splitlines()
     assert lines
     ran = []
@@ -212,6 +214,7 @@ def test_a_stopped_driver_stops_its_workers_and_goes_on(source, tmp_path, two_wo
 WRONG = "model.layers.1.mlp.down_proj.weight"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "found"),
     [
@@ -229,7 +232,7 @@ def test_what_arrives_is_not_what_a_worker_sent(source, tmp_path, two_workers, w
         with pytest.raises(StorageError, match=message):
             fuse(source, tmp_path / "fused", engine="ray", **MANY_FILES)
     assert not (tmp_path / "fused").exists()
-    resume = LocalPlace(tmp_path / "fused").unfinished.exists()
+    resume = LocalDestination(tmp_path / "fused").unfinished.exists()
     fuse(source, tmp_path / "fused", engine="ray", resume=resume, **MANY_FILES)
     assert contents(tmp_path / "fused") == whole
 
@@ -267,7 +270,7 @@ def test_nothing_is_kept_that_a_wrong_worker_may_have_done(source, tmp_path, two
         stop_at_write(patch, 8, source)
         with pytest.raises(KeyboardInterrupt):
             fuse(source, tmp_path / "fused", engine="ray", **MANY_FILES)
-    assert (LocalPlace(tmp_path / "fused").unfinished / "journal.jsonl").read_bytes()
+    assert (LocalDestination(tmp_path / "fused").unfinished / "journal.jsonl").read_bytes()
     change_computed(monkeypatch, lambda number: True)
     with pytest.raises(DisagreementError):
         fuse(source, tmp_path / "fused", engine="ray", resume=True, **MANY_FILES)
@@ -360,7 +363,7 @@ def test_a_cluster_of_its_own(source, tmp_path, whole):
     """From the command line, with no cluster: one is begun, and ended, even by Ctrl-C."""
     arguments = ["fuse", str(source), str(tmp_path / "fused"), "--dtype", "bfloat16", "--max-shard-size", "0.02MB"]
     command = [sys.executable, "-c", "from skipless.cli import main; main()", *arguments, "--engine", "ray"]
-    journal = LocalPlace(tmp_path / "fused").unfinished / "journal.jsonl"
+    journal = LocalDestination(tmp_path / "fused").unfinished / "journal.jsonl"
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None and not (journal.exists() and journal.read_bytes()):
             time.sleep(0.001)

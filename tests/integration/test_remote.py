@@ -17,7 +17,7 @@ import skipless
 from skipless import InputError, cli, fuse
 from skipless.checkpoint import store
 from skipless.checkpoint.reader import CheckpointReader
-from skipless.checkpoint.remote import RemotePlace, RemoteReader, shown
+from skipless.checkpoint.remote import RemoteDestination, RemoteReader, shown
 from skipless.errors import StorageError
 from skipless.rewrite.fusion import plan_fuse
 from skipless.rewrite.request import Request
@@ -145,7 +145,7 @@ def test_a_store_that_loses_bytes_and_another_attempt(memory, tmp_path, monkeypa
     assert "config.json" not in contents(memory)
     fuse(tmp_path / "source", FUSED, resume=True)
     assert "config.json" in contents(memory)
-    assert not RemotePlace(FUSED).unfinished.exists()
+    assert not RemoteDestination(FUSED).unfinished.exists()
 
 
 @pytest.fixture
@@ -416,7 +416,7 @@ def test_no_secret_is_said_or_written(memory, tmp_path, monkeypatch, caplog):
     assert "memory://models/source: expected a new folder, found one that exists" in said[-1]
     assert command(f"simplecache::{SECRET}", "other") == 2
     assert command(SECRET.replace("memory", "nonsense"), "other") == 2
-    said.append(str(RemotePlace(SECRET).unfinished))
+    said.append(str(RemoteDestination(SECRET).unfinished))
     said.append(caplog.text)
     for secret in ("me5", "word7", "t0ken", "s1g", "fr4g"):
         for text in said:

@@ -139,8 +139,9 @@ document.body.dataset.overflow = document.documentElement.scrollWidth > innerWid
 </script></body>"""
 
 
+@pytest.mark.slow
 @needs_browser
-@pytest.mark.parametrize("width", [pytest.param(500, marks=pytest.mark.slow), 1280])
+@pytest.mark.parametrize("width", [500, 1280])
 def test_a_browser_draws_it_and_answers(written, width):
     folder, _ = written
     (folder / "driven.html").write_text((folder / "page.html").read_text().replace("</body>", DRIVE))

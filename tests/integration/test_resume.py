@@ -20,7 +20,7 @@ from skipless.checkpoint import files
 from skipless.checkpoint import reader as reader_module
 from skipless.checkpoint.manifest import Manifest
 from skipless.checkpoint.reader import CheckpointReader
-from skipless.checkpoint.staging import LocalPlace
+from skipless.checkpoint.staging import LocalDestination
 from skipless.checkpoint.writer import CheckpointWriter
 from skipless.errors import StorageError
 from skipless.rewrite import execution, fusion
@@ -55,13 +55,13 @@ def test_a_stopped_fuse_goes_on(source, tmp_path, monkeypatch, whole, number, er
         with pytest.raises((KeyboardInterrupt, StorageError)):
             fuse(source, tmp_path / "fused", **MANY_FILES)
     assert not (tmp_path / "fused").exists()
-    lines = (LocalPlace(tmp_path / "fused").unfinished / "journal.jsonl").read_text().splitlines()
+    lines = (LocalDestination(tmp_path / "fused").unfinished / "journal.jsonl").read_text().splitlines()
     assert lines
     ran = count_tasks(monkeypatch)
     plan = fuse(source, tmp_path / "fused", resume=True, **MANY_FILES)
     assert len(ran) == len(plan.tasks) - len(lines)
     assert contents(tmp_path / "fused") == whole
-    assert not LocalPlace(tmp_path / "fused").unfinished.exists()
+    assert not LocalDestination(tmp_path / "fused").unfinished.exists()
 
 
 def test_a_full_disk_says_what_to_do(source, tmp_path, monkeypatch):
@@ -141,7 +141,7 @@ def test_ctrl_c_says_how_to_resume(source, tmp_path, monkeypatch):
 def test_a_killed_process_goes_on(source, tmp_path, whole, hit):
     command = [sys.executable, "-c", "from skipless.cli import main; main()", "fuse", str(source)]
     command += [str(tmp_path / "fused"), "--dtype", "bfloat16", "--max-shard-size", "0.02MB"]
-    journal = LocalPlace(tmp_path / "fused").unfinished / "journal.jsonl"
+    journal = LocalDestination(tmp_path / "fused").unfinished / "journal.jsonl"
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     while process.poll() is None and not (journal.exists() and journal.read_bytes()):
         time.sleep(0.001)
@@ -158,7 +158,7 @@ def stopped(source, tmp_path, monkeypatch):
         stop_at_write(patch, 8, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             fuse(source, tmp_path / "fused", **MANY_FILES)
-    return LocalPlace(tmp_path / "fused").unfinished
+    return LocalDestination(tmp_path / "fused").unfinished
 
 
 def test_without_resume_nothing_is_lost(source, tmp_path, stopped):
@@ -313,7 +313,7 @@ def test_what_was_written_is_read_again_before_it_gets_its_name(source, tmp_path
 
 
 def test_two_fuses_to_one_place(source, tmp_path):
-    folder = LocalPlace(tmp_path / "fused").unfinished
+    folder = LocalDestination(tmp_path / "fused").unfinished
     folder.mkdir()
     with FileLock(folder / "lock"):
         with pytest.raises(InputError, match="fused: expected no other process at it, found one that is writing"):

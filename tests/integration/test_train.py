@@ -254,7 +254,7 @@ def test_nan_is_named_by_its_step_and_not_saved(recipe: Recipe, tmp_path: Path, 
         ({"hidden_sizes": 3}, "model: hidden_sizes: not a field"),
         (
             {"stream_basis": "pivoted"},
-            "stream_basis, values_removed, head_removed, first_layer_removed: expected a model with whole",
+            "stream_basis, values_removed, keys_removed, head_removed, first_layer_removed: expected a model with",
         ),
         ({"vocab_size": 10**6}, "vocab_size: expected .* found 1000000"),
     ],

@@ -105,7 +105,13 @@ class TestEval:
         tokens = evaluate(out, [str(out / "checkpoints" / "held_out.bin")], sequence_length=32)
         assert tokens.loss == pytest.approx(result["held_out_loss"], rel=1e-5)
         assert tokens.bits_per_byte is None
-        assert evaluate(out, [f"{folder}/text/*.py"], sequence_length=32, most_tokens=100).tokens == 96
+        told: list[tuple[int, int | None]] = []
+        text, options = [f"{folder}/text/*.py"], {"sequence_length": 32, "progress": lambda *done: told.append(done)}
+        assert evaluate(out, text, most_tokens=100, **options).tokens == 96
+        assert told == [(96, 100)]
+        read = evaluate(out, text, **options).tokens
+        assert told[-1] == (read, None)
+        assert [done for done, _ in told[1:]] == sorted({done for done, _ in told[1:]})
 
     def test_refuses_what_it_cannot_do(self, folder: Path, trained: tuple[Path, dict[str, Any]]):
         text = f"{folder}/text/*.py"

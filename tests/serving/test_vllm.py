@@ -47,8 +47,8 @@ MODELS = {
     ),
     "layer 0 as a table": ({}, {"remove": ("stream", "p", "first_layer")}),
     "parallel, layer 0 as a table": ({**PARALLEL, **BIASES}, {"remove": ("first_layer",)}),
-    "windows, caps": (
-        {"sliding_window": 6, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "windows, caps, scales": (
+        {"sliding_window": 6, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "logit_scale": 0.7},
         {"basis": "pivoted", **ALL},
     ),
 }

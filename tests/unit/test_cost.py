@@ -14,10 +14,10 @@ from skipless.rewrite.request import Request
 from tests.models import build, save
 
 # Of these steps half of what the counter finds is needed: symmetric products, and triangles.
-HALVED = ("G = X^T X", "N", "round R", "M = 1 + R R^T", "round X")
+HALVED = ("G = X^T X", "N", "round R", "H = 1 + R R^T", "round X")
 # These are factorizations and triangular solves, which the counter does not know.
-UNSEEN = ("choose columns", "factorize S", "R = S^-1 A", "shrink R", "factorize G", "factorize N", "factorize M")
-UNSEEN += ("R^T M^-1",)
+UNSEEN = ("choose columns", "factorize S", "R = S^-1 A", "shrink R", "factorize G", "factorize N", "factorize H")
+UNSEEN += ("R^T H^-1",)
 
 
 MOE = {"ffn_type": "moe", "num_local_experts": 3, "num_experts_per_tok": 2}

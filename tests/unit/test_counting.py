@@ -172,8 +172,10 @@ def test_the_cache_and_arithmetic_take_time_too():
 def test_biases_that_mean_nothing():
     gpt2 = {"model_type": "gpt2", "vocab_size": 96, "n_positions": 8, "n_embd": 32, "n_layer": 3, "n_head": 4}
     assert counted(gpt2).as_is == {
-        "values": 3 * 32 * 8, "norm_gains": 3 * 2 * 32, "norm_biases": 3 * 2 * 32, "k_bias": 96, "v_bias": 96,
+        "values": 3 * 32 * 8, "queries": 3 * 32 * 8, "norm_gains": 3 * 2 * 32, "norm_biases": 3 * 2 * 32, "k_bias": 96,
+        "v_bias": 96,
     }  # fmt: skip
+    assert counted({**LLAMA, "model_type": "qwen2"}).as_is["queries"] == 0
     assert counted({**LLAMA, "model_type": "qwen2"}).as_is["k_bias"] == 0  # RoPE stands between
 
 

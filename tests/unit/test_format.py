@@ -29,6 +29,7 @@ MODELS = [
     {**EXPERTS, **BIASES, "head_dim": 6, "p_removed": True, "folded_biases": FOLDED, "tie_word_embeddings": True},
     {"first_layer_removed": True, "stream_basis": "pivoted", "values_removed": True, "num_key_value_heads": 4},
     {"values_removed": True, **QKV},
+    {"keys_removed": True, "position_type": "alibi", **QKV},
     {"head_dim": 16, "p_removed": True, "head_removed": True, "attention_bias": True, "values_removed": True},
 ]
 
@@ -78,6 +79,7 @@ def test_every_row_has_a_tensor():
 
 SERIAL = {"num_key_value_heads": 4}
 WIDE, PARALLEL = {**SERIAL, "head_dim": 16}, {"block_type": "parallel"}
+NO_ROPE = {**SERIAL, "position_type": "none"}
 
 
 @pytest.mark.parametrize(
@@ -91,6 +93,7 @@ WIDE, PARALLEL = {**SERIAL, "head_dim": 16}, {"block_type": "parallel"}
         (PARALLEL, "p", "q", ()),
         (SERIAL, "values", "q", ("p", "head")),
         (PARALLEL, "values", "q", ("head",)),
+        (NO_ROPE, "queries", "q", ("values", "p", "head")),
         (SERIAL, "head", "q", ("stream", "p", "values")),
         (PARALLEL, "head", "q", ("stream", "values")),
         (SERIAL, "first_layer", "q", ("stream", "p", "values", "head")),
@@ -100,7 +103,7 @@ WIDE, PARALLEL = {**SERIAL, "head_dim": 16}, {"block_type": "parallel"}
 def test_which_run_may_follow(fields, first, basis, later):
     architecture = Architecture.from_config({"model_type": "skipless", **TINY, **fields})
     removes = "p" if fields is PARALLEL and first == "p" else "readers"
-    every = seams(architecture, removes, first_layer=first == "first_layer")
+    every = seams(architecture, removes, first_layer=first == "first_layer", queries=first == "queries")
     found = closed(architecture, [seam for seam in every if seam.kind == first], basis)
     can = set()
     for removes in ("readers", "p"):

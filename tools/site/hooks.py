@@ -81,8 +81,8 @@ def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: File
 
 
 def _relinked(markdown: str, file: str, config: MkDocsConfig) -> str:
-    """A file of the repository as a page: its links to pages lead there, others into the repository. Of these the path
-    alone is shown while mkdocs.yml has no repo_url.
+    """A file of the repository as a page: its links to pages lead there, others into the repository. While mkdocs.yml
+    has no repo_url, words that are the end of the path stand for these, and others have the path beside them.
     """
     here = posixpath.dirname(ELSEWHERE.get(file, file.removeprefix("docs/")))
 
@@ -93,7 +93,7 @@ def _relinked(markdown: str, file: str, config: MkDocsConfig) -> str:
             return f"[{words}]({posixpath.relpath(ELSEWHERE.get(path, path.removeprefix('docs/')), here)}{anchor})"
         if config.repo_url:
             return f"[{words}]({config.repo_url.rstrip('/')}/blob/main/{path}{anchor})"
-        return f"`{path}`" if words == path else f"{words}, `{path}`"
+        return f"`{words.strip('`')}`" if path.endswith(words.strip("`/")) else f"{words}, `{path}`"
 
     return LINK.sub(link, markdown)
 

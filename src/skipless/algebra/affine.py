@@ -9,18 +9,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from skipless.algebra.linalg import product
-from skipless.algebra.rows import Matrix
+from skipless.algebra.rows import Matrix, Rows
 from skipless.architecture.seams import Seam
 
 
 @dataclass(frozen=True)
 class Affine:
-    """A module's map, its weight in any dtype, its bias in fp64. A norm's gain is a diagonal, its weight a vector.
+    """A module's map: its weight in any dtype, its bias in fp64. A norm's weight is its gain, a vector.
 
-    `table`: one of its rows is looked up at a time; `one_hot`: and every row can take a bias in. moment: the
-    covariance of its inputs, in blocks of them one after the other, and mean: what they are for any token, where a seam
-    that was closed before has made them other than white. scale: by what the stream gets what it writes, bias included,
-    or it gets the stream, where trainable gains stand between.
+    table: its input picks one row. one_hot: a table, each of whose rows can take a bias in.
+    moment, mean: the covariance of its inputs, in blocks along the diagonal, and their mean, where a seam that was
+    closed before has made them other than white (None: white). scale: a trainable gain between the map and the stream.
+    The stream gets scale times what a writer writes, bias included; a reader reads scale times the stream.
     """
 
     weight: Float[Matrix, "inputs outputs"] | Float[Tensor, "outputs"]
@@ -41,16 +41,19 @@ class Affine:
         if bias is None:
             return self
         if self.one_hot:
-            return dataclasses.replace(self, weight=self.weight + bias.to(self.weight.dtype))
+            own = bias.to(self.weight.dtype)
+            if isinstance(self.weight, Rows):
+                return dataclasses.replace(self, weight=self.weight.map(own.add, len(own), own.dtype))
+            return dataclasses.replace(self, weight=self.weight + own)
         return dataclasses.replace(self, bias=bias if self.bias is None else self.bias + bias)
 
     def of_rows(self, weight: Float[Matrix, "some outputs"]) -> "Affine":
-        """The map of some inputs alone: rows of its weight. What the others were goes."""
+        """The map of some of its inputs alone, by their rows of the weight; moment and mean are dropped."""
         return dataclasses.replace(self, weight=weight, moment=None, mean=None)
 
 
 def past_norm(seam: Seam, affines: Mapping[str, Affine]) -> dict[str, Affine]:
-    """The readers M of a seam; of a redundant norm before them, which goes, diag(gain) M."""
+    """The readers M of a seam; where a redundant norm before them goes, diag(gain) M."""
     readers = {name: affines[name] for name in seam.readers}
     if seam.through not in affines:
         return readers

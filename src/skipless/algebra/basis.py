@@ -17,12 +17,12 @@ from skipless.architecture.seams import Seam
 
 # A solve in fp64 loses about eps * condition. Beyond this, the rewritten model could not reach 1e-9 even in fp64.
 MAX_CONDITION = 1e-9 / np.finfo(np.float64).eps
-# With pivoted columns |R| stays small whatever S's condition number is, so S need only be of full rank in fp64. (Not so
-# what a tied table's transpose reads, S^-1 O^T: where there are such duals, MAX_CONDITION holds.)
+# With pivoted columns |R| stays small whatever S's condition number is, so S need only be of full rank in fp64. Nothing
+# bounds S^-1 O^T, which a tied table's transpose reads: where there are such duals, MAX_CONDITION holds.
 MAX_CONDITION_PIVOTED = 1e-3 / np.finfo(np.float64).eps
 # Columns are swapped until no entry of R is larger than this (a maximum-volume submatrix has max|R| <= 1; identities).
 MAX_REST = 1.05
-# By how much of it R may be off while columns are looked for.
+# The relative error that R may have while columns are looked for.
 MAX_ERROR = 0.05
 # Columns swapped at once, so that a round costs a matrix product and not as many rank-1 updates.
 SWAPS = 64
@@ -32,8 +32,8 @@ SWAPS = 64
 class Basis:
     """The columns of A that become the identity, ascending, and S, LU-factorized in fp64.
 
-    condition: LAPACK's estimate (gecon) of S's condition number in the 1-norm, or inf. limit: up to which it can be
-    used: a model rewritten in the basis then equals the original to 1e-9 in fp64.
+    condition: LAPACK's estimate (gecon) of S's condition number in the 1-norm, or inf. limit: the largest with which a
+    model rewritten in the basis still equals the original to 1e-9 in fp64.
     """
 
     columns: Int[Tensor, "d"]
@@ -70,8 +70,8 @@ def pivot(
     LU of A^T with partial pivoting picks d rows; then the largest entry of R names a column of S and one of the rest to
     swap, each swap multiplying |det S| by it, until none is larger (maximum-volume submatrix; Goreinov et al., "How to
     find a good submatrix", 2010). A matrix of lower rank has no such columns: any are returned.
-    weights: squares of what columns are scaled by. dtype: in what to compute R. In fp32 it is off by up to
-    1e-7 * condition number, and so is the bound; what fp32 cannot factorize is factorized in fp64.
+    weights: squares of what columns are scaled by. dtype: the precision of R. In fp32, R and so the bound are off by up
+    to 1e-7 * condition number; what fp32 cannot factorize is factorized in fp64.
     """
     d, m = matrix.shape
     scaled = matrix.T.to(dtype, copy=True)

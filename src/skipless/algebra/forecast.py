@@ -31,10 +31,10 @@ PROBES = 512
 class Way:
     """A way to close a seam.
 
-    condition: estimated condition number, 1-norm, of the columns that become the identity; largest: max|R| of the rest,
-    rows and columns scaled by what errors count there (both None in a P-M seam, where nothing is solved for).
-    errors: dtype -> q, k, v (and logits, if the head is tied to the seam's table; m, in a parallel layer), or m ->
-    expected relative error as stored in it; infinite if the way cannot be gone or the dtype cannot hold the numbers.
+    condition: estimated condition number, 1-norm, of the columns that become the identity; largest: max |R|, rows and
+    columns scaled by what errors count there (both None where nothing is solved for, as in a P-M seam).
+    errors: dtype -> letter of what is read -> the expected relative error when stored in that dtype; infinite if the
+    way cannot be gone, or if the dtype cannot hold the numbers. Letters: q, k, v, m, and logits of a tied head.
     """
 
     condition: float | None
@@ -53,8 +53,10 @@ class Way:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A seam that has been closed, by `way`, and stored in `dtype`. errors, original: as in Way and Forecast, in that
-    dtype (empty: where nothing is solved for); problem: why that loses too much, or None.
+    """A seam that has been closed by `way` and stored in `dtype`.
+
+    errors, original: as in Way and Forecast, of that dtype; empty where nothing is solved for. problem: why that loses
+    too much, or None.
     """
 
     kind: str
@@ -80,18 +82,18 @@ class Outcome:
         return cls(**fields)
 
 
-def _are_errors(found: object) -> bool:
-    """Whether something is the errors of q, k, v and so on, as JSON has them."""
-    return isinstance(found, dict) and all(type(error) in (int, float) and error >= 0 for error in found.values())
+def _are_errors(value: object) -> bool:
+    """Whether a JSON value is the errors of q, k, v and so on."""
+    return isinstance(value, dict) and all(type(error) in (int, float) and error >= 0 for error in value.values())
 
 
 @dataclass(frozen=True)
 class Forecast:
     """What closing a seam will cost, by way and dtype, and `original`: what rounding it unclosed costs by dtype alone.
 
-    The original's weights are taken to use all their bits: a bf16 checkpoint would lose nothing in bf16. And none of
-    them is taken to be too small for the dtype, so that such numbers, where closing the seam makes them, count as loss.
-    left: by way, the modules that are closed again by a later seam, as this one leaves them.
+    The original's weights are taken to use all their bits (a bf16 checkpoint would lose nothing in bf16), and none to
+    be too small for the dtype: such numbers, where closing the seam makes them, count as loss.
+    left: by way, the modules that a later seam closes again, as this one leaves them.
     """
 
     seam: Seam
@@ -106,21 +108,21 @@ class Forecast:
 
     def problem(self, way: str, dtype: str) -> str | None:
         """Why closing the seam by `way` is not safe in `dtype`, or None: the error would exceed the tolerance."""
-        found, own = self.ways[way].errors[dtype], self.original[dtype]
-        limits = {name: tolerance(getattr(torch, dtype), own[name]) for name in found}
-        beyond = [name for name in found if found[name] > limits[name] or math.isinf(found[name])]
+        errors, own = self.ways[way].errors[dtype], self.original[dtype]
+        limits = {name: tolerance(getattr(torch, dtype), own[name]) for name in errors}
+        beyond = [name for name in errors if errors[name] > limits[name] or math.isinf(errors[name])]
         if not beyond:
             return None
-        name = max(beyond, key=found.__getitem__)
+        name = max(beyond, key=errors.__getitem__)
         if not self.ways[way].usable:
             return (
                 f"layer {self.seam.layer} cannot be rewritten by {way}: the condition number is "
                 f"{self.ways[way].condition:.1e}"
             )
-        if math.isinf(found[name]):
+        if math.isinf(errors[name]):
             return f"layer {self.seam.layer} by {way}: there are numbers larger than {dtype} can hold"
         return (
-            f"layer {self.seam.layer} by {way} in {dtype}: the relative error of {name} is {found[name]:.1e}, above "
+            f"layer {self.seam.layer} by {way} in {dtype}: the relative error of {name} is {errors[name]:.1e}, above "
             f"{limits[name]:.1e} (the original's: {own[name]:.1e})"
         )
 
@@ -132,7 +134,7 @@ def precision_of(dtype: str) -> tuple[float, float]:
 
 
 def reach(left: Float[Matrix, "n d"], right: Float[Tensor, "d m"]) -> float:
-    """Max |A B|; a bound of it where that is below the largest number of every dtype."""
+    """Max |A B|, or a bound of it where that is below the largest number of every dtype."""
     power = max(squares(left[rows], 1).max() for rows in blocks(left))
     bound = (power * squares(right, 0).max()).sqrt()
     if bound <= torch.finfo(torch.float16).max:
@@ -141,18 +143,16 @@ def reach(left: Float[Matrix, "n d"], right: Float[Tensor, "d m"]) -> float:
 
 
 def mean_square(outputs: Float[Tensor, "n r"]) -> float:
-    """Of a row, the sum of its squares, on average."""
+    """The sum of a row's squares, on average over the rows."""
     return outputs.square().sum(1).mean().item()
 
 
 def relative(square: float, total: float) -> float:
-    """The root of an error's square as part of what it is an error of; of nothing (all weights are 0), nothing."""
+    """sqrt(square / total): an error relative to what it is an error of; 0 where that is 0 (all weights are)."""
     return (square / total) ** 0.5 if total > 0 else 0.0
 
 
 def letter(name: str) -> str:
-    """The paper's name of a matrix, or of what it gives, in lower case: q of model.layers.0.self_attn.q_proj, p of
-    o_proj, m of what reads the FFN's input.
-    """
+    """The paper's letter for a module: q for model.layers.0.self_attn.q_proj, p for o_proj, m for the FFN's readers."""
     letters = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "p", "lm_head": "logits"}
     return letters.get(name.rpartition(".")[2], "m")

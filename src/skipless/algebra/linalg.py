@@ -15,7 +15,7 @@ from torch import Tensor
 
 from skipless.algebra.rows import Matrix, Rows
 
-# Of a matrix, rows that are worked on together: at most so many, with so many numbers.
+# Rows of a matrix that are worked on together: at most ROWS of them, with at most BLOCK numbers.
 ROWS, BLOCK = 4096, 2**24
 # Numbers that are brought to another precision while they are in the CPU's caches.
 CACHED = 2**19
@@ -27,10 +27,10 @@ def _numpy(*tensors: Tensor) -> bool:
 
 
 def precision(left: torch.dtype, right: torch.dtype, dtype: torch.dtype) -> torch.dtype:
-    """In what a product is computed that is to be stored in `dtype`.
+    """The precision in which to compute a product that will be stored in `dtype`.
 
-    Products of two bf16 numbers are exact in fp32, in which they are summed up; then they are rounded once. Of numbers
-    with more bits, fp32 loses 1e-7, where storing in half precision loses 1e-3. All else is fp64.
+    bf16 times bf16 is summed up in fp32, in which such products are exact, and rounded once. With more bits, fp32 loses
+    1e-7, where storing in half precision loses 1e-3. All else is fp64.
     """
     if left == right == dtype == torch.bfloat16:
         return dtype
@@ -52,7 +52,7 @@ def multiply(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
 def product(left: Matrix, right: Tensor, dtype: torch.dtype, within: torch.dtype | None = None) -> Tensor:
     """Left (n, d) @ right (d, m) in `dtype`, computed in `within` (None: precision()), some rows at a time.
 
-    It is laid out as left is: where left's transpose is contiguous, so is the product's. That of Rows is Rows.
+    Where left's transpose is contiguous, so is the product's. The product of Rows is Rows.
     """
     within = precision(left.dtype, right.dtype, dtype) if within is None else within
     (n, _), m = left.shape, right.shape[1]

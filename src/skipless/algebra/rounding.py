@@ -1,24 +1,35 @@
 """Store a closed seam in bf16 or fp16 with the least error: round with feedback, and re-solve what is still free.
 
-A closed seam is a writer X (n, d), whose rows are the stream, and a rest R (d, r), row vectors: [X | X R] is what the
-readers get. Rounding both plainly multiplies X's error by R. Here, instead, with W_b and W_r the weights of the passed
-and of the rest columns, G = X^T X:
+docs/half-precision.md explains it with the same letters and the same steps. In row vectors:
 
-    1. R is shrunk to what is best to multiply by when both X and R will be off by their dtype's relative error u:
-       argmin over R' of || X (R' - R) ||^2 + 2 u^2 || diag(G)^1/2 R' ||^2. (Pivoting's R is small and needs it not.)
-       Then it is rounded with feedback in both directions, under G (down its columns) and under
-       N = (W_r^-1 + R^T W_b^-1 R)^-1 (along its rows): what step 2 cannot repair, as
-       min over X' of || [X' - X | X' R' - X R] ||^2 = tr(G E N E^T) with E = R' - R.
-    2. X is re-solved against the rounded R': X' = (X W_b + X R W_r R'^T) M^-1 with M = W_b + R' W_r R'^T.
-    3. X' is rounded with feedback under M, what an error in the stream costs in all columns together.
+    X = O S    (n, d)   the writer; its rows are the stream x
+    R          (d, r)   the rest, S^-1 A_r: a reader gets [x | x R]. Both are rounded; plainly, R multiplies X's error
+    X', R'              what is stored in their place
+    W_b, W_r            diagonal: what a squared error counts in each passed column, and in each column of the rest
+                        (passed_weights, rest_weights)
+    u                   the relative error of rounding to the dtype (rounding_error)
+    G = E[x^T x]        what an error costs down a column of R: X^T X / n (moment)
+    N                   what it costs along a row, once X is re-solved: (W_r^-1 + R^T W_b^-1 R)^-1 (repaired_metric)
+    H                   what an error in the stream costs in all columns: W_b + R' W_r R'^T (joint_metric)
 
-Feedback: with H = L D L^T, L unit upper triangular, tr(E H E^T) = sum_j D_j |(E L)_j|^2; columns are rounded from
-first to last, and each makes up for the errors of those before it (LDL^T rounding, arXiv:2307.13304; GPTQ,
-arXiv:2210.17323). In two directions, tr(G E N E^T) = sum_ij Dg_i Dn_j (Lg^T E Ln)_ij^2, and entry (i, j) makes up for
-all (a <= i, b <= j) before it.
+The steps (the basis S, step 1, is chosen before: basis.pivot):
 
-Where rows of a writer W become the identity, x [I; K] A (round_passed), it is the same turned around: K is rounded with
-feedback under E[x^T x] and A A^T, A is re-solved against it, and then rounded under the moment of what it reads.
+    2. shrink: R is replaced by what is best to multiply by when X and R will both be off by u,
+       argmin over R' of || X (R' - R) ||^2 / n + 2 u^2 || diag(G)^1/2 R' ||^2. (A pivoted R is small: it stays.)
+    3. round_rest: R is rounded with feedback, under G down its columns and under N along its rows. With E = R' - R,
+       tr(G E N E^T) = min over X' of || [X' - X | X' R' - X R] ||^2 / n, weighted: what step 4 cannot repair.
+    4. round_seam: X is re-solved for the rounded R', X' = (X W_b + X R W_r R'^T) H^-1.
+    5. round_rows: X' is rounded row by row with feedback under H.
+    6. solve_rest: an R that is kept in fp32 or fp64 skips step 3, and is re-solved for the rounded X' instead.
+
+Feedback. With a metric H = L D L^T (Metric), L unit upper triangular, tr(E H E^T) = sum_j D_j |(E L)_j|^2. Columns are
+rounded from first to last, and each makes up for the errors of those before it (LDL^T rounding, arXiv:2307.13304;
+GPTQ, arXiv:2210.17323). In two directions, G = Lg Dg Lg^T and N = Ln Dn Ln^T,
+tr(G E N E^T) = sum_ij Dg_i Dn_j (Lg^T E Ln)_ij^2, and entry (i, j) makes up for all (a <= i, b <= j) before it.
+
+Where rows of a writer become the identity (round_passed), x [I; R] A, it is the same turned around: R is rounded with
+feedback under E[x^T x] and A A^T; A is re-solved for the rounded R', and then rounded under the moment of what it
+reads.
 """
 
 import dataclasses
@@ -47,11 +58,11 @@ TILE, GROUP = 48, 12
 # While the scaled |R| stays below this, directions of X that fp32 cannot see (1e-7 of its power) do not matter in k or
 # v either: G may be summed in fp32, at twice the speed, and R need not be shrunk. (Pivoted bases keep |R| <= 1.05.)
 SMALL_REST = 2
-# A larger R is shrunk by what lies between G and bf16's noise: of larger ones than this, fp32's 1e-7 of G is too much.
+# A larger R is shrunk by V (step 2), which for bf16 is far above fp32's 1e-7 of G; not so for an R beyond this.
 MODERATE_REST = 100
-# While M's mean diagonal is less than so many times the least of W_b, fp32's 1e-7 of it is nothing beside W_b.
+# While H's mean diagonal is less than so many times the least of W_b, fp32's 1e-7 of it is nothing beside W_b.
 EVEN_METRIC = 1e4
-# X change is in half precision where what that adds to the loss is less than this part of what rounding X adds.
+# X change (round_seam) is computed in bf16 where that adds to the loss less than this part of what rounding X adds.
 NEGLIGIBLE = 0.01
 # A metric is damped by so many eps of its mean diagonal, below which its dtype cannot tell directions apart; and by
 # more, step by step, if it still has no Cholesky factor.
@@ -76,7 +87,10 @@ def subnormal_power(dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True)
 class Metric:
-    """H = L diag(D) L^T in the order in which columns are rounded: order[k] is the k-th. upper: L."""
+    """A metric H = L diag(D) L^T: what an error e of a row costs is e H e^T.
+
+    order: order[k] is the column that is rounded k-th; L and D are of H in that order. upper: L. pivots: D.
+    """
 
     order: Int[Tensor, "n"]
     upper: Float[Tensor, "n n"]
@@ -105,7 +119,10 @@ class Metric:
 
 @dataclass(frozen=True)
 class Rest:
-    """A matrix (d, r) that reads the stream, what a squared error counts in each of its columns, and its dtype."""
+    """R, or another matrix that reads the stream in its new basis (a follower, a dual's transpose).
+
+    weights: W_r's diagonal, what a squared error counts in each of its columns. dtype: in what it will be stored.
+    """
 
     matrix: Float[Tensor, "d r"]
     weights: Float[Tensor, "r"]
@@ -121,7 +138,7 @@ class Rest:
         return [Rest(matrix, weights, self.dtype) for matrix, weights in parts]
 
     def largest(self, passed_weights: Float[Tensor, "d"]) -> float:
-        """Max |R|, each row and column scaled by what errors count there."""
+        """Max |W_b^-1/2 R W_r^1/2|: each row and column scaled by what errors count there."""
         if not self.matrix.shape[1]:
             return 0.0
         rows = (self.matrix * self.weights.sqrt()).abs_().amax(1)
@@ -154,10 +171,8 @@ def round_stream(
         else writer.weight
         for writer in stream.writers.values()
     ]
-    kinds, seen = (
-        [dtypes[name] for name in stream.writers],
-        [stream.seen.get(name, len(rows)) for name in ("rest", *extra)],
-    )
+    kinds = [dtypes[name] for name in stream.writers]
+    seen = [stream.seen.get(name, len(rows)) for name in ("rest", *extra)]
     rounded, rounded_rests = round_seam(rows, rests, weights[stream.kept], kinds, seen)
     after_of = dict(zip(extra, rounded_rests[1:], strict=True))
     writers, bias = {}, stream.rest.bias
@@ -206,10 +221,10 @@ def round_seam(
     dtypes: Sequence[torch.dtype],
     seen: Sequence[int] = (),
 ) -> tuple[list[Float[Matrix, "_ d"]], list[Float[Tensor, "d _"]]]:
-    """The writers (the stream is a sum of one row of each) and the rests as they are best stored.
+    """The writers X (the stream is a sum of one row of each) and the rests R as they are best stored: steps 2 to 6.
 
-    seen: of how many of the writers, in their order, each rest reads the sum (all).
-    A rest in fp32 or fp64 is not rounded but re-solved, after everything else: R' = argmin || X' R' - X R ||.
+    passed_weights: W_b's diagonal. dtypes: of each writer. seen: of how many of the writers, in their order, each rest
+    reads the sum (all). A rest in fp32 or fp64 is not rounded but re-solved, after everything else.
     """
     half = all(dtype in HALF for dtype in dtypes)
     reads = list(seen) or [len(writers)] * len(rests)
@@ -217,87 +232,87 @@ def round_seam(
     if any(rest.dtype in HALF for rest in rests):
         kind = _metric_dtype(rests, passed_weights, half)
         first, *later = sorted({len(writers), *reads})
-        metric = moment(writers[:first], kind)
+        g = moment(writers[:first], kind)
         for count in (first, *later):  # what is read later must suit what is read before, too
             if count > first:
-                metric.add_(moment(writers[:count], kind))
+                g.add_(moment(writers[:count], kind))
             for k, rest in enumerate(rests):
                 if rest.dtype in HALF and reads[k] == count:
-                    stored[k] = round_rest(shrink(rest, metric, passed_weights), metric, passed_weights)
-        power = metric.diagonal().clone()
-        del metric
+                    stored[k] = round_rest(shrink(rest, g, passed_weights), g, passed_weights)  # steps 2 and 3
+        power = g.diagonal().clone()
+        del g
     else:
         power = mean_squares(writers)
     rest_weights = repaired_weights(rests, left_by_solving(writers))
     even = (_mean_diagonal(rests, passed_weights) <= EVEN_METRIC * passed_weights.min()).item()
     precise = torch.float32 if half and even else torch.float64
-    after, before = torch.cat([part.to(precise) for part in stored], 1), [rest.matrix for rest in rests]
-    joint = joint_metric(after, passed_weights.to(precise), rest_weights.to(precise))
-    under = factorize(joint, power)
-    del joint
-    # X' = X + X (R - R') W R'^T M^-1
-    moved = under.solve(after * rest_weights.to(precise)).T
-    lost = torch.cat([(part - now).to(precise) for part, now in zip(before, stored, strict=True)], 1)
-    change = multiply(lost, moved)
-    del after, lost, moved
-    rounded = [round_rows(writer, change, under, dtype, power) for writer, dtype in zip(writers, dtypes, strict=True)]
-    for k, rest in enumerate(rests):
+    rounded_rest = torch.cat([part.to(precise) for part in stored], 1)  # R'
+    h = joint_metric(rounded_rest, passed_weights.to(precise), rest_weights.to(precise))
+    metric = factorize(h, power)
+    del h
+    # step 4: X' = (X W_b + X R W_r R'^T) H^-1 = X + X change, change = (R - R') W_r R'^T H^-1
+    solved = metric.solve(rounded_rest * rest_weights.to(precise)).T  # W_r R'^T H^-1
+    lost = torch.cat([(rest.matrix - part).to(precise) for rest, part in zip(rests, stored, strict=True)], 1)  # R - R'
+    change = multiply(lost, solved)
+    del rounded_rest, lost, solved
+    # step 5
+    rounded = [round_rows(writer, change, metric, dtype, power) for writer, dtype in zip(writers, dtypes, strict=True)]
+    for k, rest in enumerate(rests):  # step 6
         if rest.dtype not in HALF:
             stored[k] = solve_rest(writers, rounded, rest.matrix)
     return rounded, stored
 
 
 def round_passed(
-    kept: Float[Tensor, "l s"],
+    rest: Float[Tensor, "l s"],
     readers: Sequence[Float[Tensor, "_ s"]],
     moment: Float[Tensor, "n n"] | None,
     dtype: torch.dtype,
     dtypes: Sequence[torch.dtype],
 ) -> tuple[Float[Tensor, "l s"], list[Float[Tensor, "_ s"]], Float[Tensor, "s s"]]:
-    """K and the A of x [I; K] A as they are best stored, and the moment of x [I; K'].
+    """R and the A of x [I; R] A as they are best stored, and the moment of y = x [I; R'].
 
     readers: A^T of each. moment: E[x^T x], with n = s + l, the entries that are passed first (None: the identity).
-    dtype, dtypes: of K, and of each A; one in fp32 or fp64 is not rounded, but made to suit what is.
+    dtype, dtypes: of R, and of each A; one in fp32 or fp64 is not rounded, but made to suit what is.
     """
-    size, stored = kept.shape[1], kept
-    if dtype in HALF and len(kept):
-        along = factorize(torch.stack([gram(reader) for reader in readers]).sum(0), (kept**2).mean(0))
+    size, stored = rest.shape[1], rest
+    if dtype in HALF and len(rest):
+        along = factorize(torch.stack([gram(reader) for reader in readers]).sum(0), (rest**2).mean(0))  # A A^T
         if moment is None:
-            stored = round_rows(kept, torch.zeros_like(along.upper), along, dtype, (kept**2).mean(0))
+            stored = round_rows(rest, torch.zeros_like(along.upper), along, dtype, (rest**2).mean(0))
         else:
-            stored = round_both_ways(kept, factorize(moment[size:, size:], squares(kept, 1)), along, dtype)
-    after, lost = stored.double(), kept - stored.double()
-    if moment is None:
-        read, missed = passed_moment(after, None), after.T @ lost
-    else:
-        read, missed = passed_moment(after, moment), (moment[:size, size:] + after.T @ moment[size:, size:]) @ lost
+            stored = round_both_ways(rest, factorize(moment[size:, size:], squares(rest, 1)), along, dtype)
+    # A' = argmin || x [I; R'] A' - x [I; R] A || = A + E[y^T y]^-1 E[y^T x] [0; R - R'] A
+    after, lost = stored.double(), rest - stored.double()
+    read = passed_moment(after, moment)
+    crossed = after.T if moment is None else moment[:size, size:] + after.T @ moment[size:, size:]  # of E[y^T x]
     power = torch.stack([squares(reader, 0) for reader in readers]).sum(0)
-    under = factorize(read, power)
-    change = under.solve(missed).T
-    rounded = [round_rows(each, change, under, kind, power) for each, kind in zip(readers, dtypes, strict=True)]
+    metric = factorize(read, power)
+    change = metric.solve(crossed @ lost).T
+    rounded = [round_rows(each, change, metric, kind, power) for each, kind in zip(readers, dtypes, strict=True)]
     return stored, rounded, read
 
 
-def passed_moment(kept: Float[Tensor, "l s"], moment: Float[Tensor, "n n"] | None) -> Float[Tensor, "s s"]:
-    """E[y^T y] of y = x [I; K], with E[x^T x] = moment (None: the identity)."""
-    size = kept.shape[1]
+def passed_moment(rest: Float[Tensor, "l s"], moment: Float[Tensor, "n n"] | None) -> Float[Tensor, "s s"]:
+    """E[y^T y] of y = x [I; R], with E[x^T x] = moment (None: the identity)."""
+    size = rest.shape[1]
     if moment is None:
-        read = gram(kept)
+        read = gram(rest)
         read.diagonal().add_(1)
         return read
-    mixed = moment[:size, size:] @ kept
-    return moment[:size, :size] + mixed + mixed.T + kept.T @ moment[size:, size:] @ kept
+    mixed = moment[:size, size:] @ rest
+    return moment[:size, :size] + mixed + mixed.T + rest.T @ moment[size:, size:] @ rest
 
 
 def _metric_dtype(rests: Sequence[Rest], passed_weights: Tensor, half: bool) -> torch.dtype:
-    """In what G is summed: fp32 where its 1e-7 is nothing beside what R will be off by, or what R is shrunk by."""
+    """The precision of G: fp32 where its 1e-7 of G is nothing beside what R will be off by, or what R is shrunk by."""
     coarse = all(rest.dtype == torch.bfloat16 for rest in rests if rest.dtype in HALF)
     largest = max(rest.largest(passed_weights) for rest in rests)
     return torch.float32 if half and largest <= (MODERATE_REST if coarse else SMALL_REST) else torch.float64
 
 
 def _mean_diagonal(rests: Sequence[Rest], passed_weights: Tensor) -> Tensor:
-    """Of M."""
+    """The mean of H's diagonal, W_b + R W_r R^T."""
     parts = [squares(rest.matrix, 0) @ rest.weights for rest in rests if rest.matrix.numel()]
     return passed_weights.mean() + sum(parts, passed_weights.new_zeros(())) / len(passed_weights)
 
@@ -314,21 +329,21 @@ def repaired_weights(rests: Sequence[Rest], left: float) -> Float[Tensor, "r"]:
 
 
 def shrink(rest: Rest, metric: Float[Tensor, "d d"], passed_weights: Float[Tensor, "d"]) -> Rest:
-    """R' = (G + V)^-1 G R = R - (G + V)^-1 V R with V = 2 u^2 diag(G), the noise that X and R will have (step 1).
+    """Step 2: (G + V)^-1 G R = R - (G + V)^-1 V R, V = 2 u^2 diag(G), the noise that X and R will have. metric: G.
 
     A small R stays as it is.
     """
     if rest.largest(passed_weights) <= SMALL_REST:
         return rest
-    noise = 2 * rounding_error(rest.dtype) ** 2 * metric.diagonal().double()
-    ridge = metric.to(torch.float64, copy=True)
+    noise = 2 * rounding_error(rest.dtype) ** 2 * metric.diagonal().double()  # V
+    ridge = metric.to(torch.float64, copy=True)  # G + V
     ridge.diagonal().add_(noise)
     lost = solve_root(_root(ridge), noise[:, None] * rest.matrix)
     return dataclasses.replace(rest, matrix=rest.matrix - lost)
 
 
 def round_rest(rest: Rest, metric: Float[Tensor, "d d"], passed_weights: Float[Tensor, "d"]) -> Float[Tensor, "d r"]:
-    """Step 1, in blocks of COLUMNS: R under G (metric) and N, what re-solving X cannot repair."""
+    """Step 3: R', R rounded under G (metric) and N, COLUMNS at a time."""
     if not rest.matrix.shape[1]:
         return rest.matrix
     rest, passed_weights = rest.to(metric.dtype), passed_weights.to(metric.dtype)
@@ -343,7 +358,7 @@ def round_rest(rest: Rest, metric: Float[Tensor, "d d"], passed_weights: Float[T
 
 
 def along_rows(rest: Rest, passed_weights: Float[Tensor, "d"]) -> Metric:
-    """N, factorized: the metric under which R is rounded along its rows."""
+    """N, factorized: what an error costs along a row of R."""
     return factorize(repaired_metric(rest.matrix, passed_weights, rest.weights), (rest.matrix**2).mean(0))
 
 
@@ -378,7 +393,7 @@ def _mean(matrix: Float[Matrix, "n d"], sums: Callable[[Tensor], Tensor]) -> Flo
 
 
 def joint_metric(rest: Tensor, passed_weights: Tensor, rest_weights: Tensor) -> Float[Tensor, "d d"]:
-    """M = W_b + R W_r R^T: what an error in the stream costs in the passed and the rest columns together."""
+    """H = W_b + R W_r R^T: what an error in the stream costs in the passed and the rest columns together."""
     metric = gram((rest * rest_weights.sqrt()).T.contiguous())
     metric.diagonal().add_(passed_weights)
     return metric
@@ -391,8 +406,10 @@ def repaired_metric(rest: Tensor, passed_weights: Tensor, rest_weights: Tensor) 
     return inverse(_root(metric))
 
 
-def solve_rest(exact: Sequence[Tensor], rounded: Sequence[Tensor], rest: Tensor) -> Float[Tensor, "d r"]:
-    """Argmin over R' of || X' R' - X R ||, as R + (X'^T X')^-1 X'^T (X - X') R: only the difference is solved for.
+def solve_rest(
+    exact: Sequence[Float[Matrix, "_ d"]], rounded: Sequence[Float[Matrix, "_ d"]], rest: Float[Tensor, "d r"]
+) -> Float[Tensor, "d r"]:
+    """Step 6: argmin over R' of || X' R' - X R ||, as R + (X'^T X')^-1 X'^T (X - X') R: the difference is solved for.
 
     X is a stream like that of `moment`: a sum of one row of each writer.
     """
@@ -402,8 +419,8 @@ def solve_rest(exact: Sequence[Tensor], rounded: Sequence[Tensor], rest: Tensor)
             now = after[rows].to(rest.dtype)
             gone = multiply(before[rows].to(rest.dtype) - now, rest)
             owed += multiply(now.T, gone) / len(after)
-        afters.append(after.mean(0, dtype=rest.dtype))
-        lost.append((before.mean(0, dtype=rest.dtype) - afters[-1]) @ rest)
+        afters.append(mean_row(after).to(rest.dtype))
+        lost.append((mean_row(before).to(rest.dtype) - afters[-1]) @ rest)
     for k, after in enumerate(afters):
         for other, value in enumerate(lost):
             if other != k:
@@ -433,10 +450,10 @@ def _root(metric: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
 
 
 def factorize(metric: Float[Tensor, "n n"], power: Float[Tensor, "n"]) -> Metric:
-    """Factorize a metric; power: mean square of the columns that are rounded under it.
+    """Factorize a metric H = L D L^T; power: mean squares of the columns that are rounded under it.
 
-    Steps of a floating-point format grow with what they round. The last column can pass its error to no other, so the
-    one whose steps cost least goes last.
+    A column's rounding error grows with its numbers. The last column can pass its error on to no other, so the one
+    whose error costs least, H_jj power_j, goes last (GPTQ's act-order).
     """
     order = (metric.diagonal() * power).argsort(descending=True, stable=True)
     backwards = order.flip(0)
@@ -452,10 +469,10 @@ def round_rows(
     dtype: torch.dtype,
     power: Float[Tensor, "d"],
 ) -> Float[Matrix, "n d"]:
-    """X + X change, rounded to `dtype` with feedback under `metric` if that is a half precision, else as precise as X.
+    """Step 5: X' = X + X change, rounded to `dtype` with feedback under `metric`, or as precise as X if that is finer.
 
-    The rows are independent of each other; those of Rows are rounded when they are asked for. Where X itself is no more
-    precise than fp32, small terms may be in bf16. power: mean squares of the stream's columns.
+    Each row is rounded by itself; those of Rows, when they are asked for. Where X itself is no more precise than fp32,
+    small terms may be in bf16. power: mean squares of the stream's columns.
     """
     half, quick = dtype in HALF, matrix.dtype == torch.float32
     kept = dtype if half else matrix.dtype
@@ -483,13 +500,13 @@ def round_rows(
 
 
 def _is_small(change: Float[Tensor, "d d"], power: Float[Tensor, "d"], metric: Metric, dtype: torch.dtype) -> bool:
-    """Whether X change can be computed in bf16, each of its factors and itself off by bf16's relative error.
+    """Whether X change can be computed in bf16: its two factors and itself are then each off by bf16's u.
 
-    That error passes nothing on: under H it costs its diagonal; what feedback rounds costs the pivots (step 3).
+    No feedback makes up for that error, so it costs H's diagonal. What is rounded with feedback costs the pivots D.
     """
-    order = metric.order
+    order = metric.order  # of what follows
     added = 3 * rounding_error(torch.bfloat16) ** 2 * (power.to(change.dtype) @ change.square())[order].double()
-    costs = metric.upper.square().double() @ metric.pivots.double()
+    costs = metric.upper.square().double() @ metric.pivots.double()  # diag(L D L^T)
     return bool(
         added @ costs <= NEGLIGIBLE * rounding_error(dtype) ** 2 * (power[order].double() @ metric.pivots.double())
     )
@@ -503,11 +520,11 @@ def _round_block(
     error: Float[Tensor, "d n"],
     owed: Float[Tensor, "d n"],
 ) -> None:
-    """Round, first row to last, by halves; owed: what each row has to make up for; error: what it leaves.
+    """Round X^T row by row, first to last, by halves: x_j' = round(x_j - sum over i < j of L_ij e_i), e = x' - x.
 
-    Both are fp32: small beside what they correct; coarse: upper in the precision in which many errors are passed
-    on at once. Even bf16's 2^-9 of what is owed is small beside what rounding a row adds. In the end a few rows of owed
-    become what is wanted there, for which fp32 is enough, too, as it is rounded next.
+    error: e. owed: the sum, as far as it is known; a row's turn come, it is overwritten with what is to be rounded.
+    upper: L. Both are fp32, which is enough for corrections this small. coarse: L in the precision in which many errors
+    are passed on at once: even bf16's 2^-9 of what is owed is small beside what rounding a row adds.
     """
     size = len(exact)
     if size <= LEAF:
@@ -532,9 +549,10 @@ def round_both_ways(
 ) -> Float[Tensor, "d r"]:
     """Round to `dtype` with feedback down the columns (metric `rows`, G) and along the rows (metric `columns`, N).
 
-    Entry (i, j) waits for all (a <= i, b <= j), so the tiles of an anti-diagonal are rounded together, and within the
-    tiles the entries of an anti-diagonal. Tile columns are kept last to first: those of an anti-diagonal of tiles then
-    lie in memory as its tile rows do, and products need no copies.
+    R'_ij = round(R_ij - sum over (a, b) before (i, j) of Lg_ai E_ab Ln_bj), E = R' - R, Lg and Ln the factors of G and
+    N. Entry (i, j) waits for all (a <= i, b <= j), so the tiles (p, q) of an anti-diagonal are rounded together, and
+    within the tiles the entries of an anti-diagonal. Tile columns are kept last to first: those of an anti-diagonal of
+    tiles then lie in memory as its tile rows do, and products need no copies.
     """
     (d, r), device = matrix.shape, matrix.device
     down, across = -(-d // TILE), -(-r // TILE)
@@ -546,8 +564,8 @@ def round_both_ways(
     own_g = lg.view(down, down, TILE, TILE)[p, p]
     own_n = ln.view(across, across, TILE, TILE)[across - 1 - q, q]
     rounded = torch.empty_like(exact, dtype=dtype)
-    error = torch.zeros(across, down * TILE, TILE, dtype=torch.float32, device=device)  # (-q, i, j)
-    mixed = torch.zeros(down, TILE, across * TILE, dtype=torch.float32, device=device)  # Lg^T error: (p, i, j)
+    error = torch.zeros(across, down * TILE, TILE, dtype=torch.float32, device=device)  # E: (-q, i, j)
+    mixed = torch.zeros(down, TILE, across * TILE, dtype=torch.float32, device=device)  # Lg^T E: (p, i, j)
     error_tiles, mixed_tiles = error.view(across, down, TILE, TILE), mixed.view(down, TILE, across, TILE)
     for diagonal in range(down + across - 1):
         first, last = max(0, diagonal - across + 1), min(down, diagonal + 1)
@@ -556,11 +574,11 @@ def round_both_ways(
         above, owed = torch.empty(2, last - first, TILE, TILE, dtype=torch.float32, device=device)
         groups = [(first + tiles.start, first + tiles.stop, tiles) for tiles in slices(last - first, GROUP)]
         backwards = across - 1 - diagonal
-        for start, stop, tiles in groups:
+        for start, stop, tiles in groups:  # of Lg^T E, what the tiles above give
             up = slice(0, (stop - 1) * TILE)
             torch.bmm(lg[start:stop, up].mT, error[backwards + start : backwards + stop, up], out=above[tiles])
         mixed_tiles[p, :, q] = above
-        for start, stop, tiles in groups:
+        for start, stop, tiles in groups:  # (Lg^T E) Ln, from the tiles to the left
             left = slice(0, (diagonal - start + 1) * TILE)
             torch.bmm(mixed[start:stop, :, left], ln[backwards + start : backwards + stop, left], out=owed[tiles])
         rounded[p, q], wrong, gained = _round_tiles(exact[p, q], owed, own_g[p], own_n[q], dtype)
@@ -578,8 +596,9 @@ def _round_tiles(
     ln: Float[Tensor, "t j j"],
     dtype: torch.dtype,
 ) -> tuple[Float[Tensor, "t i j"], Float[Tensor, "t i j"], Float[Tensor, "t i j"]]:
-    """Round tiles, anti-diagonal by anti-diagonal: the rounded values, their errors, and Lg^T errors.
+    """Round tiles, anti-diagonal by anti-diagonal: the rounded values R', their errors E, and Lg^T E.
 
+    owed: what entries make up for because of other tiles. lg, ln: each tile's own block of Lg and of Ln.
     With columns last to first an anti-diagonal is a diagonal; its entries, of all tiles, are kept side by side.
     """
     size = exact.shape[1]

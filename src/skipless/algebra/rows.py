@@ -15,8 +15,8 @@ Which = slice | Tensor
 class Rows:
     """A matrix (n, d) whose rows are made when they are asked for, each time anew.
 
-    It stands in for a Tensor where no more than rows are taken of one; `make` gives them. origin: the matrix in memory
-    whose rows they are made of, each of one, if there is such a matrix.
+    It stands in for a Tensor of which only rows are taken; `make` gives them. origin: the matrix in memory, if there is
+    one, from whose rows they are made, row by row.
     """
 
     shape: tuple[int, int]

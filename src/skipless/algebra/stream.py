@@ -29,9 +29,9 @@ from skipless.architecture.seams import Seam
 class Stream:
     """A closed stream seam: the stream x is now the readers' `kept` columns, x R + b_R the `others` (both ascending).
 
-    writers: the maps that write x. rest: R (d, r) with b_R. duals: read through the transposed first writer.
-    followers: further readers, in the new basis. bias_shares: what part of each writer's bias is in x. seen: of "rest"
-    and each follower, how many of the writers have written before it reads (all, if it is not named).
+    writers: the maps that write x. rest: R (d, r) with b_R. duals: writers that are read through the transposed, tied
+    table. followers: further readers, in the new basis. bias_shares: the part of each writer's bias that is in x. seen:
+    of "rest" and each follower, how many of the writers have written before it reads (all, if it is not named).
     """
 
     writers: dict[str, Affine]
@@ -65,7 +65,7 @@ def close_stream(
 ) -> Stream:
     """O* = O S, R = S^-1 A_r (Fig. 2b), with biases and tied tables. affines: every module of seam.modules.
 
-    rest: R, if it has been solved for; within: the precision of O S.
+    rest: R, if it is known already. within: the precision of O S.
     """
     rest = close_rest(seam, affines, basis) if rest is None else rest
     readers = [affines[name] for name in seam.readers]

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 
 import torch
 
-# Largest error, relative to the largest logit or to the root mean square of q, k, v, that an exact rewrite shows; and,
-# where the original itself is worse there (always so in half precision), the multiple of the original's own error.
+# The largest error that an exact rewrite shows, relative to the largest logit or to the root mean square of q, k, v.
+# Where the original itself is worse (always so in half precision), the multiple of its own error.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 OWN_ERROR_FACTOR = 2.5
 

@@ -55,8 +55,9 @@ HOMOGENEOUS = ("relu", "leaky_relu", "linear", "relu2")
 
 
 class Bookkeeping(TypedDict, total=False):
-    """config.json fields that change neither the tensors nor the seams, and what transformers takes them for; what
-    converters leave may say nothing else (the model file's `neutral`).
+    """The config.json fields that change neither tensors nor seams, with the types that transformers gives them.
+
+    Those that a converter leaves there may only have the value that means nothing (the model file's `neutral`).
     """
 
     model_type: str
@@ -70,7 +71,7 @@ class Bookkeeping(TypedDict, total=False):
     sliding_window: int | None
     attn_logit_softcapping: int | float | None
     final_logit_softcapping: int | float | None
-    logit_scale: int | float | None
+    logit_scale: int | float
     attention_multiplier: int | float | None
     use_cache: bool
     bos_token_id: int | None
@@ -181,6 +182,7 @@ class Architecture:
     layers_open: tuple[int, ...] = ()
     p_removed: bool = False
     values_removed: bool = False
+    keys_removed: bool = False
     head_removed: bool = False
     first_layer_removed: bool = False
     folded_biases: tuple[str, ...] = ()
@@ -207,12 +209,12 @@ class Architecture:
         values = {
             name: config[name] for name in fields if name in config and not (name in NULLABLE and config[name] is None)
         }
-        found = cls.from_values(values)
-        if beyond := [norm for norm in found.norms if norm not in SKIPLESS_NORMS]:
+        architecture = cls.from_values(values)
+        if beyond := [norm for norm in architecture.norms if norm not in SKIPLESS_NORMS]:
             raise InputError(
                 f"config.json: norms: expected some of {', '.join(SKIPLESS_NORMS)}; found {beyond[0]!r}, not supported"
             )
-        return found
+        return architecture
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Self:
@@ -303,6 +305,8 @@ class Architecture:
                 f"config.json: values_removed: expected a v_proj with more than head_dim ({self.head_dim}) inputs, "
                 f"found {self.hidden_size} and stream_basis {self.stream_basis!r}"
             )
+        if self.keys_removed and (reason := self.keys_stay):
+            raise InputError(f"config.json: keys_removed: expected false, found true with {reason}")
         if self.head_removed and (self.tie_word_embeddings or self.vocab_size <= self.hidden_size):
             raise InputError(
                 f"config.json: head_removed: expected an untied lm_head of more than hidden_size ({self.hidden_size}) "
@@ -359,8 +363,9 @@ class Architecture:
 
     @property
     def own_state(self) -> int:
-        """Without skips, how many dimensions of a token's own state, of hidden_size, a layer passes on at most, other
-        than by what it attends to: a serial layer what V keeps, a parallel one all, by its FFN.
+        """How many of hidden_size dimensions of a token's own state a layer without skips passes on at most.
+
+        That is without what it attends to: a serial layer passes on what V keeps, a parallel one all, by its FFN.
         """
         return self.hidden_size if self.block_type == "parallel" else min(self.hidden_size, self.value_width)
 
@@ -371,14 +376,12 @@ class Architecture:
 
     @property
     def pivoted(self) -> dict[str, int]:
-        """Output widths of the projections of which pivoting picks columns: V's take part unless it has a block less
-        of its own.
-        """
+        """Output widths of the projections whose columns pivoting picks; not V, where values_removed takes its own."""
         return {name: width for name, width in self.projections.items() if not (name == "v" and self.values_removed)}
 
     @property
     def rest_width(self) -> int:
-        """Columns of these beyond the hidden_size ones that pivoting turns into the identity: D + 2 e - d."""
+        """The columns of those that are left where pivoting turns d of them into the identity: r = D + 2 e - d."""
         return sum(self.pivoted.values()) - self.hidden_size
 
     @cached_property
@@ -404,9 +407,7 @@ class Architecture:
 
     @property
     def p_rows(self) -> int:
-        """Rows of P that are stored once P is gone as far as it can go: D - d where it has more than d and is not
-        merged, else none.
-        """
+        """Rows of P that stay once d of them have become the identity, D - d; 0 where P is merged."""
         return 0 if self.p_merged else self.query_width - self.hidden_size
 
     def ffn_read_width(self, layer: int) -> int:
@@ -417,9 +418,9 @@ class Architecture:
 
     @cached_property
     def row(self) -> dict[str, int]:
-        """What a row of the token table holds, part -> width: the embedding, "x"; or, with first_layer_removed, what
-        layer 0 makes of it before any attention.
+        """What a row of the token table holds, part -> width: the embedding, "x".
 
+        With first_layer_removed, it is what layer 0 makes of the embedding before any attention.
         That is the stream, if a skip or a closed seam takes it as it is, then what each projection of layer 0 gives
         ("q", "k", "v", "rest"), and, of a parallel layer, all that is added to its attention: skip and FFN ("beside").
         """
@@ -437,6 +438,8 @@ class Architecture:
     @property
     def first_layer_stays(self) -> str | None:
         """What stands in the way of precomputing layer 0, or None."""
+        if self.keys_removed:
+            return "keys_removed: Q and K of layer 0 are in a basis of their own"
         if self.position_type == "learned":
             return "position_type 'learned': positions are added to the embedding before Q, K and V read it"
         if self.tie_word_embeddings:
@@ -453,8 +456,23 @@ class Architecture:
         return None
 
     @property
+    def keys_stay(self) -> str | None:
+        """What stands between Q and K, or in the way of their losing a block, or None."""
+        if self.position_type.startswith("rope"):
+            return f"position_type {self.position_type!r}: queries and keys are rotated"
+        if self.qk_norm:
+            return f"qk_norm {self.qk_norm!r}: queries and keys are normalized"
+        if self.stream_basis:
+            return f"stream_basis {self.stream_basis!r}: of Q, K and V hidden_size^2 weights are gone"
+        if self.first_layer_removed:
+            return "first_layer_removed: the table holds layer 0's queries and keys as they were"
+        if self.head_dim >= self.hidden_size:
+            return f"head_dim {self.head_dim}: k_proj has at most {self.hidden_size} inputs, and none would be left"
+        return None
+
+    @property
     def first_layer_norms(self) -> tuple[str, ...]:
-        """The norms that precomputing layer 0 applies to its table, of those that act."""
+        """The norms that precomputing layer 0 applies to its table."""
         parallel = ("model.layers.0.post_attention_layernorm",) if self.block_type == "parallel" else ()
         names = ("model.embed_norm", "model.layers.0.input_layernorm", *parallel)
         return tuple(name for name in names if self.has_norm(name))
@@ -484,11 +502,11 @@ class Architecture:
         return dataclasses.replace(self, residual="none", norm_type="none", norms_removed=(), gains_removed=())
 
     def given(self) -> dict[str, Any]:
-        """Its fields as a config.json has them, less those that are what they are by default."""
-        found = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
+        """Its fields as a config.json has them, those at their default left out."""
+        fields = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
         return {
             name: list(value) if isinstance(value, tuple) else value
-            for name, (value, default) in found.items()
+            for name, (value, default) in fields.items()
             if value != default
         }
 
@@ -501,6 +519,7 @@ class Architecture:
             layers_open=(),
             p_removed=False,
             values_removed=False,
+            keys_removed=False,
             head_removed=False,
             first_layer_removed=False,
             norms_removed=(),
@@ -562,7 +581,8 @@ class Architecture:
             modules.append(Module(f"{attention}.rest_proj", d, self.rest_width, self.qkv_biased))
         for name, width in self.projections.items() if not looked_up else ():
             if not ((pivoted and name in self.pivoted) or (self.stream_closed(layer) and name == self.stream_basis)):
-                fewer = name == "v" and self.values_removed  # a block less of each head's, and its bias has moved on
+                # a block less of each head's, and its bias has moved on, or cancels
+                fewer = (name == "v" and self.values_removed) or (name == "k" and self.keys_removed)
                 inputs = d - self.head_dim * fewer
                 modules.append(Module(f"{attention}.{name}_proj", inputs, width, self.qkv_biased and not fewer))
         p_rows = self.p_rows if self.p_removed else self.query_width
@@ -628,11 +648,9 @@ class Architecture:
         return {name: shape for module in self.norm_modules() for name, shape in module.tensors().items()}
 
     def gain_tensors(self, layer: int) -> dict[str, tuple[int, ...]]:
-        """A layer's trainable gains, of the shaped attention and of branches and skips (arXiv:2311.01906): name ->
-        shape.
-        """
+        """A layer's trainable gains, of shaped attention, branches and skips (arXiv:2311.01906): name -> shape."""
         name = f"model.layers.{layer}"
-        found: dict[str, tuple[int, ...]] = {
+        shapes: dict[str, tuple[int, ...]] = {
             f"{name}.self_attn.{gain}": (self.num_attention_heads,) for gain in GAINS[self.attention_shaping]
         }
         if self.residual_gains:
@@ -642,23 +660,25 @@ class Architecture:
             gains = ("attention_gain", "ffn_gain", *(f"{skip}_skip_gain" for skip in skips[self.residual]))
             if self.looked_up(layer) and self.block_type == "parallel":
                 gains = ("attention_gain",)
-            found |= {f"{name}.{gain}": (1,) for gain in gains}
-        return found
+            shapes |= {f"{name}.{gain}": (1,) for gain in gains}
+        return shapes
 
     def index_tensors(self) -> dict[str, tuple[int, ...]]:
         """The tensors that are int32 indices and not weights: name -> shape."""
-        found: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for layer in range(self.num_hidden_layers):
             attention = f"model.layers.{layer}.self_attn"
             if self.stream_basis == "pivoted" and self.stream_closed(layer):
-                found[f"{attention}.column_order"] = (sum(self.pivoted.values()),)
+                shapes[f"{attention}.column_order"] = (sum(self.pivoted.values()),)
             if self.values_removed and not self.looked_up(layer):
-                found[f"{attention}.value_order"] = (self.num_key_value_heads, self.hidden_size)
+                shapes[f"{attention}.value_order"] = (self.num_key_value_heads, self.hidden_size)
+            if self.keys_removed:
+                shapes[f"{attention}.key_order"] = (self.num_key_value_heads, self.hidden_size)
             if self.p_removed and self.p_rows:
-                found[f"{attention}.row_order"] = (self.query_width,)
+                shapes[f"{attention}.row_order"] = (self.query_width,)
         if self.head_removed:
-            found["lm_head.column_order"] = (self.vocab_size,)
-        return found
+            shapes["lm_head.column_order"] = (self.vocab_size,)
+        return shapes
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the checkpoint, weights and indices: name -> stored shape."""
@@ -689,8 +709,8 @@ def _checked(name: str, field: "dataclasses.Field[Any]", value: Any) -> Any:
         if type(value) is not int or not (0 < value < 2**31 or value == field.default == 0):
             raise InputError(f"config.json: {name}: expected a positive integer below 2^31, found {value!r}")
     elif expected is float:
-        if type(value) not in (int, float) or not 0 <= value < 1:
-            raise InputError(f"config.json: {name}: expected a number from 0 to 1, found {value!r}")
+        if type(value) not in (int, float) or not 0 <= value < math.inf:
+            raise InputError(f"config.json: {name}: expected a number from 0 on, found {value!r}")
     elif expected in (float | int, float | int | None):
         if type(value) not in (int, float) and not (value is None and expected == float | int | None):
             raise InputError(f"config.json: {name}: expected a number, found {value!r}")

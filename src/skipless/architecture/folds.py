@@ -23,32 +23,32 @@ FOLDS = ("norms", "biases")
 
 @lru_cache(8)
 def folds(architecture: Architecture) -> tuple[Seam, ...]:
-    """What can be moved, in order, and what stays with the reason (Seam.blocked).
+    """What can be moved, in order, and what stays, with the reason in Seam.blocked.
 
     Ways: "fold" (a norm into what reads it), "key_bias", "value_bias". saves: the numbers that become neutral.
     """
     modules = {module.name: module for module in architecture.modules()}
-    found = graph(architecture)
-    norms = [_norm(architecture, norm, found, modules) for norm in architecture.norm_modules()]
+    spaces = graph(architecture)
+    norms = [_norm(architecture, norm, spaces, modules) for norm in architecture.norm_modules()]
     biases = [seam for layer in range(architecture.num_hidden_layers) for seam in _biases(architecture, layer, modules)]
     return (*norms, *biases)
 
 
 def staying(every: Iterable[Seam]) -> tuple[str, ...]:
-    """What stays, and why, in words: the same tensor of many layers once."""
-    found: dict[tuple[str, str], list[str]] = {}
+    """What stays, and why: a sentence for each reason, with the same tensor of many layers in one."""
+    names_of: dict[tuple[str, str], list[str]] = {}
     for seam in every:
         if seam.blocked:
             name = seam.writers[0]
-            found.setdefault((name.rpartition(".")[2], seam.blocked), []).append(name)
+            names_of.setdefault((name.rpartition(".")[2], seam.blocked), []).append(name)
     return tuple(
         f"{names[0]}{f' (and in {len(names) - 1} more layers)' if len(names) > 1 else ''} stays as it is: {reason}"
-        for (_, reason), names in found.items()
+        for (_, reason), names in names_of.items()
     )
 
 
-def _norm(architecture: Architecture, norm: Module, found: Graph, modules: Mapping[str, Module]) -> Seam:
-    readers = found.through(norm.name)
+def _norm(architecture: Architecture, norm: Module, spaces: Graph, modules: Mapping[str, Module]) -> Seam:
+    readers = spaces.through(norm.name)
     layer = int(norm.name.split(".")[2]) if norm.name.startswith("model.layers.") else 0
     unable = [name for name in readers if name in modules and not modules[name].bias]
     blocked = None

@@ -51,7 +51,7 @@ class Space:
 
     @cached_property
     def seen(self) -> dict[str, int]:
-        """Of readers at places before the last writer's: how many of the writers have written before they read."""
+        """By reader at a place before the last writer's: how many of the writers have written before it reads."""
         wrote = Counter(port.place for port in self.writers)
         counts = dict(zip(self.places, accumulate(wrote[place] for place in self.places), strict=True))
         early = ((port.module, counts[port.place]) for port in self.readers)
@@ -64,7 +64,7 @@ class Space:
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
-        """The layers whose Q, K and V, or, the number of layers, the head that read it."""
+        """The layers whose Q, K and V read it; for the head, the number of layers."""
         return tuple(place.layer for place in self.places if place.kind == "s")
 
 
@@ -79,7 +79,7 @@ class Graph:
         return {place: space for space in self.spaces for place in space.places}
 
     def before(self, layer: int) -> Space:
-        """The space that a layer reads; of the number of layers, the head's."""
+        """The space that a layer reads; with the number of layers, the one that the head reads."""
         return self._of_place[Place("s", layer)]
 
     def after_attention(self, layer: int) -> Space:
@@ -89,12 +89,12 @@ class Graph:
 
     @cached_property
     def _through(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
+        readers: dict[str, list[str]] = {}
         for space in self.spaces:
             for port in space.readers:
                 for norm in port.norms:
-                    found.setdefault(norm, []).append(port.module)
-        return found
+                    readers.setdefault(norm, []).append(port.module)
+        return readers
 
     def through(self, norm: str) -> tuple[str, ...]:
         """The modules that read what a norm gives."""
@@ -136,10 +136,10 @@ def graph(architecture: Architecture) -> Graph:
 
 
 def _by_place(ports: Iterable[Port]) -> dict[Place, list[Port]]:
-    found: dict[Place, list[Port]] = {}
+    by_place: dict[Place, list[Port]] = {}
     for port in ports:
-        found.setdefault(port.place, []).append(port)
-    return found
+        by_place.setdefault(port.place, []).append(port)
+    return by_place
 
 
 def _there(architecture: Architecture, names: Iterable[str]) -> tuple[str, ...]:
@@ -147,7 +147,7 @@ def _there(architecture: Architecture, names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _writers(a: Architecture) -> Iterable[Port]:
-    """Of a parallel layer, the FFN before P."""
+    """All that writes, in the order of computation; in a parallel layer, the FFN before P."""
     norms, first = _there(a, ("model.embed_norm",)), Place("s", 0)
     yield Port("model.project_in" if a.embedding_size else "model.embed_tokens", first, norms)
     if a.position_type == "learned":
@@ -163,6 +163,7 @@ def _writers(a: Architecture) -> Iterable[Port]:
 
 
 def _readers(a: Architecture) -> Iterable[Port]:
+    """All that reads, in the order of computation."""
     for i in range(a.num_hidden_layers):
         layer, serial = f"model.layers.{i}", a.block_type == "serial"
         first = _there(a, (f"{layer}.input_layernorm",))

@@ -19,8 +19,10 @@ HALF = 2
 
 @dataclass(frozen=True)
 class Limit:
-    """terms: what carries no information, by kind; at_least: why there may be more, or nothing. removed: what rewriting
-    removes, by kind of seam; blocked: of the others, why not.
+    """How many of `parameters` carry no information, and how many of those can be removed.
+
+    terms: what carries no information, by where it is. at_least: why there may be more, or "". removed: what rewriting
+    removes, by kind of seam. blocked: why other kinds stay.
     """
 
     parameters: int
@@ -38,7 +40,7 @@ class Limit:
 def limit(architecture: Architecture) -> Limit:
     """The formula, and what `fuse` can remove of it where weights are stored in half precision."""
     a = architecture
-    if a.stream_basis or a.p_removed or a.values_removed or a.head_removed or a.first_layer_removed:
+    if a.stream_basis or a.p_removed or a.values_removed or a.keys_removed or a.head_removed or a.first_layer_removed:
         raise InputError("config.json: expected a model that has not been fused, for which there is a formula")
     removed: dict[str, int] = {}
     for seam in closable(architecture):
@@ -58,13 +60,11 @@ def limit(architecture: Architecture) -> Limit:
 
 
 def closable(architecture: Architecture, itemsize: float = HALF) -> list[Seam]:
-    """The seams that one fuse closes when it is asked for all kinds that can be asked for together, where a weight
-    takes `itemsize` bytes.
-    """
+    """The seams that one fuse closes if it is asked for all kinds that go together; a weight takes `itemsize` bytes."""
     kinds = list(KINDS)
     while True:
-        found = seams(architecture, values="values" in kinds or None, norms="norms" in kinds)
-        every = [seam for seam in found if seam.kind in kinds and not seam.spared(kinds)]
+        open_seams = seams(architecture, values="values" in kinds or None, norms="norms" in kinds)
+        every = [seam for seam in open_seams if seam.kind in kinds and not seam.spared(kinds)]
         blocked = {seam.kind for seam in every if seam.blocked or seam.unpaid(itemsize)}
         if not blocked:
             return every
@@ -106,7 +106,7 @@ def terms(architecture: Architecture) -> dict[str, int]:
 
 
 def _queries_and_keys(a: Architecture) -> int:
-    """Per layer: what commutes with the rotations, or anything; with norms, only their gains' pairs."""
+    """A layer's changes of basis of queries and keys: what commutes with RoPE's rotations; with norms, scalings."""
     size, rope = a.head_dim, a.position_type.startswith("rope")
     rotated = size if rope else 0  # with partial RoPE more goes
     if a.qk_norm is not None:
@@ -115,20 +115,22 @@ def _queries_and_keys(a: Architecture) -> int:
 
 
 def _biases(a: Architecture) -> int:
-    """V's bias may move into P's, P's into M's, a constant of the stream into what writes and what reads it, and K's
-    does nothing where no rotation stands before the softmax.
+    """Numbers that biases have too many.
+
+    V's bias may move into P's, P's into M's, and a constant of the stream into what writes and what reads it. K's does
+    nothing where no rotation stands before the softmax.
     """
     if not a.attention_bias or a.norm_type != "none" or a.residual != "none" or a.ffn_type == "moe":
         return 0
     d, e, layers, parallel = a.hidden_size, a.value_width, a.num_hidden_layers, a.block_type == "parallel"
-    found = layers * e
+    numbers = layers * e
     if not (a.position_type.startswith("rope") or a.qk_norm):
-        found += layers * e
+        numbers += layers * e
     if a.mlp_bias:
-        found += layers * d + (layers - 1) * d
+        numbers += layers * d + (layers - 1) * d
     if not a.tie_word_embeddings and (a.mlp_bias or not parallel):
-        found += d  # in the table's rows
-    return found
+        numbers += d  # in the table's rows
+    return numbers
 
 
 def _foldable(a: Architecture, norm: str) -> bool:
@@ -137,7 +139,7 @@ def _foldable(a: Architecture, norm: str) -> bool:
 
 
 def _spaces(a: Architecture) -> int:
-    """Of all spaces between layers, the dimensions of their groups."""
+    """The dimensions of the groups of all spaces between layers."""
     d, total, tied, inputs = a.hidden_size, 0, [], {module.name: module.inputs for module in a.modules()}
     spaces = graph(a).spaces
     for space in spaces:
@@ -183,13 +185,13 @@ def _changes(a: Architecture, space: Space) -> int:
 
 
 def _rotations(a: Architecture, space: Space) -> int:
-    """O(d), or, if a layer norm reads the space, of the rotations that leave the mean alone."""
+    """Dimensions of O(d), or, if a layer norm reads the space, of the rotations that leave the mean alone."""
     d = a.hidden_size - (_normed(space) and a.norm_type == "layer")
     return d * (d - 1) // 2
 
 
 def _unknown(a: Architecture) -> str:
-    """Why the formula may fall short, or nothing."""
+    """Why the formula may fall short, or ""."""
     narrow = min(a.ffn_read_width(layer) for layer in range(a.num_hidden_layers)) < a.hidden_size
     biased = (a.attention_bias or a.mlp_bias or a.gate_bias or a.qkv_bias) and (
         a.norm_type != "none" or a.residual != "none" or a.ffn_type == "moe"

@@ -20,7 +20,7 @@ AUTO = "auto"
 # What is removed unless something else is asked for.
 REMOVABLE = ("stream", "p")
 # What a model with skips and norms can lose.
-COMPACT = ("norms", "values")
+COMPACT = ("norms", "values", "queries")
 # Of an int32.
 INDEX_BYTES = 4
 # What gives up d^2 weights at a stream seam of a parallel model: Q, K, V that read it, or P that writes it.
@@ -31,35 +31,42 @@ PARALLEL_REMOVES = ("readers", "p")
 class Seam:
     """One seam, as data. Modules are named as in the checkpoint.
 
-    kind: "stream" (between one layer's output and the next one's Q, K, V), "p" (between P and M), "values" (between V
-    and P, head by head), "head" (between the last layer and the logits), "norms" (a norm's gain, or a norm of the
-    embeddings, and what reads it), or "first_layer" (between the token table and layer 0's attention); layer: of its
-    readers (P's own, for "p" and "values").
-    writers, readers: the modules whose outputs, inputs lie in the seam's space, of `width` dimensions (in each of
+    kind: where it is:
+        "stream"        between one layer's output and the next one's Q, K, V
+        "p"             between P and M
+        "values"        between V and P, head by head
+        "queries"       between K and Q, head by head
+        "head"          between the last layer and the logits
+        "norms"         between a norm's gain, or a norm of the embeddings, and what reads it
+        "first_layer"   between the token table and layer 0's attention
+    layer: that of its readers; for "p" and "values", P's own.
+    writers, readers: the modules whose outputs, or inputs, lie in the seam's space, of `width` dimensions (in each of
     `blocks` heads).
     identities: name of a way to close the seam -> the modules that go, or lose a block:
         "q", "k", "v"   this module becomes the identity
         "pivoted"       `width` columns of the readers do, the other columns become one module, `rest`
         "head"          the same, of lm_head, which keeps its name
         "p"             the writer merges into the readers
-        "rows"          `width` rows of the first writer (of each block's columns) become the identity
+        "rows"          `width` rows of the first writer (of each block's columns) become the identity; of K, whose
+                        seam Q reads transposed
         "gain"          the norm's gain merges into the readers
         "table"         the norm is applied to the table's rows once and for all
         "lookup"        all of the readers are, and what they give is in the table, in the embedding's place
-    order: the index tensor that puts passed and stored columns (rows) in their places; indices: how many it has, where
-    they may take more than the block that they replace (of the other kinds d^2 is always more).
+    order: the index tensor that puts passed and stored columns (rows) in their places. indices: how many it has, where
+    they may take more bytes than the block that they replace.
     bias_takers: the modules that take in the bias of the module that goes.
     duals: modules whose outputs the seam's tied table reads transposed (the last O, when the head is the embedding).
     followers: further readers, which take in the basis and keep their shape (V, if its heads lose a block of their own;
         M, where it stands beside the attention).
     through: a norm between writer and readers that is redundant and goes with the seam.
     mixed: the tensors by which the writer's output is shaped and scaled before it is read (arXiv:2311.01906).
-    scales: of those, what biases that move past gains are to be multiplied or divided by, module by module: the gains
-    between it and the stream that the readers read, with 1 or -1 as their exponents.
+    scales: by module, the gains that a bias is multiplied or divided by when it moves past them: those between the
+    module and the stream that the readers read, each with its exponent, 1 or -1.
     saves: weights (biases and indices not counted) that closing it removes, less those that it adds.
-    blocked: why the seam cannot be closed; None if it can. taken: if that is because the space's weights go elsewhere,
-    the kind of seam that they go with. gains, norms: norms whose gain is gone, or that are, once it is closed.
-    seen: of readers and followers that read before all writers have written, how many have.
+    blocked: why the seam cannot be closed; None if it can. taken: the kind of seam that the space's weights go with
+    instead, if that is why.
+    gains, norms: norms whose gain is gone, and norms that are gone, once it is closed.
+    seen: by reader or follower that reads before all writers have written, how many have.
     """
 
     kind: str
@@ -109,9 +116,7 @@ class Seam:
         )
 
     def spared(self, kinds: Collection[str]) -> bool:
-        """Whether it stays open, and is not refused, when these kinds are asked for: one that is asked for by default,
-        whose weights go with another of them.
-        """
+        """Whether it stays open when these kinds are asked for, and is not refused, as its weights go with another."""
         return self.kind in REMOVABLE and self.taken in kinds
 
     @property
@@ -121,7 +126,7 @@ class Seam:
         return (*self.writers, *through, *self.readers, *self.followers, *self.duals)
 
     def bias_share(self, writer: str) -> float:
-        """What part of this writer's bias is in the stream, of experts' on average: their weights sum to 1."""
+        """The part of this writer's bias that is in the stream; an expert's, on average, as their weights sum to 1."""
         layer, _, expert = writer.partition(".experts.")
         return 1 / sum(name.startswith(f"{layer}.experts.") for name in self.writers) if expert else 1.0
 
@@ -130,10 +135,10 @@ class Seam:
 class Wanted:
     """What the seams depend on beside the architecture.
 
-    parallel_removes: in a parallel model, "readers" (Q, K, V; then P is blocked) or "p" (then they are, from layer 1
-    on). values: whether the value seams will be, or have been, closed, so that V's columns cannot be passed through.
-    first_layer: whether layer 0 will be, or has been, precomputed, so that its matrices give up nothing else; that is
-    no seam to whoever does not ask for it: what goes holds information, and the model may grow.
+    parallel_removes: in a parallel model, "readers" (d^2 weights go from Q, K, V, and P is blocked) or "p" (from P, and
+    Q, K, V are blocked from layer 1 on). values: whether the value seams will be, or have been, closed: then V's
+    columns cannot be passed through. first_layer: whether layer 0 will be, or has been, precomputed: then its matrices
+    give up nothing else. Its seam is there only for whoever asks for it, as the model may grow.
     """
 
     parallel_removes: str = "readers"
@@ -147,31 +152,36 @@ def seams(
     values: bool | None = None,
     norms: bool = False,
     first_layer: bool = False,
+    queries: bool = False,
 ) -> list[Seam]:
     """The seams that are still open, in the order in which they are closed, blocked ones included with the reason.
 
     parallel_removes, values, first_layer: as in Wanted (values None: whether they have been). norms: whether the norms
-    seams will be closed first; one that goes into the table then blocks nothing.
+    seams will be closed first; one that goes into the table then blocks nothing. queries: whether those between K and Q
+    are asked for, as they exclude others.
     """
     values = architecture.values_removed if values is None else values
     wanted = Wanted(parallel_removes, values, first_layer or architecture.first_layer_removed)
-    found = _norm_seams(architecture, wanted)
-    gone = [seam for seam in found if norms and seam.norms]
+    open_seams = _norm_seams(architecture, wanted)
+    gone = [seam for seam in open_seams if norms and seam.norms]
     left = closed(architecture, gone, "") if gone else architecture
-    found += [seam for kind, find in KINDS.items() if kind != "norms" for seam in find(left, wanted)]
-    found = [seam for each in found for seam in _beside_table(architecture, wanted, each)]
+    asked = [find for kind, find in KINDS.items() if kind != "norms" and (queries or kind != "queries")]
+    open_seams += [seam for find in asked for seam in find(left, wanted)]
+    open_seams = [seam for each in open_seams for seam in _beside_table(architecture, wanted, each)]
     order = list(KINDS)
 
     def turn(seam: Seam) -> tuple[bool, bool, int, int]:
         """The table of layer 0 takes in what all others have left."""
         return seam.kind == "first_layer", seam.kind != "norms", seam.layer, order.index(seam.kind)
 
-    return sorted(found, key=turn)
+    return sorted(open_seams, key=turn)
 
 
 def _beside_table(architecture: Architecture, wanted: Wanted, seam: Seam) -> Iterable[Seam]:
-    """The same seam, where layer 0 goes or has gone into the table: none, if all that it would give up goes there, and
-    blocked, if it would rewrite what is there already, or if a skip past layer 0 takes its basis, too.
+    """What becomes of a seam where layer 0 goes, or has gone, into the table.
+
+    It is gone if all that it would give up goes there. It is blocked if it would rewrite what is there already, or if a
+    skip past layer 0 takes its basis, too.
     """
     if not wanted.first_layer or seam.kind == "first_layer":
         return (seam,)
@@ -188,17 +198,21 @@ def _beside_table(architecture: Architecture, wanted: Wanted, seam: Seam) -> Ite
 
 def as_it_is(architecture: Architecture, itemsize: float) -> list[Seam]:
     """The seams that fuse closes in a model with skips and norms, where a weight takes `itemsize` bytes."""
-    every = seams(architecture, values=True, norms=True)
+    every = seams(architecture, values=True, norms=True, queries=True)
     return [seam for seam in every if seam.kind in COMPACT and not (seam.blocked or seam.unpaid(itemsize))]
 
 
 def reasons(every: Iterable[Seam]) -> tuple[str, ...]:
-    """What stays when these seams are closed, and why, in words: of each kind, the first."""
-    found: dict[str, str] = {}
+    """What stays when these seams are closed, and why: each kind's first reason; kinds that share one, together."""
+    first: dict[str, str] = {}
     for seam in every:
         if seam.blocked:
-            found.setdefault(seam.kind, seam.blocked)
-    return tuple(f"the {kind} seams: {reason}" for kind, reason in found.items())
+            first.setdefault(seam.kind, seam.blocked)
+    kinds: dict[str, list[str]] = {}
+    for kind, reason in first.items():
+        kinds.setdefault(reason, []).append(kind)
+    joined = {reason: ", ".join(stay[:-1]) + " and " * (len(stay) > 1) + stay[-1] for reason, stay in kinds.items()}
+    return tuple(f"the {stay} seams: {reason}" for reason, stay in joined.items())
 
 
 def closed(architecture: Architecture, closing: Iterable[Seam], basis: str) -> Architecture:
@@ -232,6 +246,7 @@ def closed(architecture: Architecture, closing: Iterable[Seam], basis: str) -> A
         layers_open=tuple(still_open) if stream or architecture.stream_basis else (),
         p_removed=architecture.p_removed or "p" in kinds,
         values_removed=architecture.values_removed or "values" in kinds,
+        keys_removed=architecture.keys_removed or "queries" in kinds,
         head_removed=architecture.head_removed or "head" in kinds,
         first_layer_removed=looked_up,
         gains_removed=(*architecture.gains_removed, *gains),
@@ -249,7 +264,7 @@ def _attention(layer: int) -> str:
 
 
 def _joined(names: Sequence[str]) -> str:
-    """Names in a sentence; of many, the first."""
+    """Names as a sentence has them: both of two, the first of more."""
     return " and ".join(names) if len(names) < 3 else f"{names[0]} and others"
 
 
@@ -277,7 +292,7 @@ def _not_linear(architecture: Architecture, space: Space) -> str | None:
 
 
 def _given_up(architecture: Architecture, space: Space) -> str:
-    """What a space that skip connections join gives up, and where: in words."""
+    """What a space that skip connections join gives up, and where."""
     first = space.layers[0]
     by = f"Q, K and V of layer {first}" if first < architecture.num_hidden_layers else "the head"
     return (
@@ -312,8 +327,9 @@ def _bias_stays(architecture: Architecture, takers: Sequence[str]) -> str | None
 
 
 def _takers(architecture: Architecture, space: Space) -> tuple[str, ...]:
-    """Of what is written at a space's first place, what takes a bias in: not positions, nor P beside the FFN, unless
-    that is experts whose weights do not sum to 1.
+    """The modules at a space's first place that take a bias in.
+
+    Positions do not; nor does P where the FFN does, which is always but for experts whose weights do not sum to 1.
     """
     names = _names(space.starts)
     attention = tuple(name for name in names if name.endswith(".o_proj"))
@@ -323,16 +339,14 @@ def _takers(architecture: Architecture, space: Space) -> tuple[str, ...]:
 
 
 def _scales(architecture: Architecture, space: Space, at: Place) -> dict[str, dict[str, int]]:
-    """By module of a space, the gains between what it writes, or reads, and the stream at a place (Seam.scales); none
-    where there are no biases to move.
-    """
+    """Seam.scales: by module of a space, the gains between it and the stream at a place; none if no biases move."""
     if not (architecture.residual_gains and architecture.qkv_biased):
         return {}
     skips = [
         f"model.layers.{before.layer}.{'attention' if before.kind == 's' else 'ffn'}_skip_gain"
         for before, _ in pairwise(space.places)
     ]
-    found: dict[str, dict[str, int]] = {}
+    scales: dict[str, dict[str, int]] = {}
     here = space.places.index(at)
     for port in (*space.writers, *space.readers):
         there, writes = space.places.index(port.place), port in space.writers
@@ -342,12 +356,12 @@ def _scales(architecture: Architecture, space: Space, at: Place) -> dict[str, di
             branch = "attention" if port.module.endswith(".o_proj") else "ffn"
             gains[f"model.layers.{port.module.split('.')[2]}.{branch}_gain"] = 1
         if gains:
-            found[port.module] = gains
-    return found
+            scales[port.module] = gains
+    return scales
 
 
 def _gains(scales: dict[str, dict[str, int]]) -> tuple[str, ...]:
-    """The tensors that are named."""
+    """The tensors that are named in Seam.scales."""
     return tuple(dict.fromkeys(gain for gains in scales.values() for gain in gains))
 
 
@@ -357,13 +371,13 @@ def _stream_seams(architecture: Architecture, wanted: Wanted) -> list[Seam]:
 
 
 def _stream_seam(architecture: Architecture, layer: int, wanted: Wanted) -> Seam:
-    """Of the space that Q, K, V of a layer read: they become the identity, or d columns of theirs do.
+    """The seam of the space that Q, K, V of a layer read: one of them, or d of their columns, becomes the identity.
 
     What else reads it (M, in a parallel layer or past a skip) takes the basis in.
     """
     attention, parallel = _attention(layer), architecture.block_type == "parallel"
-    found = graph(architecture)
-    space = found.before(layer)
+    spaces = graph(architecture)
+    space = spaces.before(layer)
     writers, takers, taken = _names(space.writers), _takers(architecture, space), ""
     duals: tuple[str, ...] = ()
     blocked = _not_linear(architecture, space) or _heads_pass(architecture, space)
@@ -373,7 +387,7 @@ def _stream_seam(architecture: Architecture, layer: int, wanted: Wanted) -> Seam
     if blocked is None and architecture.qkv_biased and "lm_head" in _names(space.readers):
         blocked = "attention_bias: a bias of Q would move into the stream that lm_head reads, which has none to undo it"
     if space.written_tied and not architecture.embedding_size:
-        last = found.before(architecture.num_hidden_layers)
+        last = spaces.before(architecture.num_hidden_layers)
         duals = _names(last.writers) if last is not space else ()
         blocked = blocked or _tied(architecture, space, last)
     if blocked is None and parallel and layer and wanted.parallel_removes == "p":
@@ -383,6 +397,8 @@ def _stream_seam(architecture: Architecture, layer: int, wanted: Wanted) -> Seam
             "values_removed: v_proj passes inputs of the stream through, which fixes its basis; close both at once, of "
             "the original"
         )
+    if blocked is None and architecture.keys_removed:
+        blocked = "keys_removed: k_proj passes inputs of the stream through, which fixes its basis"
     d, widths = architecture.hidden_size, dict(architecture.projections)
     chosen = {name: width for name, width in widths.items() if not (name == "v" and wanted.values)}
     identities: dict[str, tuple[str, ...]] = {
@@ -446,9 +462,9 @@ def _value_seams(architecture: Architecture, wanted: Wanted) -> list[Seam]:
 
 
 def _value_seam(architecture: Architecture, layer: int) -> Seam:
-    """Between each head of V and what reads it: the rows of P, or of M with P merged (identities 3; MatShrink).
+    """The seams between each head of V and what reads it: the rows of P, or of M with P merged (MatShrink).
 
-    Within a layer, so that skips and norms do not matter; shaped attention is linear in v.
+    They lie within a layer, so that skips and norms do not matter. Shaped attention is linear in v, too.
     """
     attention, size, heads = _attention(layer), architecture.head_dim, architecture.num_key_value_heads
     readers = architecture.ffn_readers(layer) if architecture.p_removed else (f"{attention}.o_proj",)
@@ -485,6 +501,34 @@ def _value_seam(architecture: Architecture, layer: int) -> Seam:
     )
 
 
+def _query_seams(architecture: Architecture, wanted: Wanted) -> list[Seam]:
+    if architecture.keys_removed:
+        return []
+    return [_query_seam(architecture, layer) for layer in range(architecture.num_hidden_layers)]
+
+
+def _query_seam(architecture: Architecture, layer: int) -> Seam:
+    """Between each head of K and the queries of its group: scores are x Q K^T y^T, where nothing stands between.
+
+    Within a layer, so that skips and norms do not matter. A bias of K adds the same to all of a query's scores, which
+    the softmax takes away again, so it goes, too; Q's takes part.
+    """
+    attention, size, heads = _attention(layer), architecture.head_dim, architecture.num_key_value_heads
+    return Seam(
+        kind="queries",
+        layer=layer,
+        width=size,
+        blocks=heads,
+        writers=(f"{attention}.k_proj",),
+        readers=(f"{attention}.q_proj",),
+        identities={"rows": (f"{attention}.k_proj",)},
+        order=f"{attention}.key_order",
+        indices=heads * architecture.hidden_size,
+        saves=heads * size**2,
+        blocked=architecture.keys_stay,
+    )
+
+
 def _p_seams(architecture: Architecture, wanted: Wanted) -> list[Seam]:
     if architecture.p_removed:
         return []
@@ -492,11 +536,10 @@ def _p_seams(architecture: Architecture, wanted: Wanted) -> list[Seam]:
 
 
 def _p_seam(architecture: Architecture, layer: int, wanted: Wanted) -> Seam:
-    """Of the space that P writes. Where it writes it alone, it merges into what reads it (M, the gate; router and
-    experts): M* = P M.
+    """The seam of the space that P writes. If P writes it alone, it merges into what reads it, M* = P M.
 
-    Where P is wider than the stream (D > d) and merging would cost weights, d of its rows become the identity instead;
-    so they do where something else writes the space, too.
+    M is the FFN's first matrix, its gate, or router and experts. If P is wider than the stream (D > d), so that merging
+    would cost weights, or if something else writes the space, too, d of its rows become the identity instead.
     """
     d, heads = architecture.hidden_size, architecture.query_width
     o_proj, space = f"{_attention(layer)}.o_proj", graph(architecture).after_attention(layer)
@@ -540,7 +583,7 @@ def _attention_gain(architecture: Architecture, layer: int) -> tuple[str, ...]:
 
 
 def _joined_p_seam(architecture: Architecture, layer: int, space: Space, wanted: Wanted) -> Seam:
-    """Of a space that P writes together with others: its rows, if it gives up no columns of what reads it."""
+    """The seam of a space that P writes together with others: rows of P go, if no columns of the readers do."""
     d, heads, layers = architecture.hidden_size, architecture.query_width, architecture.num_hidden_layers
     o_proj = f"{_attention(layer)}.o_proj"
     writers = (o_proj, *(name for name in _names(space.writers) if name != o_proj))
@@ -587,14 +630,17 @@ def _rows_stay(architecture: Architecture, layer: int) -> str | None:
     if heads < d:
         return f"heads * head_dim ({heads}) being less than hidden_size ({d}): {heads} rows cannot stand for the stream"
     if architecture.tie_word_embeddings:
-        return "tie_word_embeddings: what reads the last layer's output is the table, which is written with, too"
+        return (
+            "tie_word_embeddings: the table reads what the last layer's P writes, and p_removed is one switch for all "
+            "layers; as many weights go with --parallel-removes readers"
+        )
     if architecture.head_removed:
         return "head_removed: logits are outputs of the last layer as they are, which fixes its basis"
     return None
 
 
 def _head_seams(architecture: Architecture, wanted: Wanted) -> list[Seam]:
-    """Of the space that lm_head reads, of whose columns d become the identity (identities 4)."""
+    """The seam of the space that lm_head reads: d of its columns become the identity."""
     d, last = architecture.hidden_size, architecture.num_hidden_layers
     space, taken = graph(architecture).before(last), ""
     if architecture.head_removed:
@@ -703,15 +749,15 @@ def _norm_matters(architecture: Architecture, layer: int, norms: list[str]) -> s
 
 def _norm_seams(architecture: Architecture, wanted: Wanted) -> list[Seam]:
     """Gains that fold into what reads them, and a norm of the embeddings that folds into their table."""
-    found = []
+    norm_seams = []
     for norm in architecture.norm_names():
         if not architecture.has_norm(norm) or norm in architecture.gains_removed:
             continue
         if norm == _table_norm(architecture):
-            found.append(_norm_seam(architecture, norm, "table", ("model.embed_tokens",)))
+            norm_seams.append(_norm_seam(architecture, norm, "table", ("model.embed_tokens",)))
         elif readers := _norm_readers(architecture, norm):
-            found.append(_norm_seam(architecture, norm, "gain", readers))
-    return found
+            norm_seams.append(_norm_seam(architecture, norm, "gain", readers))
+    return norm_seams
 
 
 def _norm_seam(architecture: Architecture, norm: str, way: str, readers: tuple[str, ...]) -> Seam:
@@ -757,7 +803,9 @@ def _norm_readers(architecture: Architecture, norm: str) -> tuple[str, ...]:
     if name == "post_attention_layernorm" and architecture.p_removed and architecture.p_merged:
         return ()
     if name == "input_layernorm" and (
-        architecture.stream_closed(int(prefix.split(".")[2])) or architecture.values_removed
+        architecture.stream_closed(int(prefix.split(".")[2]))
+        or architecture.values_removed
+        or architecture.keys_removed
     ):
         return ()  # some of q, k and v are the norm's output as it is
     return graph(architecture).through(norm)
@@ -768,6 +816,7 @@ KINDS: dict[str, Callable[[Architecture, Wanted], list[Seam]]] = {
     "norms": _norm_seams,
     "stream": _stream_seams,
     "values": _value_seams,
+    "queries": _query_seams,
     "p": _p_seams,
     "head": _head_seams,
     "first_layer": _first_layer_seams,

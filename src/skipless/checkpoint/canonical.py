@@ -5,14 +5,16 @@ from functools import lru_cache
 
 import torch
 
-from skipless.checkpoint.family import Layout, Place
+from skipless.checkpoint.family import Layout, Location
 from skipless.checkpoint.reader import TensorInfo
 from skipless.errors import InputError
 
 
 class Canonical:
-    """A checkpoint's tensors by our names. tensors: what is known of them before they are read. read: what gives the
-    stored ones; rows of a tensor that is stored as we have it are read alone. as_stored: whether an offset stays out.
+    """A checkpoint's tensors by our names.
+
+    tensors: their headers. read: gives the stored ones; rows are read alone of a tensor that is stored as we have it.
+    as_stored: whether a gain's offset is left out.
     """
 
     def __init__(
@@ -27,15 +29,15 @@ class Canonical:
 
     def tensor(self, name: str, rows: slice | None = None, /) -> torch.Tensor:
         """Read one, or rows (start, stop) of it: in its dtype, or, if it is stored less an offset, in fp64."""
-        place = self._layout.places[name]
-        if rows is not None and place == Place(place.tensors[:1]):
-            return self._read(*place.tensors, rows)
-        parts = [self._read(stored) for stored in place.tensors]
-        whole = parts[0].T if place.transposed else torch.cat(parts) if len(parts) > 1 else parts[0]
-        chosen = torch.cat([whole[start:stop] for start, stop in place.rows]) if place.rows else whole
-        found = chosen.reshape(self.tensors[name].shape).contiguous()
-        found = found.double() + place.offset if place.offset and not self._as_stored else found
-        return found if rows is None else found[rows]
+        location = self._layout.locations[name]
+        if rows is not None and location == Location(location.tensors[:1]):
+            return self._read(*location.tensors, rows)
+        parts = [self._read(stored) for stored in location.tensors]
+        whole = parts[0].T if location.transposed else torch.cat(parts) if len(parts) > 1 else parts[0]
+        chosen = torch.cat([whole[start:stop] for start, stop in location.rows]) if location.rows else whole
+        tensor = chosen.reshape(self.tensors[name].shape).contiguous()
+        tensor = tensor.double() + location.offset if location.offset and not self._as_stored else tensor
+        return tensor if rows is None else tensor[rows]
 
 
 def infos(tensors: Mapping[str, TensorInfo], layout: Layout) -> dict[str, TensorInfo]:
@@ -44,13 +46,13 @@ def infos(tensors: Mapping[str, TensorInfo], layout: Layout) -> dict[str, Tensor
     Raises InputError for a layout that lacks one of them.
     """
     shapes = layout.architecture.tensors()
-    if missing := shapes.keys() - layout.places:
+    if missing := shapes.keys() - layout.locations:
         raise InputError(
             f"{min(missing)}: expected in what is read tensor by tensor, found it in another form; use the model "
             f"folder that it was exported from"
         )
     return {
-        name: TensorInfo(shape, (first := tensors[layout.places[name].tensors[0]]).dtype, first.shard)
+        name: TensorInfo(shape, (first := tensors[layout.locations[name].tensors[0]]).dtype, first.shard)
         for name, shape in shapes.items()
     }
 
@@ -69,23 +71,23 @@ def restored(
     """
     fused: dict[str, torch.Tensor] = {}
     for name, tensor in made:
-        place = layout.places[name]
-        (stored,) = place.tensors
-        tensor = tensor - place.offset if place.offset else tensor
-        if not place.rows:
-            yield stored, (tensor.T if place.transposed else tensor).reshape(layout.shapes[stored]).contiguous()
+        location = layout.locations[name]
+        (stored,) = location.tensors
+        tensor = tensor - location.offset if location.offset else tensor
+        if not location.rows:
+            yield stored, (tensor.T if location.transposed else tensor).reshape(layout.shapes[stored]).contiguous()
         else:
             if stored not in fused:
                 fused[stored] = read(stored).to(tensor.dtype, copy=True)
-            _put(fused[stored], place, tensor)
+            _put(fused[stored], location, tensor)
         del tensor
     while fused:
         yield fused.popitem()
 
 
-def _put(whole: torch.Tensor, place: Place, part: torch.Tensor) -> None:
+def _put(whole: torch.Tensor, location: Location, part: torch.Tensor) -> None:
     """Write a part into the rows of a fused tensor that are its own."""
-    turned = whole.T if place.transposed else whole
-    sizes = [stop - start for start, stop in place.rows]
-    for (start, stop), rows in zip(place.rows, part.split(sizes), strict=True):
+    turned = whole.T if location.transposed else whole
+    sizes = [stop - start for start, stop in location.rows]
+    for (start, stop), rows in zip(location.rows, part.split(sizes), strict=True):
         turned[start:stop] = rows

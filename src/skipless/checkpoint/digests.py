@@ -28,7 +28,7 @@ class Digests:
         self._reader, self._overwritten = reader, overwritten
         self._behind = Behind("hashing", ROOM)
         self._begun: dict[str, tuple[int, Any]] = {}  # of a tensor: the next byte, SHA-256 so far
-        self._found: dict[str, Any] = {}
+        self._whole: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -47,18 +47,18 @@ class Digests:
 
     def _take(self, name: str, start: int, data: memoryview) -> None:
         """Hash what has not been hashed of a tensor's bytes from `start` on, if that is what comes next."""
-        following, found = self._begun.get(name, (0, hashlib.sha256()))
+        following, sha256 = self._begun.get(name, (0, hashlib.sha256()))
         stop = start + len(data)
-        if name in self._found or not start <= following < max(stop, 1):
+        if name in self._whole or not start <= following < max(stop, 1):
             return
-        self._behind.add(len(data), found.update, data[following - start :])
+        self._behind.add(len(data), sha256.update, data[following - start :])
         if self._overwritten:
             self._behind.finish()
-        self._begun[name] = stop, found
+        self._begun[name] = stop, sha256
         if stop == self._reader.tensors[name].bytes:
-            self._found[name] = found
+            self._whole[name] = sha256
 
     def finish(self) -> dict[str, str]:
         """Wait for the digests of all tensors that were read whole."""
         self._behind.finish()
-        return {name: found.hexdigest() for name, found in self._found.items()}
+        return {name: sha256.hexdigest() for name, sha256 in self._whole.items()}

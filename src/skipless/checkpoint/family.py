@@ -46,12 +46,12 @@ GPT_DEFAULTS: Mapping[str, Any] = {"n_inner": None, "tie_word_embeddings": True}
 
 def rope(config: Config) -> dict[str, Any]:
     """RoPE's parameters, the same in all layers. Raises InputError for those of layers that differ."""
-    found: Mapping[str, Any] = config["rope_parameters"]
-    if any(isinstance(value, Mapping) for value in found.values()):
+    parameters: Mapping[str, Any] = config["rope_parameters"]
+    if any(isinstance(value, Mapping) for value in parameters.values()):
         raise InputError(
-            f"config.json: rope_parameters: expected the same for all layers, found some for each of {[*found]}"
+            f"config.json: rope_parameters: expected the same for all layers, found some for each of {[*parameters]}"
         )
-    return {name: value for name, value in found.items() if value is not None and name != "type"}
+    return {name: value for name, value in parameters.items() if value is not None and name != "type"}
 
 
 def whole_rope(config: Config) -> dict[str, Any]:
@@ -192,8 +192,8 @@ class Family:
 
     def _values(self, config: Config, rules: Mapping[str, Rule]) -> dict[str, Any]:
         """What follows from the rules, less what is null."""
-        found = {name: self._value(config, name, rule) for name, rule in rules.items()}
-        return {name: value for name, value in found.items() if value is not None}
+        values = {name: self._value(config, name, rule) for name, rule in rules.items()}
+        return {name: value for name, value in values.items() if value is not None}
 
     @staticmethod
     def _choices(rule: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -229,11 +229,11 @@ class Lenient(dict[str, Any]):
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Where a canonical tensor lies: in these stored tensors, one after the other, or in ranges of the rows of one.
 
-    rows: ranges (start, stop) of its outputs; all of them if it is empty. transposed: stored (inputs, outputs). offset:
-    what is added to the numbers that are stored.
+    rows: ranges (start, stop) of the stored tensor's outputs; empty: all of them. transposed: whether it is stored
+    (inputs, outputs). offset: what is added to the stored numbers.
     """
 
     tensors: tuple[str, ...]
@@ -245,14 +245,14 @@ class Place:
 class Layout:
     """The tensors of one checkpoint of a family.
 
-    prefix: what its tensors' names begin with. places: canonical tensor -> where it lies. shapes: stored tensor ->
+    prefix: what its tensors' names begin with. locations: canonical tensor -> where it lies. shapes: stored tensor ->
     the shape that the config promises.
     """
 
     def __init__(self, family: Family, architecture: Architecture, prefix: str, variant: Mapping[str, str]):
         self.family, self.architecture, self.prefix = family, architecture, prefix
         self.names = {**family.names, **variant}
-        self.places: dict[str, Place] = {}
+        self.locations: dict[str, Location] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for module in architecture.modules():
             self._module(module)
@@ -306,7 +306,7 @@ class Layout:
         for tensor, shape in module.tensors().items():
             kind = tensor.rpartition(".")[2]
             flip = transposed and kind == "weight"
-            self.places[tensor] = Place((f"{name}.{kind}",), rows, flip)
+            self.locations[tensor] = Location((f"{name}.{kind}",), rows, flip)
             if rows:
                 outputs = max(outputs, self.shapes.get(f"{name}.{kind}", (0, 0))[-1 if flip or kind == "bias" else 0])
                 shape = (outputs, *shape[1:])
@@ -321,7 +321,7 @@ class Layout:
             shape = size if self.family.norm_heads == "names" else (heads, *size)
             if self.family.norm_heads == "names":
                 tensors = tuple(stored.replace("{h}", str(head)) for head in range(heads))
-        self.places[tensor] = Place(tensors, offset=self.family.gain_offset if kind == "weight" else 0.0)
+        self.locations[tensor] = Location(tensors, offset=self.family.gain_offset if kind == "weight" else 0.0)
         for one in tensors:
             self.shapes[one] = shape
 
@@ -339,11 +339,11 @@ class Layout:
     @cached_property
     def parts(self) -> dict[str, tuple[str, ...]]:
         """Stored tensor -> the canonical tensors that lie in it."""
-        found: dict[str, tuple[str, ...]] = {}
-        for name, place in self.places.items():
-            for stored in place.tensors:
-                found[stored] = (*found.get(stored, ()), name)
-        return found
+        parts: dict[str, tuple[str, ...]] = {}
+        for name, location in self.locations.items():
+            for stored in location.tensors:
+                parts[stored] = (*parts.get(stored, ()), name)
+        return parts
 
     def ignores(self, name: str) -> bool:
         """Whether a stored tensor does not belong to the model: a buffer, the head of tied embeddings."""
@@ -380,8 +380,8 @@ def family_of(config: Config) -> str | None:
 
 def buffers(config: Config) -> tuple[str, ...]:
     """Parts of names of tensors that are no weights in this config's family; none if it is not described."""
-    found = (family.buffers for family in every() if config.get("model_type") in family.model_types)
-    return next(found, ())
+    parts = (family.buffers for family in every() if config.get("model_type") in family.model_types)
+    return next(parts, ())
 
 
 def _check_layers(architecture: Architecture, names: Collection[str]) -> None:
@@ -420,8 +420,8 @@ def laid_out(opened: Opened) -> Layout:
 
     Raises InputError if its config is none, or its tensors' headers contradict it.
     """
-    found = find(opened.config)
-    layout = found.layout(found.architecture(opened.config), opened.headers)
+    family = find(opened.config)
+    layout = family.layout(family.architecture(opened.config), opened.headers)
     opened.check(layout.shapes, ignores=layout.ignores)
     return layout
 

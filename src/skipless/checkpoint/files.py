@@ -51,10 +51,10 @@ class File:
     def read(self, size: int) -> bytes:
         """Read `size` bytes; fewer at the end."""
         with self._naming():
-            found = os.read(self.descriptor, size)
-            while found and len(found) < size and (more := os.read(self.descriptor, size - len(found))):
-                found += more
-        return found
+            data = os.read(self.descriptor, size)
+            while data and len(data) < size and (more := os.read(self.descriptor, size - len(data))):
+                data += more
+        return data
 
     def blocks(self, size: int | None = None) -> Iterator[bytes]:
         """Read `size` bytes (None: all that follow), BLOCK at a time; fewer at the end."""
@@ -105,10 +105,10 @@ def reopen(path: Path, writing: bool = False) -> File:
 def read(path: Path, most: int) -> bytes:
     """The bytes of a file that we made. Raises as `reopen` does, and InputError for more than `most` bytes."""
     with reopen(path) as file:
-        found = file.read(most + 1)
-    if len(found) > most:
+        data = file.read(most + 1)
+    if len(data) > most:
         raise InputError(f"{path}: expected at most {most:,} bytes, found more; remove it")
-    return found
+    return data
 
 
 def write(path: Path, parts: Iterable[bytes]) -> None:
@@ -182,26 +182,26 @@ def sync(path: Path) -> None:
 
 def check_own(path: Path) -> None:
     """Raise InputError for anything but a regular file without another name; FileNotFoundError if there is nothing."""
-    found = os.lstat(path)
-    _refuse_link(path, found)
-    if not stat.S_ISREG(found.st_mode):
-        raise InputError(f"{path}: expected a file that a fuse has written, found {kind(found)}; remove it")
-    if found.st_nlink > 1:
+    status = os.lstat(path)
+    _refuse_link(path, status)
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{path}: expected a file that a fuse has written, found {kind(status)}; remove it")
+    if status.st_nlink > 1:
         raise InputError(
-            f"{path}: expected a file that a fuse has written, found one that has {found.st_nlink} names (hard "
+            f"{path}: expected a file that a fuse has written, found one that has {status.st_nlink} names (hard "
             f"links); remove this one"
         )
 
 
 def check_folder(path: Path) -> None:
     """Raise InputError for anything but a folder; FileNotFoundError if there is nothing."""
-    found = os.lstat(path)
-    _refuse_link(path, found)
-    if not stat.S_ISDIR(found.st_mode):
-        raise InputError(f"{path}: expected a folder, found {kind(found)}; remove it")
+    status = os.lstat(path)
+    _refuse_link(path, status)
+    if not stat.S_ISDIR(status.st_mode):
+        raise InputError(f"{path}: expected a folder, found {kind(status)}; remove it")
 
 
-def _refuse_link(path: Path, found: os.stat_result) -> None:
+def _refuse_link(path: Path, status: os.stat_result) -> None:
     """Refuse a symlink: it would lead what is written elsewhere."""
-    if stat.S_ISLNK(found.st_mode):
+    if stat.S_ISLNK(status.st_mode):
         raise InputError(f"{path}: expected no symbolic link there, found one to {os.readlink(path)}; remove it")

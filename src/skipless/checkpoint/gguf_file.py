@@ -1,4 +1,4 @@
-"""A GGUF file (llama.cpp) as a checkpoint: its metadata as a config, its tensors dequantized one at a time."""
+"""A GGUF file (llama.cpp) as a checkpoint: its metadata as a config, its tensors one at a time, dequantized."""
 
 import mmap
 import struct
@@ -23,13 +23,17 @@ SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 STRING, ARRAY = 8, 9
 MOST_DIMENSIONS = 4
 
+# Types that are read as they are stored, as safetensors calls them, and integers; others become fp32.
+PLAIN = ("F64", "F32", "F16", "BF16", "I32")
+
 AGAIN = "copy or download it again"
 
 
 class GGUFReader:
-    """A GGUF file opened for reading; tensors are memory-mapped and dequantized on request, to fp32.
+    """A GGUF file opened for reading; tensors are memory-mapped, and quantized ones dequantized on request, to fp32.
 
-    config: the metadata, model_type "gguf-" and the architecture's name. Raises InputError for what is no whole GGUF
+    config: the metadata, model_type "gguf-" and the architecture's name; tokenizer: what of it describes the tokenizer,
+    by names less "tokenizer.", and is no long list. Raises InputError for what is no whole GGUF
     file, for tensors that overlap or are not aligned, and if the package gguf is not there.
     """
 
@@ -37,20 +41,21 @@ class GGUFReader:
         check_file(file, "a GGUF file")
         try:
             self._file = _open(file)
-            metadata: dict[str, Any] = {
-                name: field.contents() for name, field in self._file.fields.items() if not name.startswith(TOKENIZER)
-            }
+            said: dict[str, Any] = {name: field.contents() for name, field in self._file.fields.items()}
         except ImportError:
             raise InputError(f"{file}: GGUF files need the [gguf] extra; pip install 'skipless[gguf]'") from None
         except Exception as error:  # the package raises whatever its parsing comes upon
             raise InputError(f"{file}: expected a whole GGUF file, found {error!r}; {AGAIN}") from error
         self.path = file
+        metadata = {name: value for name, value in said.items() if not name.startswith(TOKENIZER)}
+        self.tokenizer = {name.removeprefix(TOKENIZER): said[name] for name in said.keys() - metadata.keys()}
         _check_places(file, self._file)
         self._tensors = {tensor.name: tensor for tensor in self._file.tensors}
         shapes = {name: tuple(int(size) for size in tensor.shape[::-1]) for name, tensor in self._tensors.items()}
         self.headers = {
-            name: Header(shape, "I32" if self._tensors[name].tensor_type.name == "I32" else "F32", file.name)
-            for name, shape in shapes.items()
+            name: Header(shapes[name], kind if kind in PLAIN else "F32", file.name, int(tensor.data_offset))
+            for name, tensor in self._tensors.items()
+            for kind in [tensor.tensor_type.name]
         }
         self.config: Mapping[str, Any] = {
             **metadata,
@@ -67,7 +72,7 @@ class GGUFReader:
 
     @property
     def tensors(self) -> Mapping[str, Any]:
-        """As reader.TensorInfo says it; all weights will be fp32."""
+        """As reader.TensorInfo says it."""
         from skipless.checkpoint.reader import DTYPES, TensorInfo
 
         return {
@@ -76,22 +81,33 @@ class GGUFReader:
 
     def tensor(self, name: str) -> Any:
         """Read one tensor. Raises InputError if it cannot be dequantized, or holds NaN or infinity."""
+        stored = self.values(name, self._tensors[name].data.tobytes(), self.headers[name].shape)
+        if stored.is_floating_point() and not stored.isfinite().all():
+            raise InputError(f"{name}: expected finite numbers, found NaN or infinite ones; the file is damaged")
+        return stored
+
+    def size(self, name: str) -> int:
+        """How many bytes of the file a tensor takes."""
+        return int(self._tensors[name].n_bytes)
+
+    def values(self, name: str, data: bytes | bytearray, shape: tuple[int, ...]) -> Any:
+        """Rows of a tensor, by their bytes. Raises InputError if they cannot be dequantized."""
         import numpy as np
         import torch
         from gguf.quants import dequantize
 
-        found = self._tensors[name]
-        if self.headers[name].dtype == "I32":
-            return torch.from_numpy(np.array(found.data))
+        from skipless.checkpoint.reader import DTYPES
+
+        kind = self._tensors[name].tensor_type
+        if self._file.endianess.name != "LITTLE":
+            raise InputError(f"{name}: expected numbers with their lowest byte first, found a big-endian file")
+        if kind.name in PLAIN:
+            return torch.frombuffer(bytearray(data), dtype=DTYPES[kind.name]).reshape(shape)
         try:
-            values = dequantize(found.data, found.tensor_type).reshape(self.headers[name].shape)
+            values = dequantize(np.frombuffer(data, np.uint8).reshape(*shape[:-1], -1), kind)
         except (NotImplementedError, ValueError) as error:
-            raise InputError(
-                f"{name}: {found.tensor_type.name} in {self.path} cannot be dequantized: {error}"
-            ) from error
-        if not np.isfinite(values).all():
-            raise InputError(f"{name}: expected finite numbers, found NaN or infinite ones; the file is damaged")
-        return torch.from_numpy(np.array(values, dtype=np.float32))
+            raise InputError(f"{name}: {kind.name} in {self.path} cannot be dequantized: {error}") from error
+        return torch.from_numpy(np.array(values.reshape(shape), dtype=np.float32))
 
 
 def _check_places(path: Path, file: Any) -> None:
@@ -138,7 +154,7 @@ def _long_lists(file: Path) -> dict[int, int]:
     """
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         order = "<" if struct.unpack_from("<I", data, 4)[0] & 0xFFFF else ">"
-        values, found = 0, {}
+        values, long = 0, {}
 
         def number(code: str, at: int) -> int:
             read: int = struct.unpack_from(order + code, data, at)[0]
@@ -172,7 +188,7 @@ def _long_lists(file: Path) -> dict[int, int]:
             start = after(STRING, at) + 4
             before, at = values, after(number("I", start - 4), start)
             if values - before > LONG:
-                found[start] = at - start
+                long[start] = at - start
             else:
                 kept += values - before
             if kept > MOST_KEPT:
@@ -187,4 +203,4 @@ def _long_lists(file: Path) -> dict[int, int]:
             at += 4 + 8 * dimensions + 12
             if number("Q", at - 8) > len(data):
                 raise ValueError("a tensor beyond the end of the file")
-        return found
+        return long

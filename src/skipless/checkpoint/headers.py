@@ -74,6 +74,10 @@ class Folder:
         self.shards = self._find_shards()
         self.headers: Mapping[str, Header] = self._read_headers()
 
+    def path(self, name: str) -> Path:
+        """Where the config, the index or a shard lies."""
+        return self.folder / name
+
     def _find_shards(self) -> list[str]:
         index = self.folder / INDEX
         if os.path.lexists(index):
@@ -126,10 +130,10 @@ class Folder:
         Raises InputError for a folder that cannot be read, and for what cannot be copied: anything but files, and
         symlinks that are not followed (check_file).
         """
-        found = sorted(path for path, copied in self._others(copy) if copied)
-        for path in found:
+        others = sorted(path for path, copied in self._others(copy) if copied)
+        for path in others:
             check_file(self.folder / path, "a file to copy", self.folder)
-        return found
+        return others
 
     def left_out(self, copy: Collection[str] = ()) -> list[str]:
         """Files that are not copied, beside config.json and the weights. A folder stands for all that is in it."""
@@ -243,22 +247,22 @@ def check_file(file: Path, expected: str, folder: Path | None = None) -> int:
     any other, and for anything but a regular file. expected: what it should be, in words.
     """
     try:
-        found = file.stat()
+        status = file.stat()
     except FileNotFoundError:
         nothing = f"a symlink to {file.readlink()}, which does not exist" if file.is_symlink() else "no such file"
         raise InputError(f"{file}: expected {expected}, found {nothing}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: expected {expected}, found: {getattr(error, 'strerror', error)}") from error
-    if not stat.S_ISREG(found.st_mode):
-        raise InputError(f"{file}: expected {expected}, found {kind(found)}; put a file in its place or remove it")
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{file}: expected {expected}, found {kind(status)}; put a file in its place or remove it")
     if folder is not None:
         check_link(file, folder)
-    return found.st_size
+    return status.st_size
 
 
-def kind(found: os.stat_result) -> str:
+def kind(status: os.stat_result) -> str:
     """What kind of file it is, in words, if it is not a regular one."""
-    return FILE_TYPES.get(stat.S_IFMT(found.st_mode), "something else")
+    return FILE_TYPES.get(stat.S_IFMT(status.st_mode), "something else")
 
 
 def check_link(file: Path, folder: Path) -> None:
@@ -286,10 +290,10 @@ def _is_snapshot(folder: Path) -> bool:
 
 def _weight_map(index: Path, folder: Path) -> dict[str, str]:
     """Tensor name -> shard, from the index. Raises InputError for a bad index."""
-    found = read_json_object(index, MOST_INDEX, folder).get("weight_map")
-    if not isinstance(found, dict) or not found:
+    shards = read_json_object(index, MOST_INDEX, folder).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
         raise InputError(f"{index}: weight_map: expected tensor names and their files, found none")
-    for shard in found.values():
+    for shard in shards.values():
         if not (
             isinstance(shard, str)
             and shard.endswith(".safetensors")
@@ -297,7 +301,7 @@ def _weight_map(index: Path, folder: Path) -> dict[str, str]:
             and shard == PurePosixPath(shard).name == PureWindowsPath(shard).name
         ):
             raise InputError(f"{index}: weight_map: expected safetensors files in this folder, found {shard!r}")
-    return found
+    return shards
 
 
 def _files(folder: Path) -> list[Path]:
@@ -351,11 +355,11 @@ def _parse(text: bytes) -> Any:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
         counts = Counter(name for name, _ in pairs)
         raise _JSONError(f"{counts.most_common(1)[0][0]!r} more than once in an object")
-    return found
+    return values
 
 
 def _integer(digits: str) -> int:

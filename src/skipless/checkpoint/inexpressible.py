@@ -25,8 +25,8 @@ class Inexpressible:
         own = config.get("text_config")
         inside = {**config, **own} if isinstance(own, Mapping) else config
         field = next((name for name in self.fields if inside.get(name) is not None), "model_type")
-        found = inside[field] if field in self.fields else config["model_type"]
-        shown = repr(found) if isinstance(found, str | int | float) else f"a {type(found).__name__}"
+        value = inside[field] if field in self.fields else config["model_type"]
+        shown = repr(value) if isinstance(value, str | int | float) else f"a {type(value).__name__}"
         return (
             f"config.json: {field}: expected {'none' if field in self.fields else 'another'}, found {shown}: a "
             f"{config['model_type']} model cannot be counted, audited or fused: {self.why}"

@@ -27,7 +27,9 @@ MOST_REASON = 1000
 
 @dataclass(frozen=True)
 class Entry:
-    """A finished task: the SHA-256 of each of the tensors that it wrote and that it read, and what became of its seams
+    """A finished task.
+
+    digests, sources: the SHA-256 of each tensor that it wrote, and that it read. outcomes: what became of its seams
     (forecast.Outcome, as JSON has it).
     """
 

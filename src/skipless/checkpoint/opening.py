@@ -121,10 +121,10 @@ def skipless_config(layout: family.Layout, config: Mapping[str, Any]) -> dict[st
             completed = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config))).to_dict()
     except CONFIG_ERRORS as error:
         raise InputError(f"config.json: {' '.join(str(error.__cause__ or error).split())}") from error
-    found = layout.family.skipless(layout.architecture, completed)
-    found |= {name: completed[name] for name in SHARED if completed.get(name) is not None}
-    check_config(found)
-    return found
+    fields = layout.family.skipless(layout.architecture, completed)
+    fields |= {name: completed[name] for name in SHARED if completed.get(name) is not None}
+    check_config(fields)
+    return fields
 
 
 def read_architecture(reader: CheckpointReader) -> Architecture:

@@ -1,5 +1,6 @@
 """Read a model folder lazily: headers first (headers.py), tensors one at a time on request."""
 
+import hashlib
 import io
 import math
 import os
@@ -64,11 +65,11 @@ class CheckpointReader(Folder):
 
     def __init__(self, folder: Path, device: str = "cpu"):
         self.device = _device(device)
-        before = {file.name: _stamp(file) for file in folder.glob("*") if file.is_file()}
+        before = {file.name: file_stamp(file) for file in folder.glob("*") if file.is_file()}
         super().__init__(folder)
         names = ["config.json", *self.shards] + ([INDEX] if self._weight_map is not None else [])
         passed_over = buffers(self.config)
-        self._stamps = {name: before.get(name) or _stamp(folder / name) for name in names}
+        self._stamps = {name: before.get(name) or file_stamp(self.path(name)) for name in names}
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
             {
                 name: _info(name, header)
@@ -96,17 +97,17 @@ class CheckpointReader(Folder):
 
         copy: what is copied along beside the usual (other_files).
         """
-        others = {str(file): _stamp(self.folder / file) for file in self.other_files(copy)}
+        others = {str(file): file_stamp(self.folder / file) for file in self.other_files(copy)}
         return {name: list(stamp) for name, stamp in (self._stamps | others).items()}
 
     def shared_fingerprint(self) -> dict[str, Any]:
-        """What of the fingerprint is the same of a copy, on another machine, that has kept the times of its files."""
+        """The part of the fingerprint that a copy on another machine shares, if it has kept its files' times."""
         return {name: stamp[:2] for name, stamp in self.fingerprint().items()}
 
     def check_unchanged(self) -> None:
         """Raise InputError if a file has changed since its header was read."""
         for name in self._stamps:
-            self._check_stamp(name, (self.folder / name).stat())
+            self._check_stamp(name, self.path(name).stat())
 
     def tensor(self, name: str, rows: slice | None = None, seen: Seen | None = None) -> torch.Tensor:
         """Read one tensor, or rows (start, stop) of it. Raises StorageError if it cannot be read, InputError if it
@@ -124,7 +125,7 @@ class CheckpointReader(Folder):
         count = self._read(name, start, data)
         if count < tensor.nbytes:
             raise InputError(
-                f"{name}: expected {tensor.nbytes:,} bytes in {self.folder / info.shard}, found {count:,}: the file "
+                f"{name}: expected {tensor.nbytes:,} bytes in {self.path(info.shard)}, found {count:,}: the file "
                 f"was cut short while it was read; copy or download it again"
             )
         if bad := not_finite(tensor):
@@ -136,9 +137,21 @@ class CheckpointReader(Folder):
             seen(name, start, data)
         return tensor.to(self.device)
 
+    def digest(self, name: str) -> str:
+        """SHA-256 of a tensor's bytes."""
+        found, size, block = hashlib.sha256(), self.tensors[name].bytes, memoryview(bytearray(BLOCK))
+        for start in range(0, size, BLOCK):
+            part = block[: min(BLOCK, size - start)]
+            found.update(part[: self._read(name, start, part)])
+        return found.hexdigest()
+
+    def size(self, name: str) -> int:
+        """Bytes that a tensor takes in its file."""
+        return self.tensors[name].bytes
+
     def sample(self, most: int) -> int:
-        """Read the beginning of the largest shard, past the system's cache if it lets us: at most so many bytes."""
-        path = max((self.folder / shard for shard in self.shards), key=lambda path: path.stat().st_size)
+        """Read at most so many bytes of the largest shard, past the system's cache if that can be."""
+        path = max(map(self.path, self.shards), key=lambda path: path.stat().st_size)
         block, done = memoryview(bytearray(BLOCK)), 0
         with path.open("rb", buffering=0) as file:
             uncache(file.fileno(), most)
@@ -150,7 +163,7 @@ class CheckpointReader(Folder):
         """Read tensors into the system's cache, so that `tensor` need not wait for the disk, until `stop` says so."""
         block = memoryview(bytearray(BLOCK))
         for name in names:
-            left = self.tensors[name].bytes
+            left = self.size(name)
             with suppress(InputError), self._opened(name) as file:  # `tensor` will say what is wrong
                 while left > 0 and not stop() and (count := file.readinto(block[: min(left, BLOCK)])):
                     left -= count
@@ -167,7 +180,7 @@ class CheckpointReader(Folder):
     @contextmanager
     def _opened(self, name: str) -> Iterator[io.FileIO]:
         """Open a tensor's file at its first byte."""
-        path = self.folder / self.tensors[name].shard
+        path = self.path(self.tensors[name].shard)
         try:
             with path.open("rb", buffering=0) as file:
                 self._check_stamp(path.name, os.fstat(file.fileno()))
@@ -178,7 +191,7 @@ class CheckpointReader(Folder):
 
     def _check_stamp(self, name: str, now: os.stat_result) -> None:
         if _stamped(now) != self._stamps[name]:
-            raise changed(f"{self.folder / name}")
+            raise changed(f"{self.path(name)}")
 
 
 def changed(file: str) -> InputError:
@@ -202,15 +215,14 @@ def not_finite(tensor: torch.Tensor) -> int:
     return sum(block.numel() - int(torch.isfinite(block).sum()) for block in suspect)
 
 
-def _stamp(file: Path) -> tuple[int, ...]:
+def file_stamp(file: Path) -> tuple[int, ...]:
+    """What tells a file from another, or from itself after a change."""
     return _stamped(file.stat())
 
 
-def _stamped(found: os.stat_result) -> tuple[int, ...]:
-    """Size; nanoseconds of the last change of what is in it, as anybody can set them, and of any change, as nobody can;
-    and which file it is.
-    """
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+def _stamped(status: os.stat_result) -> tuple[int, ...]:
+    """Size, mtime, ctime (both in nanoseconds) and inode: mtime can be set by anybody, ctime cannot."""
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def _info(name: str, header: Header) -> TensorInfo:

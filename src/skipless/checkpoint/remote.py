@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from skipless.checkpoint.gguf_folder import GGUFFolder
 from skipless.checkpoint.headers import (
     INDEX,
     MOST_CONFIG,
@@ -117,8 +118,8 @@ class RemoteReader(CheckpointReader):
 
     def other_files(self, copy: Collection[str] = ()) -> list[Path]:
         """As a local folder's. Raises InputError, too, for files that are too large to be fetched."""
-        found, total = super().other_files(copy), 0
-        for file in found:
+        others, total = super().other_files(copy), 0
+        for file in others:
             total += (size := (self.folder / file).stat().st_size)
             if size > MOST_OTHER or total > MOST_OTHERS:
                 raise InputError(
@@ -126,7 +127,7 @@ class RemoteReader(CheckpointReader):
                     f"{MOST_OTHERS:,} in all, found one of {size:,}, and {total:,} so far; remove it, or download the "
                     f"folder and give its path"
                 )
-        return found
+        return others
 
     def fetch(self, file: Path) -> Path:
         local = self.folder / file
@@ -187,12 +188,14 @@ def _version(info: Mapping[str, Any]) -> dict[str, str]:
 
 
 def open_reader(place: str | Path, device: str = "cpu") -> CheckpointReader:
-    """Open a skipless model folder at a path or URL."""
-    found = located(place)
-    return RemoteReader(found, device) if isinstance(found, str) else CheckpointReader(found, device)
+    """Open a model folder at a path or URL, or a GGUF file as the one that it was made of."""
+    location = located(place)
+    if isinstance(location, Path) and location.suffix == ".gguf":
+        return GGUFFolder(location, device)
+    return RemoteReader(location, device) if isinstance(location, str) else CheckpointReader(location, device)
 
 
-class RemotePlace:
+class RemoteDestination:
     """A folder at a URL that is to be made: written here first, then sent there, config.json last, and read again.
 
     A store has no way to give many objects their name at once; the folder is whole when it holds config.json.

@@ -29,8 +29,8 @@ LOCK, MODEL = "lock", "model"
 KEPT = "what is done is kept: go on with --resume"
 
 
-class Place(Protocol):
-    """The destination of a new folder."""
+class Destination(Protocol):
+    """Where a new folder will be."""
 
     @property
     def unfinished(self) -> Path:
@@ -47,7 +47,7 @@ class Place(Protocol):
         """Give the finished folder its name."""
 
 
-class LocalPlace:
+class LocalDestination:
     """A local path that does not exist yet."""
 
     def __init__(self, path: Path):
@@ -72,8 +72,8 @@ class LocalPlace:
             except FileNotFoundError:
                 pass
             except (OSError, ValueError) as error:
-                found = getattr(error, "strerror", None) or error
-                raise InputError(f"{path}: expected a name that a folder can have, found: {found}") from error
+                reason = getattr(error, "strerror", None) or error
+                raise InputError(f"{path}: expected a name that a folder can have, found: {reason}") from error
         if (self.unfinished / JOB).exists() and not (self.unfinished / MODEL).exists() and self.path.exists():
             raise InputError(f"{self}: expected a new folder, found it complete already; remove {self.unfinished}")
         if self.path.exists() or self.path.is_symlink():
@@ -100,29 +100,31 @@ class Staging:
 
 
 @contextmanager
-def staged(place: Place, job: Mapping[str, Any], written: Collection[Path], resume: bool) -> Iterator[Staging]:
-    """Where to write what will be at `place`; it gets its name, on disk, when the block ends.
+def staged(
+    destination: Destination, job: Mapping[str, Any], written: Collection[Path], resume: bool
+) -> Iterator[Staging]:
+    """Where to write what will be at `destination`; it gets its name, on disk, when the block ends.
 
     written: the files that the block writes, relative to the folder; another one there is neither published nor
     removed. When the block fails because of its input (InputError), nothing that it has begun is left behind; because
     of a mistake of ours (BugError), or of a worker (DisagreementError), nothing at all. When something else comes
     between - the disk is full, the process is stopped - what is done stays, and with `resume` and the same job the next
-    call finds it. Raises InputError when the place is taken or cannot be made, when another process is at it, when an
-    unfinished one is there and `resume` is false, or was for another job, or is not ours; StorageError when the disk
+    call finds it. Raises InputError when the destination exists or cannot be made, when another process is at it, when
+    an unfinished one is there and `resume` is false, or was for another job, or is not ours; StorageError when the disk
     fails.
     """
-    place.check()
-    folder = place.unfinished
-    with _locked(place):
-        place.check()  # another process may have finished meanwhile
-        manifest = _begun(place, job, written, resume)
+    destination.check()
+    folder = destination.unfinished
+    with _locked(destination):
+        destination.check()  # another process may have finished meanwhile
+        manifest = _begun(destination, job, written, resume)
         before = bool(manifest and manifest.done)
         try:
             manifest = manifest or Manifest.begin(folder, job)
             files.make_folder(folder / MODEL)
             yield Staging(folder / MODEL, manifest)
             _check_whole(folder / MODEL, written)
-            place.publish(folder / MODEL)
+            destination.publish(folder / MODEL)
         except BaseException as error:
             fault = isinstance(error, InputError) and not isinstance(error, StorageError)
             kept = manifest is not None and bool(manifest.done) and (before or not fault)
@@ -130,7 +132,7 @@ def staged(place: Place, job: Mapping[str, Any], written: Collection[Path], resu
             if not kept:
                 _discard(folder, written)
             if isinstance(error, OSError):
-                raise _storage_error(place, error, kept) from error
+                raise _storage_error(destination, error, kept) from error
             if isinstance(error, StorageError) and kept:
                 raise StorageError(f"{error}; {KEPT}") from error
             raise
@@ -140,9 +142,9 @@ def staged(place: Place, job: Mapping[str, Any], written: Collection[Path], resu
 
 
 @contextmanager
-def beside(place: LocalPlace) -> Iterator[Path]:
-    """A folder beside what will be at `place`, gone when the block ends; those of killed processes go before."""
-    parent, prefix = place.path.parent, f".{place.path.name}.export-"
+def beside(destination: LocalDestination) -> Iterator[Path]:
+    """A folder beside `destination`, gone when the block ends; those of killed processes are removed first."""
+    parent, prefix = destination.path.parent, f".{destination.path.name}.export-"
     for left in parent.iterdir():
         lock = left / LOCK
         if left.name.startswith(prefix) and not left.is_symlink() and lock.is_file() and not lock.is_symlink():
@@ -155,22 +157,24 @@ def beside(place: LocalPlace) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _begun(place: Place, job: Mapping[str, Any], written: Collection[Path], resume: bool) -> Manifest | None:
+def _begun(
+    destination: Destination, job: Mapping[str, Any], written: Collection[Path], resume: bool
+) -> Manifest | None:
     """The unfinished work on this job that is there, or None. Raises InputError for anything else."""
-    folder = place.unfinished
+    folder = destination.unfinished
     try:
         manifest = Manifest.load(folder)
         if manifest is None:
             return None
         if not resume:
             raise InputError(
-                f"{place}: expected nothing begun, found an unfinished fuse in {folder}; go on with --resume, or "
+                f"{destination}: expected nothing begun, found an unfinished fuse in {folder}; go on with --resume, or "
                 f"remove it"
             )
         manifest.check(job)
         _check_model(folder / MODEL, written)
     except OSError as error:
-        raise _storage_error(place, error, kept=True) from error
+        raise _storage_error(destination, error, kept=True) from error
     return manifest
 
 
@@ -179,10 +183,10 @@ def _check_folder(folder: Path) -> None:
     ours = {LOCK, JOB, JOURNAL, files.beside(Path(JOB)).name}
     with suppress(FileNotFoundError):
         files.check_folder(folder)
-        found = files.names(folder)
-        for name in ours.intersection(found):
+        names = files.names(folder)
+        for name in ours.intersection(names):
             files.check_own(folder / name)
-        if read_job(folder) is None and (others := set(found) - (ours - {JOURNAL})):
+        if read_job(folder) is None and (others := set(names) - (ours - {JOURNAL})):
             raise InputError(
                 f"{folder}: expected an unfinished fuse, with its {JOB}, found none, but {min(others)!r}; move it "
                 f"elsewhere, or choose another name for the new folder"
@@ -190,10 +194,10 @@ def _check_folder(folder: Path) -> None:
 
 
 def _check_model(model: Path, written: Iterable[Path]) -> set[Path]:
-    """Raise InputError for what the job does not write there, or not as a file of its own. What it has written."""
+    """The files that the job has written there. Raises InputError for others, and for links."""
     written = set(written)
     folders = {folder for file in written for folder in file.parents}
-    found, left = set[Path](), [Path()]
+    done, left = set[Path](), [Path()]
     with suppress(FileNotFoundError):
         files.check_folder(model)
         while left:
@@ -201,7 +205,7 @@ def _check_model(model: Path, written: Iterable[Path]) -> set[Path]:
             for path in (folder / name for name in files.names(model / folder)):
                 if path in written:
                     files.check_own(model / path)
-                    found.add(path)
+                    done.add(path)
                 elif path in folders:
                     files.check_folder(model / path)
                     left.append(path)
@@ -210,7 +214,7 @@ def _check_model(model: Path, written: Iterable[Path]) -> set[Path]:
                         f"{model / path}: expected only what this fuse writes there, found another file or folder; "
                         f"move it elsewhere"
                     )
-    return found
+    return done
 
 
 def _check_whole(model: Path, written: Collection[Path]) -> None:
@@ -238,9 +242,9 @@ def _discard(folder: Path, written: Iterable[Path]) -> None:
 
 
 @contextmanager
-def _locked(place: Place) -> Iterator[None]:
+def _locked(destination: Destination) -> Iterator[None]:
     """Hold the lock of the unfinished folder. It is made if missing, and removed if nothing was begun."""
-    folder = place.unfinished
+    folder = destination.unfinished
     lock = FileLock(folder / LOCK, timeout=0)
     try:
         _check_folder(folder)
@@ -248,13 +252,15 @@ def _locked(place: Place) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise InputError(
-            f"{place}: expected no other process at it, found one that is writing {folder}; wait for it, or choose "
-            f"another folder"
+            f"{destination}: expected no other process at it, found one that is writing {folder}; wait for it, or "
+            f"choose another folder"
         ) from None
     except OSError as error:
         with suppress(OSError):
             files.remove_folder(folder)
-        raise StorageError(f"{place.disk}: expected a folder that can be written, found: {error.strerror}") from error
+        raise StorageError(
+            f"{destination.disk}: expected a folder that can be written, found: {error.strerror}"
+        ) from error
     try:
         yield
     finally:
@@ -266,10 +272,14 @@ def _locked(place: Place) -> Iterator[None]:
         lock.release()
 
 
-def _storage_error(place: Place, error: OSError, kept: bool) -> StorageError:
+def _storage_error(destination: Destination, error: OSError, kept: bool) -> StorageError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # of copies, the source is named
-    ours = full or error.filename is None or Path(error.filename).is_relative_to(place.unfinished)
-    where = f"{place}: could not be written" if ours else f"{error.filename}: could not be read"
-    left = f"remove {place.unfinished}" if os.path.lexists(place.unfinished / JOB) else "nothing was left behind"
+    ours = full or error.filename is None or Path(error.filename).is_relative_to(destination.unfinished)
+    where = f"{destination}: could not be written" if ours else f"{error.filename}: could not be read"
+    left = (
+        f"remove {destination.unfinished}"
+        if os.path.lexists(destination.unfinished / JOB)
+        else "nothing was left behind"
+    )
     state = KEPT if kept else left
     return StorageError(f"{where}: {error.strerror or error}; {state}")

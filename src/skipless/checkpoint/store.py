@@ -68,7 +68,7 @@ class Store:
 
     def files(self) -> dict[str, Mapping[str, Any]]:
         """What the store's lists say of each file, by its path in this folder; none if there is no folder."""
-        found: dict[str, Mapping[str, Any]] = {}
+        entries: dict[str, Mapping[str, Any]] = {}
         folders = [""]
         while folders:
             folder = folders.pop()
@@ -76,13 +76,13 @@ class Store:
                 if entry.get("type") == "directory":
                     folders.append(name)
                 else:
-                    found[name] = entry
-            if len(found) + len(folders) > MOST_FILES or folder.count("/") >= MOST_NESTED:
+                    entries[name] = entry
+            if len(entries) + len(folders) > MOST_FILES or folder.count("/") >= MOST_NESTED:
                 raise InputError(
                     f"{self.name}: expected at most {MOST_FILES:,} files in this folder, {MOST_NESTED} folders within "
                     f"each other, found more; give the URL of a model folder"
                 )
-        return dict(sorted(found.items()))
+        return dict(sorted(entries.items()))
 
     def _list(self, folder: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """What is in a folder of this one."""
@@ -110,8 +110,8 @@ class Store:
 
         def asked() -> Mapping[str, Any]:
             self._system.invalidate_cache()
-            found: Mapping[str, Any] = self._system.info(self._path(name))
-            return found
+            entry: Mapping[str, Any] = self._system.info(self._path(name))
+            return entry
 
         return self._ask(name, "could not be read", asked)
 
@@ -173,10 +173,10 @@ class Store:
             time.sleep(pause)
             pause *= 2
 
-    def _line(self, found: object) -> str:
+    def _line(self, problem: object) -> str:
         """What was found, or an error, in one line, without secrets."""
-        text = "no such file" if isinstance(found, FileNotFoundError) else " ".join(str(found).split())
-        text = text or type(found).__name__
+        text = "no such file" if isinstance(problem, FileNotFoundError) else " ".join(str(problem).split())
+        text = text or type(problem).__name__
         text = re.sub(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+", lambda match: redacted(match[0]), text)
         for secret in self._secrets:
             text = text.replace(secret, "...")
@@ -200,18 +200,18 @@ def redacted(url: str) -> str:
 
 
 def secrets(url: str) -> list[str]:
-    """Of a URL what `redacted` leaves out, as it is written and as it is meant, the longest first."""
-    found: set[str] = set()
+    """What `redacted` leaves out of a URL, percent-encoded and decoded, the longest first."""
+    hidden: set[str] = set()
     for one in _chained(url):
         with suppress(ValueError):  # of what is no URL
             parts = urlsplit(one)
             named = parts.scheme in NAMES_BEFORE_AT
             user = "" if named else parts.netloc.rpartition("@")[0]
             values = [value for _, value in parse_qsl(parts.query, keep_blank_values=True)]
-            found |= {user, *user.split(":", 1), parts.query, *parts.query.split("&"), *values, parts.fragment}
-            found |= {piece.partition("=")[2] for piece in parts.query.split("&")}
-    found |= {unquote(secret) for secret in found}
-    return sorted((secret for secret in found if len(secret) > 2), key=len, reverse=True)
+            hidden |= {user, *user.split(":", 1), parts.query, *parts.query.split("&"), *values, parts.fragment}
+            hidden |= {piece.partition("=")[2] for piece in parts.query.split("&")}
+    hidden |= {unquote(secret) for secret in hidden}
+    return sorted((secret for secret in hidden if len(secret) > 2), key=len, reverse=True)
 
 
 def _chained(url: str) -> list[str]:
@@ -231,12 +231,12 @@ def within(seconds: float, work: Callable[[], T]) -> T:
 
     threading.Thread(target=carry_out, name="request", daemon=True).start()
     try:
-        found, error = answer.get(timeout=seconds)
+        given, error = answer.get(timeout=seconds)
     except Empty:
         raise TimeoutError(f"no answer within {seconds:,.0f} s") from None
     if error is not None:
         raise error
-    result: T = found
+    result: T = given
     return result
 
 

@@ -87,12 +87,13 @@ class CheckpointWriter:
             return files.create(self.folder / shard)
 
     def write(self, name: str, rows: torch.Tensor) -> str | None:
-        """Put a tensor, or the rows of it that come next, in their place, on disk; after the last ones, return the
-        SHA-256 of its bytes.
+        """Write a tensor, or the rows of it that come next, to their place on disk.
+
+        Returns the SHA-256 of the tensor's bytes after the last rows, else None.
         """
         info = self.tensors[name]
         assert (rows.shape[1:], rows.dtype) == (info.shape[1:], info.dtype), name
-        done, found = self._begun.pop(name, (0, hashlib.sha256()))
+        done, sha256 = self._begun.pop(name, (0, hashlib.sha256()))
         data = rows.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         with files.reopen(self.folder / info.shard, writing=True) as file:
             file.seek(self._offsets[name] + done)
@@ -100,10 +101,10 @@ class CheckpointWriter:
             file.sync()
         done += len(data)
         assert done <= info.bytes, name
-        found.update(data)
+        sha256.update(data)
         if done == info.bytes:
-            return found.hexdigest()
-        self._begun[name] = done, found
+            return sha256.hexdigest()
+        self._begun[name] = done, sha256
         return None
 
     def digest(self, name: str) -> str | None:
@@ -111,25 +112,25 @@ class CheckpointWriter:
         size = self.tensors[name].bytes
         with files.reopen(self.folder / self.tensors[name].shard) as file:
             file.seek(self._offsets[name])
-            found, blank = hashlib.sha256(), size > 0
+            sha256, blank = hashlib.sha256(), size > 0
             for block in file.blocks(size):
                 blank = blank and block.count(0) == len(block)
-                found.update(block)
-        return None if blank else found.hexdigest()
+                sha256.update(block)
+        return None if blank else sha256.hexdigest()
 
     def finish(self, digests: Mapping[str, str]) -> dict[str, str]:
-        """Read everything again, from disk; if it is what was written, write the index, last. SHA-256 of each shard.
+        """Read everything again, from disk, and write the index, last. Returns the SHA-256 of each shard.
 
-        digests: of every tensor, as `write` returned them. Raises StorageError naming the first tensor whose bytes are
-        others.
+        digests: of every tensor, as `write` returned them. Raises StorageError naming the first tensor whose bytes
+        differ.
         """
         assert not self._begun, sorted(self._begun)
-        found = {shard: self._check(shard, digests) for shard in self.shards}
+        shards = {shard: self._check(shard, digests) for shard in self.shards}
         if len(self.shards) > 1:
             total = sum(info.bytes for info in self.tensors.values())
             weight_map = {name: info.shard for name, info in self.tensors.items()}
             write_json(self.folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        return found
+        return shards
 
     def _check(self, shard: str, digests: Mapping[str, str]) -> str:
         """The SHA-256 of a shard, each of whose tensors is hashed for itself, too, by another thread."""

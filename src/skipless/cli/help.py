@@ -7,8 +7,10 @@ import click
 
 @dataclass(frozen=True)
 class Page:
-    """Of a command: in a few words what it is for; what a user types, where my-model is a skipless model folder, and
-    fused what fuse has made of it; no: what exit code 1 means.
+    """What `--help` adds to a command's own text.
+
+    short: what it is for, in a few words. examples: what a user types; my-model is a skipless model folder, fused what
+    fuse has made of it. no: what exit code 1 means.
     """
 
     short: str

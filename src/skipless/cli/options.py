@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -58,8 +59,19 @@ def known_names(context: click.Context, parameter: click.Parameter, incomplete: 
     """Completes the names that count and limit know, or else files."""
     from skipless.reports.counting import table
 
-    found = [CompletionItem(name) for name in table()["models"] if name.startswith(incomplete)]
-    return found or [CompletionItem(incomplete, type="file")]
+    names = [CompletionItem(name) for name in table()["models"] if name.startswith(incomplete)]
+    return names or [CompletionItem(incomplete, type="file")]
+
+
+def expect_weights(model: str | Path) -> None:
+    """Refuse a name that count and limit know where weights are needed: such a name has none."""
+    from skipless.reports.counting import table
+
+    if str(model).lower() in table()["models"] and not Path(model).exists():
+        raise InputError(
+            f"{model}: expected a model folder, found a known name, of which there is only the config: ask skipless "
+            f"count {model}, and skipless limit {model} for what blocks a removal"
+        )
 
 
 def parse_removal(layers_open: str, remove: str | None, **others: Any) -> dict[str, Any]:
@@ -81,8 +93,8 @@ def parse_layers(text: str) -> tuple[int, ...]:
 
 def parse_size(option: str, text: str) -> int:
     """A size such as 5GB or 200MB in bytes."""
-    found = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,3})?) ?(MB|GB)", text.strip().upper())
-    size = int(float(found[1]) * {"MB": 10**6, "GB": 10**9}[found[2]]) if found else 0
+    match = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,3})?) ?(MB|GB)", text.strip().upper())
+    size = int(float(match[1]) * {"MB": 10**6, "GB": 10**9}[match[2]]) if match else 0
     if size < 1:
         raise InputError(f"{option}: expected a number and MB or GB, such as 5GB; found {text!r}")
     return size

@@ -56,8 +56,8 @@ def waiting(verb: str) -> Iterator[None]:
 
 
 @contextmanager
-def count_bar(verb: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar for work of equal steps, called with how many are done, of how many."""
+def count_bar(verb: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A bar for work of equal steps, called with how many are done, of how many (None: nobody knows)."""
     bar = _progress(verb, MofNCompleteColumn(), TimeRemainingColumn())
     number = bar.add_task("", total=None)
     with bar:

@@ -42,9 +42,9 @@ def plot_conditions(audit: Audit, file: Path, title: str) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for letter, marker in MARKERS.items():
-        found = {seam.layer: seam.matrices[letter].condition for seam in audit.seams if letter in seam.matrices}
-        if found:
-            axes.plot(list(found), list(found.values()), marker=marker, label=letter.upper())
+        conditions = {seam.layer: seam.matrices[letter].condition for seam in audit.seams if letter in seam.matrices}
+        if conditions:
+            axes.plot(list(conditions), list(conditions.values()), marker=marker, label=letter.upper())
     ways = {seam.layer: seam.ways["pivoted"] for seam in audit.seams if "pivoted" in seam.ways}
     if pivoted := {layer: way.condition for layer, way in ways.items() if way.condition is not None}:
         axes.plot(list(pivoted), list(pivoted.values()), linestyle="--", color="gray", label="pivoted (1-norm)")
@@ -73,11 +73,11 @@ def plot_speeds(bench: Bench, file: Path) -> None:
     figure = Figure(figsize=(max(5, 1.8 * len(bench.speeds) * len(batches)), 4), layout="constrained")
     names = [Path(speed.name).name for speed in bench.speeds]
     by_batch = zip(*(speed.decoding for speed in bench.speeds), strict=True)
-    for axes, found in zip(figure.subplots(1, len(batches), squeeze=False)[0], by_batch, strict=True):
-        axes.bar(names, [decoding.ceiling for decoding in found], color="lightgray", label="ceiling")
-        bars = axes.bar(names, [decoding.tokens_per_second for decoding in found], width=0.6, label="measured")
-        axes.bar_label(bars, [f"{d.tokens_per_second:,.1f}\n{d.speedup:.2f}x" for d in found], label_type="center")
-        axes.set(ylabel="tokens/s", xlabel=f"batch {found[0].batch}")
+    for axes, decodings in zip(figure.subplots(1, len(batches), squeeze=False)[0], by_batch, strict=True):
+        axes.bar(names, [decoding.ceiling for decoding in decodings], color="lightgray", label="ceiling")
+        bars = axes.bar(names, [decoding.tokens_per_second for decoding in decodings], width=0.6, label="measured")
+        axes.bar_label(bars, [f"{d.tokens_per_second:,.1f}\n{d.speedup:.2f}x" for d in decodings], label_type="center")
+        axes.set(ylabel="tokens/s", xlabel=f"batch {decodings[0].batch}")
     axes.legend(loc="lower right")
     figure.suptitle(title)
     _save(figure, file, title)

@@ -12,7 +12,7 @@ from rich.text import Text
 from skipless.architecture.seams import REMOVABLE
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import printable
-from skipless.reports.counting import Conditions, Count, FirstLayer, Removal, in_parallel
+from skipless.reports.counting import Conditions, Count, FirstLayer, Saving, in_parallel
 
 if TYPE_CHECKING:  # so that counting loads no torch
     from skipless.algebra.spectrum import Spectrum
@@ -30,13 +30,13 @@ if TYPE_CHECKING:  # so that counting loads no torch
 MEGABYTE = 10**6
 # What each kind of seam is audited by.
 AUDITED = (
-    ("stream", "q, k, v"), ("first_layer", "q, k, v, looked up"), ("values", "P's outputs"), ("p", "M's outputs"),
-    ("head", "logits"),
+    ("stream", "q, k, v"), ("first_layer", "q, k, v, looked up"), ("values", "P's outputs"),
+    ("queries", "scores"), ("p", "M's outputs"), ("head", "logits"),
 )  # fmt: skip
 
 
 def plan_table(plan: Plan) -> Table:
-    """What a fuse reads, writes and saves (of a family's own layout: moves): one row per kind of task, then totals."""
+    """What a fuse reads, writes and saves (or moves, in a family's layout): one row per kind of task, then totals."""
     moved = plan.in_place
     title = "fold" if moved else f"fuse by {plan.basis}" if plan.layout is None else "fuse"
     table = Table(title=title, box=box.SIMPLE_HEAD)
@@ -70,7 +70,7 @@ def _kind(task: Task) -> str:
 
 
 def _verb(seam: Seam) -> str:
-    """What is done with a seam; one by which nothing goes is no seam to a user, nor is layer 0."""
+    """What is done with a seam, in a user's words: where nothing goes, or layer 0 does, "seam" says nothing to them."""
     if seam.kind == "first_layer":
         return "precompute layer 0"
     return f"close {seam.kind} seam" if any(seam.identities.values()) else f"fold {seam.kind}"
@@ -82,12 +82,12 @@ def first_layer_lines(plan: Plan) -> Iterator[str]:
     for seam in plan.kinds.get("first_layer", ()):
         table, old = after["model.embed_tokens"], before["model.embed_tokens"]
         removed = sum(before[name].inputs * before[name].outputs for name in seam.readers if not before[name].diagonal)
-        found = FirstLayer(removed, table.inputs * (table.outputs - old.outputs), old.outputs, table.outputs)
-        grows = f"{'grows' if found.grows > 0 else 'shrinks'} by {abs(found.grows):,} weights"
-        reads = [(batch, *found.reads(batch)) for batch in (1, 16, 256)]
+        change = FirstLayer(removed, table.inputs * (table.outputs - old.outputs), old.outputs, table.outputs)
+        grows = f"{'grows' if change.grows > 0 else 'shrinks'} by {abs(change.grows):,} weights"
+        reads = [(batch, *change.reads(batch)) for batch in (1, 16, 256)]
         steps = ", ".join(f"{now:,} instead of {then:,} at batch {batch}" for batch, then, now in reads)
         yield (
-            f"layer 0, precomputed: the model {grows} ({abs(found.grows) / plan.parameters[0]:.1%}); of what a table "
+            f"layer 0, precomputed: the model {grows} ({abs(change.grows) / plan.parameters[0]:.1%}); of what a table "
             f"can hold, a step reads {steps} weights"
         )
 
@@ -100,11 +100,11 @@ def work_table(estimate: Estimate) -> Table:
     for column in (*names, "memory, each", "seconds"):
         table.add_column(column, justify="right")
     kinds: dict[str, list[Cost]] = {}
-    for task, found in zip(estimate.plan.tasks, estimate.costs, strict=True):
-        kinds.setdefault(_kind(task), []).append(found)
+    for task, each in zip(estimate.plan.tasks, estimate.costs, strict=True):
+        kinds.setdefault(_kind(task), []).append(each)
     for kind, costs in kinds.items():
-        flops = [sum(found.flops.get(name, 0) for found in costs) for name in names]
-        largest = max(found.memory for found in costs)
+        flops = [sum(each.flops.get(name, 0) for each in costs) for name in names]
+        largest = max(each.memory for each in costs)
         seconds = sum(map(estimate.seconds_of, costs))
         table.add_row(kind, *map(_flops, flops), _megabytes(largest), f"{seconds:,.1f}")
     table.add_section()
@@ -144,7 +144,7 @@ def audit_tables(audit: Audit) -> Iterator[Table]:
     rows: dict[int, dict[str, str]] = {}
     for seam in audit.seams:
         row = rows.setdefault(seam.layer, {})
-        row |= {letter: _condition(found) for letter, found in seam.matrices.items()}
+        row |= {letter: _condition(matrix) for letter, matrix in seam.matrices.items()}
         if pivoted := seam.ways.get("pivoted"):
             row |= {"pivoted": f"{pivoted.condition:.1e}", "max|R|": f"{pivoted.largest:.2f}"}
     table = Table(title="condition numbers (pivoted: of the columns chosen)", box=box.SIMPLE_HEAD)
@@ -165,7 +165,7 @@ def audit_tables(audit: Audit) -> Iterator[Table]:
 
 
 def _loss_table(seams: Sequence[SeamAudit], dtypes: Sequence[str], title: str) -> Table:
-    """Seams of one kind by dtype: the original's error in it, and that of each way; red where that is not safe."""
+    """Seams of one kind, for each dtype: the original's error, and each way's multiple of it; red if it is not safe."""
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("layer", justify="right")
     ways = list(dict.fromkeys(way for seam in seams for way in seam.ways))
@@ -225,8 +225,8 @@ def audit_lines(audit: Audit) -> Iterator[Text | str]:
     yield from map(printable, audit.stays)
 
 
-def _condition(found: Spectrum) -> str:
-    return f"{found.condition:.1e}" + ("" if found.rank == min(found.shape) else f" (rank {found.rank})")
+def _condition(spectrum: Spectrum) -> str:
+    return f"{spectrum.condition:.1e}" + ("" if spectrum.rank == min(spectrum.shape) else f" (rank {spectrum.rank})")
 
 
 def report_table(report: Report) -> Table:
@@ -280,14 +280,14 @@ def bench_table(bench: Bench) -> Table:
 
     add("read a token", (_megabytes(speed.bytes_per_token) for speed in speeds))
     add("fewer bytes", (f"{speeds[0].bytes_per_token / speed.bytes_per_token:.2f}x" for speed in speeds))
-    for found in zip(*(speed.decoding for speed in speeds), strict=True):
+    for decodings in zip(*(speed.decoding for speed in speeds), strict=True):
         table.add_section()
-        add(f"tokens/s, batch {found[0].batch}", (_rate(one.tokens_per_second) for one in found))
-        add("  from ... to", (" ... ".join(_rate(end(one.rounds)) for end in (min, max)) for one in found))
-        add("  ceiling", (_rate(one.ceiling) for one in found))
-        add("  weights read", (f"{one.bytes_per_second / 1e9:,.1f} GB/s" for one in found))
-        add("  of the bandwidth", (f"{one.share:.0%}" for one in found))
-        add("  speed-up", (f"{one.speedup:.2f}x" for one in found))
+        add(f"tokens/s, batch {decodings[0].batch}", (_rate(one.tokens_per_second) for one in decodings))
+        add("  from ... to", (" ... ".join(_rate(end(one.rounds)) for end in (min, max)) for one in decodings))
+        add("  ceiling", (_rate(one.ceiling) for one in decodings))
+        add("  weights read", (f"{one.bytes_per_second / 1e9:,.1f} GB/s" for one in decodings))
+        add("  of the bandwidth", (f"{one.share:.0%}" for one in decodings))
+        add("  speed-up", (f"{one.speedup:.2f}x" for one in decodings))
     table.add_section()
     add("time to first token", (f"{speed.first_token * 1e3:,.0f} ms" for speed in speeds))
     if work.prefill:
@@ -337,12 +337,12 @@ def _megabytes(size: int) -> str:
 
 
 def count_rows(counts: Sequence[Count], batch: int = 1) -> list[tuple[str, ...]]:
-    """A table of counts: the models' names, then what is counted and each model's, in words. batch: a step's tokens."""
+    """A table of counts, as text: a row of names, then a row for each thing that is counted. batch: a step's tokens."""
     rows = [("", *(printable(count.name) for count in counts))]
 
     def add(label: str, value: Callable[[Count], object]) -> None:
-        found = [value(count) for count in counts]
-        rows.append((label, *(f"{item:,}" if isinstance(item, int) else str(item) for item in found)))
+        values = [value(count) for count in counts]
+        rows.append((label, *(f"{item:,}" if isinstance(item, int) else str(item) for item in values)))
 
     def shape(count: Count) -> str:
         a = count.architecture
@@ -392,27 +392,27 @@ def _looked_up(count: Count, batch: int) -> str:
     return f"{count.first_layer.grows:+,} ({count.first_layer.grows / count.weights:+.1%}), {before / after:,.0f}x"
 
 
-def limit_table(found: Limit) -> Table:
+def limit_table(limit: Limit) -> Table:
     """What carries no information, and what rewriting removes of it."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("without information")
     table.add_column("parameters", justify="right")
-    for name, count in found.terms.items():
+    for name, count in limit.terms.items():
         table.add_row(name, f"{count:,}")
-    total = f"{'at least ' * bool(found.at_least)}{found.removable:,}"
-    table.add_row("together", f"{total} ({found.removable / found.parameters:.2%} of {found.parameters:,})")
-    removed = sum(found.removed.values())
-    for kind, count in found.removed.items():
+    total = f"{'at least ' * bool(limit.at_least)}{limit.removable:,}"
+    table.add_row("together", f"{total} ({limit.removable / limit.parameters:.2%} of {limit.parameters:,})")
+    removed = sum(limit.removed.values())
+    for kind, count in limit.removed.items():
         table.add_row(f"removed with --remove {kind}", f"{count:,}")
-    table.add_row("removed together", f"{removed:,} ({removed / (found.removable or 1):.2%} of that)")
+    table.add_row("removed together", f"{removed:,} ({removed / (limit.removable or 1):.2%} of that)")
     return table
 
 
-def limit_lines(found: Limit, certificate: Certificate | None) -> Iterator[str]:
+def limit_lines(limit: Limit, certificate: Certificate | None) -> Iterator[str]:
     """What stays, and the count of a small copy."""
-    yield from found.blocked
-    if found.at_least:
-        yield f"there may be more: {found.at_least}"
+    yield from limit.blocked
+    if limit.at_least:
+        yield f"there may be more: {limit.at_least}"
     if certificate is not None:
         before, after = certificate.before, certificate.after
         least = "" if certificate.exact else "at least "
@@ -496,21 +496,21 @@ def _billions(weights: int) -> str:
 
 
 def first_layer_paper(pairs: Sequence[tuple[Count, Count]]) -> list[list[tuple[str, ...]]]:
-    """The two tables of arXiv:2402.13388, of which the second takes the layers of experts to be parallel."""
+    """The two tables of arXiv:2402.13388; in the second, layers of experts count as parallel ones."""
     counts = [counted for counted, _ in pairs]
     parallel = [in_parallel(c) if c.architecture.ffn_type == "moe" else c for c in counts]
-    found = [each for c in parallel if (each := c.first_layer) is not None]
+    layers = [each for c in parallel if (each := c.first_layer) is not None]
     names = (f"{c.name}{', parallel' * (c is not before)}" for c, before in zip(parallel, counts, strict=True))
     rows = [("", *names)]
-    rows.append(("weights that go", *(f"{each.removed:,}" for each in found)))
+    rows.append(("weights that go", *(f"{each.removed:,}" for each in layers)))
     for label, number in (("before", 0), ("after", 1)):
-        rows.append((f"reads {label}, batch 1", *(f"{each.reads(1)[number]:,}" for each in found)))
+        rows.append((f"reads {label}, batch 1", *(f"{each.reads(1)[number]:,}" for each in layers)))
     for batch in (1, 16, 256, 1024):
-        reads = (each.reads(batch) for each in found)
+        reads = (each.reads(batch) for each in layers)
         rows.append((f"fewer, batch {batch:,}", *(f"{before / after:,.0f}x" for before, after in reads)))
-    rows.append(("embeddings grow by", *(f"{each.added:,}" for each in found)))
-    rows.append(("memory grows by", *(f"{each.grows:,}" for each in found)))
-    shares = (each.grows / c.weights for each, c in zip(found, parallel, strict=True))
+    rows.append(("embeddings grow by", *(f"{each.added:,}" for each in layers)))
+    rows.append(("memory grows by", *(f"{each.grows:,}" for each in layers)))
+    shares = (each.grows / c.weights for each, c in zip(layers, parallel, strict=True))
     rows.append(("of all weights", *(f"{share:.0%}" for share in shares)))
     return [_paper_shapes(counts, experts=True), rows]
 
@@ -553,7 +553,7 @@ def markdown(rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join([lines[0], f"|---|{'---:|' * (len(rows[0]) - 1)}", *lines[1:]])
 
 
-def _removal(removal: Removal | None) -> str:
+def _removal(removal: Saving | None) -> str:
     if removal is None:
         return "-"
     return f"{removal.removed:,} ({removal.saving:.1%}), {removal.speedup:.2f}x"

@@ -18,7 +18,7 @@ ENDLESS = 10**5
 
 
 class Terminal(Console):
-    """Prints each str as one line: [red] is no markup, :cat: no picture, and control characters are escaped.
+    """Prints each str as it is, as one line: no markup ([red]), no emoji (:cat:), and control characters are escaped.
 
     What is to be coloured is a rich Text.
     """
@@ -54,12 +54,12 @@ class Terminal(Console):
             table, others = _with(table, table.columns, title=None), others[count:]
 
     def _lay_out(self, table: Table) -> None:
-        """Where a table does not fit, but its words do, make its widest columns narrower, none below a word."""
+        """If a table does not fit but its words do, make its widest columns narrower, none narrower than a word."""
         whole = self._measured(table)
         if not whole.minimum <= self.width < whole.maximum:
             return
         cells = ([self._measured(cell) for cell in (column.header, *column.cells)] for column in table.columns)
-        columns = [Measurement(*map(max, zip(*found, strict=True))) for found in cells]
+        columns = [Measurement(*map(max, zip(*measured, strict=True))) for measured in cells]
         room = self.width - whole.minimum + sum(column.minimum for column in columns)
 
         def widths(most: int) -> list[int]:

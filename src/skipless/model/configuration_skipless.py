@@ -89,7 +89,8 @@ class SkiplessConfig(PreTrainedConfig):
     a smaller dtype; `layers_open` lists the layers that kept their projections; `p_removed` says that o_proj has been
     merged into the FFN's input matrices, or, where it has more inputs than outputs, that hidden_size of its rows are
     the identity and row_order tells which; `values_removed` that head_dim inputs of each of v_proj's heads pass through
-    (value_order), and its bias has moved on; `head_removed` that hidden_size of the logits are the stream itself
+    (value_order), and its bias has moved on; `keys_removed` the same of k_proj (key_order), whose bias cancels;
+    `head_removed` that hidden_size of the logits are the stream itself
     (lm_head.column_order); `first_layer_removed` that a row of the token table holds, in place of the embedding, what
     layer 0 makes of it before any attention (`row`), whose norms, projections and (parallel) FFN are absent
     (arXiv:2402.13388); `folded_biases` lists the modules that gained a bias by folding, `norms_removed` and
@@ -155,7 +156,7 @@ class SkiplessConfig(PreTrainedConfig):
     sliding_window: int | None = None
     attn_logit_softcapping: float | int | None = None
     final_logit_softcapping: float | int | None = None
-    logit_scale: float | int | None = None
+    logit_scale: float | int = 1.0  # not null: vLLM multiplies by what it finds
     position_type: str = "rope"
     attention_shaping: str | None = None
     stream_basis: str | None = None
@@ -163,6 +164,7 @@ class SkiplessConfig(PreTrainedConfig):
     layers_open: list[int] | None = None
     p_removed: bool = False
     values_removed: bool = False
+    keys_removed: bool = False
     head_removed: bool = False
     first_layer_removed: bool = False
     folded_biases: list[str] | None = None
@@ -298,16 +300,18 @@ class SkiplessConfig(PreTrainedConfig):
         for name, found in (("num_local_experts", experts), ("num_experts_per_tok", taken)):
             if self.ffn_type != "moe" and found is not None:
                 raise ValueError(f"{name}: expected null with ffn_type {self.ffn_type!r}, found {found}")
-        for name in ("attn_logit_softcapping", "final_logit_softcapping", "logit_scale", *MULTIPLIERS):
+        for name in ("attn_logit_softcapping", "final_logit_softcapping", *MULTIPLIERS):
             if (cap := getattr(self, name)) is not None and not 0 < cap < float("inf"):
                 raise ValueError(f"{name}: expected a positive number or null, found {cap}")
+        if not 0 < self.logit_scale < float("inf"):
+            raise ValueError(f"logit_scale: expected a positive number, found {self.logit_scale}")
 
     def validate_norms(self) -> None:
         """Refuse norms that the model file does not know, and skips that a parallel layer does not have."""
         if not is_number(self.gain_offset):
             raise ValueError(f"gain_offset: expected a finite number, found {self.gain_offset}")
-        if not 0 <= self.norm_eps < 1:
-            raise ValueError(f"norm_eps: expected a number from 0 to 1, found {self.norm_eps}")
+        if not 0 <= self.norm_eps < float("inf"):
+            raise ValueError(f"norm_eps: expected a number from 0 on, found {self.norm_eps}")
         known = () if self.norm_type == "none" else (*LAYER_NORMS, *MODEL_NORMS)
         for name in self.norms or ():
             if name not in known:
@@ -346,6 +350,19 @@ class SkiplessConfig(PreTrainedConfig):
                 f"values_removed: expected a v_proj with more than head_dim ({self.head_dim}) inputs, found "
                 f"{self.hidden_size} and stream_basis {self.stream_basis!r}"
             )
+        if self.keys_removed and (self.stream_basis or self.first_layer_removed or self.head_dim >= self.hidden_size):
+            raise ValueError(
+                f"keys_removed: expected a k_proj with more than head_dim ({self.head_dim}) inputs, found "
+                f"{self.hidden_size}, stream_basis {self.stream_basis!r} and first_layer_removed "
+                f"{self.first_layer_removed}"
+            )
+        if self.keys_removed and (self.position_type.startswith("rope") or self.qk_norm):
+            raise ValueError(
+                f"keys_removed: expected false with position_type {self.position_type!r} and qk_norm {self.qk_norm!r}, "
+                f"which stand between queries and keys, found true"
+            )
+        if self.keys_removed and self.attn_logit_softcapping and (self.attention_bias or self.qkv_bias):
+            raise ValueError("keys_removed: expected false with attn_logit_softcapping and biased keys, found true")
         if self.head_bias and (self.tie_word_embeddings or self.head_removed):
             raise ValueError(
                 "head_bias: expected false where lm_head is the table of the embeddings, or logits are the stream "
@@ -512,8 +529,9 @@ class SkiplessConfig(PreTrainedConfig):
         plan = {"self_attn.split_heads": "split_heads", "self_attn.gather_heads": "gather_heads"}
         closed = len(self.layers_open) < self.num_hidden_layers
         gone = {None: "", "pivoted": "qkv"}.get(self.stream_basis, self.stream_basis) if closed else ""
+        passed = {"q": False, "k": self.keys_removed, "v": self.values_removed}
         for name in "qkv":
-            if (name not in gone or self.layers_open) and not (name == "v" and self.values_removed):
+            if (name not in gone or self.layers_open) and not passed[name]:
                 plan[f"self_attn.{name}_proj"] = "colwise"
         if self.stream_basis == "pivoted" and self.rest_width and closed:
             plan["self_attn.rest_proj"] = "colwise_gather_output"

@@ -5,10 +5,10 @@ Parallel layer (Fig. 3): attention and FFN read the same stream, and their outpu
 config asks for them, stand as in Fig. 4, with trainable gains as in arXiv:2311.01906.
 A closed stream seam leaves out q_proj (or k_proj, v_proj): the stream itself is then the query (key, value).
 Pivoted, it leaves out all three: d of their outputs are the stream itself, rest_proj computes the others from it.
-A closed P-M seam leaves out o_proj: the concatenated heads feed gate_proj and up_proj directly. Closed value, head and
-wide P-M seams leave out a square block of v_proj, lm_head and o_proj: an index tensor says which inputs or outputs are
-passed through. With first_layer_removed, layer 0 takes what it makes of a token before any attention from the token's
-row of the table (arXiv:2402.13388).
+A closed P-M seam leaves out o_proj: the concatenated heads feed gate_proj and up_proj directly. Closed value, query,
+head and wide P-M seams leave out a square block of v_proj, k_proj, lm_head and o_proj: an index tensor says which
+inputs or outputs are passed through. With first_layer_removed, layer 0 takes what it makes of a token before any
+attention from the token's row of the table (arXiv:2402.13388).
 
 Shapes: B batch, T tokens, d hidden_size, R the width of the token table, H query heads, K key-value heads, g = H / K
 queries per group, h head_dim.
@@ -117,8 +117,9 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: b
 
 
 def alibi_slopes(heads: int) -> list[float]:
-    """Slope of each head (arXiv:2108.12409): 2^(-8 i / n), and for other heads than a power of two, of every second
-    one of twice as many.
+    """Slope of each head i of n (arXiv:2108.12409): 2^(-8 i / n).
+
+    Where n is no power of two, the heads beyond the last such power take every second slope of twice as many heads.
     """
     whole = 2 ** (heads.bit_length() - 1)
     slopes = [2 ** (-8 * i / whole) for i in range(1, whole + 1)]
@@ -139,7 +140,8 @@ def alibi_mask(
         )
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-    slopes = torch.tensor(alibi_slopes(config.num_attention_heads), device=mask.device)
+    wide = torch.promote_types(dtype, torch.float32)
+    slopes = torch.tensor(alibi_slopes(config.num_attention_heads), device=mask.device, dtype=wide)
     if config.attention_shaping == "full":  # the zero query of each group asks for the mean
         slopes = nn.functional.pad(slopes.view(config.num_key_value_heads, -1), (0, 1)).flatten()
     distance = torch.arange(mask.shape[-1], device=mask.device) - position_ids[:, None, :, None]
@@ -270,7 +272,7 @@ class SkiplessAttention(nn.Module):
         bias = config.attention_bias or config.qkv_bias
         p_bias = config.attention_bias or f"model.layers.{layer_idx}.self_attn.o_proj" in config.folded_biases
         self.row = config.row if config.first_layer_removed and layer_idx == 0 else {}
-        rest_proj, column_order, value_order, row_order = None, None, None, None
+        rest_proj, column_order, key_order, value_order, row_order = None, None, None, None, None
         pivoted = "" if stream_basis != "pivoted" else "qk" if config.values_removed else "qkv"
         if pivoted:
             column_order = torch.arange(config.hidden_size + config.rest_width, dtype=torch.int32)
@@ -282,16 +284,21 @@ class SkiplessAttention(nn.Module):
         self.register_module("rest_proj", rest_proj)
         for name, width in (("q", query_width), ("k", value_width), ("v", value_width)):
             gone = name in pivoted or name == stream_basis or name in self.row
-            passed = self.head_dim if name == "v" and config.values_removed else 0
+            closed = (name == "v" and config.values_removed) or (name == "k" and config.keys_removed)
+            passed = self.head_dim if closed else 0
             linear = None if gone else nn.Linear(config.hidden_size - passed, width, bias and not passed)
             self.register_module(f"{name}_proj", linear)
         if config.values_removed and not self.row:
             value_order = torch.arange(config.hidden_size, dtype=torch.int32).repeat(self.num_key_value_heads, 1)
+        if config.keys_removed:
+            key_order = torch.arange(config.hidden_size, dtype=torch.int32).repeat(self.num_key_value_heads, 1)
         if config.p_removed and config.p_rows:
             row_order = torch.arange(query_width, dtype=torch.int32)
         self.o_proj = nn.Linear(config.p_rows, config.hidden_size, p_bias) if config.p_rows else None
-        for name, order in (("column_order", column_order), ("value_order", value_order), ("row_order", row_order)):
-            self.register_buffer(name, order)
+        self.register_buffer("column_order", column_order)
+        self.register_buffer("key_order", key_order)
+        self.register_buffer("value_order", value_order)
+        self.register_buffer("row_order", row_order)
         for name, width in (("q_norm", query_width), ("k_norm", value_width)):
             size = self.head_dim if config.qk_norm == "head_dim" else width
             self.register_module(name, SkiplessNorm(config, size, "rms") if config.qk_norm else None)
@@ -321,7 +328,8 @@ class SkiplessAttention(nn.Module):
             placed = columns.index_select(-1, self.column_order).split(self.widths, -1)
             projected = [self.split_heads(states) for states in placed]
         if self.config.values_removed:
-            projected.append(self.split_heads(given["v"] if "v" in given else self.project_values(hidden_states)))
+            values = given["v"] if "v" in given else self.project_others(hidden_states, self.v_proj, self.value_order)
+            projected.append(self.split_heads(values))
         return tuple(projected)
 
     def project_one(self, name: str, hidden_states: torch.Tensor, given: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -329,13 +337,17 @@ class SkiplessAttention(nn.Module):
         if name in given:
             return self.split_heads(given[name])
         linear = getattr(self, f"{name}_proj")
+        if name == "k" and self.key_order is not None:
+            return self.split_heads(self.project_others(hidden_states, linear, self.key_order))
         return self.split_heads(hidden_states) if linear is None else linear(hidden_states)
 
-    def project_values(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Values (B, T, K * h) of which each head's are h entries of the stream (B, T, d) plus a map of the others."""
-        ordered = hidden_states.index_select(-1, self.value_order.flatten()).unflatten(-1, self.value_order.shape)
-        passed, others = ordered.split((self.head_dim, self.v_proj.in_features), -1)
-        weight = self.v_proj.weight.unflatten(0, (self.num_key_value_heads, self.head_dim))
+    def project_others(self, hidden_states: torch.Tensor, linear: Any, order: torch.Tensor) -> torch.Tensor:
+        """Keys or values (B, T, K * h) of which each head's are h entries of the stream (B, T, d), the first of its
+        order, plus a map of the others.
+        """
+        ordered = hidden_states.index_select(-1, order.flatten()).unflatten(-1, order.shape)
+        passed, others = ordered.split((self.head_dim, linear.in_features), -1)
+        weight = linear.weight.unflatten(0, (self.num_key_value_heads, self.head_dim))
         return (passed + torch.einsum("...kn,khn->...kh", others, weight)).flatten(-2)
 
     def project_out(self, heads: torch.Tensor) -> torch.Tensor:
@@ -607,16 +619,18 @@ class SkiplessPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As of any model; but a checkpoint that has more than its config says, such as a q_proj that should be the
-        identity, is another model's: ValueError naming the tensor. A head may be left out.
+        """As for any model, but ValueError naming a tensor that config.json has no place for.
+
+        A checkpoint that has more than its config says, such as a q_proj that should be the identity, is another
+        model's. A head may be left out.
         """
-        model, found = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        for name in sorted(name for name in found["unexpected_keys"] if not name.startswith("lm_head.")):
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        for name in sorted(name for name in info["unexpected_keys"] if not name.startswith("lm_head.")):
             raise ValueError(
                 f"{name!r}: expected no such tensor with stream_basis {model.config.stream_basis!r} and the other "
                 f"fields of config.json, found one; this config.json is another checkpoint's"
             )
-        return (model, found) if output_loading_info else model
+        return (model, info) if output_loading_info else model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -745,8 +759,9 @@ class SkiplessForCausalLM(SkiplessPreTrainedModel, GenerationMixin):
             self._tp_plan.pop("lm_head", None)  # column_order places all of its outputs
 
     def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs: Any) -> dict[str, Any]:
-        """As of any model; but where longrope goes over to its long factors, the cache, which the short ones have
-        rotated, is made anew, as in transformers' Phi-3.
+        """As for any model; but where longrope changes to its long factors, the cache is made anew, as in Phi-3.
+
+        The short factors have rotated what it holds.
         """
         cache = kwargs.get(CACHE)
         for parameters in ropes_by_length(self.config) if cache else ():
@@ -783,7 +798,7 @@ class SkiplessForCausalLM(SkiplessPreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden_states[:, kept, :])
-        if (scale := self.config.logit_scale) is not None:
+        if (scale := self.config.logit_scale) != 1:
             logits = logits * scale
         if (cap := self.config.final_logit_softcapping) is not None:
             logits = cap * (logits / cap).tanh()

@@ -48,7 +48,7 @@ from skipless.removals.setting import Closed, Setting, Step
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 
 
-# Matrices in fp64, of S's size and of R's, that a forecast holds at most, as benchmarks/memory.py measures them.
+# How many matrices in fp64 of S's size, and of R's, a forecast holds at most, as benchmarks/memory.py measures it.
 SQUARES, RESTS = 16, 6
 # While the scaled |R| stays below this, O* = O S may be off by fp32's 1e-7 where it is stored in half precision.
 LARGEST_REST = 1e3
@@ -116,7 +116,7 @@ def close(seam: Seam, affines: dict[str, Affine], setting: Setting, read: Read) 
 
 
 def handed_on(stream: Stream, later: frozenset[str]) -> Stream:
-    """A stream whose followers know the moment and mean of what they read, where a later seam closes them again."""
+    """The stream; the followers that a later seam closes again now know the moment and mean of what they read."""
     followers = dict(stream.followers)
     for name in later & followers.keys():
         writers = {each: stream.writers[each] for each in list(stream.writers)[: stream.seen.get(name)]}
@@ -132,8 +132,9 @@ def handed_on(stream: Stream, later: frozenset[str]) -> Stream:
 def of_white_inputs(
     writers: Sequence[Affine], read: Float[Tensor, "d d"]
 ) -> tuple[Float[Tensor, "d d"], Float[Tensor, "d"]]:
-    """Covariance and mean of what these write with white inputs, or, of tables, any row, but for biases. read: the
-    moment of any row of each.
+    """Covariance and mean, biases aside, of what these write with white inputs; of tables, of any row of each.
+
+    read: G, the moment of the sum of any row of each (rounding.moment).
     """
     if not writers[0].table:
         return len(writers[0].weight) * read, read.new_zeros(len(read))
@@ -142,7 +143,7 @@ def of_white_inputs(
 
 
 def stored_dtypes(seam: Seam, setting: Setting) -> dict[str, torch.dtype]:
-    """In what the writers, duals, followers and, as "rest", the readers are kept (the finest of these)."""
+    """The dtypes of writers, duals, followers and, as "rest", of the readers (the finest of theirs)."""
     dtypes = {name: setting.kept(name) for name in (*seam.writers, *seam.duals, *seam.followers)}
     rest = [setting.stored(name) for name in (*seam.readers, seam.rest) if f"{name}.weight" in setting.outputs]
     return {**dtypes, "rest": min(rest, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)}
@@ -169,20 +170,17 @@ def forecast(
     rest_dtype: str | None = None,
     later: frozenset[str] = frozenset(),
 ) -> Forecast:
-    """What closing a seam by each way will cost in each dtype: it is done, and measured on a sample of rows.
-
-    rest_dtype: that of the rest of pivoted columns.
-    """
+    """What closing a seam by each way will cost in each dtype: it is done, and measured on a sample of rows."""
     stream = OpenStream(seam, affines)
     return stream.forecast(dtypes, {way: stream.basis(way) for way in ways or seam.identities}, rest_dtype, later)
 
 
 class OpenStream:
-    """A stream seam's tensors before it is closed, and what each way to close it would do to what is read from it.
+    """A stream seam's tensors before it is closed; it can be closed by each way, and what that changes be measured.
 
-    affines: every module of seam.modules in fp64; ways are the names in seam.identities. weights, extra_weights: what a
-    squared error counts in each column of the readers, and of what else reads the stream: the duals' transposed
-    weights, and the followers.
+    affines: every module of seam.modules, in fp64. weights: what a squared error counts in each column of the readers.
+    extra_weights: the same, in each column of what else reads the stream, the duals' transposed weights and the
+    followers.
     """
 
     def __init__(self, seam: Seam, affines: Mapping[str, Affine]):
@@ -220,13 +218,13 @@ class OpenStream:
 
     @cached_property
     def output_of(self) -> dict[str, str]:
-        """By what each reader, dual and follower gives is called."""
-        found = {name: letter(name) for name in self.readers} | dict.fromkeys(self.seam.duals, "logits")
-        return found | {name: what for what, group in self.followers.items() for name in group}
+        """By reader, dual and follower: the name of what it gives, in `outputs`."""
+        names = {name: letter(name) for name in self.readers} | dict.fromkeys(self.seam.duals, "logits")
+        return names | {name: what for what, group in self.followers.items() for name in group}
 
     @cached_property
     def powers(self) -> dict[str, float]:
-        """Mean squares of q, k and v (and logits), summed over their columns."""
+        """Mean squares of q, k, v and all other `outputs`, summed over their columns."""
         return {
             name: sum(
                 (multiply(self.moment, part) * part).sum().item()
@@ -241,19 +239,20 @@ class OpenStream:
         return candidate(self.seam, way, self.readers, self.weights)
 
     def close(self, basis: Basis, dtypes: Mapping[str, torch.dtype] | None = None) -> Stream:
-        """The seam closed: exactly, or, with the dtypes in which the writers will be stored, as precisely as they can
-        tell. That of a writer in half precision is fp32, if R does not enlarge what that is off by.
+        """The seam closed: exactly, or as precisely as the writers' dtypes can tell.
+
+        If all are stored in half precision, O S is computed in fp32, unless R is so large that its error would show.
         """
         rest, self.within = close_rest(self.seam, self.affines, basis), torch.float64
         if dtypes is not None and all(dtypes[name] in HALF for name in self.seam.writers):
-            kept = torch.ones(len(self.weights), dtype=torch.bool, device=self.weights.device)
-            kept[basis.columns] = False
-            found = Rest(rest.weight, self.weights[kept.nonzero()[:, 0]], torch.float64)
-            self.within = torch.float32 if found.largest(self.weights[basis.columns]) <= LARGEST_REST else torch.float64
+            is_rest = torch.ones(len(self.weights), dtype=torch.bool, device=self.weights.device)
+            is_rest[basis.columns] = False
+            r = Rest(rest.weight, self.weights[is_rest.nonzero()[:, 0]], torch.float64)
+            self.within = torch.float32 if r.largest(self.weights[basis.columns]) <= LARGEST_REST else torch.float64
         return close_stream(self.seam, self.affines, basis, rest, self.within)
 
     def release(self) -> None:
-        """Forget the writers: a sample of their rows is all that `measure` needs."""
+        """Drop the writers: a sample of their rows is all that `measure` needs."""
         self.writers = []
         bare = {name: self.affines[name].of_rows(self.sample[name].weight) for name in self.rows}
         self.affines = {**self.affines, **bare}
@@ -306,9 +305,10 @@ class OpenStream:
     def measure(
         self, way: str, condition: float, stream: Stream, dtypes: Mapping[str, torch.dtype], judged: str
     ) -> Forecast:
-        """What closing it by `way` has cost, on a sample of the writers' rows; `judged`: the dtype it counts as.
+        """What closing it by `way` has cost, on a sample of the writers' rows.
 
-        stream: as it will be stored in `dtypes` (of each writer and dual, and of "rest").
+        stream: closed, and rounded to `dtypes` (of each writer, dual and follower, and of "rest"). judged: the dtype
+        that the errors are said to be of.
         """
         before = list(self.sample.values())
         after = [
@@ -322,10 +322,10 @@ class OpenStream:
         exact = {letter(name): self._times(x, reader) for name, reader in self.readers.items()}
         powers = {name: mean_square(part) for name, part in exact.items()}
         y = _sum(after[:seen], shares[:seen])
-        found = torch.cat([y, self._read(y, rest)], 1)[:, torch.cat([stream.kept, stream.others]).argsort()]
+        outputs = torch.cat([y, self._read(y, rest)], 1)[:, torch.cat([stream.kept, stream.others]).argsort()]
         lost = {}
         sizes = [reader.shape[1] for reader in self.readers.values()]
-        for name, part in zip(self.readers, found.split(sizes, 1), strict=True):
+        for name, part in zip(self.readers, outputs.split(sizes, 1), strict=True):
             lost[letter(name)] = part - exact[letter(name)] - self._read(offset[None], self.affines[name])
         for name, others in self.followers.items():
             parts = []
@@ -347,13 +347,11 @@ class OpenStream:
         return Forecast(self.seam, original, {way: Way(condition, None, {judged: errors})})
 
     def check(self, way: str, basis: Basis, stream: Stream) -> None:
-        """Raise BugError if a stream that is not rounded yet is not what it was, on the sample: whatever rounding it
-        may lose in half precision, closing it loses nothing.
-        """
+        """Raise BugError if closing the seam, before anything is rounded, has changed what is read of the sample."""
         exactly = dict.fromkeys((*stream.writers, *stream.duals, *stream.followers, "rest"), torch.float64)
-        found = self.measure(way, basis.condition, stream, exactly, "float64").ways[way].errors["float64"]
+        errors = self.measure(way, basis.condition, stream, exactly, "float64").ways[way].errors["float64"]
         limit = EXACT[self.within]
-        for name, error in found.items():
+        for name, error in errors.items():
             if not error <= limit:
                 raise BugError(
                     f"{name} of layer {self.seam.layer}: expected closing the {self.seam.kind} seam to change nothing "
@@ -412,20 +410,22 @@ def _cast(affine: Affine, dtype: torch.dtype) -> Affine:
 
 
 def _parts(writer: Affine, share: float) -> tuple[Float[Tensor, "n d"], Float[Tensor, "d"]]:
-    """What a writer writes of its inputs, and of its bias, of which the stream has a share."""
+    """What a writer adds to the stream: of each input a row, and the share of its bias."""
     weight = writer.weight.double() * writer.scale
     return weight, weight.new_zeros(weight.shape[1]) if writer.bias is None else share * writer.scale * writer.bias
 
 
 def _sum(writers: Sequence[Affine], shares: Sequence[float]) -> Float[Tensor, "n d"]:
-    """A stream that each of these writes a row of, with its share of their biases."""
+    """Rows of the stream: the sum of one row of each writer, with the shares of their biases."""
     parts = [_parts(writer, share) for writer, share in zip(writers, shares, strict=True)]
     return torch.stack([weight + offset for weight, offset in parts]).sum(0)
 
 
 def forecast_memory(seam: Seam, tensors: Mapping[str, TensorInfo], by_rows: Collection[str]) -> int:
-    """Bytes that forecast holds for a stream seam whose modules have these tensors: all but what it takes by rows, what
-    the writers become, and in fp64 (d, d) matrices, and (d, r) ones of all columns that are not passed.
+    """Bytes that forecast holds for a stream seam whose modules have these tensors.
+
+    That is what it has read, but for what it takes by rows; what the writers become; and, in fp64, (d, d) and (d, r)
+    matrices, with r all columns that are not passed.
     """
     stored = {name: tensors[f"{name}.weight"] for name in seam.modules if f"{name}.weight" in tensors}
     d, readers = seam.width, (*seam.readers, *seam.followers, *seam.duals)
@@ -437,10 +437,10 @@ def forecast_memory(seam: Seam, tensors: Mapping[str, TensorInfo], by_rows: Coll
 
 @dataclass(frozen=True)
 class _Shapes:
-    """Of a stream seam: rows of each writer, d, m; extra: further columns that read it (followers, duals).
+    """A stream seam's sizes: rows of each writer, d, m, and extra: the columns of followers and duals.
 
-    half: whether all that is written is in half precision; rounded: whether some is; fixed: whether the rest is not;
-    by_rows: whether what the writers become is computed for each use.
+    half: whether all that is stored is in half precision. rounded: whether any is. fixed: whether R is not. by_rows:
+    whether what the writers become is computed anew for each use.
     """
 
     rows: tuple[int, ...]
@@ -490,8 +490,8 @@ class _Shapes:
 def steps(seam: Seam, setting: Setting) -> Iterator[Step]:
     """Those of close_stream, round_stream and OpenStream.measure.
 
-    What depends on the numbers themselves is taken as it usually is: R is moderate (rounding.MODERATE_REST), no
-    Cholesky factorization has to be repeated, and pivoting needs no swaps.
+    What depends on the numbers is taken as usual: R is moderate (rounding.MODERATE_REST), no Cholesky factorization has
+    to be repeated, and pivoting needs no swaps.
     """
     s = _Shapes.of(seam, setting)
     d, r, n, within = s.d, s.r + s.extra, s.n, s.within
@@ -512,9 +512,9 @@ def steps(seam: Seam, setting: Setting) -> Iterator[Step]:
             yield "N", within, float(sum(b * b * d for b in blocks))
             yield "factorize N", within, 4 / 3 * sum(b**3 for b in blocks)
             yield "round R", F32, float(sum(b * d**2 + b * b * d for b in blocks))
-        yield "M = 1 + R R^T", within, float(r * d**2)
-        yield "factorize M", within, d**3 / 3
-        yield "R^T M^-1", within, 2.0 * d**2 * r
+        yield "H = 1 + R R^T", within, float(r * d**2)
+        yield "factorize H", within, d**3 / 3
+        yield "R^T H^-1", within, 2.0 * d**2 * r
         yield "change of X", within, 2.0 * d**2 * r
         yield "X + X change", BF16 if s.half and s.pivoted else within, 2.0 * n * d**2
         yield "round X", BF16 if s.half else F32, float(n * d**2)
@@ -526,10 +526,10 @@ def steps(seam: Seam, setting: Setting) -> Iterator[Step]:
 
 
 def memory(seam: Seam, setting: Setting) -> float:
-    """The largest of the stages of `close`; what was read is counted beside, and the writers go after O S.
+    """The largest of `close`'s stages, beside what has been read. The writers are dropped after O S.
 
-    By rows, neither tables nor X are held whole, but for each writer S and what it is rounded with; and what has been
-    read of the other writers stays.
+    By rows, neither tables nor X are held whole; instead, S and what X is rounded with are, for each writer, and what
+    has been read of the others.
     """
     s = _Shapes.of(seam, setting)
     d, m, r, n, x = s.d, s.m, s.r + s.extra, s.n, s.within.itemsize

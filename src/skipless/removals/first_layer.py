@@ -49,8 +49,10 @@ def close(seam: Seam, affines: dict[str, Affine], setting: Setting, read: Read) 
 
 @dataclass(frozen=True)
 class Layer0:
-    """What layer 0 makes of embeddings. row: the parts that are wanted; affines, gains: its modules, and the other
-    tensors that have a part in that (Seam.mixed); within: the precision of the arithmetic.
+    """What layer 0 makes of embeddings.
+
+    row: the parts that are wanted (Architecture.row). affines: its modules. gains: the other tensors that matter
+    (Seam.mixed). within: the precision of the arithmetic.
     """
 
     architecture: Architecture
@@ -107,8 +109,8 @@ class Layer0:
         return ffn if self.architecture.residual == "none" else x * self._gain("attention_skip_gain") + ffn
 
     def _gain(self, name: str) -> Tensor | float:
-        found = self.gains.get(f"{LAYER}.{name}")
-        return 1.0 if found is None else found.to(self.within)
+        gain = self.gains.get(f"{LAYER}.{name}")
+        return 1.0 if gain is None else gain.to(self.within)
 
     def _ffn(self, n: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """The FFN, or what each token's experts give, weighed by its router (arXiv:2401.04088, sec. 2.1)."""
@@ -118,12 +120,12 @@ class Layer0:
         weights = self._apply(f"{LAYER}.mlp.router", n).double().softmax(-1)
         weights, taken = weights.topk(a.num_experts_per_tok, -1)
         weights = weights / weights.sum(-1, keepdim=True) if a.norm_topk_prob else weights
-        found = torch.zeros_like(n)
+        outputs = torch.zeros_like(n)
         for number, name in enumerate(a.experts(0)):
             token, place = torch.where(taken == number)
             if len(token):
-                found[token] += self._expert(name, n[token]) * weights[token, place, None].to(self.within)
-        return found
+                outputs[token] += self._expert(name, n[token]) * weights[token, place, None].to(self.within)
+        return outputs
 
     def _expert(self, name: str, n: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """M, activation, O."""
@@ -141,10 +143,10 @@ def forecast(
     rest_dtype: str | None = None,
     later: frozenset[str] = frozenset(),
 ) -> Forecast:
-    """What is read of the table is rounded once, where embedding and matrix were, each by itself."""
+    """What is looked up is rounded once; in the original, embedding and matrix both are, each by itself."""
     outputs = {letter(name) for name in seam.readers if ".self_attn." in name}
     errors = {dtype: dict.fromkeys(outputs, precision_of(dtype)[0]) for dtype in dtypes}
-    original = {dtype: {name: 2**0.5 * error for name, error in found.items()} for dtype, found in errors.items()}
+    original = {dtype: {name: 2**0.5 * error for name, error in each.items()} for dtype, each in errors.items()}
     return Forecast(seam, original, {"lookup": Way(None, None, errors)})
 
 

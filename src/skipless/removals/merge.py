@@ -17,7 +17,7 @@ from skipless.architecture.seams import Seam
 from skipless.checkpoint.opening import Read
 from skipless.removals.setting import Closed, Setting, Step
 
-# The size of a merged matrix, of as many outputs as it has: of so few inputs it is right to a few per cent, too.
+# The size of a merged matrix is right to a few per cent from this few inputs, as it has many outputs.
 FEW_PROBES = 16
 
 
@@ -88,7 +88,7 @@ def forecast(
 
 
 def merged_power(seam: Seam, affines: Mapping[str, Affine], most: int) -> float:
-    """Sum of squares of all M* = P M, on a sample of so many white x (or of P's moment): x P, and then M."""
+    """Sum of squares of all M* = P M, from x P M of at most `most` sampled x: white, or of P's moment."""
     (writer,) = (affines[name] for name in seam.writers)
     weight, inputs = writer.weight, _probes(len(writer.weight), writer.weight)[:most]
     if writer.moment is not None:
@@ -101,10 +101,10 @@ def merged_power(seam: Seam, affines: Mapping[str, Affine], most: int) -> float:
 
 
 def merged(seam: Seam, affines: Mapping[str, Affine], dtypes: Sequence[str], power: float, largest: float) -> Forecast:
-    """The errors of x P M, for white x, when P (D, d) and every M (d, f) are rounded, and when M* = P M is.
+    """The errors of x P M when P (D, d) and every M (d, f) are rounded, and when M* = P M is instead.
 
-    power: sum of squares of all M*; largest: max |M*|, or a bound of it. Of other x, M* is rounded with feedback, and
-    P's bias is what values have left there.
+    power: sum of squares of all M*. largest: max |M*|, or a bound of it. Where x is not white, M* is rounded with
+    feedback, and P has the bias that closing the values has left there.
     """
     (writer,) = (affines[name] for name in seam.writers)
     readers = past_norm(seam, affines).values()
@@ -127,7 +127,10 @@ def merged(seam: Seam, affines: Mapping[str, Affine], dtypes: Sequence[str], pow
 
 
 def _rounding(moment: Float[Tensor, "blocks n n"], rows: Float[Tensor, "inputs"], feedback: bool) -> float:
-    """What rounding M* costs, in its squared rounding error; rows: the sums of squares of its rows."""
+    """What rounding M* costs, in units of u^2: with feedback the pivots of its metric, else the metric's diagonal.
+
+    moment: the metric, E[x^T x], block by block. rows: the sums of squares of M*'s rows.
+    """
     if not feedback:
         return (moment.diagonal(dim1=1, dim2=2).flatten() @ rows).item()
     metrics = [factorize(read, power) for read, power in zip(moment, rows.split(moment.shape[1]), strict=True)]
@@ -147,9 +150,9 @@ def _row_squares(seam: Seam, affines: Mapping[str, Affine]) -> Float[Tensor, "in
 
 
 def _unmerged(seam: Seam, affines: Mapping[str, Affine], dtype: str, power: float) -> dict[str, float]:
-    """Relative error of x P M when P and every M are rounded to `dtype`; power: as for `merged`.
+    """Relative error of x P M when P and every M are rounded to `dtype`, which lose as much; power: as for `merged`.
 
-    Both lose as much; of other inputs than white ones, P is what a seam has left that was closed before.
+    Where x is not white, an earlier seam has made P.
     """
     (writer,) = (affines[name] for name in seam.writers)
     m = torch.stack([squares(reader.weight, 1) for reader in past_norm(seam, affines).values()]).sum(0)
@@ -162,10 +165,7 @@ def _unmerged(seam: Seam, affines: Mapping[str, Affine], dtype: str, power: floa
 
 
 def _probes(size: int, like: Tensor) -> Float[Tensor, "n size"]:
-    """Unit vectors, orthogonal if there are enough of them to be: the mean of x^2 over a sample, and exactly over all.
-
-    Their squares in any quadratic form average to its trace over `size`.
-    """
+    """At most PROBES orthonormal vectors. A quadratic form averages, over them, to about its trace over `size`."""
     drawn = torch.randn(
         size, min(size, PROBES), generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu"
     )

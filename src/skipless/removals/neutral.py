@@ -63,6 +63,6 @@ forecast, steps = nothing_lost, no_steps
 
 
 def memory(seam: Seam, setting: Setting) -> float:
-    """What comes out, and, of a fused tensor's part, a copy and the place that it is joined in."""
+    """What comes out; and two copies of each tensor, for those that are a part of a fused one."""
     names = [name for name in seam.modules if name in setting.modules and f"{name}.weight" in setting.outputs]
     return float(sum(setting.size(name) * setting.kept(name).itemsize + 2 * setting.info(name).bytes for name in names))

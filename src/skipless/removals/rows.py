@@ -1,11 +1,15 @@
-"""Rows of what writes a space become the identity: of P where others write with it, or of each head of V.
+"""Rows of what writes a space become the identity: of P where others write with it, or of each head of V, or K.
 
 With T the rows of a writer that go (of V, of each head its own):
 
-    the writer's other rows   W_r -> W_r T^-1
+    the writer's other rows   U -> R = U T^-1
     readers                   A -> T A
     other writers             W -> W T^-1, b -> b T^-1
     a bias of V               goes on to the readers
+    a bias of K               goes: it adds the same to all of a query's scores
+
+So x [T; U] A = x [I; R] (T A). Letters are those of docs/half-precision.md: R is the rest, here of rows.
+Of K, the reader A is Q transposed, with its bias as one more column: scores are (x [T; U]) (A (y, 1)^T).
 """
 
 import dataclasses
@@ -30,12 +34,13 @@ from skipless.removals.setting import Closed, Setting, Step, whole
 
 
 def close(seam: Seam, affines: dict[str, Affine], setting: Setting, read: Read) -> Closed:
-    """Make rows of P, or of each head of V, the identity, and round what remains with the least error."""
+    """Make rows of P, or of each head of V or K, the identity, and round what remains with the least error."""
+    affines = turned(seam, affines)
     weight, mix = affines[seam.writers[0]].weight.double(), None
     if seam.kind == "values":
         mix = _mix(seam, read, weight.new_ones(setting.architecture.num_attention_heads))
     bases = choose_rows(seam, weight)
-    remaining, order = close_rows(seam, affines, bases, biased=mix is None)
+    remaining, order = close_rows(seam, affines, bases, biased=seam.kind == "p")
     dtypes = {name: setting.kept(name) for name in remaining}
     written = [dtypes[name] for name in remaining if name not in setting.later]
     name = dtype_name(coarsest(written or [torch.float64]))
@@ -45,12 +50,32 @@ def close(seam: Seam, affines: dict[str, Affine], setting: Setting, read: Read) 
     condition = max(basis.condition for basis in bases)
     errors = measure(seam, affines, remaining, stored, order, dtypes)
     outcome = _forecast(seam, affines, condition, {name: errors}).outcome("rows", name)
-    return stored, (order if seam.kind == "values" else order[0]).to(torch.int32), outcome
+    stored = turned_back(seam, stored, affines)
+    return stored, (order[0] if seam.kind == "p" else order).to(torch.int32), outcome
+
+
+def turned(seam: Seam, affines: Mapping[str, Affine]) -> dict[str, Affine]:
+    """Of a seam between K and Q, Q transposed, its bias as one more column; of others, all as it is."""
+    found = dict(affines)
+    for name in seam.readers if seam.kind == "queries" else ():
+        weight, bias = found[name].weight.double(), found[name].bias
+        found[name] = Affine((weight if bias is None else torch.cat([weight, bias.double()[None]])).T)
+    return found
+
+
+def turned_back(seam: Seam, found: Mapping[str, Affine], affines: Mapping[str, Affine]) -> dict[str, Affine]:
+    """The same, back again. affines: as they were, before any row of K became the identity."""
+    back, inputs = dict(found), len(affines[seam.writers[0]].weight)
+    for name in seam.readers if seam.kind == "queries" else ():
+        weight = found[name].weight.T
+        back[name] = Affine(weight[:inputs], weight[inputs] if len(weight) > inputs else None)
+    return back
 
 
 def _mix(seam: Seam, read: Read, ones: torch.Tensor) -> torch.Tensor:
-    """By what each query head's share of a bias of V is multiplied before it is read: alpha + beta - gamma where the
-    attention is shaped, and the branch's gain where the heads are scaled by it.
+    """What multiplies each query head's share of a bias of V before it is read.
+
+    It is alpha + beta - gamma where the attention is shaped, and the branch's gain where it scales the heads.
     """
     gains = {name: read(name).to(ones.dtype) for name in seam.mixed}
     shaping = [-gain if name.endswith(".gamma") else gain for name, gain in gains.items() if ".self_attn." in name]
@@ -88,23 +113,23 @@ def close_rows(
 ) -> tuple[dict[str, Affine], Int[Tensor, "blocks n"]]:
     """Make rows of the first writer the identity, those of each block of its columns for itself.
 
-    bases: of each block's transposed columns (width, n), the rows T that go. biased: whether the writers keep the first
-    one's bias (else see carried_biases). Returns the modules that remain, and for each block the order of inputs: those
-    passed through, then those of the weight's rows.
+    bases: for each block of columns (n, width), the rows T that go. biased: whether the writers keep the first one's
+    bias (else see carried_biases). Returns the modules that remain, and each block's order of inputs: first those
+    passed through, then those of R's rows.
     """
     first = affines[seam.writers[0]]
     first = dataclasses.replace(first, weight=first.weight.double())
-    size, remaining, orders, kept, passed = seam.width, {}, [], [], []
+    size, remaining, orders, rests, passed = seam.width, {}, [], [], []
     for block, basis in zip(first.weight.split(size, 1), bases, strict=True):
         left = torch.ones(len(block), dtype=torch.bool, device=block.device)
         left[basis.columns] = False
         orders.append(torch.cat([basis.columns, left.nonzero()[:, 0]]))
-        kept.append(basis.solve(block[left].T).T)
-        passed.append(block[basis.columns])
+        rests.append(basis.solve(block[left].T).T)  # R = U T^-1
+        passed.append(block[basis.columns])  # T
     chosen = torch.stack(passed)
     for name, reader in past_norm(seam, affines).items():
         rows = reader.weight.double().unflatten(0, (seam.blocks, -1, size))
-        weight = torch.einsum("brs,bgsf->bgrf", chosen, rows).flatten(0, 2)
+        weight = torch.einsum("brs,bgsf->bgrf", chosen, rows).flatten(0, 2)  # T A, in each block
         remaining[name] = dataclasses.replace(reader, weight=weight)
     (basis, *_) = bases
     own = None if first.bias is None or not biased else basis.solve(first.bias[:, None])[:, 0]
@@ -116,7 +141,7 @@ def close_rows(
         remaining[name] = moved.with_bias(taken) if name in seam.bias_takers else moved
     if orders[0].numel() > size:
         stays = own if not seam.bias_takers else None
-        remaining[seam.writers[0]] = Affine(torch.cat(kept, 1), stays)
+        remaining[seam.writers[0]] = Affine(torch.cat(rests, 1), stays)
     return remaining, torch.stack(orders)
 
 
@@ -130,12 +155,11 @@ def carried_biases(
     mix: Float[Tensor, "heads"],
     dtypes: Mapping[str, torch.dtype],
 ) -> dict[str, Affine]:
-    """The readers with a bias b of V, which moves on to them, and with what makes up for rounding any token's values.
+    """The readers, with the bias b of V that moves on to them, and with what makes up for rounding the values' mean.
 
-    b becomes b T^-1 times the reader as it is stored: so values whose mean is zero, b included, lose only what they
-    differ by from it, and not what rounding does to a large -b T^-1, which the readers now get in its place. Where the
-    mean of x is known, what becomes of it is made up for exactly instead. mix: by what a value is multiplied on its way
-    through each query head (1, or alpha + beta - gamma).
+    A reader A gets the bias b T^-1 A', with A' as it is stored. It now reads values less b, so what rounding A does to
+    -b T^-1, which may be large, cancels. Where the mean of x is known, what rounding does to that is made up for
+    instead, exactly. mix: what a value is multiplied by on its way through each query head (_mix).
     """
     bias, mean = affines[seam.writers[0]].bias, affines[seam.writers[0]].mean
     shares = mix.split(len(mix) // seam.blocks)
@@ -151,26 +175,28 @@ def carried_biases(
     readers = {name: stored[name].with_bias(read(offset, weight)) for name, weight in weights.items()}
     if mean is None or not any(dtype in HALF for dtype in dtypes.values()):
         return readers
-    exact, found = (
+    exact, rounded = (
         of_heads(
-            mean[own[: seam.width]] + mean[own[seam.width :]] @ block.kept.double()
+            mean[own[: seam.width]] + mean[own[seam.width :]] @ block.rest.double()
             for own, block in zip(order, _blocks(seam, affines, each, order), strict=True)
         )
         for each in (remaining, stored)
     )
     for name, weight in weights.items():
-        lost = read(exact + offset, remaining[name].weight) - read(found + offset, weight)
-        readers[name] = dataclasses.replace(readers[name].with_bias(lost), mean=found)
+        lost = read(exact + offset, remaining[name].weight) - read(rounded + offset, weight)
+        readers[name] = dataclasses.replace(readers[name].with_bias(lost), mean=rounded)
     return readers
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Of one block, x [I; K] A. kept: K, the first writer's rows that stay, and those of the others. moment: E[x^T x],
-    what is passed first, or None if that is the identity. readers: A^T of each.
+    """One block's x [I; R] A.
+
+    rest: R, the rows that remain of the first writer and those of the others. moment: E[x^T x], with what is passed
+    first, or None for the identity. readers: A^T of each.
     """
 
-    kept: Float[Tensor, "l s"]
+    rest: Float[Tensor, "l s"]
     moment: Float[Tensor, "n n"] | None
     readers: dict[str, Float[Tensor, "_ s"]]
 
@@ -178,7 +204,7 @@ class _Block:
 def _blocks(
     seam: Seam, affines: Mapping[str, Affine], remaining: Mapping[str, Affine], order: Int[Tensor, "blocks n"]
 ) -> Iterator[_Block]:
-    """The blocks of what remains. affines: as it was, whose writers know the moments of their inputs."""
+    """The blocks of what remains. affines: as before closing; their writers know the moments of their inputs."""
     readers = {
         name: remaining[name].weight.unflatten(0, (seam.blocks, -1, seam.width)).mT.flatten(1, 2)
         for name in seam.readers
@@ -190,10 +216,10 @@ def _blocks(
     inputs = torch.arange(order.shape[1], sum(len(writer.weight) for writer in writers), device=order.device)
     for number, own in enumerate(order):
         columns = slice(number * seam.width, (number + 1) * seam.width)
-        kept = [remaining[name].weight[:, columns] for name in seam.writers if name in remaining]
+        rests = [remaining[name].weight[:, columns] for name in seam.writers if name in remaining]
         places = torch.cat([own, inputs])
         yield _Block(
-            kept=torch.cat(kept) if kept else own.new_zeros(0, seam.width, dtype=torch.float64),
+            rest=torch.cat(rests) if rests else own.new_zeros(0, seam.width, dtype=torch.float64),
             moment=None if moment is None else moment[places][:, places],
             readers={name: reader[number] for name, reader in readers.items()},
         )
@@ -218,17 +244,17 @@ def round_remaining(
     writers = [name for name in seam.writers if name in remaining]
     written = {dtypes[name] for name in writers}
     (dtype,) = written if len(written) == 1 else (torch.float64,)  # of several, each is cast by itself
-    kept: list[Tensor] = []
+    rests: list[Tensor] = []
     moments: list[Tensor] = []
     rounded: dict[str, list[Tensor]] = {name: [] for name in seam.readers}
     for block in _blocks(seam, affines, remaining, order):
         if not half:
-            moments.append(passed_moment(block.kept, block.moment))
+            moments.append(passed_moment(block.rest, block.moment))
             continue
-        found, reads, moment = round_passed(
-            block.kept, list(block.readers.values()), block.moment, dtype, [dtypes[name] for name in block.readers]
+        rest, reads, moment = round_passed(
+            block.rest, list(block.readers.values()), block.moment, dtype, [dtypes[name] for name in block.readers]
         )
-        kept.append(found)
+        rests.append(rest)
         moments.append(moment)
         for name, reader in zip(block.readers, reads, strict=True):
             rounded[name].append(reader)
@@ -238,7 +264,7 @@ def round_remaining(
     if not half:
         return stored
     sizes = [len(remaining[name].weight) for name in writers]
-    for name, weight in zip(writers, torch.cat(kept, 1).split(sizes), strict=True):
+    for name, weight in zip(writers, torch.cat(rests, 1).split(sizes), strict=True):
         stored[name] = dataclasses.replace(stored[name], weight=weight)
     for name, parts in rounded.items():
         weight = torch.stack(parts).unflatten(1, (groups, -1)).mT.flatten(0, 2)
@@ -255,11 +281,12 @@ def forecast(
     later: frozenset[str] = frozenset(),
 ) -> Forecast:
     """What passing rows through will cost in each dtype: it is done, and measured."""
+    affines = turned(seam, affines)
     try:
         bases = choose_rows(seam, affines[seam.writers[0]].weight)
     except InputError:
         return _impossible(seam, dtypes)
-    remaining, order = close_rows(seam, affines, bases, biased=seam.kind != "values")
+    remaining, order = close_rows(seam, affines, bases, biased=seam.kind == "p")
     errors = {}
     for dtype in dtypes:
         kept = {name: torch.float64 if name in later else getattr(torch, dtype) for name in remaining}
@@ -281,8 +308,9 @@ def measure(
     order: Int[Tensor, "blocks n"],
     dtypes: Mapping[str, torch.dtype],
 ) -> dict[str, float]:
-    """The relative errors of x [I; K] A, A by A, by which what is stored differs from what remains exactly; and of the
-    biases of A.
+    """By letter of the readers A: the relative error of x [I; R] A, biases of A included, as it is stored.
+
+    remaining: what it would be exactly. With y = x [I; R], y' A' - y A = (y' - y) A' + y (A' - A).
     """
     cast = {
         name: dataclasses.replace(affine, weight=affine.weight.to(dtypes[name]).double())
@@ -293,16 +321,16 @@ def measure(
     lost: dict[str, float] = {}
     powers: dict[str, float] = {}
     pairs = zip(_blocks(seam, affines, remaining, order), _blocks(seam, affines, cast, order), strict=True)
-    for exact, found in pairs:
-        size, change = seam.width, found.kept - exact.kept
+    for exact, rounded in pairs:
+        size, change = seam.width, rounded.rest - exact.rest  # R' - R
         if exact.moment is None:
-            mixed, own = change.T @ exact.kept, change.T @ change
+            mixed, own = change.T @ exact.rest, change.T @ change  # E[(y' - y)^T y], E[(y' - y)^T (y' - y)]
         else:
             beside = exact.moment[size:, size:] @ change
-            mixed, own = (exact.moment[:size, size:] @ change).T + beside.T @ exact.kept, change.T @ beside
-        read = passed_moment(exact.kept, exact.moment)
+            mixed, own = (exact.moment[:size, size:] @ change).T + beside.T @ exact.rest, change.T @ beside
+        read = passed_moment(exact.rest, exact.moment)  # E[y^T y]
         for name, before in exact.readers.items():
-            what, after = letter(name), found.readers[name]
+            what, after = letter(name), rounded.readers[name]
             gone = after - before
             square = (own * gram(after) + 2 * mixed * (after.T @ gone) + read * gram(gone)).sum().item()
             lost[what] = lost.get(what, 0.0) + square
@@ -320,9 +348,9 @@ def _forecast(
     errors: Mapping[str, Mapping[str, float]],
     left: Mapping[str, Affine] | None = None,
 ) -> Forecast:
-    """These errors, beside those of x W A when writers W and readers A are rounded as they are, of white x.
+    """These errors, beside those of x W A when writers W and readers A are rounded as they are.
 
-    Of other inputs, W is what a seam has left that was closed before, and taken to lose as much as the readers do.
+    Where x is not white, an earlier seam has made W, which is then taken to lose as much as the readers do.
     """
     lost: dict[str, float] = {}
     powers: dict[str, float] = {}
@@ -346,7 +374,7 @@ def _forecast(
 
 
 def _impossible(seam: Seam, dtypes: Sequence[str]) -> Forecast:
-    """A seam whose only way cannot be gone."""
+    """The forecast of a seam that cannot be closed: its only way has no invertible rows."""
     names = dict.fromkeys(letter(name) for name in seam.readers)
     infinite = {dtype: dict.fromkeys(names, math.inf) for dtype in dtypes}
     nothing = {dtype: dict.fromkeys(names, 0.0) for dtype in dtypes}
@@ -380,7 +408,7 @@ def steps(seam: Seam, setting: Setting) -> Iterator[Step]:
 
 
 def memory(seam: Seam, setting: Setting) -> float:
-    """All that is read and made, and the moments of inputs that are not white: whole, a block's, and factorized."""
+    """All that is read and made; where inputs are not white, their moment as a whole, a block's, and its factors."""
     if setting.earlier.isdisjoint(seam.writers):
         return whole(seam, setting) + sum(16.0 * setting.size(name) for name in seam.readers)
     rows = sum(setting.size(name) for name in seam.writers) / (seam.width * seam.blocks)

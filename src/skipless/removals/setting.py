@@ -22,9 +22,9 @@ Step = tuple[str, torch.dtype, float]
 class Setting:
     """How the tensors of a task are stored before and after, for one of its seams.
 
-    basis: by which streams are closed. inputs, outputs: tensor name -> what is stored. modules: of the source, by name.
-    earlier, later: modules that another seam of the task has rewritten; or will, which are kept in fp64 till then.
-    by_rows: whether what a stream's writers become is computed for each use.
+    basis: by which streams are closed. inputs, outputs: tensor name -> what is stored. modules: the source's, by name.
+    earlier, later: modules that another seam of the task has rewritten, and modules that one will, which stay in fp64
+    till then. by_rows: whether what a stream's writers become is computed anew for each use.
     """
 
     architecture: Architecture
@@ -37,11 +37,11 @@ class Setting:
     by_rows: bool = False
 
     def info(self, name: str) -> TensorInfo:
-        """Of a module's weight before."""
+        """What is stored of a module's weight before."""
         return self.inputs[f"{name}.weight"]
 
     def size(self, name: str) -> int:
-        """Weights of a module before."""
+        """How many weights a module has before."""
         return self.info(name).weights
 
     def stored(self, name: str) -> torch.dtype:
@@ -49,11 +49,11 @@ class Setting:
         return self.outputs[f"{name}.weight"].dtype
 
     def kept(self, name: str) -> torch.dtype:
-        """The same, or, if it is yet to be rewritten, unrounded."""
+        """The same; fp64 if a later seam is yet to rewrite it."""
         return torch.float64 if name in self.later else self.stored(name)
 
     def is_table(self, name: str) -> bool:
-        """Whether a module is one of whose rows one is looked up."""
+        """Whether a module is a table, of which one row is looked up."""
         return name in self.modules and self.modules[name].table
 
 
@@ -70,11 +70,11 @@ def nothing_lost(
     rest_dtype: str | None = None,
     later: frozenset[str] = frozenset(),
 ) -> Forecast:
-    """The forecast where nothing is solved for, so that nothing is lost but by rounding what is rewritten."""
+    """The forecast where nothing is solved for: nothing is lost but by one rounding, as in the original."""
     nothing: dict[str, dict[str, float]] = {dtype: {} for dtype in dtypes}
     return Forecast(seam, nothing, {way: Way(None, None, nothing) for way in seam.identities})
 
 
 def no_steps(seam: Seam, setting: Setting) -> Iterator[Step]:
-    """None of third order: every number once."""
+    """No steps of third order: every number is touched once."""
     return iter(())

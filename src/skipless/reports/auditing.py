@@ -33,12 +33,12 @@ from skipless.rewrite.request import Request
 
 @dataclass(frozen=True)
 class SeamAudit:
-    """An open seam. asked: whether it is to be closed. blocked: why it cannot be in this model, or None.
+    """An open seam.
 
-    matrices: q, k, v or p -> spectrum. original, ways: as in Forecast, for a model with these matrices and without
-    skips and norms; problems: way -> dtype -> why closing it so is not safe; stored: way -> the dtype in which it would
-    be. The last four are empty if even such a model's could not be closed, and of norms, which lose nothing but by
-    rounding.
+    asked: whether it is to be closed. blocked: why it cannot be in this model, or None. matrices: q, k, v or p ->
+    spectrum. For a model with these matrices and without skips and norms - original, ways: as in Forecast. problems:
+    way -> dtype -> why closing it so is not safe. stored: way -> the dtype in which it would be stored. These four are
+    empty if even such a model's seam could not be closed, and for norms, which lose nothing but by rounding.
     """
 
     kind: str
@@ -54,8 +54,10 @@ class SeamAudit:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a request would do: the basis, and why; forecasts of the seams that it closes; what is not safe about which;
-    and what all of them lose together.
+    """What a request would do.
+
+    basis, reason: by which stream seams are closed, and why. forecasts: of the seams that it closes. problems: why a
+    seam is not safe. together: what all of them lose together.
     """
 
     basis: str
@@ -72,15 +74,18 @@ class Answer:
 
 @dataclass(frozen=True)
 class Audit:
-    """Every open seam, and the answer: basis, by which stream seams would be closed, and why; what would not be safe.
+    """Every open seam, and whether what was asked for is safe.
 
-    problems: of this model; if_skipless: of one with its matrices and without skips and norms. alternatives: options of
-    fuse that would make it safe, if as it was asked for it is not. as_is: what can be removed exactly beside seams,
-    weights and biases by kind (counting.removable_as_is); by_fuse: of that, what fuse moves in another family's layout,
-    and stays: what it leaves there, and why; left_out: what it does not store in a skipless layout (counting.Count).
-    parameters: how many there are in all. moves: if kinds of
-    that layout were asked for, how many numbers, and nothing stands in the way. together: what
-    all that was asked for loses, on the way through the layers, in the coarsest dtype of storage.
+    basis, reason: by which stream seams would be closed, and why
+    problems: why this model's fuse would not be safe
+    if_skipless: the same, of a model with its matrices and without skips and norms
+    alternatives: options of fuse that would be safe, if those asked for are not
+    as_is: what can be removed exactly beside seams, weights and biases by kind (counting.removable_as_is)
+    by_fuse, stays, left_out: of that, what fuse moves in another family's layout; what it leaves there, and why; what
+        it does not store in a skipless layout (as in counting.Count)
+    parameters: how many there are in all
+    moves: how many numbers a fuse in the family's layout would move, if that was asked for
+    together: what all that was asked for loses on the way through the layers, in the coarsest dtype of storage
     """
 
     family: str
@@ -190,18 +195,18 @@ def audit(
         return [problem for name, problem in problems.items() if name.rpartition(".")[0] not in rewritten]
 
     def one_by_one(closing: Iterable[Seam], basis: str) -> dict[Seam, Forecast]:
-        """The forecasts of seams that are closed, one after the other where one leaves what another closes again."""
-        found: dict[Seam, Forecast] = {}
+        """The forecasts of seams; those that rewrite the same modules are closed one after the other."""
+        forecasts_of: dict[Seam, Forecast] = {}
         for group in map(tuple, connected(closing)):
             if not any(after & {*seam.readers, *seam.followers} for seam, _, after in in_turn(group)):
-                found |= {seam: forecasts[seam] for seam in group}
+                forecasts_of |= {seam: forecasts[seam] for seam in group}
                 continue
             known = groups.setdefault(group, {})
             if basis not in known:
                 read = partial(read_seam, source, read=reader.tensor)
                 known[basis] = forecast_group(group, basis, read, DTYPE_NAMES, rest_dtype)
-            found |= known[basis]
-        return found
+            forecasts_of |= known[basis]
+        return forecasts_of
 
     def answer(request: Request) -> Answer:
         """What a request would do, skips and norms left out."""
@@ -224,14 +229,14 @@ def audit(
         ways = {**audits[seam].ways, **foretold.ways}
         unsafe = {**audits[seam].problems, **_problems(foretold)}
         audits[seam] = dataclasses.replace(audits[seam], original=foretold.original, ways=ways, problems=unsafe)
-    basis, reason, found = chosen.basis, chosen.reason, chosen.problems
     blocked = _refusals([*norms, *(refusals[seam.kind, seam.layer] for seam in asked if not seam.refusal)])
     lossy = copied(request)
-    problems = (*_refusals(found), *(problem for seam, problem in found.items() if not seam.refusal), *lossy)
+    unsafe_seams = [problem for seam, problem in chosen.problems.items() if not seam.refusal]
+    problems = (*_refusals(chosen.problems), *unsafe_seams, *lossy)
     if not problems and chosen.together is not None and chosen.together.problem:
         problems = (chosen.together.problem,)
     alternatives = []
-    others = _others(request, [seam.layer for seam in found if seam.kind == "stream"])
+    others = _others(request, [seam.layer for seam in chosen.problems if seam.kind == "stream"])
     for option, other in others if problems and not blocked else ():
         with suppress(InputError):  # a basis that this model cannot have
             wanted = other.seams(skipless)  # without values, its stream seams are not the ones that were read
@@ -239,10 +244,10 @@ def audit(
                 alternatives.append(option)
     return Audit(
         family=opened.family,
-        basis=basis,
-        reason=reason,
+        basis=chosen.basis,
+        reason=chosen.reason,
         seams=tuple(audits.values()),
-        problems=(*blocked, *_refusals(found)) if blocked else problems,
+        problems=(*blocked, *_refusals(chosen.problems)) if blocked else problems,
         if_skipless=problems,
         alternatives=tuple(alternatives),
         as_is=as_is,
@@ -274,14 +279,14 @@ class _Whole:
 
 
 def _refusals(asked: Iterable[Seam]) -> tuple[str, ...]:
-    """Why seams cannot be closed at all: of each kind, the first one's reason."""
-    found: dict[str, list[Seam]] = {}
+    """Why seams cannot be closed at all: the first one's reason for each kind."""
+    by_kind: dict[str, list[Seam]] = {}
     for seam in asked:
         if seam.refusal:
-            found.setdefault(seam.kind, []).append(seam)
+            by_kind.setdefault(seam.kind, []).append(seam)
     return tuple(
         f"{blocked[0].refusal}{f' (and in {len(blocked) - 1} more layers)' if len(blocked) > 1 else ''}"
-        for blocked in found.values()
+        for blocked in by_kind.values()
     )
 
 

@@ -24,7 +24,7 @@ from skipless.quiet import no_library_bars
 from skipless.rewrite.fusion import fuse
 
 # Diagonal entries of R below this part of the largest are zero; a rank counts only if the next is smaller by GAP.
-ZERO, GAP = 1e-10, 1e2
+ZERO, GAP = 1e-12, 1e2
 TOKENS = 10
 # In how many sequences each token stands.
 CONTEXTS = 8
@@ -36,8 +36,9 @@ EPS = 0.1
 
 @dataclass(frozen=True)
 class Rank:
-    """Of one model: parameters, the Jacobian's rank, and the last diagonal entry of R that counts over the first that
-    does not.
+    """A model's parameters and its Jacobian's rank.
+
+    gap: the last diagonal entry of R (of the QR decomposition) that counts, over the first that does not.
     """
 
     parameters: int
@@ -52,9 +53,11 @@ class Rank:
 
 @dataclass(frozen=True)
 class Certificate:
-    """shape: the small model's config; expected: by the formula; removed: by fusing, whose kinds are `kinds`; before,
-    after: fusing (None: nothing can be removed). With biases that move into matrices of more outputs than they had, a
-    fused model can do more than the original: its rank may be larger.
+    """The limit, counted on a small model.
+
+    shape: its config. expected: what carries no information, by the formula. removed: what fusing removes, with these
+    `kinds`. before, after: the ranks (after is None if nothing can be removed). Where biases move into matrices that
+    had none, a fused model can do more than the original, and its rank may be larger.
     """
 
     shape: Mapping[str, Any]
@@ -85,7 +88,7 @@ def certify(
     """
     config = shrink(architecture)
     small = Architecture.from_config({"model_type": "skipless", **config})
-    found = limit(small)
+    expected = limit(small)
     torch.manual_seed(0)
     model = SkiplessForCausalLM(SkiplessConfig(**config)).double().eval()
     _randomize(model)
@@ -99,7 +102,7 @@ def certify(
             fused = load(Path(folder) / "fused", torch.float64)
         removed = plan.parameters[0] - plan.parameters[1]
         after = rank(fused, partial(progress, "the copy, fused"))
-    return Certificate(config, found.removable, not found.at_least, kinds, removed, before, after)
+    return Certificate(config, expected.removable, not expected.at_least, kinds, removed, before, after)
 
 
 def shrink(architecture: Architecture) -> dict[str, Any]:
@@ -160,11 +163,11 @@ def _randomize(model: SkiplessForCausalLM) -> None:
 def rank(model: SkiplessForCausalLM, progress: Callable[[int, int], None] = lambda done, total: None) -> Rank:
     """The rank of the Jacobian of all logits by all parameters, its columns scaled to the same length.
 
-    Of each token's logits random mixtures are taken, other ones of each, ROWS times as many in all as parameters: a
-    random projection onto more dimensions than the rank is keeps it (with probability 1). The columns are mixed at
-    random, too, after which the diagonal of R of a QR decomposition shows the rank without pivoting (RURV: Demmel,
-    Dumitriu and Holtz, "Fast linear algebra is stable", 2007). `progress` is called with how many sequences the model
-    has been run on, of how many.
+    Each token's logits are mixed at random, into ROWS times as many rows in all as there are parameters: a random
+    projection onto more dimensions than the rank keeps the rank (with probability 1). The columns are mixed at random,
+    too. Then the diagonal of R of a QR decomposition shows the rank without pivoting (RURV: Demmel, Dumitriu and Holtz,
+    "Fast linear algebra is stable", 2007). `progress` is called with how many sequences the model has been run on, and
+    of how many.
     """
     generator = torch.Generator().manual_seed(1)
     columns = _jacobian(model, generator, progress)
@@ -173,15 +176,19 @@ def rank(model: SkiplessForCausalLM, progress: Callable[[int, int], None] = lamb
     columns *= torch.where(lengths < ZERO * lengths.max(), 0, 1 / lengths.clamp(min=ZERO * lengths.max()))
     columns = columns @ torch.randn(count, count, generator=generator, dtype=torch.float64)
     values = torch.linalg.qr(columns, mode="r").R.diagonal().abs().sort(descending=True).values
-    found = int((values > ZERO * values[0]).sum())
-    gap = float(values[found - 1] / values[found]) if found < count and values[found] else float("inf")
-    return Rank(count, found, gap)
+    dimensions = int((values > ZERO * values[0]).sum())
+    gap = (
+        float(values[dimensions - 1] / values[dimensions])
+        if dimensions < count and values[dimensions]
+        else float("inf")
+    )
+    return Rank(count, dimensions, gap)
 
 
 def _jacobian(
     model: SkiplessForCausalLM, generator: torch.Generator, progress: Callable[[int, int], None]
 ) -> Float[torch.Tensor, "outputs parameters"]:
-    """Of random mixtures of each token's logits, by all parameters: backwards, one sequence at a time."""
+    """The derivatives of random mixtures of each token's logits by all parameters, one sequence at a time."""
     model.set_attn_implementation("eager")
     parameters = [*model.requires_grad_().parameters()]
     size, count = model.config.vocab_size, sum(parameter.numel() for parameter in parameters)
@@ -194,6 +201,6 @@ def _jacobian(
         progress(done, len(sequences))
         logits = model(input_ids=ids[None], use_cache=False).logits[0]
         mixed = logits[:, None] @ torch.randn(TOKENS, size, mixtures, generator=generator, dtype=torch.float64)
-        found = torch.autograd.grad(mixed.flatten(), parameters, rows, is_grads_batched=True)
-        parts.append(torch.cat([each.flatten(1) for each in found], 1))
+        gradients = torch.autograd.grad(mixed.flatten(), parameters, rows, is_grads_batched=True)
+        parts.append(torch.cat([each.flatten(1) for each in gradients], 1))
     return torch.cat(parts)

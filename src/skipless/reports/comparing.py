@@ -27,7 +27,7 @@ from skipless.checkpoint.reader import CheckpointReader
 from skipless.errors import InputError
 from skipless.model.configuration_skipless import SkiplessConfig
 from skipless.rewrite.model_files import other_model_files
-from skipless.rewrite.record import differences, digest, read_record, tensor_digest
+from skipless.rewrite.record import differences, digest, read_record
 
 # Fields of a config that change neither what a model computes nor what it generates.
 NEUTRAL = frozenset(
@@ -39,7 +39,7 @@ NEUTRAL = frozenset(
 )  # fmt: skip
 # Fields that say what fuse has removed: what they promise is compared by the tensors.
 REMOVED = (
-    "stream_basis", "rest_dtype", "layers_open", "p_removed", "values_removed", "head_removed",
+    "stream_basis", "rest_dtype", "layers_open", "p_removed", "values_removed", "keys_removed", "head_removed",
     "first_layer_removed", "folded_biases", "norms_removed", "gains_removed",
 )  # fmt: skip
 # Fields that generation reads, and no forward pass.
@@ -65,9 +65,10 @@ Opened = CheckpointReader | AsSkipless
 
 
 @dataclass(frozen=True)
-class Data:
-    """Differences, in words. function: of what changes the function; generation: of what only generation reads; notes:
-    what else is worth knowing, and changes no answer.
+class Differences:
+    """How two folders' data differ, one sentence each.
+
+    function: in what changes the function. generation: in what only generation reads. notes: in what changes no answer.
     """
 
     function: tuple[str, ...]
@@ -75,7 +76,7 @@ class Data:
     notes: tuple[str, ...]
 
 
-def compare_data(a: CheckpointReader, b: CheckpointReader) -> Data:
+def compare_data(a: CheckpointReader, b: CheckpointReader) -> Differences:
     """Compare all that two folders say, but for their tensors."""
     function: list[str] = []
     generation: list[str] = []
@@ -99,7 +100,7 @@ def compare_data(a: CheckpointReader, b: CheckpointReader) -> Data:
             kind.append(f"B's {name}: {problem}, by its skipless.json")
         if other := _other_source(a, record):
             notes.append(f"by its skipless.json, B was made of another source than A: {other}")
-    return Data(tuple(function), tuple(generation), tuple(notes))
+    return Differences(tuple(function), tuple(generation), tuple(notes))
 
 
 def _shown(value: Any) -> str:
@@ -162,16 +163,17 @@ def _other_source(a: CheckpointReader, record: Mapping[str, Any]) -> str:
     if source["files"].get("config.json") != digest(a.folder / "config.json"):
         return "config.json"
     for name in a.tensors:
-        if source["tensors"].get(name) != tensor_digest(a, name):
+        if source["tensors"].get(name) != a.digest(name):
             return name
     return ""
 
 
 @dataclass(frozen=True)
 class Relation:
-    """Two checkpoints of one architecture, B with fewer weights or as many. closed: seams that are open in A and not in
-    B; touched: the modules that closing them rewrites. layout: where these lie, in another family's model. before: A as
-    a skipless model, if it is another family's and B is not.
+    """Two checkpoints of one architecture; B has fewer weights than A, or as many.
+
+    closed: the seams that are open in A and not in B. touched: the modules that closing them rewrites. layout: where
+    canonical tensors lie, if both are another family's. before: A as a skipless model, if A alone is another family's.
     """
 
     source: Architecture
@@ -222,7 +224,7 @@ def _relation_of_families(a: CheckpointReader, b: CheckpointReader) -> Relation 
         first, second = (laid_out(reader) for reader in (a, b))
     except InputError:  # of a family that is not described
         return None
-    if (first.family, first.architecture, first.places) != (second.family, second.architecture, second.places):
+    if (first.family, first.architecture, first.locations) != (second.family, second.architecture, second.locations):
         return None
     every = [seam for seam in folds(first.architecture) if not seam.blocked]
     before, after = (Canonical(reader.tensors, reader.tensor, first) for reader in (a, b))
@@ -242,7 +244,9 @@ def _closed(source: Architecture, target: Architecture) -> Iterator[Seam]:
     """Seams that are open in one architecture, and not in the other."""
     by_p = target.block_type == "parallel" and target.p_removed and not source.p_removed
     removes = "p" if by_p else "readers"
-    every = seams(source, removes, target.values_removed)  # those of layer 0, too: it may have been precomputed later
+    every = seams(
+        source, removes, target.values_removed, queries=True
+    )  # those of layer 0, too: it may have been precomputed later
     if target.first_layer_removed:
         every += [seam for seam in seams(source, removes, first_layer=True) if seam.kind == "first_layer"]
     for seam in every:
@@ -250,6 +254,7 @@ def _closed(source: Architecture, target: Architecture) -> Iterator[Seam]:
             "stream": seam.kind == "stream" and target.stream_closed(seam.layer),
             "p": target.p_removed,
             "values": target.values_removed,
+            "queries": target.keys_removed,
             "head": target.head_removed,
             "first_layer": True,
             "norms": seam.writers[0] in (*target.gains_removed, *target.norms_removed),
@@ -265,15 +270,15 @@ def differing_tensors(
 
     `progress` is called for each tensor that has been looked at.
     """
-    found = []
+    different = []
     for name, info in a.tensors.items():
         progress()
         if related.touches(name):
             continue
         other = b.tensors.get(name)
         if other is None or other.shape != info.shape or not _equal(a, b, name):
-            found.append(name)
-    return found
+            different.append(name)
+    return different
 
 
 def _equal(a: Opened, b: CheckpointReader, name: str) -> bool:

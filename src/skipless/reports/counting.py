@@ -43,8 +43,10 @@ FIRST_LAYER = {**PAPER, "mixtral-8x7b": 32000}
 
 @dataclass(frozen=True)
 class Conditions:
-    """How a model decodes: dtype of its weights and of its cache, tokens in the cache, sequences at once, and, for a
-    roofline, the machine: bandwidth in bytes/s, peak in FLOP/s (None: reading is all that takes time).
+    """How a model decodes.
+
+    dtype, cache_dtype: of its weights and of its cache. context: tokens in the cache. batch: sequences at once. For a
+    roofline, bandwidth: the machine's, in bytes/s; peak: its FLOP/s (None: reading is all that takes time).
     """
 
     dtype: str = "bfloat16"
@@ -56,8 +58,11 @@ class Conditions:
 
 
 @dataclass(frozen=True)
-class Removal:
-    """removed: weights; saving: their share of all weights; speedup: of decoding, under the conditions asked for."""
+class Saving:
+    """What removing weights saves.
+
+    removed: how many weights. saving: their share of all. speedup: of decoding, under the conditions asked for.
+    """
 
     removed: int
     saving: float
@@ -65,8 +70,8 @@ class Removal:
 
 
 @dataclass(frozen=True)
-class Exact(Removal):
-    """What rewriting a skipless version removes. basis: the simplest that does; blocked: what stays, and why."""
+class Exact(Saving):
+    """What rewriting a skipless version saves. basis: the simplest that does. blocked: what stays, and why."""
 
     basis: str | None
     blocked: tuple[str, ...]
@@ -74,11 +79,10 @@ class Exact(Removal):
 
 @dataclass(frozen=True)
 class FirstLayer:
-    """Layer 0 precomputed (arXiv:2402.13388): a table of what it makes of each token before any attention, in place of
-    the embeddings.
+    """Layer 0 precomputed (arXiv:2402.13388): the table has what it makes of each token before any attention.
 
-    removed: weights of layer 0 that go; added: those that the table has more than the embeddings; width: numbers of the
-    stream, row: of a row of the table.
+    removed: weights of layer 0 that go. added: weights that the table has more than the embeddings. width: numbers in a
+    row of the stream. row: numbers in a row of the table.
     """
 
     removed: int
@@ -100,14 +104,18 @@ class FirstLayer:
 class Count:
     """What a model has, and what could go.
 
-    parameters: all of them; parts: the same, by matrix, embeddings (tables and head), norms, biases, other. weights:
-    those of linear layers and embeddings, a tied embedding once. per_layer: weights of a layer, by matrix (of the first
-    with experts, if any has). nominal: trained without Q and P (qp), K and P, V and P, Fig. 1 and 3 of the paper; None
-    where e != d. exact: rewriting a skipless version of it, stream and P-M seams; everything:
-    all kinds of seams. limit: what could go from one at most
-    (removable_at_most). as_is: what can go from the model as it is, by what it is; by_fuse: of that, what fuse moves
-    (None: nothing of that kind, moved_by_fuse), and stays, why it leaves the rest of norms and biases; left_out: how
-    many numbers fewer fuse stores in a skipless layout (None: it has none, left_out_by_fuse).
+    parameters: all of them
+    parts: the same, by matrix, embeddings (tables and head), norms, biases, other
+    weights: those of linear layers and embeddings, a tied embedding once
+    per_layer: weights of a layer, by matrix (of the first layer with experts, if any has)
+    nominal: trained without Q and P (qp), K and P, V and P, Fig. 1 and 3 of the paper; None where e != d
+    exact: rewriting a skipless version of it, stream and P-M seams
+    everything: rewriting a skipless version of it, all kinds of seams
+    limit: what could go from a skipless version at most (removable_at_most)
+    as_is: what can go from the model as it is, by what it is (removable_as_is)
+    by_fuse, stays: of that, what fuse moves (None: nothing of that kind), and why it leaves the rest of norms and
+        biases (moved_by_fuse)
+    left_out: how many numbers fewer fuse stores in a skipless layout (None: it has none; left_out_by_fuse)
     """
 
     name: str
@@ -118,7 +126,7 @@ class Count:
     parts: Mapping[str, int]
     per_layer: Mapping[str, int]
     embeddings: int
-    nominal: Mapping[str, Removal | None]
+    nominal: Mapping[str, Saving | None]
     exact: Exact
     everything: int
     limit: int
@@ -130,8 +138,8 @@ class Count:
     @property
     def first_layer(self) -> FirstLayer | None:
         """What precomputing layer 0 would take and give, as its paper counts: matrices alone, no biases, no routers.
-        None where it cannot be, or has been.
 
+        None where it cannot be precomputed, or has been.
         A serial layer's row holds q, k, v and, where a skip adds it, the token's embedding; a parallel one's q, k, v
         and the embedding's sum with what the FFN gives.
         """
@@ -188,10 +196,10 @@ def count_architecture(name: str, family_name: str, architecture: Architecture, 
 
     before = _work(modules, architecture, conditions)
 
-    def removal(removed: int, read: float) -> Removal:
+    def removal(removed: int, read: float) -> Saving:
         """read: of what is removed, what a decoding step reads; the arithmetic shrinks by as much."""
         after = (before[0] - read * WEIGHT_BYTES[conditions.dtype], before[1] - 2 * read * conditions.batch)
-        return Removal(removed, removed / weights, _seconds(before, conditions) / _seconds(after, conditions))
+        return Saving(removed, removed / weights, _seconds(before, conditions) / _seconds(after, conditions))
 
     square = architecture.value_width == architecture.hidden_size
     nominal = {
@@ -227,49 +235,54 @@ def count_architecture(name: str, family_name: str, architecture: Architecture, 
 
 
 def removable_at_most(architecture: Architecture) -> int:
-    """How many weights of a skipless version carry no information (limit.terms, without those of biases), less those
-    that have been removed already. Of layer 0 in the token table, its stream seam's are no more.
+    """How many weights of a skipless version carry no information, less those that have been removed already.
+
+    They are limit.terms without those of biases, and, with layer 0 in the token table, without its stream seam's.
     """
     whole, left = architecture.unfused(), dataclasses.replace(architecture, first_layer_removed=False)
     gone = sum(module.inputs * module.outputs for module in whole.modules())
     gone -= sum(module.inputs * module.outputs for module in left.modules())
     if architecture.first_layer_removed and not architecture.stream_closed(0):
         gone += (len(graph(architecture).before(0).places) == 1) * architecture.hidden_size**2
-    return sum(found for name, found in terms(whole.skipless()).items() if name != "biases") - gone
+    return sum(numbers for name, numbers in terms(whole.skipless()).items() if name != "biases") - gone
 
 
 def removable_as_is(architecture: Architecture) -> dict[str, int]:
-    """What can go exactly from a model with its skips and norms: value seams, and what can be moved (folds.folds)."""
+    """What can go exactly from a model with its skips and norms: seams of values, and of queries and keys, and what can
+    be moved (folds.folds).
+    """
     values = architecture.num_hidden_layers * architecture.value_width * architecture.head_dim
-    found = {"values": values, "norm_gains": 0, "norm_biases": 0, "k_bias": 0, "v_bias": 0}
+    queries = 0 if architecture.position_type.startswith("rope") or architecture.qk_norm else values
+    numbers = {"values": values, "queries": queries, "norm_gains": 0, "norm_biases": 0, "k_bias": 0, "v_bias": 0}
     for seam in folds(architecture):
         if seam.blocked:
             continue
         if seam.kind == "norms":
-            found["norm_gains"] += seam.width
-            found["norm_biases"] += seam.saves - seam.width
+            numbers["norm_gains"] += seam.width
+            numbers["norm_biases"] += seam.saves - seam.width
         else:
-            found["k_bias" if "key_bias" in seam.identities else "v_bias"] += seam.saves
-    return found
+            numbers["k_bias" if "key_bias" in seam.identities else "v_bias"] += seam.saves
+    return numbers
 
 
 def moved_by_fuse(family_name: str, architecture: Architecture) -> tuple[int | None, tuple[str, ...]]:
-    """Of that, what fuse moves in the family's layout - gains become 1, biases 0 - and what stays there, in words.
+    """Of what can go as it is: what fuse moves in the family's layout, where gains become 1, biases 0; and what stays.
 
-    None: it moves nothing of this kind (a skipless model, a GGUF file).
+    None: it moves nothing of this kind (a skipless model, as a folder or a GGUF file).
     """
-    if family_name == "skipless" or family_name.startswith("gguf"):
+    if family_name in ("skipless", "gguf-skipless"):
         return None, ()
     every = folds(architecture)
     return sum(seam.saves for seam in every if not seam.blocked), staying(every)
 
 
 def left_out_by_fuse(family_name: str, architecture: Architecture, itemsize: float) -> int | None:
-    """How many numbers fewer `fuse --layout skipless` stores of a model with skips and norms, a weight taking so many
-    bytes. None: that family has no skipless layout.
+    """How many numbers fewer `fuse --layout skipless` stores of a model with skips and norms.
+
+    itemsize: bytes of a weight. None: that family has no skipless layout.
     """
-    found = [each for each in family.every() if family_name in each.model_types and each.computes is not None]
-    if not found or not architecture.expressible:
+    families = [each for each in family.every() if family_name in each.model_types and each.computes is not None]
+    if not families or not architecture.expressible:
         return None
     left = closed(architecture, as_it_is(architecture, itemsize), "q")
     indices = left.index_tensors()
@@ -278,10 +291,10 @@ def left_out_by_fuse(family_name: str, architecture: Architecture, itemsize: flo
 
 
 def resolve(model: str | Path) -> tuple[str, str, Architecture]:
-    """Name, family and architecture of a config.json, a model folder, a GGUF file, or a name in the bundled table, ours
-    or a hub's, in any case.
+    """Name, family and architecture of a config.json, a model folder, a GGUF file, or a name in the bundled table.
 
-    Tensors, where there are any, are checked against the config by their headers. Raises InputError.
+    Names are ours or a hub's, in upper or lower case. Tensors, if there are any, are checked against the config by
+    their headers. Raises InputError.
     """
     path = Path(model)
     if path.suffix == ".gguf":
@@ -320,12 +333,12 @@ def table() -> dict[str, Any]:
 
 def paper(models: Mapping[str, int]) -> list[tuple[Count, Count]]:
     """The models of a paper's table as it counts them (PAPER, FIRST_LAYER), and as published."""
-    found = []
+    pairs = []
     for name, vocabulary in models.items():
         published = count(name)
         architecture = dataclasses.replace(published.architecture, vocab_size=vocabulary)
-        found.append((count_architecture(name, published.family, architecture, Conditions()), published))
-    return found
+        pairs.append((count_architecture(name, published.family, architecture, Conditions()), published))
+    return pairs
 
 
 def in_parallel(serial: Count) -> Count:
@@ -358,7 +371,7 @@ def _experts_read(architecture: Architecture, conditions: Conditions) -> float:
 
 
 def _work(modules: list[Module], architecture: Architecture, conditions: Conditions) -> tuple[float, float]:
-    """Bytes read and FLOPs done in one decoding step of all sequences: of tables a row each, of experts the active."""
+    """Bytes read and FLOPs done in one decoding step of all sequences: one row of each table, the active experts."""
     read = computed = 0.0
     for module in modules:
         size = module.inputs * module.outputs
@@ -379,7 +392,7 @@ def _work(modules: list[Module], architecture: Architecture, conditions: Conditi
 
 
 def _read_less(seam: Seam, architecture: Architecture, conditions: Conditions) -> float:
-    """Of what closing a seam saves, what a step reads: where merging P narrows experts, of the active ones alone."""
+    """What a step reads less once a seam is closed; where merging P narrows experts, the active ones alone count."""
     d, wide = architecture.hidden_size, architecture.query_width
     if seam.kind != "p" or wide >= d or not architecture.has_experts(seam.layer):
         return seam.saves

@@ -41,10 +41,10 @@ class Closed:
 class Overview:
     """A source and what was made of it.
 
-    parameters, bytes: of all tensors, before and after; parts: numbers by matrix (of PARTS), before and after. closed:
-    what was closed; options: of fuse, as the record says (empty without one); stored: kind of seam -> layer -> the
-    error that it was closed with (where that was looked at). texts: what both write after the prompt, in fp32, or None
-    where the source has no tokenizer.
+    parameters, bytes: of all tensors, before and after. parts: numbers by matrix (of PARTS), before and after. closed:
+    the seams that were closed, by kind. options: fuse's, as the record has them (empty without one). stored: kind of
+    seam -> layer -> the error that it was closed with, where that was measured. texts: what both write after the
+    prompt, in fp32, or None where the source has no tokenizer.
     """
 
     source: str
@@ -69,10 +69,10 @@ def overview(
     tokens: int = 64,
     progress: Callable[[str, int, int], None] = lambda step, done, total: None,
 ) -> Overview:
-    """Audit the source as it was fused, verify what came of it, and let both continue the prompt by so many tokens.
+    """Audit the source with the options it was fused with, verify the result, and let both continue the prompt.
 
-    `progress` is called with what is done next, how many steps are done, and of how many. Raises InputError for folders
-    of which the one was not made of the other, and for those that do not load.
+    tokens: how many they add. `progress` is called with what is done next, how many steps are done, and of how many.
+    Raises InputError if the one folder was not made of the other, or if one does not load.
     """
     source, fused = Path(source), Path(fused)
     first, second = CheckpointReader(source), CheckpointReader(fused)
@@ -83,7 +83,7 @@ def overview(
     options = record.get("options", {})
     sizes = [_parts(opened, related) for opened in (related.before or first, second)]
     asked = {name: options[name] for name in ASKED if name in options}
-    found = audit(source, **asked, progress=lambda done, total: progress("auditing", done, total))
+    audited = audit(source, **asked, progress=lambda done, total: progress("auditing", done, total))
     report = verify(source, fused, dtypes=DEFAULT_DTYPES, prompt=prompt, tokens=tokens, progress=progress)
     texts = None
     if (source / "tokenizer.json").exists():
@@ -103,7 +103,7 @@ def overview(
         closed=tuple(_closed(kind, [seam for seam in related.closed if seam.kind == kind], basis) for kind in kinds),
         options=asked,
         stored=stored,
-        audit=found,
+        audit=audited,
         report=report,
         prompt=prompt,
         texts=texts,

@@ -24,7 +24,7 @@ class Choice:
 
 @contextmanager
 def noting(model: PreTrainedModel) -> Iterator[list[Choice]]:
-    """What a model chooses in the passes made meanwhile, layer by layer; nothing, where its routers are not known."""
+    """The experts that a model chooses in the passes made meanwhile, by layer; none if its routers are not known."""
     noted: list[Choice] = []
 
     def choose(module: Any, weights: Tensor) -> Tensor:
@@ -38,8 +38,10 @@ def noting(model: PreTrainedModel) -> Iterator[list[Choice]]:
 
 @contextmanager
 def following(model: PreTrainedModel, noted: list[Choice]) -> Iterator[list[Tensor]]:
-    """Have a model choose what was noted; gives, layer by layer, by what part of their size each token's weights are
-    off. A model that cannot (`follows`) chooses for itself, and gives nothing.
+    """Have a model choose the experts that were noted.
+
+    Gives, layer by layer, the relative error of each token's routing weights. A model that cannot follow (`follows`)
+    chooses for itself, and gives nothing.
     """
     others, errors = iter(noted), list[Tensor]()
 

@@ -23,10 +23,11 @@ from transformers import PreTrainedModel
 
 from skipless.algebra.tolerances import OWN_ERROR_FACTOR, TOLERANCES, dtype_name, tolerance
 from skipless.checkpoint.reader import CheckpointReader
+from skipless.checkpoint.remote import open_reader
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError
 from skipless.inference import Generated, arithmetic, generate, load, load_tokenizer, spread
-from skipless.reports.comparing import Data, Opened, Relation, compare_data, differing_tensors, relation
+from skipless.reports.comparing import Differences, Opened, Relation, compare_data, differing_tensors, relation
 from skipless.reports.routing import Choice, following, follows, noting, routed
 from skipless.rewrite import probe
 from skipless.rewrite.machine import available_memory
@@ -62,13 +63,15 @@ DEFAULT_PROMPT = 'def read(path):\n    """Read'
 
 @dataclass(frozen=True)
 class Loss:
-    """What a model in some dtype differs by from A in fp64, token by token.
+    """How far a model in some dtype is from A in fp64, token by token.
 
-    error: root mean square difference of a token's logits over their standard deviation, or, if that is more, of what
-    its experts weigh in a layer (routing.py), over all tokens but OUTLIERS;
-    worst: of one token; kl: mean KL(A || it) per token, in nats; top1: fraction of tokens with the same most likely
-    successor; lead: the largest lead, in standard deviations, of one that it does not agree on; greedy: fraction of
-    greedy tokens before the first difference.
+    error: the root mean square difference of a token's logits over their standard deviation, or, if that is more, of
+        its experts' weights in a layer (routing.py), over all tokens but OUTLIERS
+    worst: the same of the worst token
+    kl: mean KL(A || it) per token, in nats
+    top1: fraction of tokens with the same most likely successor
+    lead: by how many standard deviations a successor of A's leads at most that this model does not choose
+    greedy: fraction of greedy tokens before the first difference
     """
 
     error: float
@@ -85,9 +88,10 @@ class Loss:
 
 @dataclass(frozen=True)
 class Row:
-    """B run in one dtype, and A in the same; limit: what B's error may be, by what A loses in this dtype and as stored.
+    """B run in one dtype, and A in the same.
 
-    judged: whether the dtype is at least as fine as B's stored weights.
+    limit: what B's error may be, from what A loses in this dtype and as stored. judged: whether the dtype is at least
+    as fine as that of B's stored weights.
     """
 
     dtype: str
@@ -100,8 +104,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Map(probe.Difference):
-    """The maps around closed seams, all columns of an output together, one column, or a row of a table: the one that is
-    off by the largest part of what it may be.
+    """The map around closed seams that comes closest to its limit.
+
+    what: whether all columns of an output are judged together, one column, or a row of a table.
     """
 
     what: str
@@ -109,15 +114,16 @@ class Map(probe.Difference):
 
 @dataclass(frozen=True)
 class Report:
-    """The verdict. stored: B's coarsest dtype. data: what is different, in words; tensors: those that should be equal
-    and are not; maps: how closed seams were found, if B is made of A; caches: those that are broken.
+    """The verdict on B.
 
-    proved: whether tensors and maps cover all tokens and positions. not_run: what the runs leave out, in words.
+    stored: B's coarsest dtype. data: the differences, one sentence each. tensors: those that should be equal and are
+    not. maps: those around closed seams, if B is made of A. caches: those that are broken. proved: whether tensors and
+    maps cover all tokens and positions. not_run: what the runs leave out, in words.
     """
 
     same: bool
     stored: str
-    data: Data
+    data: Differences
     tensors: tuple[str, ...]
     maps: tuple[Map, ...]
     proved: bool
@@ -142,8 +148,10 @@ class Report:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """Sequences (batch, length) with how many of their last tokens' logits are wanted, prompts to continue by `tokens`,
-    and what of the model they cover.
+    """What both models are run on, and how much of the model that covers.
+
+    Sequences (batch, length), each batch with how many of its last tokens' logits are wanted, and prompts, which are
+    continued by `tokens`.
     """
 
     sequences: tuple[tuple[Tensor, int], ...]
@@ -173,9 +181,9 @@ class _Steps:
 
 
 class _Reference:
-    """A in fp64: the logits of each batch, kept if they are few, else made anew each time; and what it generates.
+    """A in fp64: what it generates, and the logits of each batch, which are kept if they are few, else made anew.
 
-    change: what becomes of A's weights first, by their names.
+    change: what is done to A's weights first, by their names.
     """
 
     def __init__(self, folder: Path, inputs: _Inputs, change: Mapping[str, torch.dtype] | None):
@@ -205,7 +213,7 @@ class _Reference:
         return self.greedy[len(self.greedy) - len(greedy) :]
 
     def logits(self) -> Iterator[tuple[Tensor, int, Tensor, list[Choice]]]:
-        """Of each batch: its ids, how many of their last tokens count, these tokens' logits, and the experts chosen."""
+        """Each batch's ids, how many of its last tokens count, these tokens' logits, and the experts chosen."""
         for number, (ids, kept) in enumerate(self.inputs.batches()):
             yield ids, kept, *(self._exact(ids, kept) if self._kept is None else self._kept[number])
 
@@ -215,8 +223,11 @@ class _Reference:
 
 
 @dataclass(frozen=True)
-class _Found:
-    """Of a model: its losses, what it generated, whether it sends tokens to experts, and to others than A."""
+class _Run:
+    """What running a model has shown: its losses, the tokens it generated, and whether it has experts.
+
+    rerouted: whether it sends tokens to other experts than A does.
+    """
 
     loss: Loss
     greedy: tuple[Generated, ...]
@@ -225,7 +236,7 @@ class _Found:
 
 
 def verify_record(folder: str | Path) -> tuple[str, ...]:
-    """Where a folder that fuse has written is no longer what its skipless.json says, in words.
+    """How a folder that fuse has written differs from what its skipless.json says, one sentence each.
 
     Raises InputError for a folder without one.
     """
@@ -257,7 +268,7 @@ def verify(
     done, and of how many. Raises InputError for folders that do not load whole, or whose vocabularies differ.
     """
     a, b = Path(a), Path(b)
-    first, second = CheckpointReader(a), CheckpointReader(b)
+    first, second = open_reader(a), CheckpointReader(b)
     for name in dtypes:
         if name not in DTYPE_NAMES:
             raise InputError(f"dtype: expected one of {', '.join(DTYPE_NAMES)}, found {name!r}")
@@ -301,12 +312,12 @@ def verify(
             steps.next(f"running A in {name}")
             own = _run(a, kind, reference).loss
         steps.next(f"running B in {name}")
-        found = _run(b, kind, reference, len(inputs.prompts) if name == "float64" else 1)
-        generated.setdefault("B", found.greedy)
+        run = _run(b, kind, reference, len(inputs.prompts) if name == "float64" else 1)
+        generated.setdefault("B", run.greedy)
         bits = [torch.finfo(dtype).eps for dtype in (stored_in(first.tensors), stored, kind)]
         included = bits[0] < bits[2] >= bits[1]  # A's weights lose as many bits in this dtype
         allowed = own if included else _together(own, storage)
-        rows.append(_judge(name, stored, found, own, allowed, reference, margin, proved))
+        rows.append(_judge(name, stored, run, own, allowed, reference, margin, proved))
     caches = tuple(
         f"{name}'s cache: {problem}"
         for name, each in generated.items()
@@ -330,38 +341,40 @@ def verify(
 def _maps(related: Relation, a: Opened, b: CheckpointReader, stored: torch.dtype) -> Iterator[Map]:
     """The maps around closed seams: all together, the worst single column, and the worst row of a rewritten table."""
     if related.layout is not None:
-        found_moved = (each for each, _ in compare(related.layout, related.closed, a, b, stored))
-        worst = max(found_moved, key=_share)
+        moved = (each for each, _ in compare(related.layout, related.closed, a, b, stored))
+        worst = max(moved, key=_share)
         yield Map(worst.name, worst.error, worst.limit, "together")
         return
     source, target = related.source, related.target
     inputs, rounded = probe.Inputs.drawn(source), probe.rounded_as(stored, a.tensors, related.touched)
     looked_up = target.first_layer_removed
-    exact = probe.outputs(a.config, a, inputs, rounded, looked_up)
-    found = probe.outputs(b.config, b, inputs, looked_up=looked_up)
-    pairs = list(probe.judge(exact, found, source, target, stored))
+    before = probe.outputs(a.config, a, inputs, rounded, looked_up)
+    after = probe.outputs(b.config, b, inputs, looked_up=looked_up)
+    pairs = list(probe.judge(before, after, source, target, stored))
     for judged, what in zip(zip(*pairs, strict=True), ("together", "one column"), strict=True):
         worst = max(judged, key=_share)
         yield Map(worst.name, worst.error, worst.limit, what)
-    letters = "qkv" if source.values_removed == target.values_removed else "qk"
+    letters = ("qk" if source.keys_removed == target.keys_removed else "") + (
+        "v" if source.values_removed == target.values_removed else ""
+    )
     tables = {"tokens": "model.embed_tokens", "positions": "model.position_embeddings", "after": "model.embed_tokens"}
     if related.touched.isdisjoint(tables.values()):
         return
     rows, other = (probe.table_reads(reader.config, reader, letters, looked_up=looked_up) for reader in (a, b))
     lost = probe.table_reads(a.config, a, letters, probe.stored_as(stored, related.touched), looked_up)
-    for name, before in rows.items():
+    for name, exact in rows.items():
         if tables[name] in related.touched:
-            size = before.norm(dim=1)
+            size = exact.norm(dim=1)
             size = size.clamp(min=0.1 * size.square().mean().sqrt()).clamp(min=torch.finfo(size.dtype).tiny)
-            error = ((other[name] - before).norm(dim=1) / size).max().item()
-            noise = ((lost[name] - before).norm(dim=1) / size).square().mean().sqrt().item()
+            error = ((other[name] - exact).norm(dim=1) / size).max().item()
+            noise = ((lost[name] - exact).norm(dim=1) / size).square().mean().sqrt().item()
             limit = SINGLE * max(tolerance(stored, noise), probe.EXACT)
             yield Map(f"a row of {tables[name]}", error, limit, "one row")
 
 
-def _share(found: probe.Difference) -> float:
-    """Of what it may be, what its error is; NaN is too much."""
-    return found.error / found.limit if found.error <= math.inf else math.inf
+def _share(difference: probe.Difference) -> float:
+    """An error as a part of its limit; NaN is beyond it."""
+    return difference.error / difference.limit if difference.error <= math.inf else math.inf
 
 
 def _inputs(a: CheckpointReader, b: CheckpointReader, prompt: str, tokens: int, seed: int, full: bool) -> _Inputs:
@@ -406,9 +419,7 @@ def _inputs(a: CheckpointReader, b: CheckpointReader, prompt: str, tokens: int, 
 
 
 def _longest(config: Mapping[str, Any]) -> int:
-    """How many tokens a sequence may have, so that attention's scores fit in half of the memory that is free, in fp64
-    and with two copies.
-    """
+    """How many tokens a sequence may have: two copies of its scores, in fp64, take half of the free memory at most."""
     heads = config.get("num_attention_heads", config.get("n_head", 64))
     return int((available_memory() / 2 / (3 * 8 * heads)) ** 0.5) if isinstance(heads, int) and heads > 0 else 2048
 
@@ -423,8 +434,9 @@ def _size(config: Mapping[str, Any], name: str, default: int | None) -> int:
 def _noise(
     reader: CheckpointReader, dtype: torch.dtype, touched: Collection[str] | None, draw: int
 ) -> Callable[[PreTrainedModel], None]:
-    """What storing a checkpoint's weights in a dtype does to a model that has loaded them in fp64: rounding, and, to
-    those of modules that are rewritten (None: all), noise where they have no more bits than that.
+    """A change to a model in fp64: what storing its weights in a dtype does to them.
+
+    It rounds them. Modules that are rewritten (None: all) get noise as large where they have no more bits than that.
     """
     change, others = probe.stored_as(dtype, touched, draw), stored_in(reader.tensors)
 
@@ -443,9 +455,10 @@ def _run(
     reference: _Reference,
     prompts: int = 1,
     change: Callable[[PreTrainedModel], None] = lambda model: None,
-) -> _Found:
-    """Run a model folder in a dtype, its weights changed before, on all that the reference was run on; of its prompts,
-    so many, from the last.
+) -> _Run:
+    """Run a model folder in a dtype on all that the reference was run on; of its prompts, on the last `prompts`.
+
+    change: what is done to its weights first.
     """
     model = load(folder, dtype)
     change(model)
@@ -453,14 +466,14 @@ def _run(
     for (ids, kept, exact, choices), size in zip(reference.logits(), reference.spreads, strict=True):
         rerouted = routed(model) and not follows(model, choices)
         with following(model, choices) as misrouted:
-            found = _logits(model, ids, kept)
-        error = (found - exact).square().mean(-1).sqrt() / size
+            logits = _logits(model, ids, kept)
+        error = (logits - exact).square().mean(-1).sqrt() / size
         for each in misrouted:
             error = torch.maximum(error, each.view(ids.shape)[:, -kept:].flatten())
         errors.append(error)
         target = exact.log_softmax(-1)
-        divergences.append((target.exp() * (target - found.log_softmax(-1))).sum(-1))
-        leads.append((exact.amax(-1) - exact.gather(-1, found.argmax(-1, keepdim=True))[:, 0]) / size)
+        divergences.append((target.exp() * (target - logits.log_softmax(-1))).sum(-1))
+        leads.append((exact.amax(-1) - exact.gather(-1, logits.argmax(-1, keepdim=True))[:, 0]) / size)
     chosen = reference.inputs.prompts[len(reference.inputs.prompts) - prompts :]
     greedy = tuple(generate(model, ids, reference.inputs.tokens) for ids in chosen)
     error, divergence, lead = torch.cat(errors), torch.cat(divergences), torch.cat(leads)
@@ -473,7 +486,7 @@ def _run(
         lead=_finite(lead.max()),
         greedy=_equal_tokens(greedy, reference.of(greedy)),
     )
-    return _Found(loss, greedy, routed(model), rerouted)
+    return _Run(loss, greedy, routed(model), rerouted)
 
 
 def _finite(value: Tensor) -> float:
@@ -488,20 +501,20 @@ def _logits(model: PreTrainedModel, ids: Tensor, kept: int) -> Tensor:
     return logits.flatten(0, 1).double()
 
 
-def _equal_tokens(found: Sequence[Generated], expected: Sequence[Generated]) -> float:
+def _equal_tokens(generated: Sequence[Generated], expected: Sequence[Generated]) -> float:
     """Fraction of greedy tokens before the first difference."""
-    firsts = [_first_difference(one, other) for one, other in zip(found, expected, strict=True)]
+    firsts = [_first_difference(one, other) for one, other in zip(generated, expected, strict=True)]
     return sum(firsts) / max(1, sum(len(each.tokens) for each in expected))
 
 
-def _first_difference(found: Generated, expected: Generated) -> int:
-    different = (found.tokens != expected.tokens).nonzero()
+def _first_difference(generated: Generated, expected: Generated) -> int:
+    different = (generated.tokens != expected.tokens).nonzero()
     return int(different[0]) if len(different) else len(expected.tokens)
 
 
-def _ties(found: Sequence[Generated], expected: Sequence[Generated], limit: float) -> bool:
+def _ties(generated: Sequence[Generated], expected: Sequence[Generated], limit: float) -> bool:
     """Whether greedy tokens differ only where errors of `limit` can make them: the first difference is a tie."""
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(generated, expected, strict=True):
         first = _first_difference(one, other)
         if first < len(other.tokens):
             scores = other.uncached[first].double()
@@ -538,18 +551,19 @@ def _together(own: Loss, storage: Loss) -> Loss:
 def _judge(
     name: str,
     stored: torch.dtype,
-    found: _Found,
+    run: _Run,
     own: Loss,
     allowed: Loss,
     reference: _Reference,
     margin: float,
     proved: bool,
 ) -> Row:
-    """B in one dtype, by what A loses there: `own` by arithmetic, `allowed` by its storage, too. margin: of chance.
+    """The verdict on B's run in one dtype, from what A loses there.
 
-    proved: by tensors and maps; then what A loses may be large, too.
+    own: by arithmetic. allowed: by arithmetic and storage. margin: a factor for chance. proved: whether tensors and
+    maps prove B; then what A loses may be large.
     """
-    kind, loss, factor = getattr(torch, name), found.loss, OWN_ERROR_FACTOR * margin
+    kind, loss, factor = getattr(torch, name), run.loss, OWN_ERROR_FACTOR * margin
     floor = max(TOLERANCES.get(kind, 0.0), TOLERANCES.get(stored, 0.0))
     limit = max(floor, factor * allowed.error)
     worst = SINGLE * max(floor, factor * allowed.worst)
@@ -558,21 +572,23 @@ def _judge(
     passed = (
         loss.error <= limit
         and (limit <= LARGEST_LIMIT or proved)
-        and (found.rerouted or (loss.worst <= worst and loss.lead <= 2 * SINGLE * worst))
+        and (run.rerouted or (loss.worst <= worst and loss.lead <= 2 * SINGLE * worst))
         and loss.kl <= kl
-        and (half or found.routed or _ties(found.greedy, reference.of(found.greedy), limit))
+        and (half or run.routed or _ties(run.greedy, reference.of(run.greedy), limit))
     )
     return Row(name, loss, own, limit, torch.finfo(kind).eps <= torch.finfo(stored).eps, passed)
 
 
 @dataclass(frozen=True)
 class _Evidence:
-    """All that was found, of which the verdict is made. related: how B was made of A; numbers: for what part of the
-    tokens run A's logits are finite; the rest: as in Report.
+    """What the verdict is made of.
+
+    related: how B was made of A. numbers: the part of the tokens run for which A's logits are finite. The rest: as in
+    Report.
     """
 
     stored: str
-    data: Data
+    data: Differences
     related: Relation | None
     tensors: tuple[str, ...]
     maps: tuple[Map, ...]
@@ -665,5 +681,5 @@ class _Evidence:
         return same_as
 
 
-def _more(found: Sequence[str]) -> str:
-    return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+def _more(names: Sequence[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

@@ -169,19 +169,19 @@ def _parsed(text: str) -> tuple[dict[str, Any], str]:
     """A card's metadata, none if they cannot be read, and the rest."""
     try:
         with errors_only("huggingface_hub.repocard"):
-            found = RepoCard(text, ignore_metadata_errors=True)
+            card = RepoCard(text, ignore_metadata_errors=True)
     except Exception:  # of many libraries; whatever a card says, it stops nothing
         return {}, text
-    return found.data.to_dict(), found.text
+    return card.data.to_dict(), card.text
 
 
 def _linked(text: str, copied: Collection[str]) -> str:
     """The same text without links to files that are not there."""
 
-    def link(found: re.Match[str]) -> str:
-        target = found[3].partition("#")[0]
+    def link(match: re.Match[str]) -> str:
+        target = match[3].partition("#")[0]
         stays = not target or "://" in target or target.startswith("mailto:") or _normal(target) in copied
-        return found[0] if stays else found[2]
+        return match[0] if stays else match[2]
 
     return LINK.sub(link, text)
 

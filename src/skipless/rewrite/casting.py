@@ -41,7 +41,7 @@ def underflows(
 ) -> Iterator[Underflow]:
     """The tensors that lose small numbers when they are cast to these dtypes.
 
-    vectors: look at biases and gains alone, not at matrices: what these lose may be little beside what they are added
+    vectors: look at biases and gains alone, not at matrices. What they lose may be little beside what they are added
     to, or all of it.
     """
     for name, dtype in after.items():
@@ -54,10 +54,10 @@ def underflows(
         rows = slices(info.shape[0], block_rows(info.weights // max(1, info.shape[0])))
         total, lost, zeros = 0.0, 0.0, 0
         for part in (read(name, each) for each in rows):
-            exact, found = part.double(), part.to(dtype).double()
+            exact, cast = part.double(), part.to(dtype).double()
             total += exact.square().sum().item()
-            lost += (found - exact)[found.isfinite()].square().sum().item()
-            zeros += int(((found == 0) & (exact != 0)).sum())
+            lost += (cast - exact)[cast.isfinite()].square().sum().item()
+            zeros += int(((cast == 0) & (exact != 0)).sum())
         error = (lost / total) ** 0.5 if total else 0.0
         if error > CAST * rounding_error(dtype):
             yield Underflow(name, dtype_name(dtype), zeros / info.weights, error)

@@ -125,7 +125,7 @@ class Submission:
 
     _variables: ClassVar[dict[str, str]] = {}
 
-    def __init__(self, plan: Plan, number: int, device: str, checked: "Report | None" = None):
+    def __init__(self, plan: Plan, number: int, device: str, checked: "WorkerReport | None" = None):
         self.number, self._checked = number, checked
         self.cost = cost(plan, plan.tasks[number])
         self._outputs = {name: plan.outputs[name] for name in plan.tasks[number].writes}
@@ -198,14 +198,14 @@ class Submission:
 
     def _tensors(self, outcomes: list[Outcome], sources: dict[str, str]) -> Tensors:
         left = {name: info.bytes for name, info in self._outputs.items()}
-        while isinstance(found := self.next(), tuple):
-            name, data = found
+        while isinstance(result := self.next(), tuple):
+            name, data = result
             if len(data) > left.get(name, 0) or len(data) % self._outputs[name].row_bytes:
                 raise _changed(name, "its worker", f"{len(data):,} bytes that have no place")
             left[name] -= len(data)
             yield name, _tensor(data, self._outputs[name])
-            del found, data
-        self._report: Report = found
+            del result, data
+        self._report: WorkerReport = result
         for name in filter(left.get, left):
             raise _changed(name, self._report.worker, f"{left[name]:,} bytes too few")
         if self._checked:
@@ -215,9 +215,9 @@ class Submission:
 
     def _confirm(self, digests: Mapping[str, str]) -> None:
         """Raise StorageError if tensors of these SHA-256 are not what the worker has computed."""
-        for name, found in digests.items():
-            if (expected := self._report.digests.get(name)) != found:
-                raise _changed(name, self._report.worker, f"SHA-256 {found} instead of {expected}")
+        for name, digest in digests.items():
+            if (expected := self._report.digests.get(name)) != digest:
+                raise _changed(name, self._report.worker, f"SHA-256 {digest} instead of {expected}")
 
     def next(self) -> Any:
         """Wait for the worker's next result."""
@@ -227,9 +227,9 @@ class Submission:
         except RayTaskError as error:
             raise _cause(error) from error
         except RayError as error:
-            found = " ".join(str(error).split())
+            cause = " ".join(str(error).split())
             raise StorageError(
-                f"{self.name}: expected Ray to finish its task, at the latest on attempt {RETRIES + 1}, found: {found}"
+                f"{self.name}: expected Ray to finish its task, at the latest on attempt {RETRIES + 1}, found: {cause}"
             ) from error
 
     def cancel(self) -> None:
@@ -239,7 +239,7 @@ class Submission:
 
 
 class SpotCheck(Submission):
-    """A task that two workers carry out, for the first of them, which hands out its Report alone.
+    """A task that two workers carry out, for the first of them, which hands out its WorkerReport alone.
 
     The other one is asked as for any other task, and cannot know.
     """
@@ -266,10 +266,10 @@ def _first(running: Sequence[Submission]) -> Submission:
                 raise StorageError(lack)
 
 
-def _changed(name: str, worker: str, found: str) -> StorageError:
+def _changed(name: str, worker: str, what: str) -> StorageError:
     """The error for a tensor that arrived with other bytes than were sent."""
     return StorageError(
-        f"{name}: expected to get what {worker} has computed, got {found}; check the memory of both machines and the "
+        f"{name}: expected to get what {worker} has computed, got {what}; check the memory of both machines and the "
         f"network between them"
     )
 
@@ -277,10 +277,10 @@ def _changed(name: str, worker: str, found: str) -> StorageError:
 def _cause(error: RayTaskError) -> Exception:
     """The error of a worker, as this process would have raised it."""
     if isinstance(error.cause, RuntimeError) and "failed to import on the worker" in str(error.cause):
-        found = str(error.cause).strip().splitlines()[-1]
+        cause = str(error.cause).strip().splitlines()[-1]
         return StorageError(
             f"engine: expected skipless {environment()['skipless']} to be installed on all machines of the Ray "
-            f"cluster, found on one: {found}"
+            f"cluster, found on one: {cause}"
         )
     return error.cause
 
@@ -303,9 +303,11 @@ def _tensor(data: np.ndarray, info: TensorInfo) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a worker says at the end of a task: what else execution.Done has, the SHA-256 of each tensor that it has
-    computed, and who it is: for people, and for Ray.
+class WorkerReport:
+    """What a worker says at the end of a task.
+
+    outcomes, sources: as in execution.Done. digests: the SHA-256 of each tensor that it has computed. worker, node: who
+    it is, for people and for Ray.
     """
 
     outcomes: list[Outcome]
@@ -314,22 +316,22 @@ class Report:
     worker: str
     node: str
 
-    def compare(self, other: "Report", task: int) -> None:
+    def compare(self, other: "WorkerReport", task: int) -> None:
         """Raise DisagreementError if another worker has computed something else for the task of this number."""
-        for name, found in self.digests.items():
-            if (expected := other.digests.get(name)) != found:
+        for name, own in self.digests.items():
+            if (expected := other.digests.get(name)) != own:
                 raise DisagreementError(
                     f"{name}: expected two workers to compute the same for task {task}, found SHA-256 {expected} by "
-                    f"{other.worker} and {found} by {self.worker}; one of them is wrong, or they are of two kinds, and "
+                    f"{other.worker} and {own} by {self.worker}; one of them is wrong, or they are of two kinds, and "
                     f"nothing that was done is kept: begin anew without the wrong machine, or with machines of one kind"
                 )
 
 
 def carry_out(expected: Mapping[str, object], job: Sequence["ray.ObjectRef[Input]"], number: int) -> Iterator[Any]:
-    """Run one task and hand out names and bytes of tensors, or of rows of them, then a Report.
+    """Run one task; hand out names and bytes of tensors, or of rows of them, then a WorkerReport.
 
-    expected: the driver's environment. Raises StorageError if this one, or the source as it is seen here, is
-    another: elsewhere the task may succeed.
+    expected: the driver's environment. Raises StorageError if this machine's, or the source as this machine sees it,
+    differs: on another machine the task may succeed.
     """
     torch.set_num_threads(int(str(expected["threads"])))
     for name, found in environment().items():
@@ -347,7 +349,7 @@ def carry_out(expected: Mapping[str, object], job: Sequence["ray.ObjectRef[Input
             digests[name].update(data.data)
             yield name, data
             del tensor, data
-    yield Report(
+    yield WorkerReport(
         done.outcomes,
         done.sources,
         {name: digest.hexdigest() for name, digest in digests.items()},
@@ -359,9 +361,9 @@ def carry_out(expected: Mapping[str, object], job: Sequence["ray.ObjectRef[Input
 def carry_out_unsent(
     expected: Mapping[str, object], job: Sequence["ray.ObjectRef[Input]"], number: int
 ) -> Iterator[Any]:
-    """Run one task and hand out the Report alone."""
+    """Run one task and hand out the WorkerReport alone."""
     for given in carry_out(expected, job, number):
-        if isinstance(given, Report):
+        if isinstance(given, WorkerReport):
             yield given
         del given
 
@@ -412,9 +414,9 @@ def _connect(address: str) -> None:
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **dashboard)
     except (RayError, OSError, ValueError, RuntimeError) as error:
-        found = " ".join(str(error).split())
+        cause = " ".join(str(error).split())
         raise InputError(
-            f"address: expected a Ray cluster to join at {address!r}, found: {found}; it must be of the same version, "
+            f"address: expected a Ray cluster to join at {address!r}, found: {cause}; it must be of the same version, "
             f"and if it asks for a token, RAY_AUTH_MODE=token must be set here, too"
         ) from error
     if threading.current_thread() is threading.main_thread():

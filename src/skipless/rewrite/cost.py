@@ -72,13 +72,13 @@ def _copied(info: TensorInfo) -> int:
 
 def steps(plan: Plan, task: Task) -> dict[str, tuple[str, float]]:
     """The task's steps in their order: name -> precision, FLOPs."""
-    found: dict[str, tuple[str, float]] = {}
+    flops_of: dict[str, tuple[str, float]] = {}
     for number, (seam, earlier, later) in enumerate(in_turn(task.seams)):
         for name, dtype, count in removal(seam).steps(seam, setting(plan, task, earlier, later)):
             key = f"{seam.kind} seam: {name}" if len(task.seams) == 1 else f"{seam.kind} seam {number}: {name}"
-            kind, before = found.get(key, (dtype_name(dtype), 0.0))
-            found[key] = (kind, before + count)
-    return found
+            kind, before = flops_of.get(key, (dtype_name(dtype), 0.0))
+            flops_of[key] = (kind, before + count)
+    return flops_of
 
 
 def _memory(plan: Plan, task: Task) -> int:

@@ -12,11 +12,11 @@ from skipless.rewrite.planning import Plan, Task
 
 @dataclass(frozen=True)
 class Estimate:
-    """The cost of every task, and what they come to.
+    """The cost of every task, and all of them together.
 
-    costs: by task; rates: this machine's; memory: bytes that the process will hold at most, all it held before
-    included. Seconds: of the arithmetic; of the disk, which reads and writes meanwhile; of reading what was written
-    again, at the end.
+    costs: one a task. rates: this machine's. memory: bytes that the process will hold at most, with all that it held
+    before. Seconds are those of the arithmetic, of the disk, which reads and writes meanwhile, and, at the end, of
+    checking what was written.
     """
 
     plan: Plan
@@ -28,13 +28,13 @@ class Estimate:
     def flops(self) -> Mapping[str, float]:
         """FLOPs by precision."""
         total: Counter[str] = Counter()
-        for found in self.costs:
-            total.update(found.flops)
+        for each in self.costs:
+            total.update(each.flops)
         return total
 
-    def seconds_of(self, found: Cost) -> float:
+    def seconds_of(self, task_cost: Cost) -> float:
         """Seconds of a task's arithmetic."""
-        return sum(flops / self.rates.flops[name] for name, flops in found.flops.items())
+        return sum(flops / self.rates.flops[name] for name, flops in task_cost.flops.items())
 
     @property
     def arithmetic(self) -> float:
@@ -63,11 +63,11 @@ class Estimate:
                 "seams": [f"{seam.kind} {seam.layer}" for seam in task.seams],
                 "reads": {name: self.plan.inputs[name].bytes for name in task.reads},
                 "writes": {name: self.plan.outputs[name].bytes for name in task.writes},
-                "flops": dict(found.flops),
-                "memory": found.memory,
+                "flops": dict(each.flops),
+                "memory": each.memory,
                 "by_rows": task.by_rows,
             }
-            for task, found in zip(self.plan.tasks, self.costs, strict=True)
+            for task, each in zip(self.plan.tasks, self.costs, strict=True)
         ]
         seconds = {"arithmetic": self.arithmetic, "disk": self.disk, "check": self.check, "all": self.seconds}
         rates = {**self.rates.flops, "disk": self.rates.disk}
@@ -83,19 +83,20 @@ def estimate(plan: Plan, rates: Rates, held: int) -> Estimate:
 
 
 def within_memory(plan: Plan, held: int, limit: int) -> Plan:
-    """The plan, with as many of its largest tasks by rows as it takes for a process that holds `held` bytes already to
-    stay within `limit`. Raises InputError if that is not enough.
+    """The plan, with its largest tasks by rows until all fit in `limit` bytes beside the `held` that are taken already.
+
+    Raises InputError if no such plan fits.
     """
     smaller: dict[int, list[Task]] = {}
     for task, other in zip(plan.tasks, least(plan).tasks, strict=True):
         if other.by_rows:
             smaller.setdefault(cost(plan, task).memory, []).append(task)
-    while (found := held + needed(plan, plan.tasks)) > limit and smaller:
+    while (memory := held + needed(plan, plan.tasks)) > limit and smaller:
         plan = plan.by_rows(smaller.pop(max(smaller)))
-    if found > limit:
+    if memory > limit:
         largest = max(plan.tasks, key=lambda task: cost(plan, task).memory)
         raise InputError(
             f"{largest.writes[0]}: expected at most {limit / 1e9:.1f} GB of memory, found that computing it takes "
-            f"{found / 1e9:.1f} GB; use --max-memory, or a machine that has more"
+            f"{memory / 1e9:.1f} GB; use --max-memory, or a machine that has more"
         )
     return plan

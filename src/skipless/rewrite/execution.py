@@ -32,9 +32,10 @@ Tensors = Generator[tuple[str, torch.Tensor], None, None]
 
 @dataclass(frozen=True)
 class Done:
-    """What a task gives: the tensors to write, each whole or some of its rows after the other, and, once they have been
-    taken, what became of its seams, and, where that is asked for, the SHA-256 of each tensor that it read.
+    """What a task gives: the tensors to write, each whole, or some rows at a time.
 
+    outcomes: what became of its seams. sources: the SHA-256 of each tensor that it read, where that is asked for. Both
+    are known once all tensors have been taken.
     confirm: given the SHA-256 of each tensor as it was written, raises StorageError if it is not what was computed.
     """
 
@@ -49,7 +50,7 @@ Results = Generator[tuple[int, Done], None, None]
 
 
 def run_task(plan: Plan, task: Task, read: Read) -> Done:
-    """Carry out one task, as its tensors are taken: read what a seam needs, close it, hand out what no other needs.
+    """Carry out one task while its tensors are taken: read what a seam needs, close it, hand out what no other needs.
 
     Taking one raises InputError if casting it to a smaller dtype has overflowed.
     """

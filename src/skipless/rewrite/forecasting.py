@@ -1,4 +1,4 @@
-"""What closing seams costs where one leaves to the next what that closes again, and what all of them cost together."""
+"""What seams cost that are closed one after the other on the same modules, and what all of a model's cost together."""
 
 import dataclasses
 import math
@@ -28,10 +28,11 @@ def forecast_group(
     dtypes: Sequence[str],
     rest_dtype: str | None = None,
 ) -> dict[Seam, Forecast]:
-    """The forecasts of seams that share modules, closed one after the other, streams by `basis`; read: a seam's modules
-    as they are in the source.
+    """The forecasts of seams that share modules and are closed one after the other, stream seams by `basis`.
+
+    read: gives a seam's modules as they are in the source.
     """
-    found: dict[Seam, Forecast] = {}
+    forecasts: dict[Seam, Forecast] = {}
     left: dict[str, Affine] = {}
     for seam, _, later in in_turn(group):
         way = seam.way(basis)
@@ -40,14 +41,15 @@ def forecast_group(
         left = {name: affine for name, affine in left.items() if name not in seam.modules} | dict(
             foretold.left.get(way, {})
         )
-        found[seam] = dataclasses.replace(foretold, left={})
-    return found
+        forecasts[seam] = dataclasses.replace(foretold, left={})
+    return forecasts
 
 
 @dataclass(frozen=True)
 class Together:
-    """What a model loses, stored in `dtype`, on the way through its layers and the head, relative to what there is:
-    by each, as it was, and once its seams are closed.
+    """What a model loses, stored in `dtype`, on the way through its layers and the head, relative to what there is.
+
+    before, after: by layer and head, as the model was, and once its seams are closed.
     """
 
     dtype: str

@@ -25,8 +25,8 @@ from skipless.checkpoint.manifest import JOURNAL, Entry, Manifest
 from skipless.checkpoint.opening import RowReader, by_our_names
 from skipless.checkpoint.others import tell_left_out, unused
 from skipless.checkpoint.reader import CheckpointReader
-from skipless.checkpoint.remote import RemotePlace, located, open_reader, shown
-from skipless.checkpoint.staging import LocalPlace, Place, Staging, staged
+from skipless.checkpoint.remote import RemoteDestination, located, open_reader, shown
+from skipless.checkpoint.staging import Destination, LocalDestination, Staging, staged
 from skipless.checkpoint.writer import CheckpointWriter, write_json
 from skipless.errors import BugError, InputError
 from skipless.log import logger
@@ -42,7 +42,7 @@ from skipless.rewrite.maps import check_moved
 from skipless.rewrite.model_files import MODEL_FILES, OURS
 from skipless.rewrite.planning import Plan, Task, prepare
 from skipless.rewrite.probe import Checked, Difference, check_fused
-from skipless.rewrite.record import RECORD, tensor_digest, write_record
+from skipless.rewrite.record import RECORD, write_record
 from skipless.rewrite.request import Request
 
 
@@ -68,17 +68,18 @@ def fuse(
 ) -> Plan:
     """Write `source` without Q (or K, V) and P into the new folder `destination`, and return what was done.
 
-    Of a model with skips and norms, of any family that is described, norms' gains and biases are moved instead
-    (architecture/folds.py). basis, dtype, rest_dtype, layers_open, remove, parallel_removes, layout: what is asked for
-    (request.Request). max_shard_size
-    in bytes; max_memory: of this process, if it computes, in bytes (None: what is free). engine: "local", or "ray" with
-    the cluster at `address` (None: one on this machine). device: where the algebra is done, "cpu" or a CUDA device
-    (their results differ in the last bits). copy: shell patterns of files of `source` that are copied along beside
-    tokenizer, licence and the like (checkpoint/others.py). resume: go on where an earlier call with the same arguments
-    was stopped; the result is the same, bit for bit. `progress` is called with None once the plan is made and then with
-    each task that is done. The result computes the same function (identities: arXiv:2404.12362, Fig. 1). Raises
-    InputError for anything that stands in the way; `destination` then does not exist. What is on disk when the disk
-    fails or the process is stopped is kept.
+    The result computes the same function (identities: arXiv:2404.12362, Fig. 1). In a model with skips and norms, of
+    any family that is described, norms' gains and biases are moved instead (architecture/folds.py).
+
+    basis, dtype, rest_dtype, layers_open, remove, parallel_removes, layout: what is asked for (request.Request).
+    max_shard_size: in bytes. max_memory: of this process, if it computes, in bytes (None: what is free). engine:
+    "local", or "ray" with the cluster at `address` (None: one on this machine). device: where the algebra is done,
+    "cpu" or a CUDA device (their results differ in the last bits). copy: shell patterns of files of `source` that are
+    copied along beside tokenizer, licence and the like (checkpoint/others.py). resume: go on where an earlier call with
+    the same arguments was stopped; the result is the same, bit for bit. progress: called with None once the plan is
+    made, and then with each task that is done.
+    Raises InputError for anything that stands in the way; `destination` then does not exist. When the disk fails or the
+    process is stopped, what is done is kept.
     """
     kinds = None if remove is None else tuple(remove)
     request = Request(basis, dtype, rest_dtype, tuple(layers_open), kinds, parallel_removes, layout)
@@ -86,7 +87,7 @@ def fuse(
         source, destination, request, max_shard_size, max_memory, engine, address, device, resume, tuple(copy)
     )
     plan, reader = job.plan, job.reader
-    with _resuming(job), staged(job.place, job.manifest(), job.files(), resume) as staging:
+    with _resuming(job), staged(job.destination, job.manifest(), job.files(), resume) as staging:
         progress(plan, None)
         _copy_others(job, staging.folder)
         shards = _execute(job, staging, progress)
@@ -96,7 +97,7 @@ def fuse(
         sources = _sources(entry.sources for entry in entries)
         checked = _check(plan, reader, CheckpointReader(staging.folder), outcomes, sources)
         reader.check_unchanged()
-        made = job.made() | {"check": _found(checked.differences), "losses": _found(checked.losses)}
+        made = job.made() | {"check": _errors(checked.differences), "losses": _errors(checked.losses)}
         write_record(staging.folder, reader, made, sources, outcomes, shards, job.copy)
     _warn(plan, outcomes, checked.losses)
     return plan
@@ -118,14 +119,14 @@ def _warn(plan: Plan, outcomes: Iterable[Outcome], losses: Sequence[Difference])
         )
 
 
-def _found(differences: Iterable[Difference]) -> dict[str, list[float]]:
+def _errors(differences: Iterable[Difference]) -> dict[str, list[float]]:
     """As JSON has them: of each output what it is off by, and what it may be."""
     return {each.name: [each.error, each.limit] for each in differences}
 
 
 @dataclass(frozen=True)
 class Job:
-    """A fuse that nothing stands in the way of: what was asked for, who does it, from where, to where, and how.
+    """A fuse that can start: all checks that need no tensor have passed.
 
     copy: patterns of what is copied along beside the usual; copied: files of the source, all that is copied along.
     begun: whether an earlier process has done some of its tasks.
@@ -134,7 +135,7 @@ class Job:
     request: Request
     max_shard_size: int
     executor: Executor
-    place: Place
+    destination: Destination
     reader: CheckpointReader
     plan: Plan
     copy: tuple[str, ...]
@@ -191,29 +192,24 @@ def plan_fuse(
 ) -> Job:
     """All that a fuse will do, and everything refused that can be before the first write; arguments as for fuse."""
     chosen = choose_executor(engine, address)
-    place = destination_place(destination)
-    found = located(source)
-    if _is_within(place, found):
-        raise InputError(f"{place}: expected a folder outside the source {shown(source)}, which stays as it is")
-    if isinstance(found, Path):
-        _check_outside(place, [found])
-    place.check()
-    if isinstance(found, Path) and found.suffix == ".gguf":
-        raise InputError(
-            f"{source}: expected a model folder, found a GGUF file, which count and audit read, and fuse does not; "
-            f"fuse the safetensors that it was made of"
-        )
+    dst = destination_at(destination)
+    location = located(source)
+    if _is_within(dst, location):
+        raise InputError(f"{dst}: expected a folder outside the source {shown(source)}, which stays as it is")
+    if isinstance(location, Path):
+        _check_outside(dst, [location])
+    dst.check()
     reader = open_reader(source, device)
     request = request.of(family_of(reader.config))
     copied = [file for file in reader.other_files(copy) if str(file) not in OURS]
-    _check_outside(place, (reader.folder / name for name in ("config.json", *reader.shards, *map(str, copied))))
+    _check_outside(dst, map(reader.path, ("config.json", *reader.shards, *map(str, copied))))
     for pattern in unused(copy, copied):
         raise InputError(f"copy: expected a pattern that names a file to copy, found {pattern!r}, which names none")
     here = reader.device.type == "cpu" and engine == "local"
     if max_memory is not None and not here:
         raise InputError("max_memory: expected none with another engine or device than local and cpu; leave it out")
     limit = resident_memory() + available_memory() if max_memory is None else max_memory
-    begun = Manifest.load(place.unfinished) if resume else None
+    begun = Manifest.load(dst.unfinished) if resume else None
     if begun is not None and request.basis == AUTO:  # decided before, from the same weights (staged sees to that)
         decided = dataclasses.replace(request, basis=begun.job["basis"])
         plan = dataclasses.replace(prepare(reader, decided, max_shard_size), reason=begun.job["reason"])
@@ -222,15 +218,15 @@ def plan_fuse(
     needed = plan.bytes[1] + sum(
         file.stat().st_size for file in (*model_files(plan), *(reader.folder / each for each in copied))
     )
-    free = shutil.disk_usage(place.disk).free
+    free = shutil.disk_usage(dst.disk).free
     if begun is None and needed > free:
-        raise InputError(f"{place}: expected {needed:,} bytes of free disk space, found {free:,}")
+        raise InputError(f"{dst}: expected {needed:,} bytes of free disk space, found {free:,}")
     if here:
         plan = within_memory(plan, resident_memory(), limit)
     for lost in underflows(plan.renamed, _copied(plan), _renamed(plan, reader).tensor):
         raise InputError(str(lost))
     tell_left_out([name for name in reader.left_out(copy) if name not in OURS])
-    return Job(request, max_shard_size, chosen, place, reader, plan, copy, tuple(copied), bool(begun and begun.done))
+    return Job(request, max_shard_size, chosen, dst, reader, plan, copy, tuple(copied), bool(begun and begun.done))
 
 
 def model_files(plan: Plan) -> tuple[Path, ...]:
@@ -238,28 +234,28 @@ def model_files(plan: Plan) -> tuple[Path, ...]:
     return () if plan.in_place else MODEL_FILES
 
 
-def destination_place(destination: str | Path) -> Place:
+def destination_at(place: str | Path) -> Destination:
     """Where DST is to be: at a path or a URL."""
-    found = located(destination)
-    return RemotePlace(found) if isinstance(found, str) else LocalPlace(found)
+    location = located(place)
+    return RemoteDestination(location) if isinstance(location, str) else LocalDestination(location)
 
 
-def _is_within(place: Place, source: str | Path) -> bool:
-    """Whether what is to be at a place would be written into the source."""
+def _is_within(destination: Destination, source: str | Path) -> bool:
+    """Whether a destination would be written into the source."""
     if isinstance(source, str):
-        return f"{place}/".startswith(f"{shown(source).rstrip('/')}/")
-    written = place.path if isinstance(place, LocalPlace) else place.unfinished
+        return f"{destination}/".startswith(f"{shown(source).rstrip('/')}/")
+    written = destination.path if isinstance(destination, LocalDestination) else destination.unfinished
     return Path(os.path.realpath(written)).is_relative_to(os.path.realpath(source))
 
 
-def _check_outside(place: Place, paths: Iterable[Path]) -> None:
+def _check_outside(destination: Destination, paths: Iterable[Path]) -> None:
     """Raise InputError for a source, or a file of it, that lies where DST is in the making."""
-    unfinished = os.path.realpath(place.unfinished)
+    unfinished = os.path.realpath(destination.unfinished)
     for path in paths:
         if Path(os.path.realpath(path)).is_relative_to(unfinished):
             raise InputError(
-                f"{path}: expected a source outside {place.unfinished}, where {place} is in the making; move it "
-                f"elsewhere, or choose another name for the new folder"
+                f"{path}: expected a source outside {destination.unfinished}, where {destination} is in the making; "
+                f"move it elsewhere, or choose another name for the new folder"
             )
 
 
@@ -276,14 +272,14 @@ def _renamed(plan: Plan, reader: RowReader) -> RowReader:
 
 def _sources(read: Iterable[Mapping[str, str]]) -> dict[str, str]:
     """The SHA-256 of each tensor of the source that was read. Raises InputError for one that has two."""
-    found: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for name, digest in (item for each in read for item in each.items()):
-        if found.setdefault(name, digest) != digest:
+        if digests.setdefault(name, digest) != digest:
             raise InputError(
                 f"{name}: expected the bytes that were read of it before, found others: the source has changed "
                 f"meanwhile; let nothing write to it, and begin anew"
             )
-    return found
+    return digests
 
 
 def _check(
@@ -293,15 +289,15 @@ def _check(
     outcomes: Sequence[Outcome],
     sources: Mapping[str, str],
 ) -> Checked:
-    """As check_fused; what biases or gains that became zero have spoiled is no bug, nor what a changed source has."""
+    """As check_fused; but InputError, no BugError, where underflow of biases or gains, or a changed source, is why."""
     with Digests(source, overwritten=True) as digests:  # so that nothing waits in memory
         try:
             if plan.in_place:
                 return check_moved(plan, digests, fused)
             return check_fused(plan, _renamed(plan, digests), fused, outcomes)
         except BugError:
-            for found in underflows(plan.renamed, _copied(plan), _renamed(plan, source).tensor, vectors=True):
-                raise InputError(str(found)) from None
+            for underflow in underflows(plan.renamed, _copied(plan), _renamed(plan, source).tensor, vectors=True):
+                raise InputError(str(underflow)) from None
             raise
         finally:
             _sources([sources, digests.finish()])
@@ -324,8 +320,8 @@ def _source_card(job: Job) -> str | None:
     if Path(CARD) not in job.copied:
         return None
     with files.opened(job.reader.fetch(Path(CARD))) as file:
-        found = file.read(MOST + 1)
-    return None if len(found) > MOST else found.decode(errors="replace")
+        text = file.read(MOST + 1)
+    return None if len(text) > MOST else text.decode(errors="replace")
 
 
 @contextmanager
@@ -374,7 +370,7 @@ def _execute(job: Job, staging: Staging, progress: Callable[[Plan, Task | None],
 
 
 def _is_done(job: Job, task: Task, entry: Entry, writer: CheckpointWriter) -> bool:
-    """Whether the journal says all of a task, and of the right one, and the disk says the same.
+    """Whether the journal has all of a task, and of the right one, and the disk agrees.
 
     Of a remote source its files' versions were compared, and its tensors are not read again.
     """
@@ -390,7 +386,7 @@ def _is_done(job: Job, task: Task, entry: Entry, writer: CheckpointWriter) -> bo
         and all(writer.digest(name) == digest for name, digest in entry.digests.items())
         and (
             isinstance(located(job.reader.place), str)
-            or all(tensor_digest(job.reader, name) == digest for name, digest in entry.sources.items())
+            or all(job.reader.digest(name) == digest for name, digest in entry.sources.items())
         )
     )
 

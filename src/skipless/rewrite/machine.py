@@ -38,8 +38,9 @@ class Rates:
 
 
 def measure(read: Callable[[int], int], device: torch.device, size: int = SIZE) -> Rates:
-    """Time products of matrices of `size` rows and columns on `device`, and `read`, which reads at most so many bytes
-    from the disk and says how many.
+    """Time products of (size, size) matrices on `device`, and `read`.
+
+    read: reads at most that many bytes from the disk, and returns how many it has read.
     """
     flops = {}
     for name in PRECISIONS:
@@ -62,13 +63,13 @@ def _seconds(work: Callable[[], object]) -> float:
 
 def available_memory() -> int:
     """Bytes that can be used without swapping: the system's figure, or what the control group (v2) has left."""
-    found, group = [psutil.virtual_memory().available], Path("/sys/fs/cgroup")
+    bounds, group = [psutil.virtual_memory().available], Path("/sys/fs/cgroup")
     with suppress(OSError, ValueError, KeyError):  # there is none, or its limit is "max"
         used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         cache = int(used["active_file"]) + int(used["inactive_file"])  # given back when it is needed
         limit, current = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        found.append(limit - current + cache)
-    return max(0, min(found))
+        bounds.append(limit - current + cache)
+    return max(0, min(bounds))
 
 
 def peak_memory() -> int:

@@ -46,19 +46,20 @@ def check_moved(plan: Plan, source: RowReader, written: CheckpointReader) -> Che
     assert plan.layout is not None
     seams = [seam for task in plan.tasks for seam in task.seams]
     laid_out(written)  # what config.json promises
-    found = list(compare(plan.layout, seams, source, written, stored_in(plan.outputs)))
+    compared = list(compare(plan.layout, seams, source, written, stored_in(plan.outputs)))
     differences = tuple(
-        Difference(each.name, each.error, math.hypot(EXACT, SLACK * explained)) for each, explained in found
+        Difference(each.name, each.error, math.hypot(EXACT, SLACK * explained)) for each, explained in compared
     )
     expect_explained(differences, "rounding explains")
-    return Checked(differences, tuple(each for each, _ in found if not each.passed))
+    return Checked(differences, tuple(each for each, _ in compared if not each.passed))
 
 
 def compare(
     layout: Layout, seams: Sequence[Seam], source: RowReader, written: RowReader, stored: torch.dtype
 ) -> Iterator[tuple[Difference, float]]:
-    """Of every map around these seams: how far apart the two are, beside what may be lost by storing the source so; and
-    what rounding explains in what was written.
+    """Every map around these seams: how far apart the two checkpoints' are, and what rounding the result explains.
+
+    A map's limit is what storing the source in the same dtype may lose.
     """
     architecture = layout.architecture
     sides = (maps(layout, seams, reader, stored) for reader in (source, written))

@@ -31,8 +31,9 @@ def copy_model_files(folder: Path) -> None:
 
 
 def refresh(folder: Path, tell: Callable[[str], None], dry_run: bool = False) -> bool:
-    """Replace a skipless folder's model files by this version's, and what skipless.json says of them; whether anything
-    had to be. tell: called with each line of what changes, before it does; dry_run: stop then.
+    """Replace a skipless folder's model files by this version's, and what skipless.json says of them.
+
+    Returns whether anything had to be replaced. tell: called with each line of what will change. dry_run: stop then.
 
     Raises InputError for another model's folder, and for one that carries no model files.
     """

@@ -22,10 +22,9 @@ def read_seam(
     rows = tables(source, seam)
     affines = {}
     for name in (name for name in seam.modules if name in modules):
-        if read_rows is not None and name in rows:
-            affines[name] = read_by_rows(modules[name], read_rows)
-        else:
-            affines[name] = read_affine(modules[name], None, read)
+        some = read_rows if name in rows else None
+        affine = read_by_rows(modules[name], some) if some else read_affine(modules[name], None, read)
+        affines[name] = dataclasses.replace(affine, one_hot=name in rows)  # of untied ones, which take biases in
     return scaled(seam, affines, read)
 
 
@@ -34,7 +33,7 @@ def scaled(seam: Seam, affines: Mapping[str, Affine], read: Callable[[str], torc
 
     Raises InputError for a gain of 0, which no bias can get past.
     """
-    found = dict(affines)
+    modules = dict(affines)
     for name, gains in seam.scales.items():
         scale = 1.0
         for gain, exponent in gains.items():
@@ -44,9 +43,9 @@ def scaled(seam: Seam, affines: Mapping[str, Affine], read: Callable[[str], torc
                     f"leave {seam.kind} out of --remove"
                 )
             scale *= value**exponent
-        if name in found:
-            found[name] = dataclasses.replace(found[name], scale=scale)
-    return found
+        if name in modules:
+            modules[name] = dataclasses.replace(modules[name], scale=scale)
+    return modules
 
 
 def tables(source: Architecture, seam: Seam) -> set[str]:
@@ -65,9 +64,7 @@ def read_affine(module: Module, closed: Module | None, read: Callable[[str], tor
 
 
 def read_by_rows(module: Module, read: Read) -> Affine:
-    """The map of a module without a bias, as Rows: of a table those that are asked for are read; another matrix is
-    held as it is stored.
-    """
+    """The map of a module without a bias, as Rows: a table's are read when asked for; another matrix is held whole."""
     name = f"{module.name}.weight"
     if not module.table:
         whole = read(name).T
@@ -77,11 +74,11 @@ def read_by_rows(module: Module, read: Read) -> Affine:
     def rows_of(which: Which) -> torch.Tensor:
         if isinstance(which, slice):
             return read(name, which)
-        found = first.new_empty(len(which), module.outputs)
+        rows = first.new_empty(len(which), module.outputs)
         for place in which.argsort().tolist():  # by their places in the file
             row = int(which[place])
-            found[place] = read(name, slice(row, row + 1))[0]
-        return found
+            rows[place] = read(name, slice(row, row + 1))[0]
+        return rows
 
     return _by_rows(module, first, rows_of)
 

@@ -32,8 +32,8 @@ from skipless.rewrite.request import Request
 class Task:
     """Tensors that are read together, the seams to close on them (none: copy), and the tensors that come out.
 
-    by_rows: whether what the stream's writers become is computed for each use, some rows at a time, because it does not
-    fit in memory; what comes out is the same, bit for bit.
+    by_rows: whether what the stream's writers become is computed anew for each use, some rows at a time, because it
+    does not fit in memory. The result is the same, bit for bit.
     """
 
     seams: tuple[Seam, ...]
@@ -44,11 +44,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a fuse will do. `inputs`, `outputs`: every tensor of source and result; `config`: the new one.
+    """All that a fuse will do.
 
-    basis: how stream seams are closed; reason: why, if it was chosen from the weights. layout: where our names lie in
-    tensors of another family (None: the model is skipless, and they are its own). source_config: the source's, or that
-    of a skipless model that computes the same.
+    basis: how stream seams are closed. reason: why, if the basis was chosen from the weights. inputs, outputs: every
+    tensor of source and result. config: the result's. source_config: the source's, or that of a skipless model that
+    computes the same. layout: where canonical tensors lie in another family's (None: the model is skipless).
     """
 
     source: Architecture
@@ -89,14 +89,14 @@ class Plan:
     @cached_property
     def kinds(self) -> dict[str, list[Seam]]:
         """The seams that are closed, by kind."""
-        found: dict[str, list[Seam]] = {}
+        seams: dict[str, list[Seam]] = {}
         for seam in (seam for task in self.tasks for seam in task.seams):
-            found.setdefault(seam.kind, []).append(seam)
-        return found
+            seams.setdefault(seam.kind, []).append(seam)
+        return seams
 
     @property
     def neutral(self) -> int:
-        """Of a family's layout, the numbers that become neutral: gains that are 1, and biases that are 0."""
+        """Where the layout stays a family's, the numbers that become neutral: gains 1, biases 0."""
         return sum(seam.saves for seams in self.kinds.values() for seam in seams) if self.in_place else 0
 
     @cached_property
@@ -133,8 +133,10 @@ class Plan:
         return read, sum(self.outputs[name].bytes for name in task.writes)
 
     def can_go_by_rows(self, task: Task) -> bool:
-        """Whether a task need not hold a stream whole: it closes one seam of at most two writers (a MoE has more),
-        without biases and tied tables, and what it writes is all in half precision, or not at all.
+        """Whether a task need not hold a stream whole.
+
+        It closes one seam of at most two writers (a MoE has more), without biases and tied tables, and all that it
+        writes is in half precision, or nothing is.
         """
         if len(task.seams) != 1 or not task.seams[0].rest or task.seams[0].duals or len(task.seams[0].writers) > 2:
             return False
@@ -188,11 +190,11 @@ def prepare(
     ways = ("q", "pivoted")
 
     def foretell(seam: Seam) -> Forecast:
-        found = held + forecast_memory(seam, tensors, tables(source, seam))
-        if limit is not None and found > limit:
+        memory = held + forecast_memory(seam, tensors, tables(source, seam))
+        if limit is not None and memory > limit:
             raise InputError(
                 f"basis: expected at most {limit / 1e9:.1f} GB of memory, found that choosing one takes "
-                f"{found / 1e9:.1f} GB; use --basis q, --basis pivoted, or a machine that has more"
+                f"{memory / 1e9:.1f} GB; use --basis q, --basis pivoted, or a machine that has more"
             )
         dtypes = dict.fromkeys(request.stored(tensors, seam, way) for way in ways)
         affines = read_seam(source, seam, opened.tensor, opened.tensor)
@@ -279,7 +281,7 @@ def _family_tasks(layout: family.Layout, closing: Iterable[Seam], order: Iterabl
 
     def stored(seam: Seam) -> tuple[str, ...]:
         tensors = (tensor for name in seam.modules for tensor in modules[name].tensors())
-        return tuple(dict.fromkeys(place for tensor in tensors for place in layout.places[tensor].tensors))
+        return tuple(dict.fromkeys(each for tensor in tensors for each in layout.locations[tensor].tensors))
 
     task_of = {name: Task((), (name,), (name,)) for name in order}
     for group in connected(closing, stored):
@@ -306,8 +308,9 @@ def _modules(architecture: Architecture) -> dict[str, Module]:
 
 
 def _closing(opened: AsSkipless, request: Request) -> list[Seam]:
-    """The seams to close, or InputError when there are none or one of them cannot be; of another family's, if nothing
-    in particular is asked for, those that pay.
+    """The seams to close; in another family's model, if nothing in particular is asked for, those that save bytes.
+
+    Raises InputError if there are none, or if one cannot be closed.
     """
     closing = request.seams(opened.architecture)
     if opened.layout is not None and request.remove is None:
@@ -355,7 +358,7 @@ def _tasks(
     def stored(names: Iterable[str]) -> tuple[str, ...]:
         if layout is None:
             return tuple(names)
-        return tuple(dict.fromkeys(place for name in names for place in layout.places[name].tensors))
+        return tuple(dict.fromkeys(each for name in names for each in layout.locations[name].tensors))
 
     kept, indices = source.tensors(), target.index_tensors()
     writer_of = {name: Task((), stored([name]), (name,)) for name in target.tensors() if name in kept}
@@ -374,8 +377,9 @@ def _tasks(
 def connected(
     closing: Iterable[Seam], parts: Callable[[Seam], Iterable[str]] = lambda seam: seam.modules
 ) -> list[list[Seam]]:
-    """Group seams that share a module (or what else they consist of), in order: they must be closed one after the other
-    on the same tensors.
+    """Group seams that share a module, in order: they must be closed one after the other on the same tensors.
+
+    parts: of what a seam consists, if not of its modules.
     """
     groups: dict[int, list[Seam]] = {}
     group_of: dict[str, int] = {}
@@ -401,7 +405,7 @@ def _fused_config(config: Mapping[str, object], target: Architecture, dtype: str
     Raises InputError naming the field when the model file would refuse it.
     """
     fields: dict[str, object] = {"stream_basis": target.stream_basis, "p_removed": target.p_removed}
-    removed = ("values_removed", "head_removed", "first_layer_removed")
+    removed = ("values_removed", "keys_removed", "head_removed", "first_layer_removed")
     fields |= {name: True for name in removed if getattr(target, name)}
     fields |= {name: list(names) for name in ("norms_removed", "gains_removed") if (names := getattr(target, name))}
     if target.rest_dtype is not None:

@@ -1,7 +1,8 @@
 """What a checkpoint does to single tokens, in fp64, by the model file's own code, a few rows of its weights in memory.
 
-Two checkpoints that are the same function agree wherever the basis is not free: in q, k and v, in what the FFN's input
-matrices give, and in the logits. Here a model runs on sequences of one token, so that attention passes the token's own
+Two checkpoints that are the same function agree wherever the basis is not free: in q, k and v (where Q and K have a
+basis of their own, in each query's scores, but for a number that all of them share), in what the FFN's input matrices
+give, and in the logits. Here a model runs on sequences of one token, so that attention passes the token's own
 value on, and the FFN's hidden activations are replaced by random ones, the same for both models: every output then
 depends on the matrices of one layer or two, and its relative error is that of closing their seams.
 """
@@ -61,9 +62,9 @@ class Streamed(torch.Tensor):
     @classmethod
     def of(cls, shape: tuple[int, ...], read: Callable[[slice | None], torch.Tensor]) -> "Streamed":
         """A matrix of this shape, in fp64."""
-        found = torch.empty(shape, dtype=torch.float64, device="meta").as_subclass(cls)
-        found.read = read
-        return found
+        matrix = torch.empty(shape, dtype=torch.float64, device="meta").as_subclass(cls)
+        matrix.read = read
+        return matrix
 
     def whole(self) -> torch.Tensor:
         """All of it."""
@@ -105,8 +106,10 @@ def exactly(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def stored_as(dtype: torch.dtype, touched: Collection[str] | None = None, draw: int = 0) -> Change:
-    """What storing weights in a dtype does to them: rounding, or, where they have no more bits than it has, noise as
-    large, if they are those of these modules (None: of any). draw: which of many; after the first, all is noise.
+    """What storing weights in a dtype does to them.
+
+    It rounds them. Where they have no more bits than the dtype, there is noise as large instead, in `modules` alone
+    (None: in all). draw: which of many draws; after the first, all is noise.
     """
     generator = torch.Generator().manual_seed(draw)
 
@@ -169,9 +172,10 @@ Rounded = Callable[[str], float]
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a checkpoint gives, (tokens, columns): "0.q" of layer 0, "0.m" of its FFN's input matrices, "logits".
+    """What a checkpoint gives, (tokens, columns): "0.q" of layer 0, "0.scores" of its queries and all tokens' keys,
+    "0.m" of its FFN's input matrices, "logits".
 
-    lost: by what that differs when the weights are rounded, in its norm.
+    exact: that. lost: the norm of its change when the weights are rounded.
     """
 
     exact: dict[str, torch.Tensor]
@@ -188,19 +192,19 @@ def outputs(
 ) -> Outputs:
     """What a checkpoint gives, and what becomes of that when its weights are rounded, in one pass.
 
-    An error of relative size u of each weight W_ij, x_j W_ij, is as large on average as one of x_j: so the same tokens
-    go through the model twice, and the second time every map's input is off by u at random, and what a bias, a norm's
-    gain or a table's row gives. looked_up: whether a model that this is compared with has layer 0 in its table: an FFN
-    beside its attention then gives what it gives.
+    An error of relative size u of each weight W_ij is, in x_j W_ij, as large on average as one of x_j. So the same
+    tokens go through the model twice. The second time every map's input is off by u at random, and so is what a bias, a
+    norm's gain or a table's row gives. looked_up: whether this or the other model has layer 0 in its table: an FFN
+    beside layer 0's attention then keeps its own activations.
     """
-    model, found = streamed_model(config, reader), dict[str, torch.Tensor]()
+    model, noted = streamed_model(config, reader), dict[str, torch.Tensor]()
     for name, module in model.named_modules():
         tied = name == "lm_head" and model.config.tie_word_embeddings
         _round(module, rounded("model.embed_tokens" if tied else name), name)
     parts: dict[int, list[torch.Tensor]] = {}
     layers: Any = model.model.layers
     for index, layer in enumerate(layers):
-        layer.self_attn.project = _noting(layer.self_attn.project, found, index)
+        layer.self_attn.project = _noting(layer.self_attn.project, noted, index, layer.self_attn.head_dim)
         if looked_up and not index and layer.parallel:
             continue
         parts[index] = []
@@ -216,11 +220,11 @@ def outputs(
                 module.register_forward_pre_hook(_replacing(f"{index}.{name}"), prepend=True)
     ids, positions = (torch.cat([each, each]) for each in (inputs.ids, inputs.positions))
     logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
-    found |= {f"{index}.m": torch.cat(each, -1) for index, each in parts.items()}
-    found["logits"] = logits.flatten(0, 1)
+    noted |= {f"{index}.m": torch.cat(each, -1) for index, each in parts.items()}
+    noted["logits"] = logits.flatten(0, 1)
     exact, lost = {}, {}
-    for name in list(found):
-        exact[name], lossy = found.pop(name).chunk(2)
+    for name in list(noted):
+        exact[name], lossy = noted.pop(name).chunk(2)
         lost[name] = (lossy - exact[name]).norm().item()
     return Outputs(exact, lost)
 
@@ -259,9 +263,11 @@ def generator_of(name: str) -> torch.Generator:
 def table_reads(
     config: Mapping[str, Any], reader: RowReader, letters: str, change: Change = exactly, looked_up: bool = False
 ) -> dict[str, torch.Tensor]:
-    """What layer 0 reads of each row of the tables, "tokens" and "positions": (rows, MIXTURES), random mixtures of the
-    columns of q, k (and v, by `letters`). looked_up: as in outputs; what of a row passes by the attention then shows in
-    "after", what is read of layer 0, each token a sequence of its own.
+    """What layer 0 reads of each row of the tables, "tokens" and "positions": (rows, MIXTURES).
+
+    These are random mixtures of the columns of q, k and v (`letters`), or, without q and k, of scores. looked_up: as in
+    outputs; what passes by the attention then shows in "after", which is read of layer 0's output, each token a
+    sequence of its own.
     """
     whole: Any = streamed_model(config, reader, change)
     model, layer = whole.model, whole.model.layers[0]
@@ -274,8 +280,19 @@ def table_reads(
         return columns @ mixing[name]
 
     def projected(rows: torch.Tensor, attention: Any = layer.self_attn) -> torch.Tensor:
-        parts = zip("qkv", attention.project(rows[None]), strict=True)
-        return mixed("q, k, v", torch.cat([part for name, part in parts if name in letters], -1)[0])
+        parts = dict(zip("qkv", attention.project(rows[None]), strict=True))
+        columns = [parts[name][0] for name in "qkv" if name in letters]
+        if "k" not in letters:
+            reference = torch.randn(MIXTURES, rows.shape[-1], generator=generator_of("queries"), dtype=torch.float64)
+            queries = attention.project(reference[None])[0][0]
+            keys = parts["k"] - attention.project(torch.zeros_like(rows[None, :1]))[1]  # whose bias matters to none
+            columns.append(scored(queries, keys[0], attention.head_dim))
+        return mixed("q, k, v", torch.cat(columns, -1))
+
+    def scored(queries: torch.Tensor, keys: torch.Tensor, size: int) -> torch.Tensor:
+        groups = keys.shape[-1] // size
+        summed = queries.unflatten(-1, (groups, -1, size)).sum(-2).flatten(1)  # of each group, its queries' sum
+        return keys @ summed.T
 
     def after(x: torch.Tensor) -> torch.Tensor:
         positions = torch.zeros(len(x), 1, dtype=torch.long)
@@ -306,13 +323,26 @@ def table_reads(
     return reads
 
 
-def _noting(project: Callable[..., Any], found: dict[str, torch.Tensor], index: int) -> Callable[..., Any]:
+def _noting(project: Callable[..., Any], notes: dict[str, torch.Tensor], index: int, size: int) -> Callable[..., Any]:
     def noted(hidden_states: torch.Tensor) -> Any:
         projected = project(hidden_states)
-        found.update((f"{index}.{name}", each.flatten(0, 1)) for name, each in zip("qkv", projected, strict=True))
+        notes.update((f"{index}.{name}", each.flatten(0, 1)) for name, each in zip("qkv", projected, strict=True))
+        queries, keys = (notes[f"{index}.{name}"].chunk(2) for name in "qk")
+        pairs = zip(queries, keys, strict=True)
+        notes[f"{index}.scores"] = torch.cat([scores(*pair, size).flatten(1) for pair in pairs])
         return projected
 
     return noted
+
+
+def scores(
+    queries: Float[torch.Tensor, "n heads_h"], keys: Float[torch.Tensor, "m groups_h"], size: int
+) -> Float[torch.Tensor, "n heads m"]:
+    """Of queries and keys of heads of this size, before they are scaled, less each query's mean."""
+    heads, groups = queries.unflatten(-1, (-1, size)), keys.unflatten(-1, (-1, size))
+    groups = groups.repeat_interleave(heads.shape[1] // groups.shape[1], 1)
+    found = torch.einsum("nhs,mhs->nhm", heads, groups)
+    return found - found.mean(-1, keepdim=True)
 
 
 def _replacing(name: str) -> Callable[..., Any]:
@@ -341,8 +371,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class Checked:
-    """What fuse's own check has found. differences: of each output, and what a bug alone exceeds; losses: outputs that
-    lose more than storing the source in the same dtype does, and what it may be, as verify judges them.
+    """What fuse's own check has found.
+
+    differences: each output's, with the limit that only a bug exceeds. losses: the outputs that lose more than storing
+    the source in the same dtype may, as verify judges them.
     """
 
     differences: tuple[Difference, ...]
@@ -350,7 +382,7 @@ class Checked:
 
 
 def check_fused(plan: Plan, source: RowReader, fused: RowReader, outcomes: Iterable[Outcome]) -> Checked:
-    """Compare what a plan's source and result give for a few tokens, and what that may be.
+    """Compare what a plan's source and result give for a few tokens.
 
     Raises BugError naming the first output that is off by more than the seams' forecasts and rounding the result's
     weights explain: what was written is another function.
@@ -386,9 +418,7 @@ def stored_in(tensors: Mapping[str, TensorInfo]) -> torch.dtype:
 
 
 def rounded_as(dtype: torch.dtype, tensors: Mapping[str, TensorInfo], touched: Collection[str]) -> Rounded:
-    """By how much storing a source in a dtype changes its modules: those with more bits than that, and, whatever they
-    have, those that are rewritten.
-    """
+    """By how much storing a source in a dtype changes a module: not at all if it has no more bits, unless rewritten."""
 
     def error(name: str) -> float:
         info = tensors.get(f"{name}.weight")
@@ -419,8 +449,10 @@ def _cast(plan: Plan) -> torch.dtype | None:
 
 @dataclass(frozen=True)
 class Compared:
-    """Of an output that closing seams leaves as it is: its relative error (root mean square over tokens and columns),
-    the largest of a single column, of so many, and what rounding alone makes of the first in either checkpoint.
+    """How far apart two checkpoints are in an output that closing seams does not change.
+
+    error: relative, root mean square over tokens and columns. column: the largest of a single one of the `columns`.
+    lost_before, lost_after: what rounding alone makes of `error` in either checkpoint.
     """
 
     name: str
@@ -434,22 +466,25 @@ class Compared:
 def compare(before: Outputs, after: Outputs, source: Architecture, target: Architecture) -> Iterator[Compared]:
     """What two checkpoints give, wherever closing seams leaves the basis as it is.
 
-    Values have a basis of their own once their seams are closed; and where a redundant norm went, what the FFN reads is
-    scaled, token by token.
+    Queries and keys, and values, have a basis of their own once their seams are closed; and where a redundant norm
+    went, what the FFN reads is scaled, token by token.
     """
     rescaled = set(target.norms_removed) - set(source.norms_removed)
     for name, exact in before.exact.items():
-        found, (layer, _, kind) = after.exact[name], name.partition(".")
+        result, (layer, _, kind) = after.exact[name], name.partition(".")
+        rebased = target.keys_removed != source.keys_removed
         if kind == "v" and target.values_removed != source.values_removed:
             continue
-        sizes = [exact.norm().item(), found.norm().item()]
+        if kind in (("q", "k") if rebased else ("scores",)):
+            continue
+        sizes = [exact.norm().item(), result.norm().item()]
         if kind == "m" and f"model.layers.{layer}.post_attention_layernorm" in rescaled:
-            found = found * (exact.norm(dim=-1, keepdim=True) / found.norm(dim=-1, keepdim=True))
+            result = result * (exact.norm(dim=-1, keepdim=True) / result.norm(dim=-1, keepdim=True))
         if kind in ("q", "k", "v"):
             beside = max(before.exact[f"{layer}.{other}"].norm().item() for other in "qkv")
             sizes = [max(size, ZERO * beside) for size in sizes]
         scale, columns = sizes[0], exact.shape[1]
-        error = (found - exact).norm(dim=0)
+        error = (result - exact).norm(dim=0)
         if not scale:
             nothing = math.inf if error.any() else 0.0
             yield Compared(name, columns, nothing, nothing, 0.0, 0.0)
@@ -463,8 +498,9 @@ def compare(before: Outputs, after: Outputs, source: Architecture, target: Archi
 def judge(
     before: Outputs, after: Outputs, source: Architecture, target: Architecture, stored: torch.dtype
 ) -> Iterator[tuple[Difference, Difference]]:
-    """Of each output all columns together, and the worst single one, and what they may be: what the source itself loses
-    when it is stored so.
+    """By output: all columns together, and the worst single one.
+
+    Their limits are what the source itself loses when it is stored so.
     """
     for each in compare(before, after, source, target):
         own = each.lost_before * chance(min(each.columns, source.hidden_size))
@@ -481,8 +517,8 @@ def chance(numbers: int) -> float:
 def limits(outcomes: Iterable[Outcome], source: Architecture, cast: torch.dtype | None) -> Callable[[str], float]:
     """What an output's relative error may be, from the forecasts of the seams before it.
 
-    cast: the dtype to which other tensors were cast, if they were. In a serial layer without skips and experts, all
-    that comes in are the hidden activations of the layer before; else the stream carries errors on.
+    cast: the dtype to which other tensors were cast, if they were. A serial layer without skips and experts reads
+    nothing but the hidden activations of the layer before; else the stream carries errors on.
     """
     squares: dict[int, float] = {}
     for outcome in outcomes:

@@ -32,10 +32,10 @@ def write_record(
     shards: Mapping[str, str],
     copy: Collection[str] = (),
 ) -> None:
-    """Write down, in a folder that is complete otherwise, all that is known of it.
+    """Write the record into a folder that is complete otherwise.
 
-    made: by what and how; sources: SHA-256 of the source's tensors, as they were read; shards: of the files of weights
-    in the folder; copy: what was copied along beside the usual (Folder.other_files).
+    made: by what and how. sources: SHA-256 of the source's tensors, as they were read. shards: SHA-256 of the files of
+    weights in the folder. copy: patterns of what was copied along beside the usual (Folder.other_files).
     """
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     written = {
@@ -56,30 +56,20 @@ def replace_record(folder: Path, record: Mapping[str, Any]) -> None:
 def _source(reader: CheckpointReader, copy: Collection[str]) -> dict[str, Any]:
     """What the source is called, and the SHA-256 of its files; of shards, of their headers, as the tensors' follow."""
     others = [Path("config.json"), *reader.other_files(copy)]
-    found = {str(name): digest(reader.fetch(name)) for name in others}
-    headers = {shard: digest(reader.folder / shard, _header_bytes(reader.folder / shard)) for shard in reader.shards}
-    return {"name": reader.name.rstrip("/").rpartition("/")[2], "files": found, "headers": headers}
-
-
-def _header_bytes(shard: Path) -> int:
-    with files.opened(shard) as file:
-        return 8 + int.from_bytes(file.read(8), "little")
+    digests = {str(name): digest(reader.fetch(name)) for name in others}
+    starts = {header.shard: header.start for header in sorted(reader.headers.values(), key=lambda each: -each.start)}
+    headers = {shard: digest(reader.path(shard), start) for shard, start in sorted(starts.items())}
+    return {"name": reader.name.rstrip("/").rpartition("/")[2], "files": digests, "headers": headers}
 
 
 def digest(file: Path, size: int | None = None, start: int = 0) -> str:
     """SHA-256 of a file, or of `size` bytes of it from `start` on."""
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     with files.opened(file) as stream:
         stream.seek(start)
         for block in stream.blocks(size):
-            found.update(block)
-    return found.hexdigest()
-
-
-def tensor_digest(reader: CheckpointReader, name: str) -> str:
-    """SHA-256 of a tensor's bytes, as the record has it."""
-    info = reader.tensors[name]
-    return digest(reader.folder / info.shard, info.bytes, reader.headers[name].start)
+            sha256.update(block)
+    return sha256.hexdigest()
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -107,9 +97,9 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
-def _digests(found: Any) -> bool:
-    return isinstance(found, dict) and all(
-        isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) for value in found.values()
+def _digests(digests: Any) -> bool:
+    return isinstance(digests, dict) and all(
+        isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) for value in digests.values()
     )
 
 

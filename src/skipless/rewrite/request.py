@@ -28,12 +28,14 @@ class Request:
     """The options that fuse and audit have in common.
 
     basis: what becomes the identity: the projection "q", "k" or "v" (Fig. 1 b, c, d), "pivoted" (the best d columns of
-    all three), or "auto": one of "q" and "pivoted", whichever the weights suit. dtype: that of every tensor of the
-    result (None: each keeps its own); rest_dtype: that of rest_proj, "float32" or None. layers_open: layers whose
-    stream seam stays open. remove: the kinds of seams to close (seams.KINDS; in a family's layout folds.FOLDS).
-    parallel_removes: in a parallel model, where Q and P cannot both go, what does: "readers" (Q, or what the basis
-    says) or "p". layout: of LAYOUTS, of another family's model; of a skipless one, None. None (remove, layout): what is
-    usual for the source (Request.of).
+        all three), or "auto": "q" or "pivoted", whichever suits the weights
+    dtype: that of every tensor of the result (None: each keeps its own)
+    rest_dtype: that of rest_proj, "float32" or None
+    layers_open: layers whose stream seam stays open
+    remove: the kinds of seams to close, of seams.KINDS, or in a family's layout of folds.FOLDS (None: the usual ones)
+    parallel_removes: what goes in a parallel model, where Q and P cannot both: "readers" (Q, or what the basis says)
+        or "p"
+    layout: one of LAYOUTS for another family's model (None: the usual one); None for a skipless model
     """
 
     basis: str = AUTO
@@ -51,9 +53,9 @@ class Request:
         return usual if self.remove is None else self.remove
 
     def of(self, family: str | None) -> Self:
-        """The same, of a model of this family (None: a skipless one), in the layout that it can have.
+        """The same, for a model of this family (None: a skipless one), in a layout that it can have.
 
-        Raises InputError for one that it cannot.
+        Raises InputError for a layout or another option that it cannot have.
         """
         if self.layout not in (None, *LAYOUTS):
             raise InputError(f"layout: expected {' or '.join(LAYOUTS)}, found {self.layout!r}")
@@ -85,6 +87,11 @@ class Request:
             )
         if unknown := sorted(set(self.kinds) - set(KINDS)):
             raise InputError(f"remove: expected some of {', '.join(KINDS)}; found {unknown[0]!r}")
+        if "queries" in self.kinds and (others := {"stream", "first_layer"}.intersection(self.kinds)):
+            raise InputError(
+                f"remove: expected queries without stream and first_layer, which rewrite Q and K, too; found "
+                f"{', '.join(sorted(others))}"
+            )
         if self.parallel_removes not in PARALLEL_REMOVES:
             raise InputError(
                 f"parallel_removes: expected {' or '.join(PARALLEL_REMOVES)}, found {self.parallel_removes!r}"
@@ -118,8 +125,9 @@ class Request:
         return asked
 
     def _possible(self, asked: list[Seam]) -> list[Seam]:
-        """Of another family's seams, those that can be closed. Raises InputError for a kind, asked for by name, none of
-        whose seams can.
+        """The seams of another family's model that can be closed.
+
+        Raises InputError for a kind that was asked for by name if none of its seams can.
         """
         for kind in self.remove or ():
             own = [seam for seam in asked if seam.kind == kind]
@@ -144,17 +152,19 @@ class Request:
 
     def every(self, source: Architecture) -> list[Seam]:
         """All open seams, as they are when what is asked for is closed."""
-        values, norms, first_layer = (kind in self.kinds for kind in ("values", "norms", "first_layer"))
-        return seams(source, self.parallel_removes, values or None, norms, first_layer)
+        values, norms, first_layer, queries = (
+            kind in self.kinds for kind in ("values", "norms", "first_layer", "queries")
+        )
+        return seams(source, self.parallel_removes, values or None, norms, first_layer, queries)
 
     def note(self, source: Architecture) -> str:
-        """What of what was asked for stays, as its weights go elsewhere, and why; or nothing."""
+        """What stays although it was asked for, as its weights go elsewhere, and why; or ""."""
         if self.layout == "family":
             return "\n".join(staying(seam for seam in folds(source) if seam.kind in self.kinds))
         if self.layout == "skipless":
             gone = {name for seam in self.seams(source) for name in seam.writers}
             norms = [seam for seam in folds(source) if seam.kind == "norms" and seam.writers[0] not in gone]
-            others = [seam for seam in self.every(source) if seam.kind != "norms"]
+            others = [seam for seam in self.every(source) if seam.kind not in ("norms", "queries")]
             return "\n".join(staying(seam for seam in (*norms, *others) if seam.kind in self.kinds))
         spared = [seam for seam in self.every(source) if seam.kind in self.kinds and seam.spared(self.kinds)]
         if source.block_type != "parallel" or source.residual != "none":
@@ -196,9 +206,9 @@ class Request:
     ) -> tuple[str, str]:
         """The basis, one for the whole model, and why, if that was left open.
 
-        It is "q", whose model is the simplest, if in every layer its expected error in the dtype of storage is at most
-        AS_GOOD times that of "pivoted"; else "pivoted". asked: the seams asked for; forecast: of a stream seam, by q
-        and pivoted in these dtypes, asked for one by one until one decides.
+        It is "q", whose model is the simplest, if in every layer its expected error, as stored, is at most AS_GOOD
+        times that of "pivoted"; else "pivoted". asked: the seams asked for. forecast: gives a stream seam's, by q and
+        pivoted; it is called seam by seam until one decides.
         """
         if self.basis != AUTO:
             return self.basis, ""
@@ -213,15 +223,15 @@ class Request:
             return "pivoted", f"q_proj is ({source.query_width}, {source.hidden_size}), not square"
         worst = 0.0
         for seam in stream:
-            found = forecast(seam)
+            foretold = forecast(seam)
             dtypes = {way: self.stored(tensors, seam, way) for way in ("q", "pivoted")}
-            by_q, pivoted = (found.ways[way].worst(dtype) for way, dtype in dtypes.items())
-            if not found.ways["q"].usable:
+            by_q, pivoted = (foretold.ways[way].worst(dtype) for way, dtype in dtypes.items())
+            if not foretold.ways["q"].usable:
                 return "pivoted", (
-                    f"the condition number of layer {seam.layer}'s q_proj is {found.ways['q'].condition:.1e}"
+                    f"the condition number of layer {seam.layer}'s q_proj is {foretold.ways['q'].condition:.1e}"
                 )
             if by_q > AS_GOOD * pivoted:
-                expected = {"pivoted": pivoted, "q": by_q, "original": max(found.original[dtypes["q"]].values())}
+                expected = {"pivoted": pivoted, "q": by_q, "original": max(foretold.original[dtypes["q"]].values())}
                 errors = ", ".join(f"{name} {error:.1e}" for name, error in expected.items())
                 return "pivoted", f"expected error of layer {seam.layer} in {dtypes['pivoted']}: {errors}"
             worst = max(worst, by_q / pivoted if 0 < pivoted < math.inf else 1.0)

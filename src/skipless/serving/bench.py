@@ -149,8 +149,8 @@ def measure(
             turns[index].append(_turn(runners[index][1], work))
             progress(done := done + 1, total)
     speeds = tuple(
-        _speed(name, runner, work, found, turns[0], bandwidths)
-        for (name, runner), found in zip(runners, turns, strict=True)
+        _speed(name, runner, work, timed, turns[0], bandwidths)
+        for (name, runner), timed in zip(runners, turns, strict=True)
     )
     return Bench(work, median(bandwidths), speeds, engine, dtype, broken)
 

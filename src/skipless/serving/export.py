@@ -8,7 +8,7 @@ from pathlib import Path
 
 from skipless.checkpoint.headers import Folder
 from skipless.checkpoint.others import tell_left_out
-from skipless.checkpoint.staging import LocalPlace, beside
+from skipless.checkpoint.staging import LocalDestination, beside
 from skipless.errors import InputError, extra
 from skipless.rewrite.model_files import OURS
 from skipless.serving.engines import FORMATS
@@ -27,8 +27,8 @@ class Exported:
 def export(source: str | Path, destination: str | Path, *, to: str, weights: str = "f32") -> Exported:
     """Write the skipless model folder `source` for the engine `to` (of FORMATS) into the new folder `destination`.
 
-    weights: how to store them, of the format's WEIGHTS; a plain cast where fewer bits than the source has, so store in
-    half precision with `fuse` first. What else fuse copies along - config.json, tokenizer, licence - is copied, too.
+    weights: how to store them, one of the format's WEIGHTS. To fewer bits it is a plain cast, so store in half
+    precision with `fuse` first. What else fuse copies along - config.json, tokenizer, licence - is copied, too.
     Raises InputError for anything that stands in the way; `destination` then does not exist.
     """
     if to not in FORMATS:
@@ -40,18 +40,18 @@ def export(source: str | Path, destination: str | Path, *, to: str, weights: str
     source, destination = Path(source), Path(destination)
     if Path(os.path.realpath(destination)).is_relative_to(os.path.realpath(source)):
         raise InputError(f"{destination}: expected a folder outside the source {source}, which stays as it is")
-    place = LocalPlace(destination)
-    place.check()
+    dst = LocalDestination(destination)
+    dst.check()
     opened = Folder(source)
     others = [file for file in opened.other_files() if str(file) not in OURS]
     tell_left_out([name for name in opened.left_out() if name not in OURS])
-    with beside(place) as found:
-        folder = found / "model"
+    with beside(dst) as scratch:
+        folder = scratch / "model"
         folder.mkdir()
         for file in (*others, Path("config.json")):
             (folder / file.parent).mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / file, folder / file)
         room.write(source, folder, weights)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        place.publish(folder)
+        dst.publish(folder)
     return Exported(str(destination), to, weights, size)

@@ -27,7 +27,8 @@ from skipless.quiet import errors_only
 from skipless.serving.gguf_tokenizer import add_tokenizer
 
 MODEL = "model.gguf"
-WEIGHTS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+UNDER_8_BITS = ("q5_1", "q5_0", "q4_1", "q4_0")
+WEIGHTS = ("f32", "f16", "bf16", "q8_0", *UNDER_8_BITS)
 # Our activations, by the names that skipless.cpp knows.
 ACTIVATIONS = {
     "silu": "silu",
@@ -49,7 +50,7 @@ def write(source: Path, folder: Path, weights: str) -> None:
     """The skipless model folder `source` as one file in `folder`, read and written tensor by tensor.
 
     weights: how matrices are stored, of WEIGHTS; those whose rows are no multiple of its blocks are in f16, vectors in
-    f32. Raises InputError for a model or a tokenizer that llama.cpp cannot run.
+    f32, rest_proj in q8_0 at least. Raises InputError for a model or a tokenizer that llama.cpp cannot run.
     """
     reader = CheckpointReader(source)
     architecture = read_architecture(reader)
@@ -93,7 +94,8 @@ def check(architecture: Architecture, config: SkiplessConfig) -> None:
         ("sliding_window", "null", config.sliding_window is None),
         ("head_bias", "false", not config.head_bias),
         ("position_offset", "0", not config.position_offset),
-        *((name, "null", getattr(config, name) is None) for name in ("logit_scale", *MULTIPLIERS)),
+        ("logit_scale", "1", config.logit_scale == 1),
+        *((name, "null", getattr(config, name) is None) for name in MULTIPLIERS),
         ("gain_offset", "0", not config.gain_offset),
         ("norms", "none of what P and O give", not set(OUTPUT_NORMS).intersection(config.norms or ())),
         ("qk_norm", "null or 'head_dim'", config.qk_norm != "heads"),
@@ -148,22 +150,24 @@ def add_metadata(writer: gguf.GGUFWriter, config: SkiplessConfig) -> None:
 
 
 def stored_as(name: str, shape: tuple[int, ...], architecture: Architecture, weights: str) -> GGMLQuantizationType:
-    """How a tensor of the file is stored: indices as such, what is no large matrix in fp32, the others as asked."""
+    """How a tensor of the file is stored: indices as such, what is no large matrix in fp32, the others as asked; but
+    rest_proj, which fewer bits are too few for (docs/half-precision.md), in 8 bits at least.
+    """
     if name.endswith("_order"):
         return GGMLQuantizationType.I32
-    rest = architecture.rest_dtype == "float32" and name.endswith("attn_qkv.weight")
-    if len(shape) == 1 or name.endswith((".bias", *IN_FULL)) or rest:
+    rest = name.endswith("attn_qkv.weight")
+    if len(shape) == 1 or name.endswith((".bias", *IN_FULL)) or (rest and architecture.rest_dtype == "float32"):
         return GGMLQuantizationType.F32
-    kind = GGMLQuantizationType[weights.upper()]
+    kind = GGMLQuantizationType["Q8_0" if rest and weights in UNDER_8_BITS else weights.upper()]
     return GGMLQuantizationType.F16 if shape[-1] % GGML_QUANT_SIZES[kind][0] else kind
 
 
 def stored_from(layout: Layout) -> dict[str, list[str]]:
     """Which of the model folder's tensors each of the file's is made of."""
-    found: dict[str, list[str]] = {name: [] for name in layout.shapes}
-    for tensor, place in layout.places.items():
-        found[place.tensors[0]].append(tensor)
-    return found
+    sources: dict[str, list[str]] = {name: [] for name in layout.shapes}
+    for tensor, location in layout.locations.items():
+        sources[location.tensors[0]].append(tensor)
+    return sources
 
 
 def tensor(name: str, parts: list[str], layout: Layout, reader: CheckpointReader) -> np.ndarray[Any, Any]:
@@ -171,22 +175,26 @@ def tensor(name: str, parts: list[str], layout: Layout, reader: CheckpointReader
     if not parts and len(layout.shapes[name]) == 1:
         return np.ones(layout.shapes[name], np.float32)
     if not parts:
-        return whole_values(int(name.split(".")[1]), layout.architecture, reader)
+        kind = "key" if name.endswith("attn_k.weight") else "value"
+        return whole_projection(kind, int(name.split(".")[1]), layout.architecture, reader)
     values = [reader.tensor(part) for part in parts]
-    found = torch.stack(values) if len(values) > 1 else values[0]
-    if not found.dtype.is_floating_point:
-        return found.numpy()
-    if found.numel() < math.prod(layout.shapes[name]):  # a gain of each head, for each of its outputs
-        found = found.repeat_interleave(layout.architecture.head_dim)
-    return found.float().reshape(layout.shapes[name]).numpy()
+    whole = torch.stack(values) if len(values) > 1 else values[0]
+    if not whole.dtype.is_floating_point:
+        return whole.numpy()
+    if whole.numel() < math.prod(layout.shapes[name]):  # a gain of each head, for each of its outputs
+        whole = whole.repeat_interleave(layout.architecture.head_dim)
+    return whole.float().reshape(layout.shapes[name]).numpy()
 
 
-def whole_values(layer: int, architecture: Architecture, reader: CheckpointReader) -> np.ndarray[Any, Any]:
-    """v_proj of a closed value seam with its identity columns, (heads * head_dim, hidden_size)."""
+def whole_projection(
+    kind: str, layer: int, architecture: Architecture, reader: CheckpointReader
+) -> np.ndarray[Any, Any]:
+    """k_proj or v_proj ("key", "value") of a closed seam with its identity columns, (heads * head_dim, hidden_size)."""
     attention = f"model.layers.{layer}.self_attn"
-    weight, order = reader.tensor(f"{attention}.v_proj.weight"), reader.tensor(f"{attention}.value_order").long()
+    weight = reader.tensor(f"{attention}.{kind[0]}_proj.weight")
+    order = reader.tensor(f"{attention}.{kind}_order").long()
     size, heads = architecture.head_dim, architecture.num_key_value_heads
     identity = torch.eye(size, dtype=weight.dtype).expand(heads, -1, -1)
     ordered = torch.cat((identity, weight.unflatten(0, (heads, size))), -1)
-    found = torch.empty_like(ordered).scatter_(-1, order[:, None].expand_as(ordered), ordered)
-    return found.flatten(0, 1).float().numpy()
+    weights = torch.empty_like(ordered).scatter_(-1, order[:, None].expand_as(ordered), ordered)
+    return weights.flatten(0, 1).float().numpy()

@@ -4,32 +4,18 @@ llama.cpp tokenizes with code of its own, which a file chooses by name: byte-lev
 BPE with bytes to fall back on (SentencePiece's) by scores.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import gguf
 from gguf import TokenType
 
+from skipless.checkpoint.gguf_tokens import IGNORES_MERGES, SPACE, SPLITS
 from skipless.checkpoint.headers import read_json_object
 from skipless.errors import InputError
 from skipless.inference import load_tokenizer
 
 FILE = "tokenizer.json"
-# SentencePiece's word boundary.
-SPACE = "\u2581"
-
-CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# How text is split -> llama.cpp's name for it.
-SPLITS = {
-    json.dumps([["ByteLevel", True]]): "gpt-2",
-    json.dumps([["Digits", True], ["ByteLevel", True]]): "smollm",
-    json.dumps([["Split", CONTRACTIONS + r"\p{N}{1,3}" + OTHERS], ["ByteLevel", False]]): "llama-bpe",
-    json.dumps([["Split", CONTRACTIONS + r"\p{N}" + OTHERS], ["ByteLevel", False]]): "qwen2",
-}
-# What takes a word that is a token whole, whether merges lead to it or not.
-IGNORES_MERGES = ("llama-bpe",)
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, source: Path, vocab_size: int) -> None:
@@ -99,17 +85,17 @@ def _split(described: dict[str, Any]) -> str:
     if normalizer.get("type") != "NFC":
         raise _refused("normalizer", "none, or NFC", normalizer.get("type"))
     steps = described.get("pre_tokenizer") or {}
-    found = []
+    splits = []
     for step in steps.get("pretokenizers", [steps]):
         kind = step.get("type")
         if step.get("add_prefix_space"):
             raise _refused("pre_tokenizer.add_prefix_space", "false", True)
         option = {"ByteLevel": "use_regex", "Digits": "individual_digits", "Split": "pattern"}.get(kind)
         value = step.get(option, True)
-        found.append([kind, value.get("Regex", value) if isinstance(value, dict) else value])
-    name = SPLITS.get(json.dumps(found))
+        splits.append((kind, value.get("Regex", value) if isinstance(value, dict) else value))
+    name = next((name for name, steps in SPLITS.items() if steps == splits), None)
     if name is None:
-        raise _refused("pre_tokenizer", f"a way to split text that is one of {', '.join(SPLITS.values())}", found)
+        raise _refused("pre_tokenizer", f"a way to split text that is one of {', '.join(SPLITS)}", splits)
     ignores = bool(described["model"].get("ignore_merges"))
     if ignores != (name in IGNORES_MERGES):
         raise _refused("model.ignore_merges", f"{not ignores} with the split {name}", ignores)
@@ -125,8 +111,8 @@ def _space_prefix(described: dict[str, Any]) -> bool:
     replaced = steps.pop("Replace", {})
     prepended = steps.pop("Prepend", None)
     if splitter or steps or (replaced.get("pattern"), replaced.get("content")) != ({"String": " "}, SPACE):
-        found = (splitter.get("type"), normalizer)
-        raise _refused("normalizer", f"one that replaces spaces by {SPACE}, and no pre_tokenizer", found)
+        named = (splitter.get("type"), normalizer)
+        raise _refused("normalizer", f"one that replaces spaces by {SPACE}, and no pre_tokenizer", named)
     return prepended is not None
 
 

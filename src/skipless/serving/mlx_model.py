@@ -356,7 +356,7 @@ class Model(nn.Module):
         logits = self.lm_head(x) if "lm_head" in self else self.model.embed_tokens.as_linear(x)
         if "head_order" in self:
             logits = mx.concatenate([x, logits], -1)[..., self.head_order]
-        if self.args.logit_scale is not None:
+        if self.args.logit_scale != 1:
             logits = logits * self.args.logit_scale
         cap = self.args.final_logit_softcapping
         return logits if cap is None else cap * mx.tanh(logits / cap)

@@ -93,7 +93,7 @@ def genai(model: PreTrainedModel) -> dict[str, Any]:
     pad = tokens.pad_token_id
     if pad is None:
         pad = eos[0] if isinstance(eos, list) else eos
-    found = {
+    fields = {
         "type": "decoder",
         "vocab_size": config.vocab_size,
         "context_length": config.max_position_embeddings,
@@ -109,4 +109,4 @@ def genai(model: PreTrainedModel) -> dict[str, Any]:
             "head_size": config.head_dim,
         },
     }
-    return {"model": {name: value for name, value in found.items() if value is not None}}
+    return {"model": {name: value for name, value in fields.items() if value is not None}}

@@ -15,7 +15,7 @@ from skipless.serving.running import check_length, disagreement, sequence
 
 
 class Runner:
-    """A model in onnxruntime-genai, decoding greedily and past the end of a text.
+    """A model in onnxruntime-genai (running.Runner), decoding greedily and past the end of a text.
 
     folder: a model folder, or one that `export` wrote.
     """

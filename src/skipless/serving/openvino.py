@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import openvino as ov
@@ -139,19 +138,27 @@ def described(name: str, shape: ov.PartialShape) -> VariableInfo:
 
 
 def compress(model: ov.Model, weights: str) -> ov.Model:
-    """Weights rounded to int8 (each row its own scale) or int4 (each 128 of a row; the tables int8), by NNCF."""
+    """Weights rounded to int8 (each row its own scale) or int4 (each 128 of a row its own), by NNCF.
+
+    With int4, the tables have 8 bits, and so has rest_proj, for which 4 are too few (docs/half-precision.md).
+    """
     import nncf
 
-    options: dict[str, Any] = {"mode": nncf.CompressWeightsMode.INT8_ASYM}
-    if weights == "int4":  # rows of another multiple than of 128 have smaller groups
-        fallback = nncf.AdvancedCompressionParameters(group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST)
-        options = {"mode": nncf.CompressWeightsMode.INT4_SYM, "group_size": 128, "advanced_parameters": fallback}
     with errors_only("nncf"), redirect_stdout(io.StringIO()):  # its progress bar
-        return nncf.compress_weights(model, **options)
+        if weights == "int4":  # rows of another multiple than of 128 have smaller groups
+            fallback = nncf.AdvancedCompressionParameters(group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST)
+            model = nncf.compress_weights(
+                model,
+                mode=nncf.CompressWeightsMode.INT4_SYM,
+                group_size=128,
+                ignored_scope=nncf.IgnoredScope(patterns=[".*rest_proj.*"], validate=False),
+                advanced_parameters=fallback,
+            )
+        return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)  # what is not int4 yet
 
 
 class Runner:
-    """A model in OpenVINO's own runtime, decoding greedily.
+    """A model in OpenVINO's own runtime (running.Runner), decoding greedily.
 
     folder: a model folder, or one that `export` wrote (with the weights it has). precision: float32, bfloat16, int8 or
     int4: of weights, and which of OpenVINO's options go with them (DECODING).

@@ -10,7 +10,10 @@ LENGTHS = 64, 16
 
 
 class Runner(Protocol):
-    """A model as bench sees one. bytes_per_token: bytes of weights that are read to decode a token at batch 1."""
+    """A model in an engine, as bench sees it; each engine's module has a class Runner that is one.
+
+    bytes_per_token: bytes of weights that are read to decode a token at batch 1.
+    """
 
     bytes_per_token: int
 
@@ -27,15 +30,16 @@ def sequence(length: int, vocab_size: int) -> list[int]:
 
 
 def disagreement(decode: Callable[[list[int], int], list[int]], prompt: list[int], tokens: int) -> str | None:
-    """What is wrong with the cache of an engine that shows its tokens alone, or None: decoded with it, more than half
-    of them are others than those that a pass without it, of all before each, gives. At most LENGTHS are looked at.
+    """What is wrong with the cache of an engine that shows nothing but its tokens, or None.
 
-    decode: the greedy continuation of a prompt, by so many tokens; its first token comes of a pass without a cache.
+    It is broken if more than half of the tokens decoded with it differ from those of passes without it, over all that
+    comes before each. At most LENGTHS of prompt and tokens are looked at. decode: the greedy continuation of a prompt,
+    by so many tokens; its first token comes from a pass without a cache.
     """
     prompt, tokens = prompt[: LENGTHS[0]], min(tokens, LENGTHS[1])
-    found = decode(prompt, tokens)
-    again = [decode(prompt + found[:number], 1)[0] for number in range(1, len(found))]
-    same = sum(one == other for one, other in zip(found[1:], again, strict=True))
+    decoded = decode(prompt, tokens)
+    again = [decode(prompt + decoded[:number], 1)[0] for number in range(1, len(decoded))]
+    same = sum(one == other for one, other in zip(decoded[1:], again, strict=True))
     if 2 * same >= len(again):
         return None
     return f"of {len(again)} tokens, {len(again) - same} are others than a pass without it gives"

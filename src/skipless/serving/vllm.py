@@ -54,7 +54,7 @@ class SkiplessVerification(VerifyAndUpdateConfig):
 
 
 class Runner:
-    """A model as bench sees one, compiled as vLLM does by default. precision: a torch dtype's name."""
+    """A model in vLLM (running.Runner), compiled as vLLM does by default. precision: a torch dtype's name."""
 
     def __init__(self, folder: Path, precision: str):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # else a token is there when another process has sent it
@@ -101,8 +101,8 @@ class Runner:
         check_length(prompt, tokens, config.max_model_len)
 
         def decode(ids: list[int], count: int) -> list[int]:
-            *_, (found,) = self._decode(ids, 1, count)
-            return found
+            *_, (decoded,) = self._decode(ids, 1, count)
+            return decoded
 
         return disagreement(decode, sequence(prompt, config.get_vocab_size()), tokens)
 

@@ -56,15 +56,17 @@ class SkiplessForCausalLM(TransformersForCausalLM):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        vocabulary, passed = self.config.vocab_size, self.config.hidden_size
+        scale, cap = self.config.logit_scale, self.config.final_logit_softcapping
+        # vLLM scales what it has capped; the model caps what it has scaled
+        self.logits_processor = LogitsProcessor(
+            vocabulary, logits_as_input=self.config.head_removed, scale=scale, soft_cap=cap and cap / scale
+        )
         if self.config.head_removed:
-            vocabulary, passed = self.config.vocab_size, self.config.hidden_size
             name = maybe_prefix(prefix, "lm_head")
             self.lm_head = ParallelLMHead(vocabulary - passed, passed, quant_config=self.quant_config, prefix=name)
             self.lm_head.register_buffer("column_order", torch.arange(vocabulary, dtype=torch.int32))
             self.other_logits = LogitsProcessor(vocabulary - passed)
-            self.logits_processor = LogitsProcessor(
-                vocabulary, logits_as_input=True, soft_cap=self.config.final_logit_softcapping
-            )
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         if not self.config.head_removed:
@@ -85,9 +87,10 @@ class SkiplessForCausalLM(TransformersForCausalLM):
     def replace_special(self, attention: Any, name: str) -> None:
         """Give an attention module vLLM's ranks, and the projections that it reads in its own way."""
         attention.split_heads, attention.gather_heads = SplitHeads(), GatherHeads()
-        if attention.value_order is not None:
-            linear = attention.v_proj
-            attention.v_proj = PlainWeight(linear.input_size, linear.output_size)
+        for order, projection in (("key_order", "k_proj"), ("value_order", "v_proj")):
+            if getattr(attention, order) is not None:
+                linear = getattr(attention, projection)
+                setattr(attention, projection, PlainWeight(linear.input_size, linear.output_size))
         if self.config.rest_dtype is not None and attention.rest_proj is not None:
             linear = attention.rest_proj
             attention.rest_proj = ReplicatedLinear(

@@ -23,9 +23,9 @@ from skipless.serving.running import Runner
 
 def runner(engine: str, folder: Path, precision: str, compiled: bool) -> Runner:
     """Load a model folder into an engine. compiled: by torch (decoding.prepare_decoding)."""
-    found = ENGINES[engine]
-    with extra(found.extra) if found.extra else nullcontext():
-        room = import_module(f"skipless.serving.{found.module}")
+    chosen = ENGINES[engine]
+    with extra(chosen.extra) if chosen.extra else nullcontext():
+        room = import_module(f"skipless.serving.{chosen.module}")
     opened: Runner = room.open_runner(folder, precision, compiled)
     return opened
 
@@ -54,13 +54,13 @@ class Worker:
         """As a Runner."""
         answer = self._ask("generate", batch=batch, prompt=prompt, tokens=tokens)
         self.peak_memory: int = answer["peak_memory"]
-        times: list[float] = answer["found"]
+        times: list[float] = answer["result"]
         return times
 
     def broken_cache(self, prompt: int, tokens: int) -> str | None:
-        """As a Runner."""
-        found: str | None = self._ask("broken_cache", prompt=prompt, tokens=tokens)["found"]
-        return found
+        """What is wrong with the Runner's cache, or None."""
+        problem: str | None = self._ask("broken_cache", prompt=prompt, tokens=tokens)["result"]
+        return problem
 
     def close(self) -> None:
         """End the process."""
@@ -105,8 +105,8 @@ def serve(load: Callable[[], Runner]) -> None:
         answer(load_seconds=time.perf_counter() - start, bytes_per_token=model.bytes_per_token)
         for line in sys.stdin:
             asked = json.loads(line)
-            found = getattr(model, asked.pop("method"))(**asked)
-            answer(found=found, peak_memory=peak_memory())
+            result = getattr(model, asked.pop("method"))(**asked)
+            answer(result=result, peak_memory=peak_memory())
     except InputError as error:
         answer(error=str(error))
 

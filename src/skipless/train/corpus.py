@@ -75,7 +75,7 @@ def make(recipe: Recipe, vocab_size: int, folder: Path) -> None:
 
 
 def made(recipe: Recipe, vocab_size: int, folder: Path, sequences_per_step: int) -> Corpus:
-    """What `make` has left in `folder`, in blocks. Of the training text, whole steps.
+    """What `make` has left in `folder`, in blocks; the training text is cut to whole steps.
 
     Raises InputError for less text than a step takes.
     """

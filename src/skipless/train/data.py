@@ -74,7 +74,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def encoded(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[list[int], int]]:
-    """Of each text, its tokens with END_OF_FILE, or what the tokenizer has for it, behind them, and its bytes.
+    """Each text's tokens, with END_OF_FILE (or the tokenizer's own such token) behind them, and its size in bytes.
 
     Raises InputError for a tokenizer that has no such token.
     """
@@ -83,12 +83,12 @@ def encoded(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Iterato
     texts = iter(texts)
     while batch := list(itertools.islice(texts, ENCODED)):
         tokens = tokenizer.backend_tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-        for text, found in zip(batch, tokens, strict=True):
-            yield [*found.ids, tokenizer.eos_token_id], len(text.encode())
+        for text, encoding in zip(batch, tokens, strict=True):
+            yield [*encoding.ids, tokenizer.eos_token_id], len(text.encode())
 
 
 def write_tokens(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast, file: Path, dtype: Any) -> tuple[int, int]:
-    """Write the tokens of all texts, one behind the other, as integers of `dtype`; how many, and of how many bytes."""
+    """Write the tokens of all texts as integers of `dtype`. Returns how many they are, and the texts' bytes."""
     count, size = 0, 0
     with file.open("wb") as out:
         for tokens, length in encoded(texts, tokenizer):

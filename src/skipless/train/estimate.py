@@ -14,9 +14,11 @@ from skipless.train.run import new_config
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """tokens_per_step: of all processes; tokens: of all steps; flops: 6 a weight and token, of all steps, without the
-    attention's. memory: bytes a process by what takes them, without what the allocator and the libraries take.
+class TrainingEstimate:
+    """What a run would take.
+
+    tokens_per_step: of all processes. tokens: of all steps. flops: of all steps, 6 a weight and token, without the
+    attention's. memory: bytes a process, by what takes them, without the allocator's and the libraries' own.
     """
 
     parameters: int
@@ -26,12 +28,13 @@ class Estimate:
     memory: dict[str, int]
 
 
-def estimate(recipe: Recipe, processes: int) -> Estimate:
-    """Foretell a run of so many processes, one a GPU.
+def estimate(recipe: Recipe, processes: int) -> TrainingEstimate:
+    """What a run of so many processes, one a GPU, would take.
 
-    Weights, gradients and optimizer are in fp32 and, with FSDP, spread over the processes; a layer's weights and
-    gradients are then whole while it is computed (and the next one's weights are on their way), those outside of layers
-    all the time. Without FSDP, bf16 keeps a copy of the weights. Raises InputError for a [model] that is none.
+    Weights, gradients and optimizer are in fp32. FSDP spreads them over the processes; then a layer's weights and
+    gradients are whole while it is computed (and the next layer's weights, which are fetched meanwhile), and those
+    outside of layers all the time. Without FSDP, bf16 keeps a copy of the weights. Raises InputError for a [model] that
+    is none.
     """
     config = new_config(recipe)
     computed = torch.bfloat16 if recipe.bf16 else torch.float32
@@ -57,7 +60,7 @@ def estimate(recipe: Recipe, processes: int) -> Estimate:
     elif recipe.bf16:
         memory["bfloat16 weights"] = 2 * weights
     step = recipe.batch_size * recipe.accumulate * recipe.sequence_length * processes
-    return Estimate(weights, step, step * recipe.steps, 6 * weights * step * recipe.steps, memory)
+    return TrainingEstimate(weights, step, step * recipe.steps, 6 * weights * step * recipe.steps, memory)
 
 
 def _activations(model: SkiplessForCausalLM, batch: int, length: int) -> tuple[int, list[int]]:

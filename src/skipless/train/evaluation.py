@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,10 +54,13 @@ def evaluate(
     sequence_length: int | None = None,
     most_tokens: int | None = None,
     dtype: torch.dtype = torch.float32,
+    progress: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> Evaluation:
-    """Evaluate a model folder that transformers loads on texts, as the trainer does on what it holds out: documents one
-    behind the other, cut into sequences, whose first tokens are not predicted.
+    """Evaluate a model folder that transformers loads on texts, as the trainer evaluates on what it holds out.
 
+    The documents are joined and cut into sequences, whose first tokens are not predicted.
+
+    `progress` is called with the tokens done, and with the most there may be, or None: a text is read as it comes.
     Raises InputError for files that cannot be read, and for fewer tokens than a sequence has.
     """
     model = load(folder, dtype).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -72,6 +75,7 @@ def evaluate(
         ids = torch.tensor(part[: len(part) - len(part) % length], device=model.device).view(-1, length)
         total += model(input_ids=ids, labels=ids).loss.item() * len(ids)
         sequences += len(ids)
+        progress(sequences * length, most_tokens)
     if not sequences:
         raise InputError(f"sequence_length: expected at most the text's {len(part)} tokens, found {length}")
     loss = total / sequences

@@ -1,4 +1,4 @@
-"""Fading, while a run goes on, what the model at its end does not have: skip connections and norms.
+"""Fade out, during a run, what the model shall not have at its end: skip connections and norms.
 
 With t from 0 to 1 as the recipe's [schedule] says: a skip is multiplied by 1 - t; a norm divides by r^(1 - t) c^t, with
 r the root mean square of the token at hand (of layer norms: the standard deviation) and c what it has been of late, of
@@ -189,12 +189,12 @@ def final(config: SkiplessConfig, state: State | None, schedule: Schedule) -> Sk
 
 
 def takers(architecture: Architecture) -> Iterable[Norm]:
-    """Of each norm, in the order of computation, which modules take it in. Raises InputError if there are none."""
-    a, found = architecture, graph(architecture)
+    """Each norm, in the order of computation, with the modules that take it in. Raises InputError if there are none."""
+    a, spaces = architecture, graph(architecture)
     modules = {module.name: module for module in a.modules()}
     biases = {module.name for module in a.norm_modules() if module.bias}
     for name in (name for name in a.norm_names() if a.has_norm(name)):
-        readers = found.through(name)
+        readers = spaces.through(name)
         able = {
             each for each, module in modules.items()
             if module.inputs == a.hidden_size and not module.table
@@ -225,7 +225,7 @@ def _writers(norm: str, a: Architecture) -> tuple[str, ...]:
 
 
 def biased(norm: Norm, architecture: Architecture) -> tuple[Module, ...]:
-    """Of the modules that take a norm in, those whose bias takes the norm's in."""
+    """The modules that take a norm's bias in, of those that take the norm in."""
     if not any(module.bias for module in architecture.norm_modules() if module.name == norm.name):
         return ()
     ffn = tuple(module for module in norm.writers if ".mlp." in module.name)  # experts' weights sum to 1

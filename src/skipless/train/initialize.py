@@ -28,11 +28,11 @@ def initialize(model: SkiplessForCausalLM, sharpness: tuple[float, ...] = ()) ->
     nor a gate bias.
     """
     config = model.config
-    removed = (config.values_removed, config.head_removed, config.first_layer_removed)
+    removed = (config.values_removed, config.keys_removed, config.head_removed, config.first_layer_removed)
     if config.stream_basis == "pivoted" or any(removed):
         raise InputError(
-            "stream_basis, values_removed, head_removed, first_layer_removed: expected a model with whole matrices to "
-            "start training from, found one that was fused"
+            "stream_basis, values_removed, keys_removed, head_removed, first_layer_removed: expected a model with "
+            "whole matrices to start training from, found one that was fused"
         )
     gated = config.ffn_type != "mlp" and not (config.gate_bias or config.mlp_bias)
     if gated and config.norm_type == "none":
@@ -52,8 +52,9 @@ def initialize(model: SkiplessForCausalLM, sharpness: tuple[float, ...] = ()) ->
 
 
 def initialize_attention(attention: SkiplessAttention, sharpness: float) -> None:
-    """Orthogonal Q, V, P, and K = sharpness Q, summed over each group. Of an absent Q, the identity, and with an absent
-    K, Q = sharpness.
+    """Orthogonal Q, V, P, and K = sharpness Q, summed over each group.
+
+    An absent Q is the identity. Where K is absent, Q is sharpness times the identity.
     """
     for linear in (attention.q_proj, attention.v_proj, attention.o_proj):
         if linear is not None:
@@ -68,8 +69,9 @@ def initialize_attention(attention: SkiplessAttention, sharpness: float) -> None
 
 
 def initialize_ffn(mlp: SkiplessMLP) -> None:
-    """M orthogonal, O its pseudo-inverse, which is its transpose, over the activation's gain. A gate with a bias starts
-    open (1) and nearly constant; one without, under a norm, as any matrix.
+    """M orthogonal, O its pseudo-inverse - its transpose - over the activation's gain.
+
+    A gate with a bias starts open (1) and nearly constant. One without, which a norm precedes, starts as any matrix.
     """
     nn.init.orthogonal_(mlp.up_proj.weight)
     if mlp.gate_proj is None:

@@ -18,7 +18,7 @@ LINES = "log.jsonl"
 
 
 def is_first() -> bool:
-    """Whether this process is the one of those that torchrun has started (or the only one) that prints and writes."""
+    """Whether this is the process that prints and writes: the first of those that torchrun started, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -64,8 +64,9 @@ class Bar(TrainerCallback):
 
 
 class Lines(TrainerCallback):
-    """A JSON object a line: step, tokens seen, tokens/s, and what Trainer logs. Lines after the checkpoint from which a
-    run goes on are taken back.
+    """A JSON object a line: step, tokens seen, tokens/s, and what Trainer logs.
+
+    Where a run goes on from a checkpoint, the lines after that are removed.
     """
 
     def __init__(self, file: Path, bar: Bar):

@@ -44,8 +44,9 @@ def _step(checkpoint: Path | None) -> int:
 
 
 def check_folder(out: Path, recipe: Recipe, resume: bool) -> None:
-    """Refuse to write over files, to resume what is not there or is done, or to resume with another recipe; more steps
-    than before may be asked for.
+    """Raise InputError if a run would write over files, or cannot be resumed.
+
+    A run that is not there, or is done, cannot be resumed; nor can one with another recipe, but for more steps.
     """
     saved = out / CHECKPOINTS / RECIPE
     if not resume:
@@ -98,12 +99,12 @@ def new_model(recipe: Recipe) -> SkiplessForCausalLM:
 
 
 def write_down(recipe: Recipe, done: int, checkpoints: Path) -> None:
-    """Keep the recipe of a run, and after how many steps it was done (0: not yet), whole whenever it is killed."""
+    """Keep the recipe of a run, and after how many steps it was done (0: not yet), in one replacement of the file."""
     files.replace(checkpoints / RECIPE, [json.dumps(recipe.to_json() | {"done": done}).encode()])
 
 
 def prepare(recipe: Recipe, vocab_size: int, sequences: int, checkpoints: Path) -> None:
-    """Write down the recipe, and its text as tokens, unless a killed run has; nothing, if that cannot be trained on."""
+    """Write the recipe, and its text as tokens, unless a killed run has; nothing, if the text cannot be trained on."""
     new = [folder for folder in (checkpoints, checkpoints.parent) if not folder.exists()]
     checkpoints.mkdir(parents=True, exist_ok=True)
     saved = checkpoints / RECIPE
@@ -141,14 +142,14 @@ def save(trainer: SkiplessTrainer, recipe: Recipe, tokenizer: PreTrainedTokenize
 
 
 def train(recipe: Recipe, out: Path, *, resume: bool = False) -> dict[str, float | None]:
-    """Train, and leave a model folder with its tokenizer in `out`; returns held-out loss (nats a token), bits a byte
-    (None where the tokens came without a tokenizer).
+    """Train, and leave a model folder with its tokenizer in `out`.
 
-    `out`/checkpoints has the tokens and the newest checkpoints, from which `resume` goes on: after a kill (from the
-    start if there is none yet), or, with more steps, after the end. `out`/log stays, too. Of several processes, which
-    torchrun starts, each takes a batch of its own, and the first alone prints and writes. Raises InputError when `out`
-    is not empty (without `resume`), or has no run to resume (with it), for a model or corpus that cannot be trained,
-    and when the loss stops being a number.
+    Returns the held-out loss (nats a token), and bits a byte (None where the tokens came without a tokenizer).
+    `out`/checkpoints has the tokens and the newest checkpoints. `resume` goes on from there: after a kill (from the
+    start if there is no checkpoint yet), or, with more steps, after the end. `out`/log stays, too. Where torchrun has
+    started several processes, each takes a batch of its own, and the first alone prints and writes. Raises InputError
+    when `out` is not empty (without `resume`), or has no run to resume (with it), for a model or corpus that cannot be
+    trained, and when the loss stops being a number.
     """
     checkpoints = out / CHECKPOINTS
     if is_first():

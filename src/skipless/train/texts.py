@@ -20,15 +20,15 @@ KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".npy": "toke
 
 def matching(patterns: Sequence[str]) -> list[Path]:
     """The files of shell patterns (** for any folders), each once, in order. Raises InputError for one without any."""
-    found: dict[Path, None] = {}
+    matched: dict[Path, None] = {}
     for pattern in patterns:
         paths = sorted(map(Path, iglob(str(Path(pattern).expanduser()), recursive=True)))  # noqa: PTH207  (Path has no absolute ones)
         files = [path for path in paths if path.is_file() or _saved_by_datasets(path)]
         if not files:
-            seen = f"folders; name what is in them: {pattern.rstrip('/')}/**/*.txt" if paths else "none"
-            raise InputError(f"{pattern}: expected files, found {seen}")
-        found |= dict.fromkeys(files)
-    return list(found)
+            found = f"folders; name what is in them: {pattern.rstrip('/')}/**/*.txt" if paths else "none"
+            raise InputError(f"{pattern}: expected files, found {found}")
+        matched |= dict.fromkeys(files)
+    return list(matched)
 
 
 def kind_of(files: Sequence[Path]) -> str:

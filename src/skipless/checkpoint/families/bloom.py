@@ -34,4 +34,6 @@ FAMILY = Family(
         "mlp.down_proj": "mlp.dense_4h_to_h",
     },
     qkv="grouped",
+    computes={"hidden_act": lambda config: "gelu_pytorch_tanh", "norm_eps": "layer_norm_epsilon"},
+    requires={"apply_residual_connection_post_layernorm": False},
 )

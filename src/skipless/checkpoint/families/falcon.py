@@ -71,5 +71,5 @@ FAMILY = Family(
         "max_position_embeddings": "max_position_embeddings",
         "rope_parameters": whole_rope,
     },
-    requires={"alibi": False},  # whose slopes it scales as it does the scores
+    requires={"alibi": False},  # whose distances it rounds to bf16, and scales as it does the scores
 )

@@ -9,8 +9,8 @@ from skipless.checkpoint.family import Config
 
 def ropes(config: Config) -> dict[str, Any]:
     """RoPE's parameters of each kind of layers, or, where all are of one, its own."""
-    found = {kind: dict(config["rope_parameters"][kind]) for kind in sorted(set(config["layer_types"]))}
-    return found if len(found) > 1 else next(iter(found.values()))
+    parameters = {kind: dict(config["rope_parameters"][kind]) for kind in sorted(set(config["layer_types"]))}
+    return parameters if len(parameters) > 1 else next(iter(parameters.values()))
 
 
 FAMILY = dataclasses.replace(

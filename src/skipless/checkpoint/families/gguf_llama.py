@@ -1,6 +1,6 @@
 """GGUF files of architecture "llama": Llama, Mistral, SmolLM2; queries and keys in interleaved RoPE's order."""
 
-from skipless.checkpoint.family import LLAMA_FIXED, Family
+from skipless.checkpoint.family import LLAMA_COMPUTES, LLAMA_FIXED, Family
 
 FAMILY = Family(
     model_types=("gguf-llama",),
@@ -34,4 +34,5 @@ FAMILY = Family(
         "mlp.down_proj": "ffn_down",
     },
     buffers=("rope_freqs.",),
+    computes=LLAMA_COMPUTES,  # of the Llama that gguf_folder makes of it
 )

@@ -2,7 +2,8 @@
 
 They have the tensors of the model folder, under llama.cpp's names, but for these: an FFN's experts lie in one tensor;
 a gain of a head is there for each of its outputs; a norm that acts without a gain has one of 1, by which llama.cpp
-knows it; and the values of a closed seam have their identity columns back, which cost less than gathering others would.
+knows it; and the keys and values of a closed seam have their identity columns back, which cost less than gathering
+others would.
 """
 
 import json
@@ -11,7 +12,7 @@ from typing import Any
 
 from skipless.architecture.config import Architecture, Module
 from skipless.checkpoint.families import gguf_llama
-from skipless.checkpoint.family import Config, Family, Layout, Place
+from skipless.checkpoint.family import Config, Family, Layout, Location
 from skipless.errors import InputError
 
 # The metadata that holds config.json.
@@ -19,8 +20,8 @@ CONFIG = "skipless.config"
 
 
 class SkiplessLayout(Layout):
-    """Where a GGUF file of a skipless architecture has its tensors; of values of a closed seam, and of gains of 1, no
-    places.
+    """Where a GGUF file of a skipless architecture has its tensors; of keys and values of a closed seam, and of
+    gains of 1, no places.
     """
 
     def __init__(self, family: Family, architecture: Architecture, *names: Any):
@@ -29,25 +30,26 @@ class SkiplessLayout(Layout):
         for layer in range(architecture.num_hidden_layers):
             for tensor in architecture.gain_tensors(layer):
                 stored = self._stored(tensor)
-                self.places[tensor] = Place((stored,), tuple((head * size, head * size + 1) for head in heads))
+                self.locations[tensor] = Location((stored,), tuple((head * size, head * size + 1) for head in heads))
                 self.shapes[stored] = (architecture.query_width,)
         for norm in architecture.gains_removed:
             self.shapes[f"{self._stored(norm)}.weight"] = (architecture.hidden_size,)
         for tensor, shape in architecture.index_tensors().items():
-            if not tensor.endswith("value_order"):
+            if not tensor.endswith(("key_order", "value_order")):
                 stored = self._stored(tensor)
-                self.places[tensor] = Place((stored,))
+                self.locations[tensor] = Location((stored,))
                 self.shapes[stored] = shape
 
     def _module(self, module: Module) -> None:
         parts, stored = module.name.split("."), self._stored(module.name)
+        closed = {"k_proj": self.architecture.keys_removed, "v_proj": self.architecture.values_removed}
         if parts[4:5] == ["experts"]:
             expert = int(parts[5])
             for tensor, shape in module.tensors().items():
                 stacked = f"{stored}.{tensor.rpartition('.')[2]}"
-                self.places[tensor] = Place((stacked,), ((expert, expert + 1),))
+                self.locations[tensor] = Location((stacked,), ((expert, expert + 1),))
                 self.shapes[stacked] = (self.architecture.num_local_experts, *shape)
-        elif parts[-1] == "v_proj" and self.architecture.values_removed:
+        elif closed.get(parts[-1]):
             self.shapes[f"{stored}.weight"] = (module.outputs, self.architecture.hidden_size)
         else:
             super()._module(module)

@@ -1,6 +1,24 @@
 """MPT: ALiBi, no biases, norms included. As transformers builds it: the FFN is four times as wide as the stream."""
 
-from skipless.checkpoint.family import Family
+from skipless.checkpoint.family import Config, Family
+from skipless.errors import InputError
+
+
+def scaling(config: Config) -> float | None:
+    """By what scores are multiplied. Raises InputError for what no skipless model does to them."""
+    heads, attention = config["n_heads"], config["attn_config"] or {}
+    if heads & (heads - 1):
+        raise InputError(
+            f"config.json: n_heads: expected a power of 2, as others have slopes in an order of MPT's own, for layout "
+            f"skipless, found {heads}; use layout family"
+        )
+    if (clipped := attention.get("clip_qkv")) is not None:
+        raise InputError(
+            f"config.json: attn_config.clip_qkv: expected none for layout skipless, found {clipped}; use layout family"
+        )
+    found: float | None = attention.get("softmax_scale")
+    return found
+
 
 FAMILY = Family(
     model_types=("mpt",),
@@ -31,5 +49,11 @@ FAMILY = Family(
         "self_attn.o_proj": "attn.out_proj",
         "mlp.up_proj": "ffn.up_proj",
         "mlp.down_proj": "ffn.down_proj",
+    },
+    computes={
+        "hidden_act": lambda config: "gelu",
+        "norm_eps": "layer_norm_epsilon",
+        "max_position_embeddings": "max_seq_len",
+        "attention_multiplier": scaling,
     },
 )

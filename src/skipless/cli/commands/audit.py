@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from skipless.cli.options import as_json, parse_removal, removal_options
+from skipless.cli.options import as_json, expect_weights, parse_removal, removal_options
 from skipless.cli.output import count_bar, out, print_json, tell_of_other_model_files
 
 
@@ -25,6 +25,7 @@ def audit(model: Path, plot: Path | None, as_json: bool, **removal: Any) -> None
     For every layer: condition numbers of Q, K, V and P, and the relative errors of q, k, v and of M's outputs to expect
     from each way to remove them, stored in each dtype, beside the original's own.
     """
+    expect_weights(model)
     from skipless.cli import plotting, tables
     from skipless.reports import auditing
 
@@ -33,14 +34,14 @@ def audit(model: Path, plot: Path | None, as_json: bool, **removal: Any) -> None
         plotting.check(plot)
     tell_of_other_model_files(model)
     with count_bar("auditing") as progress:
-        found = auditing.audit(model, progress=progress, **options)
+        audited = auditing.audit(model, progress=progress, **options)
     if plot is not None:
-        plotting.plot_conditions(found, plot, f"{model.resolve().stem}: condition numbers")
+        plotting.plot_conditions(audited, plot, f"{model.resolve().stem}: condition numbers")
     if as_json:
-        print_json({**dataclasses.asdict(found), "safe": found.safe})
+        print_json({**dataclasses.asdict(audited), "safe": audited.safe})
     else:
-        for table in tables.audit_tables(found):
+        for table in tables.audit_tables(audited):
             out.print_table(table)
-        for line in tables.audit_lines(found):
+        for line in tables.audit_lines(audited):
             out.print(line, soft_wrap=True)
-    sys.exit(0 if found.safe else 1)
+    sys.exit(0 if audited.safe else 1)

@@ -61,7 +61,7 @@ def bench(
     tell_of_other_model_files(*models)
     work = room.Work(batches or (1,), context, tokens, prefill)
     with count_bar("timing") as progress:
-        found = room.bench(
+        timed = room.bench(
             models,
             shape=shape,
             layers=layers,
@@ -73,12 +73,12 @@ def bench(
             progress=progress,
         )
     if plot is not None:
-        plotting.plot_speeds(found, plot)
+        plotting.plot_speeds(timed, plot)
     if as_json:
-        print_json(dataclasses.asdict(found))
+        print_json(dataclasses.asdict(timed))
     else:
-        out.print(tables.bench_line(found), soft_wrap=True)
-        out.print_table(tables.bench_table(found))
-        for name, problem in found.broken_caches.items():
+        out.print(tables.bench_line(timed), soft_wrap=True)
+        out.print_table(tables.bench_table(timed))
+        for name, problem in timed.broken_caches.items():
             out.print(f"a broken cache: {name}: {problem}", soft_wrap=True)
-    sys.exit(1 if found.broken_caches else 0)
+    sys.exit(1 if timed.broken_caches else 0)

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from skipless.cli.options import as_json
-from skipless.cli.output import out, print_json
+from skipless.cli.output import count_bar, out, print_json
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import extra
 
@@ -34,13 +34,19 @@ def eval_command(
 
         from skipless.train.evaluation import evaluate
 
-    found = evaluate(
-        model, data, field=field, sequence_length=sequence_length, most_tokens=tokens, dtype=getattr(torch, dtype)
-    )
-    if as_json:
-        print_json(dataclasses.asdict(found))
-    else:
-        bits = "" if found.bits_per_byte is None else f"{found.bits_per_byte:.3f} bits a byte, "
-        out.print(
-            f"{found.loss:.3f} nats a token, {bits}perplexity {found.perplexity:,.1f}, on {found.tokens:,} tokens"
+    with count_bar("evaluating") as progress:
+        result = evaluate(
+            model,
+            data,
+            field=field,
+            sequence_length=sequence_length,
+            most_tokens=tokens,
+            dtype=getattr(torch, dtype),
+            progress=progress,
         )
+    if as_json:
+        print_json(dataclasses.asdict(result))
+    else:
+        bits = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.3f} bits a byte, "
+        line = f"{result.loss:.3f} nats a token, {bits}perplexity {result.perplexity:,.1f}, on {result.tokens:,} tokens"
+        out.print(line, soft_wrap=True)

@@ -28,9 +28,9 @@ def export(model: Path, destination: Path, to: str, weights: str, as_json: bool)
     from skipless.serving import export as room
 
     with waiting(f"exporting for {to}"):
-        found = room.export(model, destination, to=to, weights=weights)
+        written = room.export(model, destination, to=to, weights=weights)
     if as_json:
-        print_json(dataclasses.asdict(found))
+        print_json(dataclasses.asdict(written))
     else:
-        line = f"wrote {destination} for {to}: weights in {weights}, {found.bytes / 1e6:,.1f} MB"
+        line = f"wrote {destination} for {to}: weights in {weights}, {written.bytes / 1e6:,.1f} MB"
         out.print(line, soft_wrap=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from skipless.cli.options import as_json, parse_removal, parse_size, removal_options
+from skipless.cli.options import as_json, expect_weights, parse_removal, parse_size, removal_options
 from skipless.cli.output import err, out, print_json, waiting, work_bar
 
 
@@ -59,8 +59,10 @@ def fuse(
 
     Of a skipless model Q (or K, V) and P go. Of a model with skips and norms, of any family that is known, no tensor
     goes: gains of norms and biases move into the matrices beside them, and become 1 and 0; it loads wherever SRC does.
-    With --layout skipless these, and a block of each head of V, go; it then loads as a skipless model.
+    With --layout skipless these, and a block of each head of V, go; it then loads as a skipless model. SRC may be a
+    GGUF file of an ordinary Llama.
     """
+    expect_weights(source)
     from skipless.checkpoint.remote import shown
     from skipless.cli import tables
     from skipless.rewrite import fusion
@@ -92,7 +94,7 @@ def fuse(
                     **options,
                 )
             except (KeyboardInterrupt, SystemExit):
-                if fusion.destination_place(destination).unfinished.exists():
+                if fusion.destination_at(destination).unfinished.exists():
                     again = [shown(word) for word in sys.argv[1:] if word != "--resume"]
                     line = f"interrupted; go on with: skipless {shlex.join(again)} --resume"
                     err.print(line, soft_wrap=True)

@@ -35,16 +35,16 @@ def report(source: Path, fused: Path, page: Path, prompt: str | None, tokens: in
     if any(place.is_relative_to(os.path.realpath(folder)) for folder in (source, fused)):
         raise InputError(f"--html: expected a file outside of SRC and DST, which stay as they are, found {page}")
     with step_bar("reporting") as progress:
-        found = overview.overview(
+        summary = overview.overview(
             source,
             fused,
             prompt=verification.DEFAULT_PROMPT if prompt is None else prompt,
             tokens=tokens,
             progress=progress,
         )
-    files.replace(place, [render(found).encode()])
+    files.replace(place, [render(summary).encode()])
     if as_json:
-        print_json(dataclasses.asdict(found))
+        print_json(dataclasses.asdict(summary))
     else:
-        out.print(f"{found.report.note}; wrote {page}", soft_wrap=True)
-    sys.exit(0 if found.report.same else 1)
+        out.print(f"{summary.report.note}; wrote {page}", soft_wrap=True)
+    sys.exit(0 if summary.report.same else 1)

@@ -12,7 +12,7 @@ from skipless.cli.output import err, out, print_json
 from skipless.errors import INTERRUPTED, extra
 
 if TYPE_CHECKING:
-    from skipless.train.estimate import Estimate
+    from skipless.train.estimate import TrainingEstimate
 
 
 class WithFields(click.Command):
@@ -73,16 +73,17 @@ def train(
     else:
         bits = result["bits_per_byte"]
         more = "" if bits is None else f", {bits:.3f} bits a byte"
-        out.print(f"held out: {result['held_out_loss']:.3f} nats a token{more}")
+        out.print(f"held out: {result['held_out_loss']:.3f} nats a token{more}", soft_wrap=True)
 
 
-def tell(found: "Estimate", as_json: bool) -> None:
+def tell(estimate: "TrainingEstimate", as_json: bool) -> None:
     """Print an estimate."""
-    total = sum(found.memory.values())
+    total = sum(estimate.memory.values())
     if as_json:
-        print_json(dataclasses.asdict(found) | {"memory_total": total})
+        print_json(dataclasses.asdict(estimate) | {"memory_total": total})
         return
-    parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in found.memory.items())
-    out.print(f"weights: {found.parameters:,}")
-    out.print(f"tokens: {found.tokens_per_step:,} a step, {found.tokens:,} in all: {found.flops:.1e} FLOPs")
+    parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in estimate.memory.items())
+    out.print(f"weights: {estimate.parameters:,}", soft_wrap=True)
+    line = f"tokens: {estimate.tokens_per_step:,} a step, {estimate.tokens:,} in all: {estimate.flops:.1e} FLOPs"
+    out.print(line, soft_wrap=True)
     out.print(f"memory a process: {total / 1e9:.1f} GB ({parts})", soft_wrap=True)

@@ -47,8 +47,8 @@ def verify(
 ) -> None:
     """Are A and B (made from A) the same function?
 
-    Files are compared as data, tensors one by one, and both models are run. Of A alone, which fuse has written: is it
-    still what was written, by the SHA-256 in its skipless.json?
+    Files are compared as data, tensors one by one, and both models are run. A may be a GGUF file. Of A alone, which
+    fuse has written: is it still what was written, by the SHA-256 in its skipless.json?
     """
     from skipless.cli import tables
     from skipless.reports import verification

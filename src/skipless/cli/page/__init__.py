@@ -1,4 +1,4 @@
-"""One HTML page that needs nothing else: what `skipless report` has found, with plots that answer to the pointer."""
+"""One HTML page that needs nothing else: what `skipless report` shows, with plots that answer to the pointer."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -19,7 +19,10 @@ OUTPUTS = {"stream": "q, k, v", "values": "P's outputs", "p": "M's outputs", "he
 
 @dataclass(frozen=True)
 class View:
-    """What a plot shows at a time: lines, name -> layer -> value on a log axis; marks, name -> value, across it."""
+    """What a plot shows at a time.
+
+    lines: name -> layer -> value, on a log axis. marks: name -> value, as lines across the plot.
+    """
 
     name: str
     lines: Mapping[str, Mapping[int, float]]
@@ -35,29 +38,29 @@ class Plot:
     views: tuple[View, ...]
 
 
-def render(found: Overview) -> str:
+def render(overview: Overview) -> str:
     """The page. Every text in it that comes from a model is escaped."""
     environment = Environment(
         loader=PackageLoader("skipless.cli", "page"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
-    plots = list(_plots(found))
+    plots = list(_plots(overview))
     page: str = environment.get_template("report.html").render(
-        found=found,
+        overview=overview,
         version=__version__,
         plots=plots,
         data=plain([asdict(plot) for plot in plots]),
-        largest=max(map(max, found.parts.values())),
-        audit_lines=[str(line) for line in tables.audit_lines(found.audit)],
-        report_lines=list(tables.report_lines(found.report)),
+        largest=max(map(max, overview.parts.values())),
+        audit_lines=[str(line) for line in tables.audit_lines(overview.audit)],
+        report_lines=list(tables.report_lines(overview.report)),
         number=_number,
         zip=zip,
     )
     return page
 
 
-def _plots(found: Overview) -> Iterator[Plot]:
-    audit = found.audit
+def _plots(overview: Overview) -> Iterator[Plot]:
+    audit = overview.audit
     lines: dict[str, dict[int, float]] = {}
     for seam in audit.seams:
         for letter, matrix in seam.matrices.items():
@@ -71,11 +74,13 @@ def _plots(found: Overview) -> Iterator[Plot]:
         (View("all", lines, {f"1 / u, {dtype}": limit(dtype) for dtype in HALF_AND_SINGLE}),),
     )
     for kind in OUTPUTS:
-        if views := tuple(_errors(audit, kind, found.stored.get(kind, {}))):
+        if views := tuple(_errors(audit, kind, overview.stored.get(kind, {}))):
             yield Plot(
                 f"Errors of {OUTPUTS[kind]}",
                 "Relative errors to expect where the model is stored in a dtype: the original's own, and those of each "
-                "way to close the seam." + " Dashed: what fuse has measured while it wrote." * (kind in found.stored),
+                "way to close the seam."
+                + " Dashed: what fuse has measured while it wrote."
+                * (kind in overview.stored),
                 views,
             )
 

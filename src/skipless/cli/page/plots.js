@@ -64,7 +64,7 @@
       layers.forEach((at, index) => {
         if (index % every === 0) make(svg, "svg:text", { x: x(at), y: HEIGHT - BOTTOM + 16, "text-anchor": "middle" }, at);
       });
-      make(svg, "svg:text", { x: (LEFT + width) / 2, y: HEIGHT - 2, "text-anchor": "middle" }, "layer");
+      make(svg, "svg:text", { x: (LEFT + width) / 2, y: HEIGHT - 4, "text-anchor": "middle" }, "layer");
       for (const [name, value] of Object.entries(view.marks)) {
         make(svg, "svg:line", { class: "mark", x1: LEFT, x2: width - RIGHT, y1: y(value), y2: y(value) });
         make(svg, "svg:text", { x: width - RIGHT, y: y(value) - 4, "text-anchor": "end" }, name);
