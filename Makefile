@@ -35,7 +35,7 @@ MODELS := tools/site/models
 WITH_TOOLS := PATH="$(abspath $(TOOLS))/bin:$$PATH" PYTHONPATH=src NO_MKDOCS_2_WARNING=1
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' src/skipless/version.py)
 
-.PHONY: help demo test test-all test-newest test-oldest test-vllm test-mlx llama-cpp test-llama-cpp check benchmarks versions wheel locks pages site test-site publish pictures
+.PHONY: help demo test test-all test-newest test-oldest test-vllm test-mlx llama-cpp test-llama-cpp check benchmarks trainings versions wheel locks pages site test-site publish pictures
 
 help:
 	@echo "make demo        fuse the bundled model and prove it is the same function (creates .venv first)"
@@ -49,6 +49,7 @@ help:
 	@echo "make test-llama-cpp  run the tests that need it (builds it first)"
 	@echo "make check       formatting, lint and types: ruff, mypy (creates .venv first)"
 	@echo "make benchmarks  every number in the README and docs, measured here: five hours, 48 GB of disk, a download of 250 MB"
+	@echo "make trainings   those of models that are trained for them, in docs/train.md and half-precision.md: six hours"
 	@echo "make versions    write the tables of supported versions in docs/versions.md again"
 	@echo "make pictures    draw docs/pictures again (creates .venv first)"
 	@echo "make pages       build the site of docs/ into site/, strictly (creates .venv-tools first)"
@@ -145,6 +146,16 @@ benchmarks: $(READY) $(LLAMA_READY) $(SMOLLM2) $(MINILM)
 	$(BIN)/python benchmarks/perplexity.py
 	$(BIN)/python benchmarks/engines.py
 	$(BIN)/python benchmarks/audit.py $(SMOLLM2) docs/smollm2.svg
+
+TRAININGS := $(VENV)/trainings
+
+trainings: $(READY)
+	$(BIN)/python benchmarks/pays.py benchmarks/pays.csv $(TRAININGS)/pays --tokens 614400
+	$(BIN)/python benchmarks/curves.py $(TRAININGS)/curves
+	$(BIN)/python benchmarks/starts.py $(TRAININGS)/starts
+	$(BIN)/python benchmarks/fade.py $(TRAININGS)/fade
+	$(BIN)/python benchmarks/lowbits.py $(TRAININGS)/lowbits
+	$(BIN)/python benchmarks/training.py
 
 $(TOOLS_READY): requirements-tools.lock
 	$(PYTHON) -m venv $(TOOLS)
