@@ -132,8 +132,8 @@ class GGUFFolder(CheckpointReader):
         data = bytearray((high - low) * size)
         if super()._read(name, low * size, memoryview(data)) < len(data):
             return 0
-        found = self._gguf.values(stored, data, (high - low, *info.shape[1:]))
-        chosen = found[first - low : stop - low] if order is None else found[order[first:stop]]
+        values = self._gguf.values(stored, data, (high - low, *info.shape[1:]))
+        chosen = values[first - low : stop - low] if order is None else values[order[first:stop]]
         begin = start - first * info.row_bytes
         into[:] = chosen.reshape(-1).view(torch.uint8).numpy().data[begin : begin + len(into)]
         return len(into)

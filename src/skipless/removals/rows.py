@@ -56,18 +56,18 @@ def close(seam: Seam, affines: dict[str, Affine], setting: Setting, read: Read) 
 
 def turned(seam: Seam, affines: Mapping[str, Affine]) -> dict[str, Affine]:
     """Of a seam between K and Q, Q transposed, its bias as one more column; of others, all as it is."""
-    found = dict(affines)
+    modules = dict(affines)
     for name in seam.readers if seam.kind == "queries" else ():
-        weight, bias = found[name].weight.double(), found[name].bias
-        found[name] = Affine((weight if bias is None else torch.cat([weight, bias.double()[None]])).T)
-    return found
+        weight, bias = modules[name].weight.double(), modules[name].bias
+        modules[name] = Affine((weight if bias is None else torch.cat([weight, bias.double()[None]])).T)
+    return modules
 
 
-def turned_back(seam: Seam, found: Mapping[str, Affine], affines: Mapping[str, Affine]) -> dict[str, Affine]:
+def turned_back(seam: Seam, modules: Mapping[str, Affine], affines: Mapping[str, Affine]) -> dict[str, Affine]:
     """The same, back again. affines: as they were, before any row of K became the identity."""
-    back, inputs = dict(found), len(affines[seam.writers[0]].weight)
+    back, inputs = dict(modules), len(affines[seam.writers[0]].weight)
     for name in seam.readers if seam.kind == "queries" else ():
-        weight = found[name].weight.T
+        weight = modules[name].weight.T
         back[name] = Affine(weight[:inputs], weight[inputs] if len(weight) > inputs else None)
     return back
 

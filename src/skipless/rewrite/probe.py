@@ -341,8 +341,8 @@ def scores(
     """Of queries and keys of heads of this size, before they are scaled, less each query's mean."""
     heads, groups = queries.unflatten(-1, (-1, size)), keys.unflatten(-1, (-1, size))
     groups = groups.repeat_interleave(heads.shape[1] // groups.shape[1], 1)
-    found = torch.einsum("nhs,mhs->nhm", heads, groups)
-    return found - found.mean(-1, keepdim=True)
+    products = torch.einsum("nhs,mhs->nhm", heads, groups)
+    return products - products.mean(-1, keepdim=True)
 
 
 def _replacing(name: str) -> Callable[..., Any]:
