@@ -134,6 +134,13 @@ def test_parallel_with_other_removals(residual, removes, kinds, tmp_path):
     assert report.proved
 
 
+def test_an_audit_of_what_is_left_reads_no_gain_that_is_in_the_table(tmp_path):
+    source = save(build(**PARALLEL, **BIASES, residual_gains=True), tmp_path / "source")
+    skipless.fuse(source, tmp_path / "fused", remove=["first_layer"])
+    blocked = {seam.layer: seam.blocked for seam in skipless.audit(tmp_path / "fused").seams if seam.kind == "stream"}
+    assert "first_layer" in blocked[1]
+
+
 def test_with_a_skip_the_stream_that_q_has_become_is_stored_once(tmp_path):
     model = build(residual="attention")
     source, closed, fused = save(model, tmp_path / "source"), tmp_path / "closed", tmp_path / "fused"

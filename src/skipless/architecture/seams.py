@@ -193,7 +193,7 @@ def _beside_table(architecture: Architecture, wanted: Wanted, seam: Seam) -> Ite
     if seam.blocked or not (given or rewritten):
         return (seam,)
     reason = "first_layer, by which the table holds what layer 0 makes of it: close it in a run before that one"
-    return (dataclasses.replace(seam, blocked=reason),)
+    return (dataclasses.replace(seam, blocked=reason, mixed=(), scales={}),)
 
 
 def as_it_is(architecture: Architecture, itemsize: float) -> list[Seam]:
