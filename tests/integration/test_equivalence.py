@@ -282,7 +282,8 @@ def possible(fields, basis, kinds, parallel_removes):
         try:
             asked = Request(basis, remove=tuple(kinds), parallel_removes=parallel_removes).seams(architecture)
         except InputError:
-            kinds.remove("stream")
+            alone = "queries" in kinds and not {"stream", "first_layer"}.isdisjoint(kinds)
+            kinds.remove("queries" if alone else "stream")
             continue
         blocked = {seam.kind for seam in asked if seam.blocked}
         if not blocked:

@@ -233,6 +233,8 @@ def within(seconds: float, work: Callable[[], T]) -> T:
     try:
         given, error = answer.get(timeout=seconds)
     except Empty:
+        error = TimeoutError()
+    if isinstance(error, TimeoutError):  # the store's own, too, which does not say more
         raise TimeoutError(f"no answer within {seconds:,.0f} s") from None
     if error is not None:
         raise error
