@@ -134,6 +134,14 @@ def test_parallel_with_other_removals(residual, removes, kinds, tmp_path):
     assert report.proved
 
 
+def test_a_norm_that_the_table_takes_in_either_way_goes_with_layer_0(tmp_path):
+    """Without skips layer 0's norm reads the table alone, and `norms` would apply it to the rows, too."""
+    model = build(norm_type="rms")
+    source = save(model, tmp_path / "source")
+    skipless.fuse(source, tmp_path / "fused", remove=["norms", "first_layer"])
+    assert relative_error(load(tmp_path / "fused"), model) < FP64
+
+
 def test_an_audit_of_what_is_left_reads_no_gain_that_is_in_the_table(tmp_path):
     source = save(build(**PARALLEL, **BIASES, residual_gains=True), tmp_path / "source")
     skipless.fuse(source, tmp_path / "fused", remove=["first_layer"])

@@ -8,7 +8,7 @@ Row vectors, y = x W + b (arXiv:2404.12362, Fig. 1 and 2). Here is only who writ
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 
 from skipless.architecture.config import HOMOGENEOUS, Architecture
@@ -162,12 +162,12 @@ def seams(
     """
     values = architecture.values_removed if values is None else values
     wanted = Wanted(parallel_removes, values, first_layer or architecture.first_layer_removed)
-    open_seams = _norm_seams(architecture, wanted)
+    beside = partial(_beside_table, architecture, wanted)
+    open_seams = [seam for each in _norm_seams(architecture, wanted) for seam in beside(each)]
     gone = [seam for seam in open_seams if norms and seam.norms]
     left = closed(architecture, gone, "") if gone else architecture
     asked = [find for kind, find in KINDS.items() if kind != "norms" and (queries or kind != "queries")]
-    open_seams += [seam for find in asked for seam in find(left, wanted)]
-    open_seams = [seam for each in open_seams for seam in _beside_table(architecture, wanted, each)]
+    open_seams += [seam for find in asked for each in find(left, wanted) for seam in beside(each)]
     order = list(KINDS)
 
     def turn(seam: Seam) -> tuple[bool, bool, int, int]:
