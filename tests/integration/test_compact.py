@@ -13,6 +13,7 @@ import skipless
 from skipless import cli
 from skipless.algebra.affine import Affine
 from skipless.checkpoint.families import llama
+from skipless.errors import InputError
 from skipless.inference import arithmetic, generate, load
 from skipless.removals import neutral, rows
 from tests.families import GPT, LLAMA, MODELS, saved
@@ -400,6 +401,12 @@ def test_a_bias_of_keys_goes_where_it_cancels(fused):
     names = load_file(fused[1] / "model.safetensors").keys()
     assert not any("k_proj.bias" in name for name in names)
     assert any("q_proj.bias" in name for name in names)
+
+
+def test_a_cap_takes_no_bias_of_keys_away(tmp_path):
+    source = save(build(position_type="learned", attention_bias=True, attn_logit_softcapping=0.5), tmp_path / "source")
+    with pytest.raises(InputError, match=r"queries seam of layer 0 is blocked by attn_logit_softcapping: .* bias of K"):
+        skipless.fuse(source, tmp_path / "fused", remove=["queries"])
 
 
 @pytest.mark.parametrize(

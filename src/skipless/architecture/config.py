@@ -69,7 +69,6 @@ class Bookkeeping(TypedDict, total=False):
     _name_or_path: str | None
     rope_parameters: dict[str, Any] | None
     sliding_window: int | None
-    attn_logit_softcapping: int | float | None
     final_logit_softcapping: int | float | None
     logit_scale: int | float
     attention_multiplier: int | float | None
@@ -170,6 +169,7 @@ class Architecture:
     norm_bias: bool | None = None
     gain_offset: float | int = 0.0
     embedding_multiplier: float | int | None = None
+    attn_logit_softcapping: float | int | None = None
     qk_norm: str | None = None
     qk_norm_bias: bool | None = None
     position_type: str = "rope"
@@ -462,6 +462,9 @@ class Architecture:
             return f"position_type {self.position_type!r}: queries and keys are rotated"
         if self.qk_norm:
             return f"qk_norm {self.qk_norm!r}: queries and keys are normalized"
+        biased = self.qkv_biased or any(name.endswith(".k_proj") for name in self.folded_biases)
+        if self.attn_logit_softcapping and biased:
+            return "attn_logit_softcapping: what a bias of K adds to all of a query's scores is capped with them"
         if self.stream_basis:
             return f"stream_basis {self.stream_basis!r}: of Q, K and V hidden_size^2 weights are gone"
         if self.first_layer_removed:

@@ -252,7 +252,7 @@ def removable_as_is(architecture: Architecture) -> dict[str, int]:
     be moved (folds.folds).
     """
     values = architecture.num_hidden_layers * architecture.value_width * architecture.head_dim
-    queries = 0 if architecture.position_type.startswith("rope") or architecture.qk_norm else values
+    queries = 0 if architecture.keys_stay else values
     numbers = {"values": values, "queries": queries, "norm_gains": 0, "norm_biases": 0, "k_bias": 0, "v_bias": 0}
     for seam in folds(architecture):
         if seam.blocked:
