@@ -5,6 +5,7 @@ python benchmarks/llama_cpp_peer.py FILE.gguf    # answers requests on stdin
 
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
@@ -14,6 +15,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import quantize
 from transformers import MistralConfig
 
+from skipless.serving.running import disagreement, sequence
 from skipless.serving.worker import serve
 
 
@@ -82,13 +84,22 @@ class Runner:
         """As bench asks for it, one sequence at a time."""
         if batch != 1:
             raise ValueError(f"batch: expected 1, found {batch}")
+        start = time.perf_counter()
+        return [time.perf_counter() - start for _ in self.decode(sequence(prompt, self.model.n_vocab()), tokens)]
+
+    def broken_cache(self, prompt: int, tokens: int) -> str | None:
+        """What is wrong with its cache, by its tokens."""
+        return disagreement(
+            lambda ids, count: list(self.decode(ids, count)), sequence(prompt, self.model.n_vocab()), tokens
+        )
+
+    def decode(self, ids: list[int], tokens: int) -> Iterator[int]:
+        """The next tokens, after a prompt of ids."""
         self.model.reset()
-        start, times, ids = time.perf_counter(), [], list(range(prompt))
         for _ in range(tokens):
             self.model.eval(ids)
             ids = [int(np.argmax(self.model._scores[-1]))]
-            times.append(time.perf_counter() - start)
-        return times
+            yield ids[0]
 
 
 if __name__ == "__main__":
