@@ -8,7 +8,7 @@ import torch
 
 from skipless.architecture.config import PRE_NORM
 from skipless.bundled import BUNDLED
-from tests.models import build, save
+from tests.models import build, edit_tensors, load, save
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 2048}
 MHA = {"num_key_value_heads": 4}
@@ -87,3 +87,13 @@ def form(name: str, folder: Path) -> Path:
     for file in BUNDLED.glob("tokenizer*"):
         shutil.copy(file, source)
     return source
+
+
+def with_another(suffix: str, source: Path, folder: Path) -> Path:
+    """A copy of a model in which the values of the tensor that ends so have other places, or one value is another."""
+    shutil.copytree(source, folder)
+    tensors = load(source, torch.float32).state_dict()
+    (name,) = (name for name in tensors if name.endswith(suffix))
+    value = tensors[name]
+    edit_tensors(folder, **{name: value.roll(1, -1).contiguous() if value.numel() > 1 else 2 * value})
+    return folder

@@ -89,8 +89,10 @@ class Attention(nn.Module):
                 self.rest_proj = nn.Linear(d, args.rest_width, bias)
         for each, width in widths.items():
             if each not in pivoted and each != basis and each not in self.row:
-                values = each == "v" and args.values_removed
-                self[f"{each}_proj"] = nn.Linear(d - values * h, width, bias and not values)
+                closed = (each == "v" and args.values_removed) or (each == "k" and args.keys_removed)
+                self[f"{each}_proj"] = nn.Linear(d - closed * h, width, bias and not closed)
+        if args.keys_removed:
+            self.key_order = mx.zeros((self.groups, d), mx.int32)
         if args.values_removed and not self.row:
             self.value_order = mx.zeros((self.groups, d), mx.int32)
         if args.p_rows:
@@ -118,10 +120,7 @@ class Attention(nn.Module):
             names = "qk" if "value_order" in self else "qkv"
             found = [self.project_one(name, x, given) for name in names]
         if "value_order" in self:
-            ordered = x[..., self.value_order]
-            weight = self.v_proj.weight.reshape(self.groups, self.head_dim, -1)
-            others = mx.einsum("...kn,khn->...kh", ordered[..., self.head_dim :], weight)
-            found.append((ordered[..., : self.head_dim] + others).flatten(-2))
+            found.append(self.project_others("v", x, self.value_order))
         elif len(found) < 3:
             found.append(given["v"])
         return found
@@ -130,7 +129,16 @@ class Attention(nn.Module):
         """Of query, key and value the one of this name: as the table gives it, its projection, or the stream itself."""
         if name in given:
             return given[name]
+        if name == "k" and "key_order" in self:
+            return self.project_others(name, x, self.key_order)
         return self[f"{name}_proj"](x) if f"{name}_proj" in self else x
+
+    def project_others(self, name: str, x: mx.array, order: mx.array) -> mx.array:
+        """Key or value, each head the head_dim inputs that it passes through and its projection of the others."""
+        ordered = x[..., order]
+        weight = self[f"{name}_proj"].weight.reshape(self.groups, self.head_dim, -1)
+        others = mx.einsum("...kn,khn->...kh", ordered[..., self.head_dim :], weight)
+        return (ordered[..., : self.head_dim] + others).flatten(-2)
 
     def project_out(self, heads: mx.array) -> mx.array:
         """P: the concatenated heads (B, T, H * h) -> (B, T, d), or all as they are where P has been merged."""
@@ -388,8 +396,9 @@ class Model(nn.Module):
 
     @property
     def quant_predicate(self) -> Any:
-        """What may be quantized: not v_proj of a closed value seam, whose blocks are used one by one."""
-        return lambda name, _: not (self.args.values_removed and name.endswith("v_proj"))
+        """What may be quantized: not v_proj or k_proj of a closed seam, whose blocks are used one by one."""
+        closed = {"v_proj": self.args.values_removed, "k_proj": self.args.keys_removed}
+        return lambda name, _: not closed.get(name.rpartition(".")[2], False)
 
     @property
     def cast_predicate(self) -> Any:
