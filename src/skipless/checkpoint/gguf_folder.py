@@ -125,24 +125,24 @@ class GGUFFolder(CheckpointReader):
     def _read(self, name: str, start: int, into: memoryview) -> int:
         """Fill a buffer with a tensor's bytes, as if it were stored as it is given."""
         info, (stored,) = self.tensors[name], self._layout.locations[name].tensors
-        first, stop, rows = start // info.row_bytes, -(-(start + len(into)) // info.row_bytes), info.shape[0]
-        order = _order(name, self._layout.architecture)
-        low, high = (first, stop) if order is None and len(info.shape) > 1 else (0, rows)
-        size = self.size(name) // rows
+        first, stop = start // info.row_bytes, -(-(start + len(into)) // info.row_bytes)
+        together = _together(name, self._layout.architecture)
+        low, high = first // together * together, -(-stop // together) * together
+        if len(info.shape) == 1:
+            low, high = 0, info.shape[0]
+        size = self.size(name) // info.shape[0]
         data = bytearray((high - low) * size)
         if super()._read(name, low * size, memoryview(data)) < len(data):
             return 0
         values = self._gguf.values(stored, data, (high - low, *info.shape[1:]))
-        chosen = values[first - low : stop - low] if order is None else values[order[first:stop]]
+        if together > 1:
+            values = values.unflatten(0, (-1, together // 2, 2)).transpose(1, 2).flatten(0, 2)
         begin = start - first * info.row_bytes
-        into[:] = chosen.reshape(-1).view(torch.uint8).numpy().data[begin : begin + len(into)]
+        chosen = values[first - low : stop - low].contiguous()
+        into[:] = chosen.view(-1).view(torch.uint8).numpy().data[begin : begin + len(into)]
         return len(into)
 
 
-def _order(name: str, architecture: Architecture) -> torch.Tensor | None:
-    """Of Q and K, the rows of the file in the order of transformers' rows; None for what lies as it does there."""
-    heads = {"q_proj": architecture.num_attention_heads, "k_proj": architecture.num_key_value_heads}
-    count = heads.get(name.split(".")[-2])
-    if count is None:
-        return None
-    return torch.arange(count * architecture.head_dim).view(count, -1, 2).mT.flatten()
+def _together(name: str, architecture: Architecture) -> int:
+    """How many rows llama.cpp has put in another order together: a head's of Q and K, else 1."""
+    return architecture.head_dim if name.split(".")[-2] in ("q_proj", "k_proj") else 1

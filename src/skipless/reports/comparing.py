@@ -244,9 +244,8 @@ def _closed(source: Architecture, target: Architecture) -> Iterator[Seam]:
     """Seams that are open in one architecture, and not in the other."""
     by_p = target.block_type == "parallel" and target.p_removed and not source.p_removed
     removes = "p" if by_p else "readers"
-    every = seams(
-        source, removes, target.values_removed, queries=True
-    )  # those of layer 0, too: it may have been precomputed later
+    # those of layer 0, too: it may have been precomputed later
+    every = seams(source, removes, target.values_removed, queries=True)
     if target.first_layer_removed:
         every += [seam for seam in seams(source, removes, first_layer=True) if seam.kind == "first_layer"]
     for seam in every:
