@@ -81,7 +81,7 @@ class GGUFReader:
 
     def tensor(self, name: str) -> Any:
         """Read one tensor. Raises InputError if it cannot be dequantized, or holds NaN or infinity."""
-        stored = self.values(name, self._tensors[name].data.tobytes(), self.headers[name].shape)
+        stored = self.values(name, bytearray(self._tensors[name].data), self.headers[name].shape)
         if stored.is_floating_point() and not stored.isfinite().all():
             raise InputError(f"{name}: expected finite numbers, found NaN or infinite ones; the file is damaged")
         return stored
@@ -90,7 +90,7 @@ class GGUFReader:
         """How many bytes of the file a tensor takes."""
         return int(self._tensors[name].n_bytes)
 
-    def values(self, name: str, data: bytes | bytearray, shape: tuple[int, ...]) -> Any:
+    def values(self, name: str, data: bytearray, shape: tuple[int, ...]) -> Any:
         """Rows of a tensor, by their bytes. Raises InputError if they cannot be dequantized."""
         import numpy as np
         import torch
@@ -102,7 +102,7 @@ class GGUFReader:
         if self._file.endianess.name != "LITTLE":
             raise InputError(f"{name}: expected numbers with their lowest byte first, found a big-endian file")
         if kind.name in PLAIN:
-            return torch.frombuffer(bytearray(data), dtype=DTYPES[kind.name]).reshape(shape)
+            return torch.frombuffer(data, dtype=DTYPES[kind.name]).reshape(shape)
         try:
             values = dequantize(np.frombuffer(data, np.uint8).reshape(*shape[:-1], -1), kind)
         except (NotImplementedError, ValueError) as error:
