@@ -58,7 +58,7 @@ def first_of(tasks):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("position_type", ["rope", "learned"])
-@pytest.mark.parametrize("stored", [None, "float16"])
+@pytest.mark.parametrize("stored", [None, pytest.param("float16", marks=pytest.mark.slow)])
 def test_the_bytes_are_the_same(tmp_path, monkeypatch, dtype, position_type, stored):
     """A table, one that positions are added to, and linear layers; rounded or not; in another dtype or not."""
     source = save(build(dtype=dtype, position_type=position_type, **SIZES), tmp_path / "source")
@@ -214,7 +214,7 @@ def test_what_stays_is_copied_in_parts(source, tmp_path, monkeypatch):
     assert torch.equal(reader.tensor("lm_head.weight"), copied.tensor("lm_head.weight"))
 
 
-@pytest.mark.parametrize("position_type", ["rope", "learned"])
+@pytest.mark.parametrize("position_type", [pytest.param("rope", marks=pytest.mark.slow), "learned"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("request_", [Request(), Request(remove=("stream", "values"))], ids=["stream,p", "values"])
 def test_a_forecast_by_rows_is_that_of_the_whole(position_type, bias, request_, tmp_path, monkeypatch):

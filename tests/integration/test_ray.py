@@ -343,6 +343,7 @@ def test_workers_that_are_not_the_same(source, tmp_path, two_workers, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.slow
 def test_a_cluster_that_is_not_there(source, tmp_path, monkeypatch):
     def message(address, engine="ray"):
         with pytest.raises(InputError) as error:

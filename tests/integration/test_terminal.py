@@ -101,7 +101,9 @@ def test_a_journal(tmp_path, run, name, shown):
 
 
 @named
-@pytest.mark.parametrize("command", COMMANDS[:5])
+@pytest.mark.parametrize(
+    "command", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("limit", "audit"))) for name in COMMANDS[:5]]
+)
 def test_tensors_and_configs(tmp_path, run, name, shown, command):
     tensors = hostile.promised(hostile.SKIPLESS)
     fields, size = hostile.header(tensors)
