@@ -17,8 +17,7 @@ from skipless.algebra.rounding import rounding_error
 from skipless.algebra.tolerances import tolerance
 from skipless.architecture.seams import AUTO
 from skipless.checkpoint import files
-from skipless.checkpoint.behind import Behind
-from skipless.checkpoint.digests import Digests
+from skipless.checkpoint.digests import Behind, Digests
 from skipless.checkpoint.family import family_of
 from skipless.checkpoint.headers import INDEX
 from skipless.checkpoint.manifest import JOURNAL, Entry, Manifest
