@@ -11,7 +11,7 @@ from skipless.checkpoint.reader import CheckpointReader
 from skipless.checkpoint.staging import LocalDestination
 from skipless.checkpoint.writer import CheckpointWriter
 from skipless.rewrite import cost, execution, fusion, planning
-from skipless.rewrite.estimate import within_memory
+from skipless.rewrite.cost import within_memory
 from skipless.rewrite.modules import read_seam
 from skipless.rewrite.planning import make_plan, prepare
 from skipless.rewrite.request import Request

@@ -31,8 +31,7 @@ from skipless.errors import BugError, InputError
 from skipless.log import logger
 from skipless.rewrite.card import CARD, MOST, card, named
 from skipless.rewrite.casting import CAST, underflows
-from skipless.rewrite.cost import waiting
-from skipless.rewrite.estimate import Estimate, estimate, within_memory
+from skipless.rewrite.cost import Estimate, estimate, waiting, within_memory
 from skipless.rewrite.execution import Done
 from skipless.rewrite.executors import Executor, choose_executor
 from skipless.rewrite.machine import available_memory, environment, measure, resident_memory
