@@ -208,6 +208,7 @@ def test_the_runner_computes_as_decoding_asks():
     assert found("int4", group) != 0
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_in_one_line(exported, tmp_path):
     model = openvino.Core().read_model(exported / room.MODEL)
     with pytest.raises(StorageError, match=r"model.xml: could not be written: .*; nothing was left behind"):
