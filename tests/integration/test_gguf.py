@@ -135,6 +135,7 @@ def test_a_rest_in_fp32_stays(tmp_path):
         assert torch.equal(found.tensor(name), written.tensor(name).to(info.dtype)), name
 
 
+@pytest.mark.slow
 def test_the_commands(tmp_path):
     arguments = ["export", str(BUNDLED), str(tmp_path / "out"), "--to", "gguf", "--weights", "q8_0", "--json"]
     result = CliRunner().invoke(cli.main, arguments)
