@@ -1,6 +1,7 @@
 """What stands around the code agrees with it: versions, forms, workflows, the package's metadata."""
 
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -14,7 +15,7 @@ import skipless
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-TARGETS = set(" ".join(re.findall(r"^([\w -]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)).split())
+TARGETS = set(" ".join(re.findall(r"^([\w -]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE)).split())
 
 sys.path.insert(0, str(ROOT / "tools"))
 import locks  # noqa: E402
@@ -72,6 +73,12 @@ def test_workflows_run_what_there_is():
     assert ".ci/run" in runs
     made = {run.split()[1] for run in runs if run.startswith("make ")}
     assert {"wheel", "publish"} <= made <= TARGETS
+
+
+def test_the_makefile_uses_no_variable_that_it_does_not_have():
+    options = ["--warn-undefined-variables", "--dry-run", "PUSH=", "UPGRADE="]
+    done = subprocess.run(["make", *options, *TARGETS], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "undefined variable" not in done.stderr
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").iterdir()), ids=lambda file: file.name)
