@@ -109,7 +109,9 @@ def test_a_picture_is_what_the_code_draws(name):
     drawn = pictures.PICTURES[name]()
     assert (pictures.FOLDER / name).read_text(encoding="utf-8") == drawn, "make pictures"
     assert ElementTree.fromstring(drawn).tag.endswith("svg")
-    assert f"pictures/{name}" in (ROOT / "docs" / "pictures.md").read_text()
+    pages = {page.stem for page in (ROOT / "docs").glob("*.md") if f"(pictures/{name})" in page.read_text()}
+    assert "pictures" in pages, "all of them in one place"
+    assert len(pages) > 1, "and each beside what it shows"
 
 
 def test_every_page_has_its_place_in_the_sites_navigation():
