@@ -32,8 +32,8 @@ class Exported:
 def export(source: str | Path, destination: str | Path, *, to: str, weights: str = "f32") -> Exported:
     """Write the skipless model folder `source` for the engine `to` (of FORMATS) into the new folder `destination`.
 
-    weights: how to store them, one of the format's WEIGHTS. To fewer bits it is a plain cast, so store in half
-    precision with `fuse` first. What else fuse copies along - config.json, tokenizer, licence - is copied, too.
+    weights: how to store them, one of the format's WEIGHTS. To 16 bits it is a plain cast, so store in half precision
+    with `fuse` first. What else fuse copies along - config.json, tokenizer, licence - is copied, too.
     Logs a warning where rounding may cost more than it would cost the original. Raises InputError for anything that
     stands in the way; `destination` then does not exist.
     """
