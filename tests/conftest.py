@@ -16,6 +16,7 @@ install_import_hook(
         for room in (
             "algebra.affine",
             "algebra.basis",
+            "algebra.grids",
             "algebra.stream",
             "algebra.rounding",
             "removals.columns",
