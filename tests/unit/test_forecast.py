@@ -5,12 +5,13 @@ import dataclasses
 import pytest
 import torch
 
+from skipless.algebra import rounding
 from skipless.algebra.affine import Affine
-from skipless.algebra.forecast import letter
+from skipless.algebra.forecast import PROBES, letter
 from skipless.algebra.rounding import HALF, Rest, round_seam, round_stream
 from skipless.architecture.seams import Seam
 from skipless.errors import BugError
-from skipless.removals import forecast
+from skipless.removals import columns, forecast
 from skipless.removals.columns import OpenStream
 from skipless.removals.merge import merge
 from tests.seams import error as relative_error
@@ -293,3 +294,28 @@ def test_a_sample_measures_what_the_whole_loses(tied, biased, name, way):
         assert error / 2 < measured.ways[way].errors[name][module] < 2 * error
     spoiled = dataclasses.replace(stream, rest=Affine(1.1 * stream.rest.weight, stream.rest.bias))
     assert opened.measure(way, basis.condition, spoiled, dtypes, name).ways[way].errors[name]["k"] > 0.05
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+@pytest.mark.parametrize("way", ["q", "pivoted"])
+def test_no_row_is_rounded_that_is_not_measured(name, way, monkeypatch):
+    """What is said is the same, to the bit, as when all of them are."""
+    seam, affines = gaussian_layer(width=96, rows=2000, seed=1)
+    block, sizes = rounding._round_block, []
+
+    def counted(exact, *others):
+        sizes.append(exact.shape[1] if len(exact) == seam.width else 0)  # else a part of what was counted
+        block(exact, *others)
+
+    def foretold():
+        sizes.clear()
+        return forecast(seam, affines, [name], [way]).ways[way].errors[name], sum(sizes)
+
+    monkeypatch.setattr(rounding, "_round_block", counted)
+    sampled, few = foretold()
+    monkeypatch.setattr(OpenStream, "by_rows", affines)
+    whole, all_rows = foretold()
+    assert sampled == whole
+    assert all_rows - few == 2000 - PROBES
+    monkeypatch.setattr(columns, "PROBES", PROBES - 1)
+    assert foretold()[0] != whole

@@ -10,6 +10,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -37,6 +38,7 @@ from skipless.algebra.rounding import (
     noise_weights,
     round_stream,
 )
+from skipless.algebra.rows import Rows
 from skipless.algebra.stream import Stream, close_rest, close_stream, column_order
 from skipless.algebra.tolerances import coarsest, dtype_name
 from skipless.architecture.seams import Seam
@@ -238,18 +240,32 @@ class OpenStream:
         """The basis of a way, usable or not."""
         return candidate(self.seam, way, self.readers, self.weights)
 
-    def close(self, basis: Basis, dtypes: Mapping[str, torch.dtype] | None = None) -> Stream:
-        """The seam closed: exactly, or as precisely as the writers' dtypes can tell.
+    @cached_property
+    def by_rows(self) -> dict[str, Affine]:
+        """All modules; of writers that nothing needs whole, rows are computed when they are asked for."""
+        found = dict(self.affines)
+        for name in self.rows:
+            weight = found[name].weight
+            if isinstance(weight, Tensor) and found[name].bias is None and name not in self.seam.duals:
+                rows = Rows((len(weight), weight.shape[1]), weight.dtype, weight.device, weight.__getitem__)
+                found[name] = dataclasses.replace(found[name], weight=cast(Tensor, rows))
+        return found
+
+    def close(
+        self, basis: Basis, dtypes: Mapping[str, torch.dtype] | None = None, affines: Mapping[str, Affine] | None = None
+    ) -> Stream:
+        """The seam closed: exactly, or as precisely as the writers' dtypes can tell. affines: all, or `by_rows`.
 
         If all are stored in half precision, O S is computed in fp32, unless R is so large that its error would show.
         """
-        rest, self.within = close_rest(self.seam, self.affines, basis), torch.float64
+        affines = self.affines if affines is None else affines
+        rest, self.within = close_rest(self.seam, affines, basis), torch.float64
         if dtypes is not None and all(dtypes[name] in HALF for name in self.seam.writers):
             is_rest = torch.ones(len(self.weights), dtype=torch.bool, device=self.weights.device)
             is_rest[basis.columns] = False
             r = Rest(rest.weight, self.weights[is_rest.nonzero()[:, 0]], torch.float64)
             self.within = torch.float32 if r.largest(self.weights[basis.columns]) <= LARGEST_REST else torch.float64
-        return close_stream(self.seam, self.affines, basis, rest, self.within)
+        return close_stream(self.seam, affines, basis, rest, self.within)
 
     def release(self) -> None:
         """Drop the writers: a sample of their rows is all that `measure` needs."""
@@ -271,13 +287,16 @@ class OpenStream:
         for way, basis in bases.items():
             largest, errors = math.inf, dict.fromkeys(dtypes, lost)
             for name in dtypes if basis.usable else ():
-                stored = self._stored(getattr(torch, name), way, rest_dtype, later)
-                stream = self.close(basis, stored)
+                dtype = getattr(torch, name)
+                stored = self._stored(dtype, way, rest_dtype, later)
+                # a rest that is solved for last, and what is handed on, take all rows; all else a sample
+                whole = not later.isdisjoint(self.seam.followers) or (dtype in HALF) != (stored["rest"] in HALF)
+                stream = self.close(basis, stored, self.affines if whole else self.by_rows)
                 rest = Rest(stream.rest.weight, self.weights[stream.others], stored["rest"])
                 largest = rest.largest(self.weights[stream.kept])
                 if not self._fits(basis, stream, stored):
                     continue
-                if getattr(torch, name) in HALF:
+                if dtype in HALF:
                     stream = round_stream(stream, self.weights, self.extra_weights, stored)
                 stream = handed_on(stream, later)
                 errors[name] = self.measure(way, basis.condition, stream, stored, name).ways[way].errors[name]
