@@ -121,8 +121,8 @@ def spaces() -> str:
         found = graph(model)
         count = f"{len(found.spaces)} space{'s' * (len(found.spaces) > 1)}"
         parts += [text(16, y, f"{title}: {count}", "left"), *_places(model, found, y + 56)]
-        y += 130
-    return picture(760, y - 20, "Spaces of the stream", parts)
+        y += 146
+    return picture(760, y - 36, "Spaces of the stream", parts)
 
 
 def _places(model: Architecture, found: Graph, y: float) -> Iterator[str]:

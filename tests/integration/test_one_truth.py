@@ -100,7 +100,13 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
+QUICK = {"serial", "biases", "parallel", "shaped", "skip past the attention"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [pytest.param(fields, id=name, marks=[pytest.mark.slow] * (name not in QUICK)) for name, fields in MODELS.items()],
+)
 def test_what_goes_is_the_same_to_the_weight(fields, tmp_path):
     """By the plan, the file, and, where no matrix gains a bias, by limit, count and what count says is left."""
     source = save(build(dtype=torch.bfloat16, **fields), tmp_path / "source")

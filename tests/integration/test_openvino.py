@@ -95,6 +95,7 @@ def test_a_spoiled_weight_is_noticed(fused, tmp_path):
     assert padded.error(found) > 10 * FP32
 
 
+@pytest.mark.slow
 def test_beam_idx_takes_the_rows_of_the_cache(exported, fused):
     padded, request = Padded(fused), compiled(exported / room.MODEL)
     order = np.array([2, 2, 0], dtype=np.int32)

@@ -31,6 +31,7 @@ def test_every_field_of_a_config():
     text = page("config")
     for field in dataclasses.fields(Architecture):
         assert (f"<code>{field.name}</code>" in text) == (field.name not in FOREIGN)
+    assert "<code>float | None</code>" in text
 
 
 def test_every_public_function_and_its_arguments():
@@ -38,6 +39,11 @@ def test_every_public_function_and_its_arguments():
     for name in {*skipless.__all__} - {"__version__"}:
         assert f".{name}" in text
     assert "parallel_removes" in text
+
+
+def test_each_page_says_which_version_it_is_of():
+    for file in SITE.rglob("*.html"):
+        assert f"skipless {skipless.__version__}" in file.read_text(), file
 
 
 def test_every_family():

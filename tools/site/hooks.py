@@ -16,6 +16,8 @@ import click
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
+from skipless import __version__
+
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 # Pages of the site that stand elsewhere in the repository.
@@ -50,7 +52,8 @@ LINK = re.compile(r"\[([^\[\]]+)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Where mike builds it, beside sites of other versions, each page lets its reader choose among them."""
+    """Each page says which version it is of; where mike builds it beside others, its reader can choose another."""
+    config.copyright = f"skipless {__version__}"
     if "MIKE_DOCS_VERSION" in os.environ:
         config.extra["version"] = {"provider": "mike"}
     return config
@@ -68,6 +71,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     models = (file for suffix in ("json", "onnx", "onnx_data") for file in MODELS.glob(f"*/**/*.{suffix}"))
     beside |= {f"demo/{file.relative_to(MODELS)}": file for file in models}
     beside |= {f"{name}/{name}.mjs": HERE / f"{name}.mjs" for name in ("counter", "demo")}
+    beside["style.css"] = HERE / "style.css"
     for name, file in beside.items():
         if file.exists():
             files.append(File.generated(config, name, abs_src_path=str(file)))
@@ -139,7 +143,7 @@ def config_fields() -> Iterator[str]:
 
 
 def _type(kind: Any) -> str:
-    return f"`{getattr(kind, '__name__', kind) if not getattr(kind, '__args__', ()) else kind}`".replace("|", "\\|")
+    return f"`{getattr(kind, '__name__', kind) if not getattr(kind, '__args__', ()) else kind}`"
 
 
 def python() -> Iterator[str]:

@@ -36,6 +36,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -115,6 +116,33 @@ class Metric:
             self.upper, noise[:, self.order], upper=True, left=False, unitriangular=True
         )
         return errors
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What each entry of a matrix, or of some of its rows, can become: origin + k step, k from low to high."""
+
+    step: Float[Tensor, "..."]
+    origin: Float[Tensor, "..."]
+    low: int
+    high: int
+
+    @property
+    def T(self) -> "Grid":  # noqa: N802 (torch's name)
+        """That of the transposed matrix."""
+        return Grid(self.step.T, self.origin.T, self.low, self.high)
+
+    def __getitem__(self, rows: Any) -> "Grid":
+        """That of some rows."""
+        return Grid(self.step[rows], self.origin[rows], self.low, self.high)
+
+    def places(self, matrix: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Which k is the nearest to each entry."""
+        return ((matrix - self.origin) / self.step).round_().clamp_(self.low, self.high)
+
+    def nearest(self, matrix: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Each entry as it is stored."""
+        return self.places(matrix) * self.step + self.origin
 
 
 @dataclass(frozen=True)
@@ -577,12 +605,14 @@ def _round_block(
     coarse: Float[Tensor, "d d"],
     error: Float[Tensor, "d n"],
     owed: Float[Tensor, "d n"],
+    grid: Grid | None = None,
 ) -> None:
     """Round X^T row by row, first to last, by halves: x_j' = round(x_j - sum over i < j of L_ij e_i), e = x' - x.
 
     error: e. owed: the sum, as far as it is known; a row's turn come, it is overwritten with what is to be rounded.
     upper: L. Both are fp32, which is enough for corrections this small. coarse: L in the precision in which many errors
-    are passed on at once: even bf16's 2^-9 of what is owed is small beside what rounding a row adds.
+    are passed on at once: even bf16's 2^-9 of what is owed is small beside what rounding a row adds. grid: X^T's (None:
+    `rounded` has the dtype to round to).
     """
     size = len(exact)
     if size <= LEAF:
@@ -590,16 +620,33 @@ def _round_block(
         for k in range(size):
             if k:
                 wanted[k : k + 1].addmm_(upper[:k, k : k + 1].T, error[:k], alpha=-1)
-            rounded[k] = wanted[k]
+            rounded[k] = wanted[k] if grid is None else grid[k].nearest(wanted[k])
             torch.sub(rounded[k], exact[k], out=error[k])
         return
+
+    def round_part(part: slice) -> None:
+        own = None if grid is None else grid[part]
+        _round_block(exact[part], rounded[part], upper[part, part], coarse[part, part], error[part], owed[part], own)
+
     first, last = slice(0, size // 2), slice(size // 2, size)
-    _round_block(exact[first], rounded[first], upper[first, first], coarse[first, first], error[first], owed[first])
+    round_part(first)
     if size >= COARSE:
         owed[last] += multiply(coarse[first, last].T, error[first].to(coarse.dtype))
     else:
         owed[last].addmm_(upper[first, last].T, error[first])
-    _round_block(exact[last], rounded[last], upper[last, last], coarse[last, last], error[last], owed[last])
+    round_part(last)
+
+
+def round_to_grid(matrix: Float[Tensor, "n d"], grid: Grid, metric: Float[Tensor, "d d"]) -> Float[Tensor, "n d"]:
+    """Each row on the grid, rounded with feedback under a metric."""
+    factors = factorize(metric, grid.step.double().square().mean(0))
+    upper, rounded = factors.upper.to(matrix.dtype), torch.empty_like(matrix)
+    for rows in blocks(matrix):
+        exact = matrix[rows].T[factors.order]
+        block, error, owed = torch.empty_like(exact), torch.empty_like(exact), torch.zeros_like(exact)
+        _round_block(exact, block, upper, upper, error, owed, grid[rows].T[factors.order])
+        rounded[rows].T[factors.order] = block
+    return rounded
 
 
 def round_both_ways(

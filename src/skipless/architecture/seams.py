@@ -276,11 +276,13 @@ def _not_linear(architecture: Architecture, space: Space) -> str | None:
     """The norm that stands between a space and what writes or reads it, or None."""
     for norm, port in space.norms:
         if len(space.places) > 1:
-            first, last = (place.layer for place in (space.places[0], space.places[-1]))
+            first, last = space.places[0].layer, space.places[-1]
+            past = last.layer - (last.kind == "s")
+            layers = f"layers {first} to {past}" if first < past else f"layer {past}"
             return (
                 f"residual {architecture.residual!r} and norm_type {architecture.norm_type!r}: skip connections join "
-                f"the stream from layer {first} to {last} into one space, with one basis, and {norm} stands between it "
-                f"and {port.module}, and is not linear"
+                f"the stream of {layers} into one space, with one basis, and {norm} stands between it and "
+                f"{port.module}, and is not linear"
             )
         reads = port in space.readers
         writers, readers = _names(space.writers), graph(architecture).through(norm) if reads else _names(space.readers)

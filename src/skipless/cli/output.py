@@ -21,6 +21,7 @@ from rich.progress import (
 )
 
 from skipless.cli.terminal import Terminal
+from skipless.log import is_first
 
 out = Terminal()
 err = Terminal(stderr=True)
@@ -41,9 +42,10 @@ def print_json(value: Any) -> None:
 
 
 def _progress(verb: str, *columns: ProgressColumn) -> Progress:
-    """On stderr, if that is a terminal; it goes when it is done."""
+    """On stderr, if that is a terminal, of one process; it goes when it is done."""
     first = (TextColumn(verb, markup=False), BarColumn(bar_width=20))
-    return Progress(*first, *columns, console=err, transient=True, disable=not err.is_terminal)
+    shown = err.is_terminal and is_first()
+    return Progress(*first, *columns, console=err, transient=True, disable=not shown)
 
 
 @contextmanager

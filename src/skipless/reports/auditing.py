@@ -76,16 +76,16 @@ class Answer:
 class Audit:
     """Every open seam, and whether what was asked for is safe.
 
-    basis, reason: by which stream seams would be closed, and why
-    problems: why this model's fuse would not be safe
-    if_skipless: the same, of a model with its matrices and without skips and norms
-    alternatives: options of fuse that would be safe, if those asked for are not
-    as_is: what can be removed exactly beside seams, weights and biases by kind (counting.removable_as_is)
-    by_fuse, stays, left_out: of that, what fuse moves in another family's layout; what it leaves there, and why; what
-        it does not store in a skipless layout (as in counting.Count)
-    parameters: how many there are in all
-    moves: how many numbers a fuse in the family's layout would move, if that was asked for
-    together: what all that was asked for loses on the way through the layers, in the coarsest dtype of storage
+    - basis, reason: by which stream seams would be closed, and why
+    - problems: why this model's fuse would not be safe
+    - if_skipless: the same, of a model with its matrices and without skips and norms
+    - alternatives: options of fuse that would be safe, if those asked for are not
+    - as_is: what can be removed exactly beside seams, weights and biases by kind (counting.removable_as_is)
+    - by_fuse, stays, left_out: of that, what fuse moves in another family's layout; what it leaves there, and why; what
+      it does not store in a skipless layout (as in counting.Count)
+    - parameters: how many there are in all
+    - moves: how many numbers a fuse in the family's layout would move, if that was asked for
+    - together: what all that was asked for loses on the way through the layers, in the coarsest dtype of storage
     """
 
     family: str

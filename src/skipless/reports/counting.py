@@ -104,18 +104,18 @@ class FirstLayer:
 class Count:
     """What a model has, and what could go.
 
-    parameters: all of them
-    parts: the same, by matrix, embeddings (tables and head), norms, biases, other
-    weights: those of linear layers and embeddings, a tied embedding once
-    per_layer: weights of a layer, by matrix (of the first layer with experts, if any has)
-    nominal: trained without Q and P (qp), K and P, V and P, Fig. 1 and 3 of the paper; None where e != d
-    exact: rewriting a skipless version of it, stream and P-M seams
-    everything: rewriting a skipless version of it, all kinds of seams
-    limit: what could go from a skipless version at most (removable_at_most)
-    as_is: what can go from the model as it is, by what it is: from one without norms, by kind of seam; from others,
-        removable_as_is
-    by_fuse, stays: of that, what fuse removes or moves, and why it leaves the rest of norms and biases (moved_by_fuse)
-    left_out: how many numbers fewer fuse stores in a skipless layout (None: it has none; left_out_by_fuse)
+    - parameters: all of them
+    - parts: the same, by matrix, embeddings (tables and head), norms, biases, other
+    - weights: those of linear layers and embeddings, a tied embedding once
+    - per_layer: weights of a layer, by matrix (of the first layer with experts, if any has)
+    - nominal: trained without Q and P (qp), K and P, V and P, Fig. 1 and 3 of the paper; None where e != d
+    - exact: rewriting a skipless version of it, stream and P-M seams
+    - everything: rewriting a skipless version of it, all kinds of seams
+    - limit: what could go from a skipless version at most (removable_at_most)
+    - as_is: what can go from the model as it is, by what it is: from one without norms, by kind of seam; from others,
+      removable_as_is
+    - by_fuse, stays: of that, what fuse removes or moves, and why it leaves the rest of norms and biases (moved_by_fuse)
+    - left_out: how many numbers fewer fuse stores in a skipless layout (None: it has none; left_out_by_fuse)
     """
 
     name: str

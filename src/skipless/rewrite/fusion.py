@@ -33,11 +33,10 @@ from skipless.log import logger
 from skipless.rewrite.card import CARD, MOST, card, named
 from skipless.rewrite.casting import CAST, underflows
 from skipless.rewrite.cost import waiting
-from skipless.rewrite.environment import environment
 from skipless.rewrite.estimate import Estimate, estimate, within_memory
 from skipless.rewrite.execution import Done
 from skipless.rewrite.executors import Executor, choose_executor
-from skipless.rewrite.machine import available_memory, measure, resident_memory
+from skipless.rewrite.machine import available_memory, environment, measure, resident_memory
 from skipless.rewrite.maps import check_moved
 from skipless.rewrite.model_files import MODEL_FILES, OURS
 from skipless.rewrite.planning import Plan, Task, prepare

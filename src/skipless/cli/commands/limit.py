@@ -6,7 +6,7 @@ import sys
 import click
 
 from skipless.cli.options import as_json, known_names
-from skipless.cli.output import out, print_json, step_bar
+from skipless.cli.output import out, print_json, step_bar, waiting
 
 
 @click.command("limit")
@@ -29,8 +29,8 @@ def limit_command(model: str, check: bool, as_json: bool) -> None:
     blocked = () if family == "skipless" else reasons(seams(as_it_is, norms=True))
     limit, certificate = room.limit(architecture), None
     if check:
-        from skipless.reports.certificate import certify
-
+        with waiting("starting"):
+            from skipless.reports.certificate import certify
         with step_bar("counting") as progress:
             certificate = certify(architecture, progress)
     if as_json:
