@@ -114,7 +114,8 @@ class Count:
     - limit: what could go from a skipless version at most (removable_at_most)
     - as_is: what can go from the model as it is, by what it is: from one without norms, by kind of seam; from others,
       removable_as_is
-    - by_fuse, stays: of that, what fuse removes or moves, and why it leaves the rest of norms and biases (moved_by_fuse)
+    - by_fuse, stays: of that, what fuse removes or moves, and why it leaves the rest of norms and biases
+      (moved_by_fuse)
     - left_out: how many numbers fewer fuse stores in a skipless layout (None: it has none; left_out_by_fuse)
     """
 
