@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import skipless
-from engines import LLAMA_CPP
+from engines import LLAMA_CPP, made
 from skipless.bundled import BUNDLED
 from skipless.inference import load_tokenizer
 from skipless.serving.export import export
@@ -39,11 +39,7 @@ class Models:
 
     def made(self, name: str, make: Callable[[Path], object]) -> Path:
         """The file or folder of this name."""
-        found = self.folder / name
-        if not found.exists():
-            make(self.folder / f"{name}.part")
-            (self.folder / f"{name}.part").rename(found)
-        return found
+        return made(self.folder / name, make)
 
     def text(self, number: int) -> Path:
         """Held-out text: 0 that perplexity is of, 1 for importance matrices."""

@@ -118,6 +118,8 @@ def test_what_goes_is_the_same_to_the_weight(fields, tmp_path):
     assert plan.parameters == (before.parameters, after.parameters)
     saved = sum(seam.saves for task in plan.tasks for seam in task.seams)
     assert sum(found.removed.values()) == saved == before.weights - after.weights
+    assert sum(before.as_is.values()) == saved == before.by_fuse
+    assert sum(after.as_is.values()) == after.by_fuse == 0
     if fields.get("residual", "none") == "none":
         assert before.everything == saved
         assert before.limit - after.limit == saved
