@@ -31,7 +31,7 @@ def test_every_field_of_a_config():
     text = page("config")
     for field in dataclasses.fields(Architecture):
         assert (f"<code>{field.name}</code>" in text) == (field.name not in FOREIGN)
-    assert "<code>float | None</code>" in text
+    assert "<code>float | int | None</code>" in text
 
 
 def test_every_public_function_and_its_arguments():
