@@ -2,20 +2,23 @@
 
     make llama-cpp      # with its architecture for them; then its binding, which need not build it again:
     CMAKE_ARGS=-DLLAMA_BUILD=OFF pip install llama-cpp-python==0.3.36 gguf
-    python benchmarks/engines.py                   # hours on 2 cores, 20 GB of memory
+    python benchmarks/engines.py [--folder WORK]   # hours on 2 cores, 20 GB of memory; WORK keeps what was made and
+                                                   # measured: a second run goes on, and shows what is new
     python benchmarks/engines.py --layers 1 --rounds 2 --only "torch bfloat16"
 
 Random weights of Mistral-7B's shape, 4 layers. Each line is one run: its models decode in turns, each in a process of
 its own, and ratios are medians of those of a round. Peers have the norms and skips that the shape comes with:
 MistralForCausalLM of transformers, and a GGUF of a Llama in llama.cpp, whose matrices llama-quantize has stored as it
-has the skipless models'. "Options" are OpenVINO's own against those that skipless asks for. The last line is one JSON
-object.
+has the skipless models', rest_proj in q8_0 at least. "llama.cpp bf16" and "q8_0" have the fused model in other engines
+beside them, with as many bits. "Options" are OpenVINO's own against those that skipless asks for. The last line is one
+JSON object.
 """
 
 import argparse
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -48,21 +51,20 @@ class Models:
 
     def skipless(self, dtype: str) -> dict[str, Path]:
         """Original, q and pivoted."""
-        folder = self.folder / dtype
-        if not folder.exists():
+
+        def write(folder: Path) -> None:
             folder.mkdir()
             write_shapes(SHAPE, self.layers, dtype, folder)
-        return {name: folder / name for name in ("original", "q", "pivoted")}
 
-    def openvino(self, dtype: str) -> dict[str, Path]:
-        """The same, exported."""
+        folder = made(self.folder / dtype, write)
+        return {name: folder / name for name in ALL}
+
+    def openvino(self, dtype: str, name: str) -> Path:
+        """One of them, exported."""
         weights = {"float32": "f32", "bfloat16": "bf16"}.get(dtype, dtype)
-        exported = {}
-        for name, folder in self.skipless("float32" if dtype == "float32" else "bfloat16").items():
-            exported[name] = self.folder / f"openvino-{dtype}-{name}"
-            if not exported[name].exists():
-                export(folder, exported[name], "openvino", weights)
-        return exported
+        source = self.skipless("float32" if dtype == "float32" else "bfloat16")[name]
+        folder = self.folder / f"openvino-{dtype}-{name}"
+        return made(folder, lambda folder: export(source, folder, "openvino", weights))
 
     def _config(self) -> MistralConfig:
         config = json.loads((self.skipless("bfloat16")["original"] / "config.json").read_text())
@@ -72,30 +74,38 @@ class Models:
 
     def transformers(self) -> Path:
         """With norms and skips, for transformers, in bf16."""
-        folder = self.folder / "transformers"
-        if not folder.exists():
+
+        def write(folder: Path) -> None:
             torch.manual_seed(0)
             torch.set_default_dtype(torch.bfloat16)
             MistralForCausalLM(self._config()).save_pretrained(folder)
             torch.set_default_dtype(torch.float32)
-        return folder
+
+        return made(self.folder / "transformers", write)
 
     def llama(self, kind: str) -> Path:
         """The same, for llama.cpp, as llama-quantize stores it."""
         from llama_cpp_peer import write
 
-        file = self.folder / "llama" / "model.gguf"
-        if not file.exists():
-            file.parent.mkdir()
-            write(file, self._config())
-        return quantized(file, kind)
+        folder = self.folder / "llama"
+        folder.mkdir(exist_ok=True)
+        return quantized(made(folder / "model.gguf", lambda file: write(file, self._config())), kind)
 
     def gguf(self, name: str, kind: str) -> Path:
         """One of the skipless models, for llama.cpp."""
-        folder = self.folder / f"gguf-{name}"
-        if not folder.exists():
-            export(self.skipless("bfloat16")[name], folder, "gguf", "bf16")
-        return quantized(folder / "model.gguf", kind)
+        source, folder = self.skipless("bfloat16")[name], self.folder / f"gguf-{name}"
+        return quantized(made(folder, lambda folder: export(source, folder, "gguf", "bf16")) / "model.gguf", kind)
+
+
+def made(path: Path, make: Callable[[Path], object]) -> Path:
+    """A file or folder, made whole where it is not there."""
+    if not path.exists():
+        part = path.with_name(f"{path.name}.part")
+        if part.is_dir():
+            shutil.rmtree(part)
+        make(part)
+        part.rename(path)
+    return path
 
 
 def export(source: Path, folder: Path, to: str, weights: str) -> None:
@@ -109,11 +119,13 @@ def quantized(file: Path, kind: str) -> Path:
     """A GGUF file in bf16, as bf16 or what llama-quantize makes of it."""
     if kind == "bf16":
         return file
-    made = file.with_name(f"{kind}.gguf")
-    if not made.exists():
-        command = [str(LLAMA_CPP / "bin" / "llama-quantize"), str(file), str(made), kind]
+    options = ("--tensor-type", "attn_qkv=q8_0") if kind.startswith("q4") else ()
+
+    def write(part: Path) -> None:
+        command = [str(LLAMA_CPP / "bin" / "llama-quantize"), *options, str(file), str(part), kind]
         subprocess.run(command, check=True, capture_output=True)
-    return made
+
+    return made(file.with_name(f"{kind}.gguf"), write)
 
 
 def llama(file: Path) -> Worker:
@@ -128,25 +140,35 @@ def ours(engine: str, dtype: str, compiled: bool, *names: str) -> Run:
     """Original and fused models in one engine."""
 
     def run(models: Models) -> dict[str, Callable[[], Worker]]:
-        folders = models.openvino(dtype) if engine == "openvino" else models.skipless(dtype)
-        return {name: lambda name=name: Worker.of(engine, folders[name], dtype, compiled) for name in names}
+        found = {
+            name: models.openvino(dtype, name) if engine == "openvino" else models.skipless(dtype)[name]
+            for name in names
+        }
+        return {
+            name: lambda folder=folder: Worker.of(engine, folder, dtype, compiled) for name, folder in found.items()
+        }
 
     return run
 
 
 def llama_cpp(kind: str) -> Run:
-    """The ordinary Llama, and original and fused models, all in llama.cpp."""
+    """The ordinary Llama, and original and fused models, all in llama.cpp; and fused ones of as many bits elsewhere."""
+    elsewhere = {"bf16": (("torch", "bfloat16"), ("openvino", "bfloat16")), "q8_0": (("openvino", "int8"),)}
 
     def run(models: Models) -> dict[str, Callable[[], Worker]]:
         files = {"llama": models.llama(kind), **{name: models.gguf(name, kind) for name in ALL}}
-        return {name: lambda name=name: llama(files[name]) for name in files}
+        loads = {name: lambda file=file: llama(file) for name, file in files.items()}
+        for engine, dtype in elsewhere.get(kind, ()):
+            (load,) = ours(engine, dtype, engine == "torch", "q")(models).values()
+            loads[f"q, {engine}"] = load
+        return loads
 
     return run
 
 
 def peers(models: Models) -> dict[str, Callable[[], Worker]]:
     """16 bits a weight."""
-    fused, exported = models.skipless("bfloat16")["q"], models.openvino("bfloat16")["q"]
+    fused, exported = models.skipless("bfloat16")["q"], models.openvino("bfloat16", "q")
     return {
         "transformers": lambda: Worker.of("torch", models.transformers(), "bfloat16"),
         "transformers, compiled": lambda: Worker.of("torch", models.transformers(), "bfloat16", True),
@@ -159,7 +181,7 @@ def peers(models: Models) -> dict[str, Callable[[], Worker]]:
 
 def peers_int8(models: Models) -> dict[str, Callable[[], Worker]]:
     """8 bits a weight (llama.cpp's q8_0: 8.5)."""
-    folders = models.openvino("int8")
+    folders = {name: models.openvino("int8", name) for name in BOTH}
     return {
         "llama.cpp": lambda: llama(models.llama("q8_0")),
         "fused, llama.cpp": lambda: llama(models.gguf("q", "q8_0")),
@@ -172,7 +194,7 @@ def options(dtype: str) -> Run:
     """OpenVINO with its own options, and with those that skipless asks for."""
 
     def run(models: Models) -> dict[str, Callable[[], Worker]]:
-        folder = models.openvino(dtype)["q"]
+        folder = models.openvino(dtype, "q")
         own = [sys.executable, str(Path(__file__).parent / "openvino_own.py"), str(folder), dtype]
         return {"its own": lambda: Worker(own), "for decoding": lambda: Worker.of("openvino", folder, dtype)}
 
@@ -213,20 +235,24 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", action="append", choices=list(RUNS), help="a run, repeatable [default: all]")
-    parser.add_argument("--folder", type=Path, help="where to keep the models [default: nowhere]")
+    parser.add_argument("--folder", type=Path, help="where to keep models and results [default: nowhere]")
     arguments = parser.parse_args()
     os.environ.setdefault("LLAMA_CPP_LIB_PATH", str(LLAMA_CPP / "build" / "bin"))
-    results = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(exist_ok=True)
-        models = Models(folder, arguments.layers)
+        models, kept = Models(folder, arguments.layers), folder / "results.json"
+        results = json.loads(kept.read_text()) if kept.exists() else {}
         for name in arguments.only or RUNS:
-            results[name] = run(name, models, arguments.rounds)
+            if name in results:
+                continue
+            found = run(name, models, arguments.rounds)
+            results[name] = dataclasses.asdict(found)
+            kept.write_text(json.dumps(results))
             console.rule(name)
-            console.print(tables.bench_line(results[name]), soft_wrap=True, highlight=False)
-            console.print(tables.bench_table(results[name]))
-    print(json.dumps({name: dataclasses.asdict(found) for name, found in results.items()}))
+            console.print(tables.bench_line(found), soft_wrap=True, highlight=False)
+            console.print(tables.bench_table(found))
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""What quantizing costs in llama.cpp, original against fused: perplexity of the bundled model on held-out text.
+"""What fewer bits cost in llama.cpp, original against fused: the bundled model on held-out text.
 
     make llama-cpp
     python benchmarks/perplexity.py [--folder WORK]    # WORK keeps what was made and measured: a second run goes on
 
-llama-quantize makes all but f32 of what skipless exports in f32, "weighed" with the importance matrix that
-llama-imatrix finds on other held-out text; "bf16, by fuse" is what `fuse --dtype bfloat16` writes. A loss is what
-perplexity has grown by since the original's in f32; the ratio, by how much the fused model's is larger. The last line
-is one JSON object.
+Perplexity, and the Kullback-Leibler divergence from the original in f32 (nats a token): perplexity can also fall by
+chance, a divergence cannot. "By export" is what `skipless export --weights` stores, "by fuse" what `skipless fuse
+--dtype bfloat16` does; llama-quantize makes the others of what skipless exports in f32, rest_proj in q8_0 at least,
+"weighed" with the importance matrix that llama-imatrix finds on other held-out text. The last line is one JSON object.
 """
 
 import argparse
@@ -15,13 +15,12 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
 
 import skipless
-from engines import LLAMA_CPP
+from engines import LLAMA_CPP, made
 from skipless.bundled import BUNDLED
 from skipless.inference import load_tokenizer
 from skipless.serving.export import export
@@ -29,7 +28,7 @@ from stored import held_out
 
 CONTEXT = 512
 NAMES = {"original": "original", "q": "by q", "pivoted": "pivoted"}
-EXACT = "f32"
+MODEL = "model.gguf"
 
 
 class Models:
@@ -40,11 +39,7 @@ class Models:
 
     def made(self, name: str, make: Callable[[Path], object]) -> Path:
         """The file or folder of this name."""
-        found = self.folder / name
-        if not found.exists():
-            make(self.folder / f"{name}.part")
-            (self.folder / f"{name}.part").rename(found)
-        return found
+        return made(self.folder / name, make)
 
     def text(self, number: int) -> Path:
         """Held-out text: 0 that perplexity is of, 1 for importance matrices."""
@@ -64,18 +59,32 @@ class Models:
         source = self.source(name, dtype)
         return self.made(f"{name}-{to}-{weights}", lambda folder: export(source, folder, to=to, weights=weights))
 
-    def gguf(self, name: str, kind: str, weighed: bool) -> Path:
+    def exact(self, name: str) -> Path:
+        return self.exported(name, "gguf", "f32", "float32") / MODEL
+
+    def quantized(self, name: str, kind: str, weighed: bool = False) -> Path:
         """What llama-quantize makes of the f32 file."""
-        file = self.exported(name, "gguf", "f32", "float32") / "model.gguf"
-        if kind == "f32":
-            return file
+        file = self.exact(name)
         options = ("--imatrix", self.importance(name, file)) if weighed else ()
+        options += ("--tensor-type", "attn_qkv=q8_0") if kind.startswith("q4") else ()
         made = f"{name}-{kind}{'-weighed' * weighed}.gguf"
         return self.made(made, lambda found: llama_cpp("llama-quantize", *options, file, found, kind))
+
+    def by_fuse(self, name: str) -> Path | None:
+        """The original has not been fused."""
+        return None if name == "original" else self.exported(name, "gguf", "bf16", "bfloat16") / MODEL
+
+    def by_export(self, name: str, kind: str) -> Path:
+        return self.exported(name, "gguf", kind, "float32") / MODEL
 
     def importance(self, name: str, file: Path) -> Path:
         asked = ("--model", file, "--file", self.text(1), "--ctx-size", CONTEXT)
         return self.made(f"{name}-imatrix", lambda found: llama_cpp("llama-imatrix", *asked, "--output-file", found))
+
+    def probabilities(self) -> Path:
+        """Of all tokens, by the original in f32."""
+        asked = (self.exact("original"), self.text(0))
+        return self.made("probabilities", lambda found: said(*asked, r"PPL = ", "--kl-divergence-base", found))
 
 
 def llama_cpp(program: str, *arguments: object) -> str:
@@ -87,50 +96,52 @@ def llama_cpp(program: str, *arguments: object) -> str:
     return done.stdout + done.stderr
 
 
-def quantized(models: Models, name: str, kind: str, weighed: bool = False) -> float:
-    return perplexity(models.gguf(name, kind, weighed), models.text(0))
-
-
-def by_fuse(models: Models, name: str) -> float | None:
-    """In llama.cpp; the original has not been fused."""
-    if name == "original":
-        return None
-    return perplexity(models.exported(name, "gguf", "bf16", "bfloat16") / "model.gguf", models.text(0))
-
-
-def perplexity(file: Path, text: Path) -> float:
-    """Of the second half of each CONTEXT tokens, each after all of those before it.
+def said(file: Path, text: Path, pattern: str, *arguments: object) -> re.Match[str]:
+    """What llama-perplexity finds for the second half of each CONTEXT tokens, each after all of those before it.
 
     Asked again where the program ends before its log has said it.
     """
-    exact = ("--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off")
+    exact = ("--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off", *arguments)
     while True:
-        found = llama_cpp("llama-perplexity", "--model", file, "--file", text, "--ctx-size", CONTEXT, *exact)
-        if said := re.search(r"PPL = ([\d.]+)", found):
-            return float(said[1])
+        log = llama_cpp("llama-perplexity", "--model", file, "--file", text, "--ctx-size", CONTEXT, *exact)
+        if found := re.search(pattern, log, re.DOTALL):
+            return found
 
 
-# Each row: how weights are stored.
-ROWS: dict[str, Callable[[Models, str], float | None]] = {
-    **{kind: partial(quantized, kind=kind) for kind in ("f32", "bf16")},
-    "bf16, by fuse": by_fuse,
-    **{kind: partial(quantized, kind=kind) for kind in ("q8_0", "q4_K_M", "q4_0")},
-    **{f"{kind}, weighed": partial(quantized, kind=kind, weighed=True) for kind in ("q4_K_M", "q4_0")},
+def measured(models: Models, file: Path | None) -> dict[str, float] | None:
+    if file is None:
+        return None
+    asked = ("--kl-divergence", "--kl-divergence-base", models.probabilities())
+    found = said(file, models.text(0), r"Mean PPL\(Q\) +: +(\S+).*Mean +KLD: +(\S+)", *asked)
+    return {"bytes": file.stat().st_size, "perplexity": float(found[1]), "divergence": float(found[2])}
+
+
+# Each row: how weights are stored, and the file.
+ROWS: dict[str, Callable[[Models, str], Path | None]] = {
+    "f32": Models.exact,
+    "bf16": lambda models, name: models.quantized(name, "bf16"),
+    "bf16, by fuse": Models.by_fuse,
+    "q8_0": lambda models, name: models.quantized(name, "q8_0"),
+    "q8_0, by export": lambda models, name: models.by_export(name, "q8_0"),
+    "q4_K_M": lambda models, name: models.quantized(name, "q4_K_M"),
+    "q4_K_M, weighed": lambda models, name: models.quantized(name, "q4_K_M", True),
+    "q4_0": lambda models, name: models.quantized(name, "q4_0"),
+    "q4_0, weighed": lambda models, name: models.quantized(name, "q4_0", True),
+    "q4_0, by export": lambda models, name: models.by_export(name, "q4_0"),
 }
 
 
-def number(value: float, digits: int) -> str:
-    """So many digits after the point; of what is no language model any more, the size."""
-    return f"{value:.{digits}f}" if value < 1e4 else f"{value:.0e}"
-
-
-def line(label: str, each: dict[str, float | None], exact: float) -> str:
-    """A row of the table, of the perplexities of original, q and pivoted."""
-    losses = [None if value is None else value / exact - 1 for value in each.values()]
-    values = ["" if value is None else number(value, 3) for value in each.values()]
-    small = losses[0] is None or losses[0] < 1e-3
-    ratios = ["" if small else number(loss / losses[0], 2) for loss in losses[1:]]
-    return f"| {' | '.join((label, *values, '' if losses[0] is None else f'{losses[0]:.2%}', *ratios))} |"
+def line(label: str, each: dict[str, dict[str, float] | None]) -> str:
+    """A row of the table; of what is no language model any more, the size of its perplexity."""
+    cells = [label]
+    for found in each.values():
+        if found is None:
+            cells += ["", "", ""]
+        else:
+            value = found["perplexity"]
+            cells += [f"{found['bytes'] / 1e3:,.0f}", f"{value:.3f}" if value < 1e4 else f"{value:.0e}"]
+            cells += [f"{found['divergence']:.1e}"]
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -144,14 +155,14 @@ def main() -> None:
         results = folder / "results.json"
         found = json.loads(results.read_text()) if results.exists() else {}
         models = Models(folder, arguments.blocks)
-        for label, measure in ROWS.items():
+        for label, file in ROWS.items():
             if label not in found:
-                found[label] = {name: measure(models, name) for name in NAMES}
+                found[label] = {name: measured(models, file(models, name)) for name in NAMES}
                 results.write_text(json.dumps(found))
-    print(f"| weights | {' | '.join(NAMES.values())} | loss of the original | by q: ratio | pivoted: ratio |")
-    print(f"|---|{'---:|' * 6}")
+    print(f"| weights | {' | '.join(f'{name}: KB | perplexity | divergence' for name in NAMES.values())} |")
+    print(f"|---|{'---:|' * 3 * len(NAMES)}")
     for label in ROWS:
-        print(line(label, found[label], found[EXACT]["original"]))
+        print(line(label, found[label]))
     print(json.dumps(found))
 
 

@@ -51,8 +51,7 @@ COMPACT = [
     *("bloom", "mpt"),
     *OTHERS,
 ]
-QUICK = {"llama", "qwen2", "mixtral", "phi3", "gpt2", "gpt_neox", "opt", "mpt", "cohere", "gemma", "olmo2"}
-QUICK |= {"gemma3-mixed"}
+QUICK = {"llama", "mixtral", "phi3", "gpt2", "mpt", "cohere", "gemma3-mixed"}
 cases = pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in COMPACT]
 )

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from filelock import FileLock
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import skipless
 from skipless import InputError, cli
 from skipless.serving import export as room
 from skipless.serving.decoder import load_decoder
@@ -66,6 +67,27 @@ def test_the_command(engine, source, tmp_path):
     assert again.exit_code == 2
     assert again.stderr.count("\n") == 1
     assert "expected a new folder, found one that exists" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("basis", "dtype", "weights", "advice"),
+    [
+        ("q", "float32", "int8", "--basis pivoted"),
+        ("q", "bfloat16", "int8", "--basis pivoted"),
+        ("q", "float32", "bf16", "--dtype, which makes up for rounding, or with --basis pivoted"),
+        ("q", "bfloat16", "bf16", None),
+        ("q", "float32", "f32", None),
+        ("pivoted", "float32", "int8", None),
+    ],
+)
+def test_it_warns_where_rounding_would_be_multiplied(engine, source, tmp_path, caplog, basis, dtype, weights, advice):
+    engine.WEIGHTS = ("f32", "bf16", "int8")
+    skipless.fuse(source, tmp_path / "fused", basis=basis, dtype=dtype)
+    caplog.clear()
+    room.export(tmp_path / "fused", tmp_path / "out", to="openvino", weights=weights)
+    messages = [record.getMessage() for record in caplog.records]
+    expected = f"stream_basis: fused by q, this model may multiply what rounding to {weights} adds until it is lost"
+    assert messages == ([f"{expected}; fuse the original with {advice}"] if advice else [])
 
 
 @pytest.mark.parametrize("error", [InputError("no"), KeyboardInterrupt(), OSError("no space"), ZeroDivisionError()])

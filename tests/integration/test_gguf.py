@@ -1,5 +1,6 @@
 """What export writes for llama.cpp: every tensor, every field and the tokenizer, read back through the package gguf."""
 
+import copy
 import json
 
 import gguf
@@ -15,9 +16,12 @@ from skipless.bundled import BUNDLED
 from skipless.checkpoint import opening, reader
 from skipless.checkpoint.gguf_tokens import CONTRACTIONS, OTHERS, SPACE
 from skipless.reports.counting import count
+from skipless.serving import gguf as room
+from skipless.serving import gguf_grids
 from skipless.serving.export import export
-from tests.gguf_forms import EXPERTS, FORMS, SIZES, form
-from tests.models import build, edit_tensors, save
+from skipless.serving.gguf_grids import RANGES
+from tests.gguf_forms import BIASES, EXPERTS, FORMS, PARALLEL, SIZES, form
+from tests.models import build, edit_tensors, load, relative_error, save
 
 
 def exported(source, folder, weights="f32"):
@@ -102,12 +106,93 @@ def test_fewer_bits(weights, tmp_path):
     written, found = reader.CheckpointReader(source), opening.open_source(file).reader
     # of a block's largest; a block's scale is in fp16
     steps = {"bf16": 2**-8, "f16": 2**-11, "q8_0": 1 / 254 + 2**-11, "q4_0": 1 / 8 + 2**-11}
+    alone = ("gate_proj.weight", "up_proj.weight")  # P is gone: they write and read no space
     for name in written.tensors:
         expected, values = written.tensor(name), found.tensor(name)
-        if expected.dim() > 1:
+        if expected.dim() > 1 and weights.upper() in RANGES and not name.endswith(alone):
+            assert not torch.equal(values, expected), name
+        elif expected.dim() > 1:
             assert 0 < (values - expected).abs().max() <= steps[weights] * expected.abs().max(), name
         else:
             assert torch.equal(values, expected), name
+
+
+@pytest.mark.parametrize("kind", RANGES)
+def test_a_grid_is_llama_cpps(kind):
+    """What is on the grid comes back from the file's bytes, and is as near as what gguf rounds to."""
+    kind = gguf.GGMLQuantizationType[kind]
+    matrix = torch.randn(8, 96, generator=torch.Generator().manual_seed(0))
+    matrix[0, :32], matrix[1, :32] = 0, 0.3
+    grid = gguf_grids.fitted(matrix, kind)
+    stored = grid.nearest(matrix)
+    found = gguf.dequantize(gguf_grids.encode(stored, grid, kind), kind)
+    assert (found == stored.numpy()).all()
+    plain = gguf.dequantize(gguf.quantize(matrix.numpy(), kind), kind)
+    assert (abs(found - matrix.numpy()) <= abs(plain - matrix.numpy()) + 1e-6).all()
+    moved = grid.nearest(stored + grid.step)
+    assert (moved != stored).any()
+    assert (gguf.dequantize(gguf_grids.encode(moved, grid, kind), kind) == moved.numpy()).all()
+
+
+# Models, and how many of their spaces are rounded together.
+WHOLE = {
+    "original": ({}, 5),
+    "biases": (BIASES, 5),
+    "learned": ({"position_type": "learned"}, 5),
+    "tied": ({"tie_word_embeddings": True}, 3),
+    "parallel": (PARALLEL, 3),
+    "parallel, p": ({**PARALLEL, "p_removed": True, "head_dim": 32}, 1),
+    "experts": (EXPERTS, 1),
+    "norms and skips": ({"norm_type": "rms", "residual": "both"}, 0),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_space_has_all_that_writes_and_reads_it(name, tmp_path, monkeypatch):
+    """In another basis of each space the model is the same function."""
+    changed = []
+
+    def turned(writers, readers, passed):
+        generator = torch.Generator().manual_seed(len(changed))
+        width = writers[0].matrix.shape[1]
+        basis = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
+        changed.append(passed)
+        return [(each.matrix @ basis, None) for each in (*writers, *readers)]
+
+    monkeypatch.setattr(gguf_grids, "round_space", turned)
+    monkeypatch.setattr(room, "RANGES", {"F32": (0, 0)})
+    fields, spaces = WHOLE[name]
+    model = build(dtype=torch.float32, **{**SIZES, **fields})
+    file = exported(save(model, tmp_path / "source"), tmp_path / "out")
+    stored, found = opening.open_source(file).reader, copy.deepcopy(model)
+    found.load_state_dict({tensor: stored.tensor(tensor) for tensor in stored.tensors}, strict=False)
+    assert len(changed) == spaces
+    assert not any(changed)
+    assert relative_error(found, model) < 1e-4
+    if spaces:
+        found.model.embed_tokens.load_state_dict(model.model.embed_tokens.state_dict())
+        found.model.layers[1].load_state_dict(model.model.layers[1].state_dict())
+        assert relative_error(found, model) > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("weights", "factor"), [("q8_0", 4), ("q4_0", 2)])
+def test_rounded_together_the_bundled_model_loses_less(weights, factor, tmp_path, monkeypatch):
+    """By so much, in Kullback-Leibler divergence, than with each number rounded to the nearest."""
+    skipless.fuse(BUNDLED, tmp_path / "fused", basis="pivoted", dtype="float32")
+    model = load(tmp_path / "fused", torch.float32)
+    ids = skipless.inference.load_tokenizer(BUNDLED)(TEXT, return_tensors="pt").input_ids[:, :512]
+
+    def divergence(folder):
+        stored, other = opening.open_source(exported(tmp_path / "fused", folder, weights)).reader, copy.deepcopy(model)
+        other.load_state_dict({tensor: stored.tensor(tensor) for tensor in stored.tensors})
+        with torch.no_grad():
+            expected, found = (each(ids).logits[0].log_softmax(-1) for each in (model, other))
+        return (expected.exp() * (expected - found)).sum(-1).mean()
+
+    together = divergence(tmp_path / "together")
+    monkeypatch.setattr(room, "spaces", lambda layout: ())
+    assert together < divergence(tmp_path / "alone") / factor
 
 
 @pytest.mark.parametrize("weights", ["q5_1", "q4_0"])
@@ -135,6 +220,7 @@ def test_a_rest_in_fp32_stays(tmp_path):
         assert torch.equal(found.tensor(name), written.tensor(name).to(info.dtype)), name
 
 
+@pytest.mark.slow
 def test_the_commands(tmp_path):
     arguments = ["export", str(BUNDLED), str(tmp_path / "out"), "--to", "gguf", "--weights", "q8_0", "--json"]
     result = CliRunner().invoke(cli.main, arguments)

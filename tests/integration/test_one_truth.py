@@ -100,7 +100,13 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
+QUICK = {"serial", "biases", "parallel", "shaped", "skip past the attention"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [pytest.param(fields, id=name, marks=[pytest.mark.slow] * (name not in QUICK)) for name, fields in MODELS.items()],
+)
 def test_what_goes_is_the_same_to_the_weight(fields, tmp_path):
     """By the plan, the file, and, where no matrix gains a bias, by limit, count and what count says is left."""
     source = save(build(dtype=torch.bfloat16, **fields), tmp_path / "source")
@@ -112,6 +118,8 @@ def test_what_goes_is_the_same_to_the_weight(fields, tmp_path):
     assert plan.parameters == (before.parameters, after.parameters)
     saved = sum(seam.saves for task in plan.tasks for seam in task.seams)
     assert sum(found.removed.values()) == saved == before.weights - after.weights
+    assert sum(before.as_is.values()) == saved == before.by_fuse
+    assert sum(after.as_is.values()) == after.by_fuse == 0
     if fields.get("residual", "none") == "none":
         assert before.everything == saved
         assert before.limit - after.limit == saved

@@ -22,8 +22,7 @@ if TYPE_CHECKING:  # so that counting loads no torch
     from skipless.reports.auditing import Audit, SeamAudit
     from skipless.reports.certificate import Certificate
     from skipless.reports.verification import Loss, Report
-    from skipless.rewrite.cost import Cost
-    from skipless.rewrite.estimate import Estimate
+    from skipless.rewrite.cost import Cost, Estimate
     from skipless.rewrite.planning import Plan, Task
     from skipless.serving.bench import Bench
 

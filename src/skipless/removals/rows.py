@@ -25,7 +25,7 @@ from skipless.algebra.affine import Affine, past_norm, read
 from skipless.algebra.basis import MAX_CONDITION, MAX_CONDITION_PIVOTED, Basis, pivot
 from skipless.algebra.forecast import Forecast, Way, letter, precision_of, relative
 from skipless.algebra.linalg import HALF, gram, squares
-from skipless.algebra.rounding import passed_moment, round_passed
+from skipless.algebra.rounding import passed_moment, round_passed, round_reader
 from skipless.algebra.tolerances import coarsest, dtype_name
 from skipless.architecture.seams import Seam
 from skipless.checkpoint.opening import Read
@@ -44,9 +44,8 @@ def close(seam: Seam, affines: dict[str, Affine], setting: Setting, read: Read) 
     dtypes = {name: setting.kept(name) for name in remaining}
     written = [dtypes[name] for name in remaining if name not in setting.later]
     name = dtype_name(coarsest(written or [torch.float64]))
-    stored = round_remaining(seam, affines, remaining, order, dtypes)
-    if mix is not None:
-        stored |= carried_biases(seam, affines, remaining, stored, order, bases, mix, dtypes)
+    carried = None if mix is None else Carried.of(seam, affines, bases, mix)
+    stored = round_remaining(seam, affines, remaining, order, dtypes, carried)
     condition = max(basis.condition for basis in bases)
     errors = measure(seam, affines, remaining, stored, order, dtypes)
     outcome = _forecast(seam, affines, condition, {name: errors}).outcome("rows", name)
@@ -114,7 +113,7 @@ def close_rows(
     """Make rows of the first writer the identity, those of each block of its columns for itself.
 
     bases: for each block of columns (n, width), the rows T that go. biased: whether the writers keep the first one's
-    bias (else see carried_biases). Returns the modules that remain, and each block's order of inputs: first those
+    bias (else see Carried). Returns the modules that remain, and each block's order of inputs: first those
     passed through, then those of R's rows.
     """
     first = affines[seam.writers[0]]
@@ -145,46 +144,70 @@ def close_rows(
     return remaining, torch.stack(orders)
 
 
-def carried_biases(
+@dataclass(frozen=True)
+class Carried:
+    """V's bias b, which moves on to what reads the values.
+
+    values: b T^-1, as each query head reads it. shares: by block, what a value is multiplied by on its way through each
+    of its query heads.
+    """
+
+    values: Float[Tensor, "heads_s"]
+    shares: Sequence[Float[Tensor, "groups"]]
+
+    @classmethod
+    def of(
+        cls, seam: Seam, affines: Mapping[str, Affine], bases: Sequence[Basis], mix: Float[Tensor, "heads"]
+    ) -> "Carried | None":
+        """That of a seam's values; None without a bias. mix: as from _mix."""
+        bias = affines[seam.writers[0]].bias
+        if bias is None:
+            return None
+        shares = mix.split(len(mix) // seam.blocks)
+        parts = zip(bases, bias.split(seam.width), strict=True)
+        return cls(of_heads((basis.solve(part[:, None])[:, 0] for basis, part in parts), shares), shares)
+
+
+def of_heads(
+    values: Iterable[Float[Tensor, "s"]], shares: Iterable[Float[Tensor, "groups"]]
+) -> Float[Tensor, "heads_s"]:
+    """What all query heads read of a value of each block."""
+    return torch.cat([torch.outer(share, value) for share, value in zip(shares, values, strict=True)]).flatten()
+
+
+def with_carried(
     seam: Seam,
     affines: Mapping[str, Affine],
     remaining: Mapping[str, Affine],
     stored: Mapping[str, Affine],
     order: Int[Tensor, "blocks n"],
-    bases: Sequence[Basis],
-    mix: Float[Tensor, "heads"],
-    dtypes: Mapping[str, torch.dtype],
+    carried: Carried | None,
 ) -> dict[str, Affine]:
-    """The readers, with the bias b of V that moves on to them, and with what makes up for rounding the values' mean.
+    """The readers, with the bias b of V that moves on to them, and with what makes up for a change of the values' mean.
 
     A reader A gets the bias b T^-1 A', with A' as it is stored. It now reads values less b, so what rounding A does to
     -b T^-1, which may be large, cancels. Where the mean of x is known, what rounding does to that is made up for
-    instead, exactly. mix: what a value is multiplied by on its way through each query head (_mix).
+    instead, exactly. remaining, stored: all that remains, exactly and as it is.
     """
-    bias, mean = affines[seam.writers[0]].bias, affines[seam.writers[0]].mean
-    shares = mix.split(len(mix) // seam.blocks)
-
-    def of_heads(values: Iterable[Float[Tensor, "s"]]) -> Float[Tensor, "heads_s"]:
-        return torch.cat([torch.outer(of, value) for of, value in zip(shares, values, strict=True)]).flatten()
-
-    if bias is None:
-        return {}
-    parts = zip(bases, bias.split(seam.width), strict=True)
-    offset = of_heads(basis.solve(part[:, None])[:, 0] for basis, part in parts)
-    weights = {name: stored[name].weight.to(dtypes[name]).double() for name in seam.readers}
-    readers = {name: stored[name].with_bias(read(offset, weight)) for name, weight in weights.items()}
-    if mean is None or not any(dtype in HALF for dtype in dtypes.values()):
+    readers = {name: stored[name] for name in seam.readers}
+    if carried is None:
         return readers
-    exact, rounded = (
+    offset, mean = carried.values, affines[seam.writers[0]].mean
+    if mean is None:
+        return {name: reader.with_bias(read(offset, reader.weight)) for name, reader in readers.items()}
+    exact, found = (
         of_heads(
-            mean[own[: seam.width]] + mean[own[seam.width :]] @ block.rest.double()
-            for own, block in zip(order, _blocks(seam, affines, each, order), strict=True)
+            (
+                mean[own[: seam.width]] + mean[own[seam.width :]] @ block.rest.double()
+                for own, block in zip(order, _blocks(seam, affines, each, order), strict=True)
+            ),
+            carried.shares,
         )
         for each in (remaining, stored)
     )
-    for name, weight in weights.items():
-        lost = read(exact + offset, remaining[name].weight) - read(rounded + offset, weight)
-        readers[name] = dataclasses.replace(readers[name].with_bias(lost), mean=rounded)
+    for name, reader in readers.items():
+        bias = read(exact + offset, remaining[name].weight) - read(found, reader.weight)
+        readers[name] = dataclasses.replace(reader.with_bias(bias), mean=found)
     return readers
 
 
@@ -238,6 +261,7 @@ def round_remaining(
     remaining: Mapping[str, Affine],
     order: Int[Tensor, "blocks n"],
     dtypes: Mapping[str, torch.dtype],
+    carried: Carried | None = None,
 ) -> dict[str, Affine]:
     """What remains, rounded with feedback where it is stored in half precision; what reads it knows its moment."""
     half = any(dtype in HALF for dtype in dtypes.values())
@@ -246,30 +270,32 @@ def round_remaining(
     (dtype,) = written if len(written) == 1 else (torch.float64,)  # of several, each is cast by itself
     rests: list[Tensor] = []
     moments: list[Tensor] = []
-    rounded: dict[str, list[Tensor]] = {name: [] for name in seam.readers}
+    solved: dict[str, list[Tensor]] = {name: [] for name in seam.readers}
     for block in _blocks(seam, affines, remaining, order):
         if not half:
             moments.append(passed_moment(block.rest, block.moment))
             continue
-        rest, reads, moment = round_passed(
-            block.rest, list(block.readers.values()), block.moment, dtype, [dtypes[name] for name in block.readers]
-        )
+        rest, reads, moment = round_passed(block.rest, list(block.readers.values()), block.moment, dtype)
         rests.append(rest)
         moments.append(moment)
         for name, reader in zip(block.readers, reads, strict=True):
-            rounded[name].append(reader)
+            solved[name].append(reader)
     groups = len(remaining[seam.readers[0]].weight) // (seam.blocks * seam.width)
     moment = torch.stack(moments).repeat_interleave(groups, 0)
     stored = {**remaining, **{name: dataclasses.replace(remaining[name], moment=moment) for name in seam.readers}}
-    if not half:
-        return stored
-    sizes = [len(remaining[name].weight) for name in writers]
-    for name, weight in zip(writers, torch.cat(rests, 1).split(sizes), strict=True):
+    if half:
+        sizes = [len(remaining[name].weight) for name in writers]
+        for name, weight in zip(writers, torch.cat(rests, 1).split(sizes), strict=True):
+            stored[name] = dataclasses.replace(stored[name], weight=weight)
+        for name, parts in solved.items():
+            weight = torch.stack(parts).unflatten(1, (groups, -1)).mT.flatten(0, 2)
+            stored[name] = dataclasses.replace(stored[name], weight=weight)
+    for name, affine in with_carried(seam, affines, remaining, stored, order, carried).items() if half else ():
+        weight = round_reader(affine.weight.T, moment, dtypes[name], affine.mean, affine.bias).T
         stored[name] = dataclasses.replace(stored[name], weight=weight)
-    for name, parts in rounded.items():
-        weight = torch.stack(parts).unflatten(1, (groups, -1)).mT.flatten(0, 2)
-        stored[name] = dataclasses.replace(stored[name], weight=weight)
-    return stored
+    for name in seam.readers:
+        stored[name] = dataclasses.replace(stored[name], weight=stored[name].weight.to(dtypes[name]))
+    return {**stored, **with_carried(seam, affines, remaining, stored, order, carried)}
 
 
 def forecast(
@@ -287,14 +313,14 @@ def forecast(
     except InputError:
         return _impossible(seam, dtypes)
     remaining, order = close_rows(seam, affines, bases, biased=seam.kind == "p")
+    carried = None
+    if seam.kind == "values":  # of attention that is not shaped
+        heads = len(remaining[seam.readers[0]].weight) // seam.width
+        carried = Carried.of(seam, affines, bases, order.new_ones(heads, dtype=torch.float64))
     errors = {}
     for dtype in dtypes:
         kept = {name: torch.float64 if name in later else getattr(torch, dtype) for name in remaining}
-        stored = round_remaining(seam, affines, remaining, order, kept)
-        if seam.kind == "values":  # of attention that is not shaped
-            heads = len(stored[seam.readers[0]].weight) // seam.width
-            mix = order.new_ones(heads, dtype=torch.float64)
-            stored |= carried_biases(seam, affines, remaining, stored, order, bases, mix, kept)
+        stored = round_remaining(seam, affines, remaining, order, kept, carried)
         errors[dtype] = measure(seam, affines, remaining, stored, order, kept)
     left = {name: dataclasses.replace(stored[name], weight=remaining[name].weight) for name in later if name in stored}
     return _forecast(seam, affines, max(basis.condition for basis in bases), errors, left)

@@ -15,7 +15,7 @@ from typing import Any
 from skipless.architecture.config import Architecture, Module
 from skipless.architecture.folds import folds, staying
 from skipless.architecture.graph import graph
-from skipless.architecture.limit import closable, terms
+from skipless.architecture.limit import closable, saved, terms
 from skipless.architecture.seams import REMOVABLE, Seam, as_it_is, closed, reasons, seams
 from skipless.bundled import KNOWN
 from skipless.checkpoint import family, gguf_file, inexpressible
@@ -112,9 +112,10 @@ class Count:
     - exact: rewriting a skipless version of it, stream and P-M seams
     - everything: rewriting a skipless version of it, all kinds of seams
     - limit: what could go from a skipless version at most (removable_at_most)
-    - as_is: what can go from the model as it is, by what it is (removable_as_is)
-    - by_fuse, stays: of that, what fuse moves (None: nothing of that kind), and why it leaves the rest of norms and
-      biases (moved_by_fuse)
+    - as_is: what can go from the model as it is, by what it is: from one without norms, by kind of seam; from others,
+      removable_as_is
+    - by_fuse, stays: of that, what fuse removes or moves, and why it leaves the rest of norms and biases
+      (moved_by_fuse)
     - left_out: how many numbers fewer fuse stores in a skipless layout (None: it has none; left_out_by_fuse)
     """
 
@@ -214,6 +215,10 @@ def count_architecture(name: str, family_name: str, architecture: Architecture, 
     by_fuse, stays = moved_by_fuse(family_name, architecture)
     stored = max(WEIGHT_BYTES[conditions.dtype], WEIGHT_BYTES["bfloat16"])  # fuse stores no integers
     bases = [basis for seam in possible if seam.kind == "stream" for basis in seam.identities][:1]
+    as_is = removable_as_is(architecture)
+    if architecture.norm_type == "none":
+        as_is = saved(closable(architecture, stored))
+        by_fuse = sum(as_is.values())
     return Count(
         name=name,
         family=family_name,
@@ -225,9 +230,9 @@ def count_architecture(name: str, family_name: str, architecture: Architecture, 
         embeddings=parts["embeddings"],
         nominal=nominal,
         exact=Exact(**dataclasses.asdict(whole), basis=bases[0] if bases else None, blocked=reasons(every)),
-        everything=sum(seam.saves for seam in closable(architecture.skipless(), stored)),
+        everything=sum(saved(closable(architecture.skipless(), stored)).values()),
         limit=removable_at_most(architecture),
-        as_is=removable_as_is(architecture),
+        as_is=as_is,
         by_fuse=by_fuse,
         stays=stays,
         left_out=left_out_by_fuse(family_name, architecture, stored),

@@ -6,6 +6,7 @@ Tensors and metadata have llama.cpp's names; families/gguf_skipless.py lists the
 import copy
 import json
 import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import quantize
 
 from skipless.architecture.config import OUTPUT_NORMS, Architecture
-from skipless.checkpoint.families.gguf_skipless import CONFIG, FAMILY
+from skipless.checkpoint.families.gguf_skipless import CONFIG, FAMILY, SkiplessLayout
 from skipless.checkpoint.family import Layout
 from skipless.checkpoint.opening import read_architecture
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.errors import InputError
 from skipless.model.configuration_skipless import MULTIPLIERS, SkiplessConfig
 from skipless.quiet import errors_only
+from skipless.serving.gguf_grids import RANGES, spaces
 from skipless.serving.gguf_tokenizer import add_tokenizer
 
 MODEL = "model.gguf"
@@ -73,11 +75,8 @@ def write(source: Path, folder: Path, weights: str) -> None:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        parts = stored_from(layout)
-        for name in layout.shapes:
-            values = tensor(name, parts[name], layout, reader)
-            index = kinds[name] is GGMLQuantizationType.I32
-            writer.write_tensor_data(values if index else quantize(values, kinds[name]))
+        for data in encoded(layout, reader, kinds, together=weights.upper() in RANGES):
+            writer.write_tensor_data(data)
     finally:
         writer.close()
 
@@ -160,6 +159,27 @@ def stored_as(name: str, shape: tuple[int, ...], architecture: Architecture, wei
         return GGMLQuantizationType.F32
     kind = GGMLQuantizationType["Q8_0" if rest and weights in UNDER_8_BITS else weights.upper()]
     return GGMLQuantizationType.F16 if shape[-1] % GGML_QUANT_SIZES[kind][0] else kind
+
+
+def encoded(
+    layout: SkiplessLayout, reader: CheckpointReader, kinds: Mapping[str, GGMLQuantizationType], together: bool
+) -> Iterator[np.ndarray[Any, Any]]:
+    """Each tensor as the file has it. together: round what writes and reads a space with care for each other."""
+    parts = stored_from(layout)
+
+    def read(name: str) -> np.ndarray[Any, Any]:
+        return tensor(name, parts[name], layout, reader)
+
+    members = {name: space for space in spaces(layout) for name in space.names} if together else {}
+    ready: dict[str, np.ndarray[Any, Any]] = {}
+    for name in layout.shapes:
+        if name in members and name not in ready:
+            ready |= members[name].encoded(read, kinds)
+        if name in ready:
+            yield ready.pop(name)
+        else:
+            index = kinds[name] is GGMLQuantizationType.I32
+            yield read(name) if index else quantize(read(name), kinds[name])
 
 
 def stored_from(layout: Layout) -> dict[str, list[str]]:

@@ -40,6 +40,10 @@ class SkiplessLayout(Layout):
                 self.locations[tensor] = Location((stored,))
                 self.shapes[stored] = shape
 
+    def stored(self, module: str) -> str:
+        """What the file calls a module's weight."""
+        return f"{self._stored(module)}.weight"
+
     def _module(self, module: Module) -> None:
         parts, stored = module.name.split("."), self._stored(module.name)
         closed = {"k_proj": self.architecture.keys_removed, "v_proj": self.architecture.values_removed}
@@ -67,7 +71,7 @@ class SkiplessFamily(Family):
             raise InputError(f"{CONFIG}: expected the text of a config.json in the metadata, found none; export anew")
         return Architecture.from_config(own)
 
-    def layout(self, architecture: Architecture, names: Collection[str]) -> Layout:
+    def layout(self, architecture: Architecture, names: Collection[str]) -> SkiplessLayout:
         return SkiplessLayout.of(self, architecture, names)
 
 

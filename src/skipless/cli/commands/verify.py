@@ -53,7 +53,6 @@ def verify(
     with waiting("starting"):
         from skipless.cli import tables
         from skipless.reports import verification
-        from skipless.reports.card import write_verdict
 
     if b is None and card:
         raise InputError(f"--card: expected A and B, found {a} alone; name the model that it was made of, too")
@@ -79,7 +78,7 @@ def verify(
         )
     if card and report.same:
         try:
-            write_verdict(report, a, b)
+            verification.write_verdict(report, a, b)
         except (InputError, OSError) as error:  # the answer is the same without it
             err.print(f"--card: nothing was written: {error}", soft_wrap=True)
     if as_json:

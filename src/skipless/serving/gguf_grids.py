@@ -1,0 +1,126 @@
+"""GGUF's kinds of blocks as grids, and which of a file's tensors are rounded to them together.
+
+32 numbers of a row share a step and, in some kinds, the number that its multiples are added to.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import quantize
+
+from skipless.algebra.grids import Gridded, round_space
+from skipless.algebra.rounding import Grid
+from skipless.architecture.graph import graph
+from skipless.checkpoint.families.gguf_skipless import SkiplessLayout
+
+Array = np.ndarray[Any, Any]
+BLOCK = 32
+# The least and the largest number of steps.
+RANGES = {"Q8_0": (-127, 127), "Q5_0": (-16, 15), "Q5_1": (0, 31), "Q4_0": (-8, 7), "Q4_1": (0, 15)}
+TABLES = ("model.embed_tokens", "model.position_embeddings")
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Those of the file that write and read a space.
+
+    tables: writers whose rows, not columns, are vectors of the stream. passed: whether that is also read as it is.
+    """
+
+    writers: tuple[str, ...]
+    tables: tuple[str, ...]
+    readers: tuple[str, ...]
+    passed: bool
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of them."""
+        return (*self.writers, *self.readers)
+
+    def encoded(self, read: Callable[[str], Array], kinds: Mapping[str, GGMLQuantizationType]) -> dict[str, Array]:
+        """Each as its kind stores it, all rounded with care for each other."""
+        turned = [name in self.writers and name not in self.tables for name in self.names]
+        given = [gridded(read(name), kinds[name], turn) for name, turn in zip(self.names, turned, strict=True)]
+        stored = round_space(given[: len(self.writers)], given[len(self.writers) :], self.passed)
+        return {
+            name: encode(matrix.T if turn else matrix, grid and (grid.T if turn else grid), kinds[name])
+            for name, turn, (matrix, grid) in zip(self.names, turned, stored, strict=True)
+        }
+
+
+def spaces(layout: SkiplessLayout) -> Iterator[Tensors]:
+    """The spaces that linear maps alone write and read, of those that are there, each at one place of the model."""
+    architecture = layout.architecture
+    for space in graph(architecture).spaces:
+        modules = [port.module for port in (*space.writers, *space.readers)]
+        merged = architecture.p_removed and any(name.endswith("o_proj") for name in modules)
+        if len(space.places) > 1 or space.norms or space.written_tied or space.read_tied or merged:
+            continue
+        place, attention = space.places[0], f"model.layers.{space.places[0].layer}.self_attn"
+        asked = {port.module: layout.stored(port.module) for port in space.readers}
+        if f"{attention}.q_proj" in asked:
+            asked[f"{attention}.rest_proj"] = layout.stored(f"{attention}.rest_proj")
+        readers = tuple(name for name in asked.values() if name in layout.shapes)
+        writers = {port.module: layout.stored(port.module) for port in space.writers}
+        if not all(len(layout.shapes.get(name, ())) == 2 for name in (*writers.values(), *readers)):
+            continue  # experts, whose matrices lie in one tensor
+        biases = tuple(
+            bias for name in writers.values() if (bias := f"{name.removesuffix('weight')}bias") in layout.shapes
+        )
+        head = place.kind == "s" and place.layer == architecture.num_hidden_layers
+        closed = place.kind == "s" and architecture.stream_basis and place.layer not in architecture.layers_open
+        yield Tensors(
+            writers=(*writers.values(), *biases),
+            tables=(*(name for module, name in writers.items() if module in TABLES), *biases),
+            readers=readers,
+            passed=bool(architecture.head_removed if head else closed),
+        )
+
+
+def gridded(stored: Array, kind: GGMLQuantizationType, turn: bool) -> Gridded:
+    """A matrix of the file, or a bias, as algebra/grids.py takes it. turn: whether its columns are rows there."""
+    matrix = torch.from_numpy(stored).reshape(-1, stored.shape[-1])
+    if kind.name not in RANGES:
+        fit = None
+    elif turn:
+        fit = lambda rows: fitted(rows.T, kind).T  # noqa: E731
+    else:
+        fit = lambda rows: fitted(rows, kind)  # noqa: E731
+    return Gridded(matrix.T if turn else matrix, fit)
+
+
+def fitted(matrix: torch.Tensor, kind: GGMLQuantizationType) -> Grid:
+    """The grid (rows, columns) that GGUF's own rounding to the nearest chooses."""
+    blocks = quantize(np.ascontiguousarray(matrix.numpy()), kind).reshape(matrix.numel() // BLOCK, -1)
+
+    def half(place: int) -> torch.Tensor:
+        numbers = np.ascontiguousarray(blocks[:, 2 * place : 2 * place + 2]).view(np.float16).astype(np.float32)
+        return torch.from_numpy(numbers).expand(-1, BLOCK).reshape(matrix.shape)
+
+    low, high = RANGES[kind.name]
+    step = half(0)
+    origin = half(1) if low == 0 else torch.zeros_like(step)
+    return Grid(torch.where(step == 0, 1, step), origin, low, high)
+
+
+def encode(matrix: torch.Tensor, grid: Grid | None, kind: GGMLQuantizationType) -> Array:
+    """A matrix as the file has it: that lies on a grid, or of a kind that has none."""
+    values = np.ascontiguousarray(matrix.numpy())
+    if grid is None:
+        return quantize(values, kind)
+    low, high = RANGES[kind.name]
+    numbers = grid.places(matrix).reshape(-1, BLOCK).numpy()
+    heads = [grid.step, grid.origin] if low == 0 else [grid.step]
+    parts = [head.reshape(-1, BLOCK)[:, :1].numpy().astype(np.float16).view(np.uint8) for head in heads]
+    if high == 127:
+        parts.append(numbers.astype(np.int8).view(np.uint8))
+    else:
+        found = (numbers - low).astype(np.uint8)
+        if high - low == 31:  # the fifth bits of all
+            parts.append(np.packbits(found >> 4, axis=-1, bitorder="little"))
+        parts.append((found[:, : BLOCK // 2] & np.uint8(15)) | (found[:, BLOCK // 2 :] << np.uint8(4)))
+    return np.concatenate(parts, axis=-1).reshape(len(values), -1)
