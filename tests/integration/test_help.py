@@ -202,7 +202,10 @@ def test_what_takes_long_has_a_bar_on_a_terminal_alone(folder, command, verb, mo
     if " bar" in command and verb != "fusing" and not Path("bar").exists():
         run("fuse", "my-model", "bar")
     on_a_terminal(monkeypatch, True)
-    assert verb in run(*command.split()).stderr
+    shown = run(*command.split()).stderr
+    assert verb in shown
+    if verb == "fusing":
+        assert "checking what was written" in shown
     on_a_terminal(monkeypatch, False)
     if verb not in ("fusing", "timing"):  # of these once is enough
         assert verb not in run(*command.split()).stderr

@@ -113,11 +113,9 @@ def terms(architecture: Architecture) -> dict[str, int]:
 
 def _queries_and_keys(a: Architecture) -> int:
     """A layer's changes of basis of queries and keys: what commutes with RoPE's rotations; with norms, scalings."""
-    size, rope = a.head_dim, a.position_type.startswith("rope")
-    rotated = size if rope else 0  # with partial RoPE more goes
     if a.qk_norm is not None:
-        return rotated // 2 + size - rotated if a.qk_norm == "head_dim" else 0
-    return a.num_key_value_heads * (rotated + (size - rotated) ** 2)
+        return a.rotated // 2 + a.unrotated if a.qk_norm == "head_dim" else 0
+    return a.num_key_value_heads * (a.rotated + a.unrotated**2)
 
 
 def _biases(a: Architecture) -> int:
@@ -130,8 +128,8 @@ def _biases(a: Architecture) -> int:
         return 0
     d, e, layers, parallel = a.hidden_size, a.value_width, a.num_hidden_layers, a.block_type == "parallel"
     numbers = layers * e
-    if not (a.position_type.startswith("rope") or a.qk_norm):
-        numbers += layers * e
+    if not a.qk_norm:
+        numbers += layers * a.num_key_value_heads * a.unrotated
     if a.mlp_bias:
         numbers += layers * d + (layers - 1) * d
     if not a.tie_word_embeddings and (a.mlp_bias or not parallel):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol, Self
 
-from skipless.architecture.config import FOREIGN, Architecture, Module
+from skipless.architecture.config import FOREIGN, Architecture, Module, rotated_part
 from skipless.checkpoint import families, inexpressible
 from skipless.checkpoint.headers import Folder
 from skipless.errors import InputError
@@ -57,6 +57,11 @@ def rope(config: Config) -> dict[str, Any]:
 def whole_rope(config: Config) -> dict[str, Any]:
     """The same, of a model that rotates whole heads, whatever its config says."""
     return {name: value for name, value in rope(config).items() if name != "partial_rotary_factor"}
+
+
+def rotary(name: str, default: float) -> Callable[[Config], Any]:
+    """The part of each head that RoPE rotates: in rope_parameters, or, of older files, in the field of this name."""
+    return lambda config: rotated_part(config, default if config[name] is None else config[name])
 
 
 def _mixed(config: Config) -> list[str] | None:

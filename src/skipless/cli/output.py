@@ -77,23 +77,27 @@ def step_bar(verb: str) -> Iterator[Callable[[str, int, int], None]]:
 
 @contextmanager
 def work_bar(verb: str) -> Iterator[Callable[[Any, Any], None]]:
-    """A bar for fuse's `progress`, by FLOPs and bytes, with GFLOP/s and the time left."""
+    """A bar for fuse's `progress`, by FLOPs and bytes, with GFLOP/s and the time left; then for what it checks."""
     bar = _progress(verb, TaskProgressColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
     number = bar.add_task("", total=None, rate="")
-    last = time.monotonic()
+    last, done = time.monotonic(), 0
 
     def advance(plan: Any, task: Any) -> None:
-        nonlocal last
+        nonlocal last, done
         from skipless.rewrite.cost import cost
 
         now = time.monotonic()
         if task is None:
             bar.update(number, total=sum(cost(plan, each).total + plan.moved(each) for each in plan.tasks))
         else:
+            done += 1
             flops = cost(plan, task).total
             bar.update(number, advance=flops + plan.moved(task))
             if flops:
                 bar.update(number, rate=f"{flops / (now - last) / 1e9:,.0f} GFLOP/s")
+            if done == len(plan.tasks):
+                bar.update(number, visible=False)
+                bar.add_task("", total=None, rate="checking what was written")
         last = now
 
     with bar:

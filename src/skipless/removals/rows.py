@@ -9,7 +9,8 @@ With T the rows of a writer that go (of V, of each head its own):
     a bias of K               goes: it adds the same to all of a query's scores
 
 So x [T; U] A = x [I; R] (T A). Letters are those of docs/half-precision.md: R is the rest, here of rows.
-Of K, the reader A is Q transposed, with its bias as one more column: scores are (x [T; U]) (A (y, 1)^T).
+Of K, the reader A is Q transposed, with its bias as one more column: scores are (x [T; U]) (A (y, 1)^T). Where RoPE
+rotates a part of each head, the first columns, these stay as they are, and the others are K and Q here.
 """
 
 import dataclasses
@@ -30,12 +31,13 @@ from skipless.algebra.tolerances import coarsest, dtype_name
 from skipless.architecture.seams import Seam
 from skipless.checkpoint.opening import Read
 from skipless.errors import InputError
+from skipless.model.modeling_skipless import exchanged
 from skipless.removals.setting import Closed, Setting, Step, whole
 
 
 def close(seam: Seam, affines: dict[str, Affine], setting: Setting, read: Read) -> Closed:
     """Make rows of P, or of each head of V or K, the identity, and round what remains with the least error."""
-    affines = turned(seam, affines)
+    given, affines = affines, turned(seam, affines)
     weight, mix = affines[seam.writers[0]].weight.double(), None
     if seam.kind == "values":
         mix = _mix(seam, read, weight.new_ones(setting.architecture.num_attention_heads))
@@ -49,26 +51,52 @@ def close(seam: Seam, affines: dict[str, Affine], setting: Setting, read: Read) 
     condition = max(basis.condition for basis in bases)
     errors = measure(seam, affines, remaining, stored, order, dtypes)
     outcome = _forecast(seam, affines, condition, {name: errors}).outcome("rows", name)
-    stored = turned_back(seam, stored, affines)
-    return stored, (order[0] if seam.kind == "p" else order).to(torch.int32), outcome
+    stored = turned_back(seam, stored, given)
+    return stored, (order[0] if seam.kind == "p" else order[:, : seam.width]).to(torch.int32), outcome
 
 
 def turned(seam: Seam, affines: Mapping[str, Affine]) -> dict[str, Affine]:
-    """Of a seam between K and Q, Q transposed, its bias as one more column; of others, all as it is."""
+    """Of a seam between K and Q, what is not rotated of both, Q transposed, its bias as one more column; of others, all
+    as it is.
+    """
     modules = dict(affines)
+    for name in seam.writers if seam.kind == "queries" else ():
+        (_, weight), bias = _parts(seam, affines, affines[name].weight), None
+        modules[name] = dataclasses.replace(affines[name], weight=weight.flatten(-2), bias=bias)
     for name in seam.readers if seam.kind == "queries" else ():
-        weight, bias = modules[name].weight.double(), modules[name].bias
-        modules[name] = Affine((weight if bias is None else torch.cat([weight, bias.double()[None]])).T)
+        (_, weight) = _parts(seam, affines, _with_bias(affines[name]))
+        modules[name] = Affine(weight.flatten(-2).T)
     return modules
 
 
 def turned_back(seam: Seam, modules: Mapping[str, Affine], affines: Mapping[str, Affine]) -> dict[str, Affine]:
-    """The same, back again. affines: as they were, before any row of K became the identity."""
-    back, inputs = dict(modules), len(affines[seam.writers[0]].weight)
+    """The same, back again, with what is rotated. affines: as they were before."""
+    back = dict(modules)
     for name in seam.readers if seam.kind == "queries" else ():
-        weight = modules[name].weight.T
+        inputs = len(affines[name].weight)
+        rotated, _ = _parts(seam, affines, _with_bias(affines[name]))
+        weight = torch.cat([rotated, modules[name].weight.T.unflatten(-1, (-1, seam.width))], -1).flatten(-2)
         back[name] = Affine(weight[:inputs], weight[inputs] if len(weight) > inputs else None)
+    if seam.kept:
+        keys = affines[seam.writers[0]]
+        bias = None if keys.bias is None else _parts(seam, affines, keys.bias)[0].flatten()
+        back[seam.kept] = Affine(_parts(seam, affines, keys.weight)[0].flatten(-2), bias)
     return back
+
+
+def _with_bias(module: Affine) -> Float[Tensor, "n m"]:
+    """W, with its bias as one more row."""
+    weight, bias = module.weight.double(), module.bias
+    return weight if bias is None else torch.cat([weight, bias.double()[None]])
+
+
+def _parts(
+    seam: Seam, affines: Mapping[str, Affine], columns: Float[Tensor, "... heads_h"]
+) -> tuple[Float[Tensor, "... heads r"], Float[Tensor, "... heads u"]]:
+    """Columns of K or Q, head by head: those that RoPE rotates, and the others."""
+    size = affines[seam.writers[0]].weight.shape[1] // seam.blocks
+    rotated, others = columns.unflatten(-1, (-1, size)).split((size - seam.width, seam.width), -1)
+    return rotated, others
 
 
 def _mix(seam: Seam, read: Read, ones: torch.Tensor) -> torch.Tensor:
@@ -93,7 +121,7 @@ def choose_rows(seam: Seam, weight: Float[Tensor, "n b"]) -> list[Basis]:
     limit = MAX_CONDITION_PIVOTED if len(seam.writers) == 1 else MAX_CONDITION
     bases = []
     for number, block in enumerate(weight.split(seam.width, 1)):
-        basis = Basis.of_columns(block.T, pivot(block.T), limit)
+        basis = Basis.of_columns(block.T, exchanging(pivot(block.T)), limit)
         if not basis.usable:
             raise InputError(
                 f"{seam.writers[0]}.weight: expected {seam.width} linearly independent inputs"
@@ -102,6 +130,18 @@ def choose_rows(seam: Seam, weight: Float[Tensor, "n b"]) -> list[Basis]:
             )
         bases.append(basis)
     return bases
+
+
+def exchanging(rows: Int[Tensor, "width"]) -> Int[Tensor, "width"]:
+    """The same rows, in an order that says as well where the others go (modeling_skipless.exchanged).
+
+    Row i of these changes places with input i of all. Those below the width are at their own place.
+    """
+    order = torch.arange(len(rows), device=rows.device)
+    beyond, here = rows[rows >= len(rows)].sort().values, torch.zeros_like(rows, dtype=torch.bool)
+    here[rows[rows < len(rows)]] = True
+    order[~here] = beyond
+    return order
 
 
 def close_rows(
@@ -120,10 +160,8 @@ def close_rows(
     first = dataclasses.replace(first, weight=first.weight.double())
     size, remaining, orders, rests, passed = seam.width, {}, [], [], []
     for block, basis in zip(first.weight.split(size, 1), bases, strict=True):
-        left = torch.ones(len(block), dtype=torch.bool, device=block.device)
-        left[basis.columns] = False
-        orders.append(torch.cat([basis.columns, left.nonzero()[:, 0]]))
-        rests.append(basis.solve(block[left].T).T)  # R = U T^-1
+        orders.append(exchanged(basis.columns[None], len(block))[0])
+        rests.append(basis.solve(block[orders[-1][size:]].T).T)  # R = U T^-1
         passed.append(block[basis.columns])  # T
     chosen = torch.stack(passed)
     for name, reader in past_norm(seam, affines).items():
@@ -410,9 +448,10 @@ def _impossible(seam: Seam, dtypes: Sequence[str]) -> Forecast:
 def steps(seam: Seam, setting: Setting) -> Iterator[Step]:
     """Those of close_rows, round_remaining and measure, block by block of the writer's columns, in fp64."""
     width, blocks = seam.width, seam.blocks
+    first = setting.modules[seam.writers[0]]
     others = sum(setting.size(name) for name in seam.writers[1:])
-    read = sum(setting.size(name) for name in seam.readers)
-    rows = setting.size(seam.writers[0]) / (width * blocks)
+    read = sum(setting.size(name) for name in seam.readers) * width * blocks / first.outputs
+    rows = first.inputs
     left = rows + others / (width * blocks) - width
     yield "choose rows", torch.float64, blocks * (width**2 * (rows - width / 3) + width**2 * (rows - width))
     yield "factorize T", torch.float64, blocks * 2 / 3 * width**3
@@ -437,5 +476,5 @@ def memory(seam: Seam, setting: Setting) -> float:
     """All that is read and made; where inputs are not white, their moment as a whole, a block's, and its factors."""
     if setting.earlier.isdisjoint(seam.writers):
         return whole(seam, setting) + sum(16.0 * setting.size(name) for name in seam.readers)
-    rows = sum(setting.size(name) for name in seam.writers) / (seam.width * seam.blocks)
+    rows = sum(setting.modules[name].inputs for name in seam.writers)
     return whole(seam, setting) + sum(16.0 * setting.size(name) for name in seam.readers) + 48.0 * rows**2

@@ -28,6 +28,7 @@ MATRICES = ("q", "k", "v", "p", "m", "o")
 LETTERS = {
     "q_proj": "q",
     "k_proj": "k",
+    "k_rope_proj": "k",
     "v_proj": "v",
     "o_proj": "p",
     "up_proj": "m",
@@ -256,8 +257,9 @@ def removable_as_is(architecture: Architecture) -> dict[str, int]:
     """What can go exactly from a model with its skips and norms: seams of values, and of queries and keys, and what can
     be moved (folds.folds).
     """
-    values = architecture.num_hidden_layers * architecture.value_width * architecture.head_dim
-    queries = 0 if architecture.keys_stay else values
+    heads = architecture.num_hidden_layers * architecture.num_key_value_heads
+    values = heads * architecture.head_dim**2
+    queries = 0 if architecture.keys_stay else heads * architecture.unrotated**2
     numbers = {"values": values, "queries": queries, "norm_gains": 0, "norm_biases": 0, "k_bias": 0, "v_bias": 0}
     for seam in folds(architecture):
         if seam.blocked:
