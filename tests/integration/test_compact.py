@@ -208,6 +208,17 @@ def test_a_wrong_tensor_shows(fused, tensor):
     assert differs(*fused)
 
 
+@pytest.mark.parametrize("index", [-1, 1, 32], ids=["negative", "twice", "beyond the stream"])
+def test_an_order_that_is_none_is_refused(fused, index):
+    def change(tensors):
+        order = tensors["model.layers.1.self_attn.value_order"]
+        order[0, 0], order[0, 1] = index, 1
+
+    spoil(fused[1], change)
+    with pytest.raises(InputError, match="value_order: expected each index of its source once"):
+        opened(fused[1])
+
+
 @pytest.mark.parametrize(
     ("fused", "tensor", "wrong"),
     [

@@ -291,9 +291,10 @@ class SkiplessAttention(nn.Module):
         self.register_module("rest_proj", rest_proj)
         for name, width in (("q", query_width), ("k", value_width), ("v", value_width)):
             gone = name in pivoted or name == stream_basis or name in self.row
-            passed = {"v": config.values_removed * self.head_dim, "k": config.keys_removed * config.unrotated}.get(name)
-            outputs = self.num_key_value_heads * passed if passed else width
-            linear = None if gone else nn.Linear(config.hidden_size - (passed or 0), outputs, bias and not passed)
+            blocks = {"v": config.values_removed * self.head_dim, "k": config.keys_removed * config.unrotated}
+            passed = blocks.get(name, 0)
+            outputs = self.num_key_value_heads * passed or width
+            linear = None if gone else nn.Linear(config.hidden_size - passed, outputs, bias and not passed)
             self.register_module(f"{name}_proj", linear)
             if name == "k":
                 rotated = nn.Linear(config.hidden_size, width - outputs, bias) if outputs < width else None
