@@ -229,7 +229,7 @@ def main() -> None:
     for biased in ("without biases", "with biases"):
         ratios = [ratio for seen in found.values() for ratio in seen[f"all {biased}"]]
         print(f"all together, {biased}: {sum(not is_off(each) for each in ratios)} of {len(ratios)} within 15 %")
-    safe = [each for model in models.values() for seen in model.values() for each in seen["safe"]]
+    safe = [each for seed in range(arguments.models) for seen in models[seed].values() for each in seen["safe"]]
     print(f"called safe: {sum(safe)} of {len(safe)}")
     off = [kind for kind, seen in found.items() if is_off(worst(seen["read"] + seen["way"]))]
     print(json.dumps({"models": arguments.models, "off": off, "missed": missed, "unsafe": unsafe}))
