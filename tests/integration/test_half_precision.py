@@ -13,7 +13,7 @@ from tests.models import build, load, random_ids, save
 
 WIDE = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 128}
 KINDS = [("values",), ("stream", "values"), ("stream", "values", "p")]
-# On random models the median is 1.3, and what is called safe stays below 2.5 (docs/half-precision.md).
+# On 40 random models the median is 1.3, and what is called safe stays below 2.5 (docs/half-precision.md).
 FEEDBACK, PLAIN = 1.7, 2.0
 QUICK = ("bfloat16", ("stream", "values", "p"), True)
 
