@@ -1,10 +1,11 @@
-"""Shapes in the algebra's annotations are checked while tests run; one thread; nothing asks a model hub."""
+"""Shapes in the algebra's annotations are checked while tests run; one thread; nothing asks a model hub, or reports."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models gain nothing from more, and busy machines make threads spin
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # of processes that tests start
+os.environ["CI"] = "true"  # else OpenVINO reports each conversion, which takes two seconds
 
 from jaxtyping import install_import_hook
 

@@ -218,7 +218,6 @@ COVERED = {
     "biases of q, k and v, values",
     "mlp bias",
     "gate bias",
-    "tied, by v, biases",
     "learned positions",
     "fully shaped, by v",
     "pivoted, MHA",

@@ -481,7 +481,7 @@ def test_a_multimodal_models_language_model():
     text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "model_type": "gemma3_text"}
     found = family.read({"model_type": "gemma3", "text_config": text, "vision_config": {}})
     assert (found.num_attention_heads, found.num_key_value_heads, found.vocab_size) == (8, 4, 262208)
-    counted = count_architecture("4b", "gemma3", found, Conditions())
+    counted = count_architecture("4b", "gemma3", found, {}, Conditions())
     assert counted.parameters == count("gemma-3-4b").parameters
 
 

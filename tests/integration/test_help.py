@@ -245,7 +245,8 @@ def shown_on_a_terminal(arguments, environment):
     "command",
     [
         "demo", "audit a", "fuse a b", "verify a b", "report a b --html page.html", "limit gpt2 --check",
-        "export a b --to onnx", "bench a", "train stdlib a", "eval a --data b",
+        "export a b --to onnx", "bench a", "train stdlib a", "eval a --data b", f"count {BUNDLED}", f"limit {BUNDLED}",
+        "refresh a",
     ],
 )  # fmt: skip
 def test_a_terminal_shows_a_bar_before_anything_slow_is_imported(command, nothing_to_import):

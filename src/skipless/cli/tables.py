@@ -209,7 +209,8 @@ def audit_lines(audit: Audit) -> Iterator[Text | str]:
     if audit.alternatives:
         yield f"safe instead: {' or '.join(audit.alternatives)}"
     if audit.safe:
-        yield Text.assemble(("safe to remove", "green"), ", with the same options: skipless fuse")
+        layout = "" if audit.layout is None else f" --layout {audit.layout}"
+        yield Text.assemble(("safe to remove", "green"), f", with the same options: skipless fuse{layout}")
     elif audit.problems != audit.if_skipless:
         yield from (f"nor without skips and norms: {problem}" for problem in audit.if_skipless)
         if not audit.if_skipless:

@@ -172,12 +172,13 @@ def count(model: str | Path, conditions: Conditions | None = None) -> Count:
 
     Raises InputError for a config that lacks or contradicts something, and for a name that is not known.
     """
-    name, family_name, architecture = resolve(model)
-    return count_architecture(name, family_name, architecture, conditions or Conditions())
+    return count_architecture(*resolve(model), conditions or Conditions())
 
 
-def count_architecture(name: str, family_name: str, architecture: Architecture, conditions: Conditions) -> Count:
-    """Count an architecture, whatever it was read from."""
+def count_architecture(
+    name: str, family_name: str, architecture: Architecture, config: Mapping[str, Any], conditions: Conditions
+) -> Count:
+    """Count an architecture, whatever it was read from: a config.json that says so, or anything else (an empty one)."""
     modules = architecture.modules()
     parts = dict.fromkeys(("embeddings", *MATRICES, "norms", "biases", "other"), 0)
     for module in modules:
@@ -236,7 +237,7 @@ def count_architecture(name: str, family_name: str, architecture: Architecture, 
         as_is=as_is,
         by_fuse=by_fuse,
         stays=stays,
-        left_out=left_out_by_fuse(family_name, architecture, stored),
+        left_out=left_out_by_fuse(family_name, architecture, config, stored),
     )
 
 
@@ -283,13 +284,15 @@ def moved_by_fuse(family_name: str, architecture: Architecture) -> tuple[int | N
     return sum(seam.saves for seam in every if not seam.blocked), staying(every)
 
 
-def left_out_by_fuse(family_name: str, architecture: Architecture, itemsize: float) -> int | None:
+def left_out_by_fuse(
+    family_name: str, architecture: Architecture, config: Mapping[str, Any], itemsize: float
+) -> int | None:
     """How many numbers fewer `fuse --layout skipless` stores of a model with skips and norms.
 
-    itemsize: bytes of a weight. None: that family has no skipless layout.
+    config: its config.json. itemsize: bytes of a weight. None: no skipless model computes what it does.
     """
-    families = [each for each in family.every() if family_name in each.model_types and each.computes is not None]
-    if not families or not architecture.expressible:
+    families = [each for each in family.every() if family_name in each.model_types]
+    if not families or families[0].excludes(config) or not architecture.expressible:
         return None
     left = closed(architecture, as_it_is(architecture, itemsize), "q")
     indices = left.index_tensors()
@@ -297,16 +300,16 @@ def left_out_by_fuse(family_name: str, architecture: Architecture, itemsize: flo
     return before - after + sum(map(math.prod, indices.values()))
 
 
-def resolve(model: str | Path) -> tuple[str, str, Architecture]:
-    """Name, family and architecture of a config.json, a model folder, a GGUF file, or a name in the bundled table.
+def resolve(model: str | Path) -> tuple[str, str, Architecture, Mapping[str, Any]]:
+    """Name, family, architecture and config of a config.json, a model folder, a GGUF file, or a name in the table.
 
-    Names are ours or a hub's, in upper or lower case. Tensors, if there are any, are checked against the config by
-    their headers. Raises InputError.
+    A GGUF file's config is empty here. Names are ours or a hub's, in upper or lower case. Tensors, if there are any,
+    are checked against the config by their headers. Raises InputError.
     """
     path = Path(model)
     if path.suffix == ".gguf":
         layout = family.laid_out(gguf_file.GGUFReader(path))
-        return path.stem, layout.family.model_types[0], layout.architecture
+        return path.stem, layout.family.model_types[0], layout.architecture, {}
     if path.is_dir():
         config = read_json_object(path / "config.json", folder=path)
         if any(path.glob("*.safetensors")):
@@ -325,9 +328,9 @@ def resolve(model: str | Path) -> tuple[str, str, Architecture]:
                 f"{model}: expected a model folder, a config.json, a GGUF file or a known name; found none; the "
                 f"nearest names are {', '.join(near or list(names)[:4])} (all of them: skipless count --list)"
             )
-        return asked, *_described(names[asked])
+        return asked, *_described(names[asked]), names[asked]
     name = path.resolve().parent.name if path.name == "config.json" else path.resolve().stem
-    return name, *_described(config)
+    return name, *_described(config), config
 
 
 def table() -> dict[str, Any]:
@@ -344,7 +347,7 @@ def paper(models: Mapping[str, int]) -> list[tuple[Count, Count]]:
     for name, vocabulary in models.items():
         published = count(name)
         architecture = dataclasses.replace(published.architecture, vocab_size=vocabulary)
-        pairs.append((count_architecture(name, published.family, architecture, Conditions()), published))
+        pairs.append((count_architecture(name, published.family, architecture, {}, Conditions()), published))
     return pairs
 
 
@@ -352,7 +355,7 @@ def in_parallel(serial: Count) -> Count:
     """The model whose attention and FFN stood side by side, and read one norm."""
     norms = tuple(norm for norm in serial.architecture.norms if norm != "post_attention_layernorm")
     architecture = dataclasses.replace(serial.architecture, block_type="parallel", norms=norms)
-    return count_architecture(serial.name, serial.family, architecture, Conditions())
+    return count_architecture(serial.name, serial.family, architecture, {}, Conditions())
 
 
 def _described(config: Mapping[str, Any]) -> tuple[str, Architecture]:

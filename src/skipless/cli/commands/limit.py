@@ -24,7 +24,8 @@ def limit_command(model: str, check: bool, as_json: bool) -> None:
     from skipless.cli import tables
     from skipless.reports.counting import resolve
 
-    name, family, as_it_is = resolve(model)
+    with waiting("starting"):  # torch is imported for folders alone
+        name, family, as_it_is, _ = resolve(model)
     architecture = as_it_is if family == "skipless" else as_it_is.skipless()
     blocked = () if family == "skipless" else reasons(seams(as_it_is, norms=True))
     limit, certificate = room.limit(architecture), None
