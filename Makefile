@@ -197,7 +197,7 @@ site: $(NODE_MODULES) $(MODELS)/ready
 pages site: $(TOOLS_READY)
 	$(WITH_TOOLS) mkdocs build
 
-publish: $(TOOLS_READY) $(PYODIDE)
+publish: $(TOOLS_READY) $(NODE_MODULES) $(MODELS)/ready
 	$(WITH_TOOLS) mike deploy $(PUSH) --update-aliases $(VERSION) latest
 	$(WITH_TOOLS) mike set-default $(PUSH) latest
 

@@ -8,6 +8,7 @@ give, on the weights of the two files, or on tiny models of transformers' classe
 """
 
 import argparse
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -19,8 +20,14 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
+from skipless.algebra.affine import Affine
+from skipless.architecture.config import Architecture
+from skipless.architecture.graph import graph
+from skipless.architecture.seams import Seam, seams
+from skipless.checkpoint import family
 from skipless.checkpoint.opening import open_source
 from skipless.cli import tables
+from skipless.removals import rows
 from skipless.reports import counting
 
 Row = Sequence[object]
@@ -97,6 +104,9 @@ CACHES = {
     "LLaVA-NeXT": (4096, 32, 4096, "1.1B"), "LLaVA-Vicuna-13B": (5120, 40, 4096, "1.7B"),
     "Vicuna-7B-16k": (4096, 32, 16384, "4.3B"), "Vicuna-13B-16k": (5120, 40, 16384, "6.7B"),
 }  # fmt: skip
+
+# The same, caching the stream: key-value heads, head_dim, d.
+STREAMS = {"Gemma2-9B": (8, 256, 3584, "1.14x"), "CodeGemma-7B": (16, 256, 3072, "2.67x")}
 
 
 def table(title: str, head: Row, rows: Iterator[Row]) -> None:
@@ -218,6 +228,51 @@ def shrunk(models: dict[str, tuple[int, list[Attention]]]) -> Iterator[Row]:
             yield name, way, theirs, ", ".join(f"{each:.2g}" for each in cells), f"{error:.2f}x"
 
 
+# all-MiniLM-L6's attention, as a skipless config has it: heads without rotation, every matrix with a bias.
+BERT = {
+    "model_type": "skipless", "vocab_size": 30522, "hidden_size": 384, "intermediate_size": 1536,
+    "num_hidden_layers": 6, "num_attention_heads": 12, "position_type": "learned", "residual": "both",
+    "norm_type": "layer", "ffn_type": "mlp", "attention_bias": True, "mlp_bias": True,
+}  # fmt: skip
+PARTS = {"q_proj": "self.query", "k_proj": "self.key", "v_proj": "self.value", "o_proj": "output.dense"}
+
+
+def closed(file: Path) -> Iterator[Row]:
+    """The blocks of values and of queries of a trained BERT, closed as fuse closes them, in bf16: what is lost of what
+    reads them, over what the original loses, and what fp64 loses.
+    """
+    tensors, found = load_file(file), dict[str, list[tuple[float, float]]]()
+    for seam in seams(Architecture.from_config(BERT), values=True, queries=True):
+        if seam.kind not in ("values", "queries"):
+            continue
+        affines = {}
+        for name in seam.modules:
+            stored = f"encoder.layer.{seam.layer}.attention.{PARTS[name.rpartition('.')[2]]}"
+            affines[name] = Affine(tensors[f"{stored}.weight"].double().T, tensors[f"{stored}.bias"].double())
+        forecast = rows.forecast(seam, affines, ("bfloat16",))
+        ((what, error),) = forecast.ways["rows"].errors["bfloat16"].items()
+        exact = unequal(seam, rows.turned(seam, affines))
+        found.setdefault(seam.kind, []).append((error / forecast.original["bfloat16"][what], exact))
+    for kind, pairs in found.items():
+        ratios, exact = np.array(pairs).T
+        yield kind, f"{np.median(ratios):.2f}x, {ratios.max():.2f}x", f"{exact.max():.0e}"
+
+
+def unequal(seam: Seam, affines: dict[str, Affine]) -> float:
+    """By how much writer and reader together, head by head, are another map once the seam is closed in fp64."""
+    (writer,), (reader,) = seam.writers, seam.readers
+    bases = rows.choose_rows(seam, affines[writer].weight)
+    remaining, order = rows.close_rows(seam, affines, bases)
+    before, after = (heads_of(each[reader].weight, seam.width) for each in (affines, remaining))
+    rests = remaining[writer].weight.split(seam.width, 1)
+    errors = []
+    for head, (columns, own) in enumerate(zip(affines[writer].weight.split(seam.width, 1), order, strict=True)):
+        whole = torch.cat([torch.eye(seam.width, dtype=torch.float64), rests[head]])
+        exact = columns[own] @ before[head]
+        errors.append(((whole @ after[head] - exact).norm() / exact.norm()).item())
+    return max(errors)
+
+
 def invertible(models: dict[str, tuple[int, list[Attention]]]) -> Iterator[Row]:
     """Of all square matrices of the attention: how many are of full rank, and their condition numbers."""
     for name, (_, layers) in models.items():
@@ -284,6 +339,25 @@ def cancels() -> Iterator[Row]:
         yield name, published, f"{'cancels' if error < FP32 else 'does not cancel'}: logits differ by {error:.0e}"
 
 
+def again() -> Iterator[Row]:
+    """By where norms stand in the bundled models: how many models, and what reads it in all of them without a norm."""
+    models: Counter[str] = Counter()
+    bare: dict[str, set[str]] = {}
+    for config in counting.table()["models"].values():
+        architecture = family.read(config)
+        own = {"q_proj", "k_proj"} if architecture.qk_norm else set()
+        for place in architecture.norms if architecture.norm_type != "none" else ():
+            norm = place if place.startswith("model.") else f"model.layers.0.{place}"
+            readers = {name.rpartition(".")[2] for name in graph(architecture).through(norm)}
+            if readers & {"lm_head", "embed_tokens"}:
+                readers = {"the head"}
+            found = readers - own if readers else {"the stream, which a skip passes"}
+            models[place] += 1
+            bare[place] = bare.get(place, found) & found
+    for place, number in models.items():
+        yield place, number, ", ".join(sorted(bare[place])) or "nothing"
+
+
 def slim() -> Iterator[Row]:
     vocabulary, encoder, decoder = 51865, 1500, 448
     found: dict[str, list[float]] = {}
@@ -314,6 +388,13 @@ def caches() -> Iterator[Row]:
         yield name, published, "the same" if here == published else here
 
 
+def streams() -> Iterator[Row]:
+    """Caching the stream in the place of keys and values, g (d_k + d_v) numbers for d."""
+    for name, (heads, size, d, published) in STREAMS.items():
+        here = f"{2 * heads * size / d:.2f}x"
+        yield name, published, "the same" if here == published else here
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("smollm2", type=Path)
@@ -328,10 +409,14 @@ def main() -> None:
     table("MatShrink, table 1", head, matshrink())
     head = ("", "block", "published: median, 95 %, largest", "here", "error of V O in bf16, over the original's")
     table("MatShrink, condition numbers", head, shrunk(models))
+    head = ("", "error in bf16 over the original's: median, largest", "in fp64")
+    table("all-MiniLM-L6, its blocks closed as fuse does it", head, closed(files.minilm))
     table("FlashNorm, the bound of norm before norm", ("", "error over bound", "here, at most"), bound())
     table("FlashNorm, norm before norm", ("", "published", "here, with eps 0"), cancels())
+    table("FlashNorm, where norms stand", ("norm", "of the bundled models", "what reads it without a norm"), again())
     table("Slim attention (arXiv:2503.05840), Whisper", ("", "published", "here"), slim())
     table("Slim attention, numbers in the KV cache", ("", "published", "here"), caches())
+    table("Slim attention, the stream as the cache", ("", "published", "here"), streams())
 
 
 if __name__ == "__main__":

@@ -63,9 +63,9 @@ def paper(a: Architecture) -> int:
 
 
 def matshrink(a: Architecture) -> int:
-    """A head's block of V, and of K where no rotation stands between."""
-    blocks = 1 + (not a.position_type.startswith("rope") and a.qk_norm is None)
-    return a.num_hidden_layers * a.num_key_value_heads * a.head_dim**2 * blocks
+    """A head's block of V, and of what no rotation turns of K."""
+    unrotated = a.unrotated if a.qk_norm is None else 0
+    return a.num_hidden_layers * a.num_key_value_heads * (a.head_dim**2 + unrotated**2)
 
 
 def row(name: str, a: Architecture, check: bool) -> str:

@@ -32,6 +32,11 @@ def complaints(log: str) -> list[str]:
     return re.findall(r"CONSOLE.*?\] (.*)", log)
 
 
+def pages(site: Path) -> list[Path]:
+    """The pages of a site, but for those that tests add while they run."""
+    return sorted(page for page in site.rglob("*.html") if not page.name.startswith("driven-"))
+
+
 class Handler(http.server.SimpleHTTPRequestHandler):
     """Serves a folder, and keeps what a page sends back."""
 

@@ -1,12 +1,15 @@
-"""Shapes in the algebra's annotations are checked while tests run; one thread; nothing asks a model hub."""
+"""Shapes in the algebra's annotations are checked while tests run; one thread; nothing asks a model hub, or reports."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models gain nothing from more, and busy machines make threads spin
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # of processes that tests start
+os.environ["CI"] = "true"  # else OpenVINO reports each conversion, which takes two seconds
 
 from jaxtyping import install_import_hook
+
+import tests.shapes  # noqa: F401  (the hook finds it by its name)
 
 install_import_hook(
     [
@@ -22,7 +25,7 @@ install_import_hook(
             "removals.rows",
         )
     ],
-    "beartype.beartype",
+    "tests.shapes.check",
 )
 
 import logging
@@ -66,3 +69,11 @@ def _no_deprecated_calls():
 def _umask():
     """Files are compared with what the usual umask gives."""
     os.umask(0o022)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_waiting_for_the_disk():
+    """Nobody pulls the plug: fsync only looks whether the file is open."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: os.fstat(descriptor) and None)
+        yield

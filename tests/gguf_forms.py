@@ -39,6 +39,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "queries": {
         "position_type": "learned", "keys_removed": True, **VALUES, "norm_type": "layer", "residual": "both", **BIASES,
     },
+    "queries, a part rotated": {
+        **ROTATED, "keys_removed": True, **VALUES, "norm_type": "layer", "residual": "both", **BIASES,
+    },
     "wide heads": {**WIDE, **BIASES, **PIVOTED},
     "narrow heads, merged": {"head_dim": 8, **BIASES, "p_removed": True},
     "biases": {**BIASES, **BY_Q},
@@ -94,6 +97,6 @@ def with_another(suffix: str, source: Path, folder: Path) -> Path:
     shutil.copytree(source, folder)
     tensors = load(source, torch.float32).state_dict()
     (name,) = (name for name in tensors if name.endswith(suffix))
-    value = tensors[name]
-    edit_tensors(folder, **{name: value.roll(1, -1).contiguous() if value.numel() > 1 else 2 * value})
+    value, along = tensors[name], 0 if name.endswith(("key_order", "value_order")) else -1  # other heads' orders
+    edit_tensors(folder, **{name: value.roll(1, along).contiguous() if value.numel() > 1 else 2 * value})
     return folder

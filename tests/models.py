@@ -43,8 +43,16 @@ def build(seed: int = 0, dtype: torch.dtype = torch.float64, **fields: Any) -> S
         elif "proj" in name:
             noise = 0.2 * torch.randn_like(weight) * weight.shape[1] ** -0.5
             weight.copy_(torch.nn.init.orthogonal_(torch.empty_like(weight), gain=1.3) + noise)
-    for order in model.buffers():
-        order.copy_(torch.rand(order.shape).argsort(-1))
+    for name, order in model.named_buffers():
+        if name.endswith(("key_order", "value_order")):
+            for own in order:
+                places, others = torch.rand(len(own)) < 0.5, torch.arange(len(own), model.config.hidden_size)
+                own.copy_(torch.arange(len(own)))
+                (moved,) = places.nonzero(as_tuple=True)
+                moved = moved[: len(others)]
+                own[moved] = others[torch.randperm(len(others))[: len(moved)]].to(own.dtype)
+        else:
+            order.copy_(torch.rand(order.shape).argsort(-1))
     for index, layer in enumerate(model.model.layers, 1):
         size = model(input_ids=random_ids(model), output_hidden_states=True).hidden_states[index].std()
         for name, weight in layer.mlp.named_parameters():

@@ -121,8 +121,8 @@ def spaces() -> str:
         found = graph(model)
         count = f"{len(found.spaces)} space{'s' * (len(found.spaces) > 1)}"
         parts += [text(16, y, f"{title}: {count}", "left"), *_places(model, found, y + 56)]
-        y += 130
-    return picture(760, y - 20, "Spaces of the stream", parts)
+        y += 146
+    return picture(760, y - 36, "Spaces of the stream", parts)
 
 
 def _places(model: Architecture, found: Graph, y: float) -> Iterator[str]:
@@ -177,14 +177,14 @@ def fuse() -> str:
     return picture(760, 250, "The data flow of a fuse", [*parts, text(380, 238, note, "small")])
 
 
-def table(page: str, header: str) -> dict[str, list[str]]:
-    """The rows of a page's table whose header begins so: first cell -> the others, without marks of bold and code."""
+def table(page: str, header: str) -> list[list[str]]:
+    """The cells of a page's table whose header begins so, row by row, without marks of bold and code."""
     text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
     found = re.search(rf"^\| {re.escape(header)}.*\n\|[-:|]+\n((?:\|.*\n)+)", text, re.MULTILINE)
     if found is None:
         raise SystemExit(f"docs/{page}.md: expected a table whose header begins with {header!r}, found none")
-    rows = ([cell.strip(" *`") for cell in line.strip("|").split("|")] for line in found[1].splitlines())
-    return {first.replace("`", ""): others for first, *others in rows}
+    lines = found[1].replace("`", "").splitlines()
+    return [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines]
 
 
 def legend(x: float, y: float, entries: dict[str, str]) -> Iterator[str]:
@@ -200,10 +200,10 @@ def legend(x: float, y: float, entries: dict[str, str]) -> Iterator[str]:
 
 def errors() -> str:
     """Errors of the bundled model's logits by the way in which it was rewritten, in bf16 and fp16."""
-    found = {
-        kind: table("half-precision", f"stored in {dtype}, arithmetic in fp64")
-        for kind, dtype in (("second", "bf16"), ("third", "fp16"))
-    }
+    found = {}
+    for kind, dtype in (("second", "bf16"), ("third", "fp16")):
+        rows = table("half-precision", f"stored in {dtype}, arithmetic in fp64")
+        found[kind] = {way: float(error) for way, error, *_ in rows}
     left, right, top = 320, 740, 66
     ways = list(found["second"])
     bottom = top + 34 * len(ways)
@@ -218,14 +218,14 @@ def errors() -> str:
             f'<path d="M{x:g} {top - 12}V{bottom - 8}" class="grid"/>',
             text(x, bottom + 10, f"{10.0**power:g}", "small"),
         ]
-    for kind, rows in found.items():
-        own = at(float(rows["original"][0]))
+    for kind, by_way in found.items():
+        own = at(by_way["original"])
         parts.append(f'<path d="M{own:g} {top}V{bottom - 8}" class="dashed"/>')
         for row, way in enumerate(ways):
             y = top + 34 * row
             if kind == "second":
                 parts.append(text(left - 24, y + 5, way, "right"))
-            error = float(rows[way][0])
+            error = by_way[way]
             parts.append(
                 f'<circle cx="{at(error):g}" cy="{y:g}" r="7" class="{kind}"><title>{error:g}</title></circle>'
             )
@@ -233,9 +233,22 @@ def errors() -> str:
     return picture(760, bottom + 44, "Errors by way and dtype", [*parts, text(380, bottom + 34, note, "small")])
 
 
+def llama_cpp() -> dict[str, list[str]]:
+    """Of llama.cpp what the other engines' table says: original, q, pivoted, q's share of the bandwidth."""
+    found: dict[str, list[str]] = {}
+    for first, _, *cells in table("serving", "| Llama | original"):
+        if first.endswith(": MB a token"):
+            engine = f"llama.cpp {first.removesuffix(': MB a token')}"
+        elif first == "tokens/s":
+            found[engine] = cells
+        elif first == "of the bandwidth":
+            found[engine].append(cells[1])
+    return found
+
+
 def speeds() -> str:
     """Decoding by engine, original and fused, beside what the memory's bandwidth allows."""
-    rows = table("serving", "engine | original, tokens/s")
+    rows = {engine: cells for engine, *cells in table("serving", "engine | original, tokens/s")} | llama_cpp()
     series = {"first": 0, "second": 1, "third": 2}  # the columns of original, q and pivoted
     roofs = {
         engine: _number(cells[1]) / (int(share[1]) / 100)

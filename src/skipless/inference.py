@@ -26,6 +26,7 @@ from skipless.algebra.tolerances import dtype_name
 from skipless.checkpoint.gguf_folder import GGUFFolder
 from skipless.checkpoint.headers import Folder, check_links
 from skipless.errors import InputError
+from skipless.model.modeling_skipless import exchanged
 from skipless.quiet import no_library_bars
 
 # Logits that spread by less than this part of their size are all but equal.
@@ -58,11 +59,20 @@ def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
                 f"{folder}: expected all tensors of the model and no others, found {kind} {sorted(info[kind])[0]}"
             )
     for name, buffer in model.named_buffers():
-        if name.endswith("_order") and not (buffer.sort().values == torch.arange(size := buffer.shape[-1])).all():
-            raise InputError(f"{folder}: {name}: expected each of 0..{size - 1} once; the file is damaged")
+        if name.endswith("_order") and not _ordered(name, buffer, model.config.hidden_size):
+            raise InputError(f"{folder}: {name}: expected each index of its source once; the file is damaged")
     if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the others know no fp64
     return model.eval()
+
+
+def _ordered(name: str, order: torch.Tensor, hidden_size: int) -> bool:
+    """Whether an order, or what each head's inputs become by one, holds each index of its source once."""
+    if name.endswith(("key_order", "value_order")):
+        if order.min() < 0 or order.max() >= hidden_size:
+            return False
+        order = exchanged(order, hidden_size)
+    return bool((order.sort().values == torch.arange(order.shape[-1])).all())
 
 
 def _load_gguf(file: Path, dtype: torch.dtype) -> PreTrainedModel:

@@ -1,6 +1,7 @@
 """The library's log. What it quotes - names of files, of tensors, values of configs - cannot control a terminal."""
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,6 +27,11 @@ class PrintableRecord(logging.LogRecord):
     def getMessage(self) -> str:  # noqa: N802  (logging's name)
         """The escaped message."""
         return printable(super().getMessage())
+
+
+def is_first() -> bool:
+    """Whether this is the process that prints and writes: the first of those that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager

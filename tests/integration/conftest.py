@@ -12,8 +12,9 @@ def source(tmp_path):
     return save(build(dtype=torch.float32), tmp_path / "source")
 
 
-@pytest.fixture
-def whole(source, tmp_path):
-    """What an uninterrupted fuse in this process writes."""
-    fuse(source, tmp_path / "whole", **MANY_FILES)
-    return contents(tmp_path / "whole")
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """What an uninterrupted fuse of `source` in this process writes."""
+    folder = tmp_path_factory.mktemp("whole")
+    fuse(save(build(dtype=torch.float32), folder / "source"), folder / "whole", **MANY_FILES)
+    return contents(folder / "whole")

@@ -310,14 +310,14 @@ def test_options_that_do_not_go_together(source, tmp_path, options, message):
     refuse(tmp_path, *options, message=message)
 
 
-VALUE_ORDER = "model.layers.0.self_attn.value_order: expected at most the 144 bytes of the weights that it replaces"
+VALUE_ORDER = "model.layers.0.self_attn.value_order: expected at most the 4 bytes of the weights that it replaces"
 COLUMN_ORDER = "lm_head.column_order: expected at most the 200 bytes of the weights that it replaces, found 320"
 
 
 @pytest.mark.parametrize(
     ("fields", "kind", "message"),
     [
-        ({"head_dim": 6}, "values", VALUE_ORDER),
+        ({"head_dim": 1, "position_type": "none"}, "values", VALUE_ORDER),
         ({"hidden_size": 10, "head_dim": 8, "vocab_size": 80}, "head", COLUMN_ORDER),
     ],
     ids=["values", "head"],

@@ -74,6 +74,7 @@ def test_spoiled_it_is_not(spoiled):
     assert not skipless.verify(BUNDLED, spoiled, dtypes=("float32",)).same
 
 
+@pytest.mark.slow
 def test_256_greedy_tokens_are_equal_in_fp32(fused, spoiled):
     ids = AutoTokenizer.from_pretrained(BUNDLED)(PROMPT, return_tensors="pt").input_ids
     original, rewritten = (

@@ -24,6 +24,7 @@ FP64 = TOLERANCES[torch.float64]
 ROPE = {"rope_theta": 500.0, "original_max_position_embeddings": 8}
 SCALED = {**ROPE, "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 KINDS = ["sliding_attention", "full_attention"]
+HALF_ROPE = {"rope_theta": 500.0, "partial_rotary_factor": 0.5}
 DYNAMIC = {"rope_theta": 500.0, "rope_type": "dynamic", "factor": 4.0}
 LONG = {"rope_type": "longrope", "rope_theta": 500.0, "short_factor": [1.0] * 4, "long_factor": [1.5, 3.0, 5.0, 9.0]}
 # What families' configs may say besides.
@@ -42,6 +43,8 @@ OTHERS = {
     "mpt-scaled": ("Mpt", {**MODELS["mpt"][1], "attn_config": {"softmax_scale": 0.5}, "tie_word_embeddings": False}),
     "cohere-untied": ("Cohere", {**LLAMA, "tie_word_embeddings": False, "logit_scale": 0.5}),
     "gpt2-constant-norms": ("GPT2", {**GPT, "layer_norm_epsilon": 1e12}),
+    "phi3-partial": ("Phi3", {**LLAMA, "partial_rotary_factor": 0.5, "head_dim": 8}),
+    "gpt_neox-mostly": ("GPTNeoX", {**LLAMA, "rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.75}}),
     "phi3-long": ("Phi3", {**LLAMA, "rope_parameters": LONG, "original_max_position_embeddings": 8}),
 }
 COMPACT = [
@@ -51,8 +54,7 @@ COMPACT = [
     *("bloom", "mpt"),
     *OTHERS,
 ]
-QUICK = {"llama", "qwen2", "mixtral", "phi3", "gpt2", "gpt_neox", "opt", "mpt", "cohere", "gemma", "olmo2"}
-QUICK |= {"gemma3-mixed"}
+QUICK = {"llama", "mixtral", "phi3", "gpt2", "mpt", "cohere", "gemma3-mixed"}
 cases = pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in COMPACT]
 )
@@ -184,6 +186,11 @@ def differs(source, fused):
         pytest.param("gpt2", "layers.0.mlp.up_proj.bias", marks=pytest.mark.slow),
         pytest.param("gpt2", "layers.1.self_attn.o_proj.bias", marks=pytest.mark.slow),
         pytest.param("opt", "position_embeddings.weight", marks=pytest.mark.slow),
+        ("gpt_neox", "layers.1.self_attn.k_rope_proj.weight"),
+        ("gpt_neox", "layers.0.self_attn.k_rope_proj.bias"),
+        pytest.param("phi", "layers.1.self_attn.k_proj.weight", marks=pytest.mark.slow),
+        pytest.param("phi", "layers.1.self_attn.key_order", marks=pytest.mark.slow),
+        pytest.param("stablelm", "layers.0.self_attn.q_proj.weight", marks=pytest.mark.slow),
         pytest.param("phi", "lm_head.bias", marks=pytest.mark.slow),
         ("gemma", "norm.weight"),
         ("olmo2", "layers.0.attention_output_norm.weight"),
@@ -196,7 +203,33 @@ def differs(source, fused):
 )
 def test_a_wrong_tensor_shows(fused, tensor):
     name = tensor if tensor.startswith("lm_head") else f"model.{tensor}"
-    spoil(fused[1], lambda tensors: tensors.update({name: tensors[name].roll(1, -1)}))
+    along = 0 if name.endswith("_order") else -1  # other heads' orders
+    spoil(fused[1], lambda tensors: tensors.update({name: tensors[name].roll(1, along)}))
+    assert differs(*fused)
+
+
+@pytest.mark.parametrize("index", [-1, 1, 32], ids=["negative", "twice", "beyond the stream"])
+def test_an_order_that_is_none_is_refused(fused, index):
+    def change(tensors):
+        order = tensors["model.layers.1.self_attn.value_order"]
+        order[0, 0], order[0, 1] = index, 1
+
+    spoil(fused[1], change)
+    with pytest.raises(InputError, match="value_order: expected each index of its source once"):
+        opened(fused[1])
+
+
+@pytest.mark.parametrize(
+    ("fused", "tensor", "wrong"),
+    [
+        ("gpt2", "layers.0.self_attn.o_proj.weight", lambda found: found.T.contiguous()),
+        pytest.param("opt", "position_embeddings.weight", lambda found: found.roll(2, 0), marks=pytest.mark.slow),
+    ],
+    indirect=["fused"],
+    ids=["as Conv1D stores it", "without OPT's offset"],
+)
+def test_a_tensor_as_another_family_would_have_it_shows(fused, tensor, wrong):
+    spoil(fused[1], lambda tensors: tensors.update({f"model.{tensor}": wrong(tensors[f"model.{tensor}"])}))
     assert differs(*fused)
 
 
@@ -309,7 +342,7 @@ def test_one_after_the_other_is_as_good_as_both_at_once(fused, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "qwen2", "mixtral", "phi3", "gemma", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mixtral", "phi3", "gemma", "gpt2", "gpt_neox"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_stored_in_any_dtype(name, dtype, tmp_path):
     saved(name, tmp_path / "source")
@@ -396,11 +429,28 @@ def test_queries_that_do_not_follow_keys_are_found(wrong, tmp_path, monkeypatch)
         skipless.fuse(tmp_path / "source", tmp_path / "fused", layout="skipless", remove=("queries",))
 
 
-@pytest.mark.parametrize("fused", ["gpt2"], indirect=True)
-def test_a_bias_of_keys_goes_where_it_cancels(fused):
-    names = load_file(fused[1] / "model.safetensors").keys()
-    assert not any("k_proj.bias" in name for name in names)
-    assert any("q_proj.bias" in name for name in names)
+@pytest.mark.parametrize("wrong", ["the other part", "not what is rotated"])
+def test_what_rope_rotates_stays(wrong, tmp_path, monkeypatch):
+    """A seam of what stands first in each head, which RoPE rotates, or rotated keys that are other heads'."""
+
+    def parts(seam, affines, columns, right=rows._parts):
+        rotated, others = right(seam, affines, columns)
+        if wrong == "the other part":
+            return tuple(part.flip(-1) for part in right(seam, affines, columns.flip(-1)))
+        return rotated.roll(1, -2), others
+
+    saved("gpt_neox", tmp_path / "source")
+    monkeypatch.setattr(rows, "_parts", parts)
+    with pytest.raises(skipless.errors.BugError, match=r"expected to differ .* nothing was published"):
+        skipless.fuse(tmp_path / "source", tmp_path / "fused", layout="skipless", remove=("queries",))
+
+
+@pytest.mark.parametrize(("fused", "rotated"), [("gpt2", []), ("gpt_neox", [8, 8])], indirect=["fused"])
+def test_a_bias_of_keys_goes_where_it_cancels(fused, rotated):
+    tensors = load_file(fused[1] / "model.safetensors")
+    assert not any("k_proj.bias" in name for name in tensors)
+    assert any("q_proj.bias" in name for name in tensors)
+    assert [len(bias) for name, bias in tensors.items() if "k_rope_proj.bias" in name] == rotated
 
 
 def test_a_cap_takes_no_bias_of_keys_away(tmp_path):
@@ -416,6 +466,8 @@ def test_a_cap_takes_no_bias_of_keys_away(tmp_path):
         pytest.param({"position_type": "none", "attention_shaping": "full", "qkv_bias": True}, marks=pytest.mark.slow),
         pytest.param({"position_type": "learned", "residual": "both", "norm_type": "rms"}, marks=pytest.mark.slow),
         pytest.param({"position_type": "alibi", "block_type": "parallel"}, marks=pytest.mark.slow),
+        {"rope_parameters": HALF_ROPE, "attention_bias": True},
+        pytest.param({"rope_parameters": HALF_ROPE, "position_type": "rope_interleaved"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -423,9 +475,10 @@ def test_queries_of_skipless_models(fields, tmp_path):
     source, fused = save(build(vocab_size=96, **fields), tmp_path / "source"), tmp_path / "fused"
     plan = skipless.fuse(source, fused, remove=("queries", "values"))
     a = skipless.count(source).architecture
-    blocks = 2 * a.num_hidden_layers * a.value_width * a.head_dim
+    blocks = a.num_hidden_layers * a.num_key_value_heads * (a.head_dim**2 + a.unrotated**2)
     added = a.num_hidden_layers * a.hidden_size * (a.qkv_biased and not a.attention_bias)  # P's, for V's
-    removed = blocks + 2 * a.num_hidden_layers * a.value_width * a.qkv_biased - added
+    biases = a.num_hidden_layers * a.num_key_value_heads * (a.head_dim + a.unrotated) * a.qkv_biased
+    removed = blocks + biases - added
     assert plan.parameters[0] - plan.parameters[1] == removed
     assert error(source, fused) < FP64
     found = skipless.verify(source, fused, dtypes=(), tokens=4)

@@ -211,9 +211,62 @@ NAMED = {
 
 
 CASES = [(*case, {})[:3] for case in NAMED.values()]
+# Of these, what other cases together have, too.
+COVERED = {
+    "attention bias, by k",
+    "attention bias, by v",
+    "biases of q, k and v, values",
+    "mlp bias",
+    "gate bias",
+    "learned positions",
+    "fully shaped, by v",
+    "pivoted, MHA",
+    "pivoted, MQA",
+    "pivoted, all biases",
+    "pivoted, learned positions",
+    "pivoted, interleaved rope",
+    "pivoted, fully shaped",
+    "parallel, MHA, by k",
+    "parallel, tied, attention bias",
+    "parallel, wide heads",
+    "parallel, experts, biases",
+    "parallel, p and values",
+    "parallel, p, wide heads",
+    "parallel, experts, weights as they are, biases, tied",
+    "experts",
+    "experts, biases",
+    "experts, tied, attention bias",
+    "experts, weights as they are",
+    "alibi",
+    "everything",
+    "everything, by q",
+    "everything, fully shaped",
+    "values and head",
+    "gains",
+    "gains, parallel, tied",
+    "table, layer norm",
+    "redundant norm",
+    "redundant norm, wide heads",
+    "gains, biases, experts, tied",
+    "gains, biases, parallel",
+    "gains, biases, parallel, p",
+    "gains, biases, skip past the FFN",
+    "skip past the attention",
+    "skip past the attention, gains",
+    "skip past the attention, experts",
+    "skip past the FFN",
+    "skip past the FFN, experts",
+    "skips, no norms",
+}
 
 
-@pytest.mark.parametrize(("fields", "basis", "options"), CASES, ids=NAMED.keys())
+@pytest.mark.parametrize(
+    ("fields", "basis", "options"),
+    [
+        pytest.param(*case, id=name, marks=[pytest.mark.slow] * (name in COVERED))
+        for name, case in zip(NAMED, CASES, strict=True)
+    ],
+)
 def test_named_cases(fields, basis, options, tmp_path):
     check(build(**fields), basis, tmp_path, **options)
     if basis == "pivoted" and "values" not in options.get(
@@ -404,7 +457,7 @@ def conditioned(fields, basis, options):
 
 
 @pytest.mark.parametrize("layers_open", [[0], [1], [0, 1, 2]], ids=str)
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("basis", ["q", "pivoted"])
 def test_layers_left_open(basis, layers_open, tied, tmp_path):
     model = build(tie_word_embeddings=tied, attention_bias=True)

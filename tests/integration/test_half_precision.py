@@ -7,6 +7,7 @@ import torch
 
 import skipless
 from skipless.algebra import rounding
+from skipless.algebra.tolerances import OWN_ERROR_FACTOR
 from skipless.removals import rows
 from tests.models import build, load, random_ids, save
 
@@ -71,8 +72,23 @@ def test_a_plain_cast_of_values_loses_more(tmp_path, monkeypatch):
 
     source = save(gaussian(3, ffn_type="mlp"), tmp_path / "source")
     monkeypatch.setattr(rows, "round_passed", plain)
+    monkeypatch.setattr(rows, "round_reader", lambda matrix, *_: matrix)
     skipless.fuse(source, tmp_path / "plain", remove=("stream", "values"), dtype="bfloat16", basis="pivoted")
     assert multiple(source, tmp_path / "plain", torch.bfloat16) > PLAIN
+
+
+@pytest.mark.parametrize("name", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+def test_what_audit_calls_unsafe_loses_too_much(tmp_path, name):
+    """With values, Q and K alone become the stream: here they have no column to spare, and are badly conditioned."""
+    fields = {"hidden_size": 80, "num_attention_heads": 4, "num_key_value_heads": 1}
+    source = save(gaussian(2, ffn_type="mlp", **fields), tmp_path / "source")
+    found = {}
+    for kinds in (("stream",), ("stream", "values")):
+        options, fused = {"remove": kinds, "dtype": name, "basis": "pivoted"}, tmp_path / "-".join(kinds)
+        skipless.fuse(source, fused, **options)
+        audit, loss = skipless.audit(source, **options), multiple(source, fused, getattr(torch, name))
+        found[kinds] = audit.safe, loss < OWN_ERROR_FACTOR, audit.together.multiple < OWN_ERROR_FACTOR
+    assert found == {("stream",): (True,) * 3, ("stream", "values"): (False,) * 3}
 
 
 def test_one_seam_after_the_other_is_forecast_so(tmp_path):

@@ -2,10 +2,13 @@
 
 import inspect
 import os
+import pty
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -199,10 +202,68 @@ def test_what_takes_long_has_a_bar_on_a_terminal_alone(folder, command, verb, mo
     if " bar" in command and verb != "fusing" and not Path("bar").exists():
         run("fuse", "my-model", "bar")
     on_a_terminal(monkeypatch, True)
-    assert verb in run(*command.split()).stderr
+    shown = run(*command.split()).stderr
+    assert verb in shown
+    if verb == "fusing":
+        assert "checking what was written" in shown
     on_a_terminal(monkeypatch, False)
     if verb not in ("fusing", "timing"):  # of these once is enough
         assert verb not in run(*command.split()).stderr
+
+
+# What takes seconds to import. Here it says so, and stops.
+SLOW_TO_IMPORT = ("torch", "transformers", "numpy", "scipy", "datasets", "accelerate")
+SAYS_SO = "import sys; print(f'importing {__name__}', file=sys.stderr, flush=True); sys.exit(9)"
+
+
+@pytest.fixture(scope="module")
+def nothing_to_import(tmp_path_factory):
+    """The environment of a program in which these packages have no more than that."""
+    folder = tmp_path_factory.mktemp("packages")
+    for name in SLOW_TO_IMPORT:
+        (folder / f"{name}.py").write_text(SAYS_SO)
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "NO_COLOR", "RANK")}
+    return {**environment, "PYTHONPATH": path, "TERM": "xterm-256color"}
+
+
+def shown_on_a_terminal(arguments, environment):
+    """All that a program writes when stdout and stderr are one terminal."""
+    ours, its = pty.openpty()
+    command = [sys.executable, "-m", "skipless", *arguments]
+    with subprocess.Popen(command, env=environment, stdin=its, stdout=its, stderr=its):
+        os.close(its)
+        shown = b""
+        with suppress(OSError):  # which the end of the program is
+            while part := os.read(ours, 4096):
+                shown += part
+    os.close(ours)
+    return shown.decode()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "demo", "audit a", "fuse a b", "verify a b", "report a b --html page.html", "limit gpt2 --check",
+        "export a b --to onnx", "bench a", "train stdlib a", "eval a --data b", f"count {BUNDLED}", f"limit {BUNDLED}",
+        "refresh a",
+    ],
+)  # fmt: skip
+def test_a_terminal_shows_a_bar_before_anything_slow_is_imported(command, nothing_to_import):
+    before, importing, _ = shown_on_a_terminal(command.split(), nothing_to_import).partition("importing ")
+    assert importing
+    assert "starting" in before
+
+
+def test_such_a_bar_has_no_colours_with_no_color_and_is_not_piped_nor_of_other_processes(nothing_to_import):
+    shown = shown_on_a_terminal(["demo"], {**nothing_to_import, "NO_COLOR": "1"})
+    assert "starting" in shown
+    assert not re.search(r"\x1b\[[\d;]+m", shown.replace("\x1b[0m", ""))
+    assert "starting" not in shown_on_a_terminal(["demo"], {**nothing_to_import, "RANK": "1"})
+    command = [sys.executable, "-m", "skipless", "demo"]
+    piped = subprocess.run(command, env=nothing_to_import, capture_output=True, text=True, check=False)
+    assert piped.stdout == ""
+    assert re.fullmatch(r"importing \w+\n", piped.stderr)
 
 
 def test_choices_are_the_registries():

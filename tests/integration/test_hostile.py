@@ -287,7 +287,13 @@ OPENED = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(BOOKKEEPING.keys() - {"model_type"}))
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in OPENED else pytest.param(name, marks=pytest.mark.slow)
+        for name in sorted(BOOKKEEPING.keys() - {"model_type"})
+    ],
+)
 def test_what_opens_transformers_builds(tmp_path, name):
     files = hostile.valid(hostile.SKIPLESS)
     opened = set()

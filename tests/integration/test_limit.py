@@ -80,11 +80,19 @@ def test_experts(fields):
 
 
 @pytest.mark.slow
+def test_a_part_rotated():
+    """Of each head, r + (h - r)^2 numbers of Q and K carry no information."""
+    rope = {"rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.5}}
+    found = certify(Architecture.from_config({**MQA, **rope}))
+    assert found.exact
+    assert found.holds
+
+
+@pytest.mark.slow
 def test_narrow_heads_with_biases():
-    """In their small copy indices of values would take more than the blocks, so that values stay there."""
     shape = {"hidden_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}
     found = certify(Architecture.from_config({**MQA, **shape, **BIASES}))
-    assert found.kinds == ("stream", "p", "head")
+    assert found.kinds == ("stream", "values", "p", "head")
     assert found.after.parameters == found.before.parameters - found.removed
     assert found.holds
 

@@ -461,6 +461,13 @@ def straight_line(config: SkiplessConfig, weights: dict[str, torch.Tensor], ids:
         others = passed[:, order[-weights[f"{name}.weight"].shape[1] :]]
         return passed[:, order[: len(order) - others.shape[1]]], others
 
+    def exchanged(order):
+        """All inputs, after each of the first has changed places with one of the order."""
+        every = list(range(config.hidden_size))
+        for i, other in enumerate(order.tolist()):
+            every[i], every[other] = every[other], every[i]
+        return torch.tensor(every)
+
     def ffn(name, x):
         up = linear(f"{name}.up_proj", x)
         gated = f"{name}.gate_proj.weight" in weights
@@ -503,15 +510,22 @@ def straight_line(config: SkiplessConfig, weights: dict[str, torch.Tensor], ids:
         else:
             q, k, v = (
                 linear(f"{attention}.{name}_proj", x).split(width, 1)
-                if name != "v" or not config.values_removed
+                if not {"v": config.values_removed, "k": config.keys_removed}.get(name)
                 else None
                 for name in "qkv"
             )
         if config.values_removed:
             v = []
             for j, order in enumerate(weights[f"{attention}.value_order"]):
-                own, others = placed(x, f"{attention}.v_proj", order)
+                own, others = placed(x, f"{attention}.v_proj", exchanged(order))
                 v.append(own + others @ weights[f"{attention}.v_proj.weight"][j * width : (j + 1) * width].T)
+        if config.keys_removed:
+            k, size = [], weights[f"{attention}.key_order"].shape[1]
+            rotating = linear(f"{attention}.k_rope_proj", x) if size < width else x[:, :0]
+            for j, order in enumerate(weights[f"{attention}.key_order"]):
+                own, others = placed(x, f"{attention}.k_proj", exchanged(order))
+                own = own + others @ weights[f"{attention}.k_proj.weight"][j * size : (j + 1) * size].T
+                k.append(torch.cat([rotating[:, j * (width - size) : (j + 1) * (width - size)], own], 1))
         q, k = ([normed(f"{attention}.{name}_norm", y, "rms") for y in ys] for name, ys in (("q", q), ("k", k)))
         gain = {name: weights.get(f"{attention}.{name}") for name in ("alpha", "beta", "gamma")}
         heads = []
@@ -593,6 +607,9 @@ def test_a_second_implementation_agrees(shaping, position, ffn, bias):
         {**PIVOTED, "head_dim": 12, "num_key_value_heads": 1, "p_removed": True, "attention_shaping": "value"},
         {"head_dim": 12, "p_removed": True, "intermediate_size": 14},
         {"values_removed": True, "attention_shaping": "full", "position_type": "none"},
+        {"keys_removed": True, "values_removed": True, "position_type": "none", **BIASES},
+        {"keys_removed": True, "rope_parameters": HALF_ROPE, **BIASES},
+        {"keys_removed": True, "rope_parameters": HALF_ROPE, "position_type": "rope_interleaved", "head_dim": 16},
         {**PIVOTED, "values_removed": True, "head_removed": True, **BIASES},
         {**PARALLEL},
         {**PARALLEL, **BIASES, "ffn_type": "mlp", "attention_shaping": "value", "position_type": "alibi"},

@@ -12,6 +12,9 @@ from skipless import cli
 from skipless.architecture.config import PRE_NORM, Architecture
 from skipless.architecture.limit import limit
 from skipless.checkpoint.headers import read_json_object
+from skipless.rewrite.fusion import plan_fuse
+from skipless.rewrite.request import Request
+from tests.families import saved
 from tests.models import build, edit_config, load, relative_error, save
 
 COMMANDS = (["count"], ["limit"], ["audit"], ["fuse", "--dry-run"], ["fuse"])
@@ -100,7 +103,13 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
+QUICK = {"serial", "biases", "parallel", "shaped", "skip past the attention"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [pytest.param(fields, id=name, marks=[pytest.mark.slow] * (name not in QUICK)) for name, fields in MODELS.items()],
+)
 def test_what_goes_is_the_same_to_the_weight(fields, tmp_path):
     """By the plan, the file, and, where no matrix gains a bias, by limit, count and what count says is left."""
     source = save(build(dtype=torch.bfloat16, **fields), tmp_path / "source")
@@ -110,12 +119,99 @@ def test_what_goes_is_the_same_to_the_weight(fields, tmp_path):
     plan = skipless.fuse(source, tmp_path / "fused", remove=kinds)
     before, after = skipless.count(source), skipless.count(tmp_path / "fused")
     assert plan.parameters == (before.parameters, after.parameters)
-    saved = sum(seam.saves for task in plan.tasks for seam in task.seams)
-    assert sum(found.removed.values()) == saved == before.weights - after.weights
+    gone = sum(seam.saves for task in plan.tasks for seam in task.seams)
+    assert sum(found.removed.values()) == gone == before.weights - after.weights
+    assert sum(before.as_is.values()) == gone == before.by_fuse
+    assert sum(after.as_is.values()) == after.by_fuse == 0
     if fields.get("residual", "none") == "none":
-        assert before.everything == saved
-        assert before.limit - after.limit == saved
+        assert before.everything == gone
+        assert before.limit - after.limit == gone
         assert before.limit == sum(count for name, count in found.terms.items() if name != "biases")
+
+
+def weights(architecture):
+    """Of its matrices and tables."""
+    return sum(module.inputs * module.outputs for module in architecture.modules())
+
+
+# Of each family one, and those that no skipless model computes.
+DESCRIBED = (
+    *(
+        "llama",
+        "mixtral",
+        "qwen2",
+        "qwen3_moe",
+        "gemma2",
+        "phi",
+        "phi-normed",
+        "phi3",
+        "gpt2",
+        "gptj",
+        "gpt_neox",
+        "opt",
+    ),
+    *(
+        "opt-projected",
+        "opt-bare",
+        "bloom",
+        "falcon-7b",
+        "falcon-rw",
+        "mpt",
+        "gpt_bigcode",
+        "stablelm",
+        "cohere",
+        "olmo2",
+    ),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DESCRIBED)
+def test_of_another_family_all_say_the_same(name, tmp_path):
+    """In its own layout and in a skipless one: what can go, how much, and what is refused, in the same words."""
+    saved(name, source := tmp_path / "source")
+    counted, architecture = skipless.count(source), skipless.count(source).architecture
+
+    def planned(**options):
+        """The plan of a fuse, or why there is none."""
+        try:
+            return plan_fuse(source, tmp_path / "none", Request(**options), 10**9).plan
+        except skipless.InputError as error:
+            return str(error)
+
+    plan = planned()
+    if counted.by_fuse:
+        assert plan.neutral == counted.by_fuse
+        assert tuple(plan.note.splitlines()) == counted.stays
+    else:
+        nothing = (*counted.stays, "this model has no norms and no biases")[0]
+        assert plan == f"nothing to move: {nothing}"
+
+    plan = planned(layout="skipless")
+    if counted.left_out is None:
+        refusal = plan
+        assert "that a skipless model can compute, for layout skipless" in refusal
+    else:
+        refusal = None
+        assert plan.parameters[0] - plan.parameters[1] == counted.left_out
+
+    assert limit(architecture).removed.get("values", 0) in (0, counted.as_is["values"])
+    for kind in ("values", "queries", "first_layer"):
+        audited = skipless.audit(source, remove=(kind,))
+        assert (audited.by_fuse, audited.left_out, audited.stays) == (counted.by_fuse, counted.left_out, counted.stays)
+        assert audited.as_is == counted.as_is
+        assert "its layout has a place for every block" in planned(remove=(kind,))
+        plan = planned(layout="skipless", remove=(kind,))
+        if audited.safe:
+            assert audited.layout == "skipless"
+            fewer = weights(plan.source) - weights(plan.target)
+            assert fewer == (-counted.first_layer.grows if kind == "first_layer" else counted.as_is[kind])
+        else:
+            assert audited.problems[0].startswith(plan)
+            assert refusal in (None, plan)
+    assert (counted.first_layer is None) == (architecture.first_layer_stays is not None)
+    assert (architecture.first_layer_stays or "") in "".join(audited.problems)
+    assert audited.safe == (counted.first_layer is not None and refusal is None)
 
 
 @pytest.mark.parametrize("norm", ["rms", "layer"])

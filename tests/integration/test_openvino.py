@@ -95,6 +95,7 @@ def test_a_spoiled_weight_is_noticed(fused, tmp_path):
     assert padded.error(found) > 10 * FP32
 
 
+@pytest.mark.slow
 def test_beam_idx_takes_the_rows_of_the_cache(exported, fused):
     padded, request = Padded(fused), compiled(exported / room.MODEL)
     order = np.array([2, 2, 0], dtype=np.int32)
@@ -207,6 +208,7 @@ def test_the_runner_computes_as_decoding_asks():
     assert found("int4", group) != 0
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_in_one_line(exported, tmp_path):
     model = openvino.Core().read_model(exported / room.MODEL)
     with pytest.raises(StorageError, match=r"model.xml: could not be written: .*; nothing was left behind"):

@@ -9,8 +9,7 @@ from click.testing import CliRunner
 from skipless import InputError, cli, fuse
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.rewrite import fusion, machine
-from skipless.rewrite.cost import cost, waiting
-from skipless.rewrite.estimate import estimate
+from skipless.rewrite.cost import cost, estimate, waiting
 from skipless.rewrite.machine import Rates
 from skipless.rewrite.request import Request
 from tests.models import build, save

@@ -19,7 +19,7 @@ from skipless.checkpoint.reader import CheckpointReader
 from skipless.checkpoint.staging import LocalDestination
 from skipless.checkpoint.writer import CheckpointWriter
 from skipless.errors import DisagreementError, StorageError
-from skipless.rewrite import environment, executors
+from skipless.rewrite import executors, machine
 from skipless.rewrite.cost import cost
 from tests.models import MANY_FILES, build, contents, edit_tensors, save
 
@@ -320,7 +320,7 @@ def test_what_a_worker_cannot_read(source, tmp_path, two_workers, monkeypatch):
 
 def test_workers_that_are_not_the_same(source, tmp_path, two_workers, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(environment, "__version__", "0.0.0")
+        patch.setattr(machine, "__version__", "0.0.0")
         with pytest.raises(InputError, match=r"skipless: expected '0\.0\.0', as where fuse was called, found '"):
             fuse(source, tmp_path / "fused", engine="ray", **MANY_FILES)
     with monkeypatch.context() as patch:
@@ -343,6 +343,7 @@ def test_workers_that_are_not_the_same(source, tmp_path, two_workers, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.slow
 def test_a_cluster_that_is_not_there(source, tmp_path, monkeypatch):
     def message(address, engine="ray"):
         with pytest.raises(InputError) as error:

@@ -188,7 +188,7 @@ def test_other_options_are_refused(source, tmp_path, stopped, change, message):
 
 def test_another_source_and_other_versions_are_refused(source, tmp_path, stopped, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("skipless.rewrite.environment.__version__", "0.0.0")
+        patch.setattr("skipless.rewrite.machine.__version__", "0.0.0")
         with pytest.raises(InputError, match=r"environment\.skipless: expected "):
             fuse(source, tmp_path / "fused", resume=True, **MANY_FILES)
     edit_tensors(source, lm_head__weight=torch.ones(61, 32))

@@ -182,6 +182,7 @@ def test_refuses_to_resume_nothing(recipe: Recipe, tmp_path: Path, trained: tupl
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["", "no state", "half a state", "half the only checkpoint"])
 def test_a_killed_run_resumes_bit_for_bit(
     damage: str, recipe: Recipe, trained: tuple[Path, dict[str, float]], killed: Path, tmp_path: Path

@@ -86,6 +86,7 @@ def test_it_says_what_transformers_says(name, tmp_path):
         ("values and head", "lm_head.column_order"),
         ("values and head", "1.self_attn.value_order"),
         ("queries", "1.self_attn.key_order"),
+        ("queries, a part rotated", "1.self_attn.k_rope_proj.weight"),
         ("wide heads", "1.self_attn.row_order"),
         ("pivoted", "0.self_attn.rest_proj.weight"),
         ("shaped", "1.self_attn.alpha"),

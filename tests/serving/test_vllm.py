@@ -45,6 +45,10 @@ MODELS = {
         {"norm_type": "layer", "norms": ["model.embed_norm", "input_layernorm"], "qk_norm": "head_dim"},
         None,
     ),
+    "values and queries, a part rotated": (
+        {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}, "qkv_bias": True},
+        {"remove": ("values", "queries")},
+    ),
     "layer 0 as a table": ({}, {"remove": ("stream", "p", "first_layer")}),
     "parallel, layer 0 as a table": ({**PARALLEL, **BIASES}, {"remove": ("first_layer",)}),
     "windows, caps, scales": (

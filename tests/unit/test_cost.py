@@ -51,7 +51,7 @@ def test_merging_p_takes_what_is_counted(tmp_path, monkeypatch, dtype):
 
 @pytest.mark.parametrize("basis", ["q", "pivoted"])
 @pytest.mark.parametrize("shape", [(64, 6000), (256, 300)], ids=["many rows", "a large R"])
-@pytest.mark.parametrize("by_rows", [False, True])
+@pytest.mark.parametrize("by_rows", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_closing_a_stream_takes_what_is_counted(tmp_path, monkeypatch, basis, shape, by_rows):
     width, rows = shape
     reader, plan = plan_of(

@@ -34,7 +34,7 @@ def run(*arguments):
 
 
 def counted(config, **conditions):
-    return count_architecture("test", "test", family.read(config), Conditions(**conditions))
+    return count_architecture("test", "test", family.read(config), config, Conditions(**conditions))
 
 
 def test_the_papers_table_to_the_digit():

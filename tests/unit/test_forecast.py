@@ -5,16 +5,17 @@ import dataclasses
 import pytest
 import torch
 
+from skipless.algebra import rounding
 from skipless.algebra.affine import Affine
-from skipless.algebra.forecast import letter
+from skipless.algebra.forecast import PROBES, letter
 from skipless.algebra.rounding import HALF, Rest, round_seam, round_stream
 from skipless.architecture.seams import Seam
 from skipless.errors import BugError
-from skipless.removals import forecast
+from skipless.removals import columns, forecast
 from skipless.removals.columns import OpenStream
 from skipless.removals.merge import merge
+from tests.seams import READERS, apply, gaussian_layer, outputs, relative_errors
 from tests.seams import error as relative_error
-from tests.seams import gaussian_layer, outputs, relative_errors
 
 DTYPES = ("bfloat16", "float16", "float32")
 in_each_dtype = pytest.mark.parametrize("name", DTYPES)
@@ -293,3 +294,55 @@ def test_a_sample_measures_what_the_whole_loses(tied, biased, name, way):
         assert error / 2 < measured.ways[way].errors[name][module] < 2 * error
     spoiled = dataclasses.replace(stream, rest=Affine(1.1 * stream.rest.weight, stream.rest.bias))
     assert opened.measure(way, basis.condition, spoiled, dtypes, name).ways[way].errors[name]["k"] > 0.05
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+@pytest.mark.parametrize("way", ["q", "pivoted"])
+def test_no_row_is_rounded_that_is_not_measured(name, way, monkeypatch):
+    """What is said is the same, to the bit, as when all of them are."""
+    seam, affines = gaussian_layer(width=96, rows=2000, seed=1)
+    block, sizes = rounding._round_block, []
+
+    def counted(exact, *others):
+        sizes.append(exact.shape[1] if len(exact) == seam.width else 0)  # else a part of what was counted
+        block(exact, *others)
+
+    def foretold():
+        sizes.clear()
+        return forecast(seam, affines, [name], [way]).ways[way].errors[name], sum(sizes)
+
+    monkeypatch.setattr(rounding, "_round_block", counted)
+    sampled, few = foretold()
+    monkeypatch.setattr(OpenStream, "by_rows", affines)
+    whole, all_rows = foretold()
+    assert sampled == whole
+    assert all_rows - few == 2000 - PROBES
+    monkeypatch.setattr(columns, "PROBES", PROBES - 1)
+    assert foretold()[0] != whole
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+@pytest.mark.parametrize("table", [False, True])
+def test_biases_count_beside_what_is_read(name, table):
+    """That is one row of a table, else the sum of all rows, times inputs of variance 1: biases are small beside it."""
+    seam, affines = gaussian_layer(width=256, rows=512, biased=True)
+    affines["o"] = dataclasses.replace(affines["o"], table=table)
+    dtype, generator = getattr(torch, name), torch.Generator().manual_seed(1)
+    x = torch.eye(512).double() if table else torch.randn(512, 512, generator=generator, dtype=torch.float64)
+    for module in READERS:
+        affines[module].bias.mul_(1 if table else 20)
+    rounded = {
+        module: dataclasses.replace(cast(affine, dtype), bias=affine.bias.to(dtype).double())
+        for module, affine in affines.items()
+    }
+    measured = {}
+    for module in READERS:
+        exact, found = (apply(apply(x, each["o"]), each[module]) for each in (affines, rounded))
+        lost, size = (
+            torch.linalg.norm(each) for each in (found - exact, x @ affines["o"].weight @ affines[module].weight)
+        )
+        measured[letter(module)] = (lost / size).item()
+    opened = OpenStream(seam, affines)
+    assert opened.forecast([name], {}).original[name] == pytest.approx(measured, rel=0.15)
+    opened.bias_scale = 512**-0.5 if table else 1.0
+    assert opened.forecast([name], {}).original[name] != pytest.approx(measured, rel=0.3)

@@ -30,6 +30,7 @@ MODELS = [
     {"first_layer_removed": True, "stream_basis": "pivoted", "values_removed": True, "num_key_value_heads": 4},
     {"values_removed": True, **QKV},
     {"keys_removed": True, "position_type": "alibi", **QKV},
+    {"keys_removed": True, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}, **QKV},
     {"head_dim": 16, "p_removed": True, "head_removed": True, "attention_bias": True, "values_removed": True},
 ]
 
@@ -54,7 +55,7 @@ def described(architecture, name):
         "f": a.intermediate_size,
     }
     values |= {"H": a.num_attention_heads, "K": a.num_key_value_heads, "h": a.head_dim, "D": a.query_width}
-    values |= {"e": a.value_width, "E": a.num_local_experts}
+    values |= {"e": a.value_width, "E": a.num_local_experts, "u": a.unrotated}
     values["R"] = sum(a.row.values())
     values["I"] = a.query_width if a.p_removed and a.p_merged else a.hidden_size
     for number, (pattern, shape, when, index) in enumerate(rows()):

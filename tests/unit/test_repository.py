@@ -1,6 +1,7 @@
 """What stands around the code agrees with it: versions, forms, workflows, the package's metadata."""
 
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -14,7 +15,7 @@ import skipless
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-TARGETS = set(" ".join(re.findall(r"^([\w -]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)).split())
+TARGETS = set(" ".join(re.findall(r"^([\w -]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE)).split())
 
 sys.path.insert(0, str(ROOT / "tools"))
 import locks  # noqa: E402
@@ -74,6 +75,12 @@ def test_workflows_run_what_there_is():
     assert {"wheel", "publish"} <= made <= TARGETS
 
 
+def test_the_makefile_uses_no_variable_that_it_does_not_have():
+    options = ["--warn-undefined-variables", "--dry-run", "PUSH=", "UPGRADE="]
+    done = subprocess.run(["make", *options, *TARGETS], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "undefined variable" not in done.stderr
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").iterdir()), ids=lambda file: file.name)
 def test_an_issue_form_is_one(file):
     form = yaml.safe_load(file.read_text())
@@ -102,7 +109,9 @@ def test_a_picture_is_what_the_code_draws(name):
     drawn = pictures.PICTURES[name]()
     assert (pictures.FOLDER / name).read_text(encoding="utf-8") == drawn, "make pictures"
     assert ElementTree.fromstring(drawn).tag.endswith("svg")
-    assert f"pictures/{name}" in (ROOT / "docs" / "pictures.md").read_text()
+    pages = {page.stem for page in (ROOT / "docs").glob("*.md") if f"(pictures/{name})" in page.read_text()}
+    assert "pictures" in pages, "all of them in one place"
+    assert len(pages) > 1, "and each beside what it shows"
 
 
 def test_every_page_has_its_place_in_the_sites_navigation():

@@ -17,6 +17,7 @@ from skipless.algebra.rounding import (
     repaired_metric,
     round_both_ways,
     round_passed,
+    round_reader,
     round_rows,
     round_seam,
     round_stream,
@@ -297,7 +298,8 @@ def test_rows_that_pass_are_rounded_with_feedback(dtype, white, part):
         return x @ torch.cat([torch.eye(size).double(), cast(kept, dtype)]) @ cast(reads, dtype).T
 
     exact = x @ torch.cat([torch.eye(size).double(), kept]) @ read.T
-    found, rounded, moment = round_passed(kept, [read[:60], read[60:]], None if white else x.T @ x, dtype, [dtype] * 2)
+    found, solved, moment = round_passed(kept, [read[:60], read[60:]], None if white else x.T @ x, dtype)
+    rounded = [round_reader(each, moment[None], dtype) for each in solved]
     assert {found.dtype, *(each.dtype for each in rounded)} == {dtype}
     torch.testing.assert_close(moment, passed_moment(found.double(), None if white else x.T @ x))
     lost = torch.linalg.norm(given(found, torch.cat(rounded)) - exact)
@@ -307,7 +309,7 @@ def test_rows_that_pass_are_rounded_with_feedback(dtype, white, part):
 def test_what_reads_makes_up_for_the_rounding_of_rows_that_pass():
     """A' = argmin || X [I; K'] A' - X [I; K] A ||, where A itself is not rounded."""
     kept, reader, x = draw(20, 5), draw(7, 5, seed=1), draw(60, 25, seed=2)
-    found, (resolved,), _ = round_passed(kept, [reader], x.T @ x, torch.bfloat16, [torch.float64])
+    found, (resolved,), _ = round_passed(kept, [reader], x.T @ x, torch.bfloat16)
     before, after = (x @ torch.cat([torch.eye(5).double(), each.double()]) for each in (kept, found))
     expected = torch.linalg.lstsq(after, before @ reader.T).solution.T
     torch.testing.assert_close(resolved, expected, rtol=1e-7, atol=1e-7)
@@ -316,6 +318,30 @@ def test_what_reads_makes_up_for_the_rounding_of_rows_that_pass():
 
 def test_rows_that_pass_stay_as_they_are_in_full_precision():
     kept, reader = draw(20, 5), draw(7, 5, seed=1)
-    found, (same,), _ = round_passed(kept, [reader], None, torch.float64, [torch.float32])
+    found, (same,), moment = round_passed(kept, [reader], None, torch.float64)
     assert torch.equal(found, kept)
     assert torch.equal(same, reader)
+    assert torch.equal(round_reader(same, moment[None], torch.float32), reader)
+
+
+@half
+@pytest.mark.parametrize("blocks", [1, 4])
+@pytest.mark.parametrize(("size", "pays"), [(3.0, True), (0.01, False)])
+def test_what_reads_makes_up_for_what_rounding_its_bias_does(dtype, blocks, size, pays):
+    """Of inputs with a mean, if a bias is large: A is told of it, or of the mean, in vain."""
+    mixed, matrix, bias = draw(64, 96) / 8, draw(48, 64, seed=2) / 8, size * draw(1, 48, seed=3)[0]
+    moment = torch.stack([part @ part.T for part in mixed.split(64 // blocks)])
+    mean = draw(1, 64, seed=4)[0]
+
+    def lost(*told):
+        change = round_reader(matrix, moment, dtype, *told).double() - matrix
+        owed = bias - change @ mean  # what the bias has to be, for the mean to lose nothing
+        return (cast(owed, dtype) - owed).square().sum(), (change @ torch.block_diag(*moment) * change).sum()
+
+    (constant, varying), plain = lost(mean, bias), lost()
+    if pays:
+        assert constant < plain[0] / 4
+        assert constant + varying < 0.9 * sum(plain)
+    else:
+        assert (constant, varying) == plain
+    assert lost(mean, None) == lost(None, bias) == plain

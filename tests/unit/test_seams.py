@@ -141,7 +141,17 @@ def test_a_seam_left_open_can_be_closed_later():
         (
             {"residual": "both", "norm_type": "rms"},
             "stream",
-            "join the stream from layer 0 to 3 into one space, .* model.layers.0.input_layernorm stands between it and",
+            "join the stream of layers 0 to 2 into one space, .* model.layers.0.input_layernorm stands between it and",
+        ),
+        (
+            {"residual": "attention", "norm_type": "rms"},
+            "stream",
+            "join the stream of layer 1 into one space, .*1.input_layernorm stands",
+        ),
+        (
+            {"residual": "ffn", "norm_type": "rms"},
+            "p",
+            "join the stream of layer 1 into one space, .*1.post_attention_layernorm",
         ),
     ],
 )

@@ -64,11 +64,12 @@ def test_what_the_docs_show(tmp_path):
 
 
 @needs_browser
-def test_the_page_writes():
+def test_the_page_writes_also_where_the_browser_has_no_room_to_keep_files():
     shown, complaints = driven(
         SITE,
         "demo.html",
         """
+        Cache.prototype.put = async () => { throw new DOMException("no room", "QuotaExceededError"); };
         const status = document.getElementById("demo-status");
         new MutationObserver(() => status.textContent.endsWith("...") || done()).observe(status, { childList: true });
         document.querySelector("#demo button").click();

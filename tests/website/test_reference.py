@@ -10,6 +10,7 @@ import skipless
 from skipless import cli
 from skipless.architecture.config import FOREIGN, Architecture
 from skipless.checkpoint import family
+from tests.browser import pages
 
 SITE = Path(__file__).parents[2] / "site"
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not SITE.exists(), reason="needs the site: make test-site")]
@@ -31,6 +32,7 @@ def test_every_field_of_a_config():
     text = page("config")
     for field in dataclasses.fields(Architecture):
         assert (f"<code>{field.name}</code>" in text) == (field.name not in FOREIGN)
+    assert "<code>float | int | None</code>" in text
 
 
 def test_every_public_function_and_its_arguments():
@@ -38,6 +40,11 @@ def test_every_public_function_and_its_arguments():
     for name in {*skipless.__all__} - {"__version__"}:
         assert f".{name}" in text
     assert "parallel_removes" in text
+
+
+def test_each_page_says_which_version_it_is_of():
+    for file in pages(SITE):
+        assert f"skipless {skipless.__version__}" in file.read_text(), file
 
 
 def test_every_family():

@@ -23,6 +23,7 @@ async function page() {
     const { env } = transformers;
     env.allowRemoteModels = false;
     env.allowLocalModels = true;
+    env.useBrowserCache = env.useWasmCache = false; // the browser keeps what it fetches, as far as it has room
     env.localModelPath = new URL(from).pathname; // at a whole address it would not look
     const runtime = `${from}ort-wasm-simd-threaded`;
     env.backends.onnx.wasm.wasmPaths = { mjs: `${runtime}.mjs`, wasm: `${runtime}.wasm` };

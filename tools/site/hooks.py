@@ -7,14 +7,16 @@ import os
 import posixpath
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import click
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+
+from skipless import __version__
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -50,7 +52,8 @@ LINK = re.compile(r"\[([^\[\]]+)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Where mike builds it, beside sites of other versions, each page lets its reader choose among them."""
+    """Each page says which version it is of; where mike builds it beside others, its reader can choose another."""
+    config.copyright = f"skipless {__version__}"
     if "MIKE_DOCS_VERSION" in os.environ:
         config.extra["version"] = {"provider": "mike"}
     return config
@@ -68,6 +71,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     models = (file for suffix in ("json", "onnx", "onnx_data") for file in MODELS.glob(f"*/**/*.{suffix}"))
     beside |= {f"demo/{file.relative_to(MODELS)}": file for file in models}
     beside |= {f"{name}/{name}.mjs": HERE / f"{name}.mjs" for name in ("counter", "demo")}
+    beside["style.css"] = HERE / "style.css"
     for name, file in beside.items():
         if file.exists():
             files.append(File.generated(config, name, abs_src_path=str(file)))
@@ -113,11 +117,12 @@ def command_line() -> Iterator[str]:
     from skipless.cli import main
 
     yield "# Command line\n"
-    context = click.Context(main, info_name="skipless", terminal_width=100, max_content_width=100)
+    widths = {"terminal_width": 76, "max_content_width": 76}  # as wide as a block of a page
+    context = click.Context(main, info_name="skipless", **main.context_settings, **widths)
     yield f"```text\n{main.get_help(context)}\n```\n"
     for name in main.list_commands(context):
         command = main.commands[name]
-        inside = click.Context(command, parent=context, info_name=name, terminal_width=100, max_content_width=100)
+        inside = click.Context(command, parent=context, info_name=name, **widths)
         yield f"## skipless {name}\n\n```text\n{command.get_help(inside)}\n```\n"
 
 
@@ -130,16 +135,22 @@ def config_fields() -> Iterator[str]:
     yield "| field | type | default | values |\n|---|---|---|---|"
     for field in dataclasses.fields(Architecture):
         if field.name not in FOREIGN:
-            default = "" if field.default is dataclasses.MISSING else f"`{json.dumps(field.default)}`"
-            values = ", ".join(f"`{json.dumps(value)}`" for value in VALUES.get(field.name, ()))
-            yield f"| `{field.name}` | {_type(field.type)} | {default} | {values} |"
+            several = field.default if field.default and isinstance(field.default, tuple) else (field.default,)
+            default = "" if field.default is dataclasses.MISSING else _values(several)
+            yield f"| `{field.name}` | {_type(field.type)} | {default} | {_values(VALUES.get(field.name, ()))} |"
     yield "\n## Fields that change neither tensors nor seams\n\n| field | type |\n|---|---|"
     for name, kind in BOOKKEEPING.items():
         yield f"| `{name}` | {_type(kind)} |"
 
 
+def _values(values: Iterable[Any]) -> str:
+    return ", ".join(f"`{json.dumps(value)}`" for value in values)
+
+
 def _type(kind: Any) -> str:
-    return f"`{getattr(kind, '__name__', kind) if not getattr(kind, '__args__', ()) else kind}`".replace("|", "\\|")
+    if get_origin(kind) is Literal:
+        return _values(get_args(kind))
+    return f"`{getattr(kind, '__name__', kind) if not getattr(kind, '__args__', ()) else kind}`"
 
 
 def python() -> Iterator[str]:

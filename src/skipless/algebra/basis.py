@@ -30,7 +30,7 @@ SWAPS = 64
 
 @dataclass(frozen=True)
 class Basis:
-    """The columns of A that become the identity, ascending, and S, LU-factorized in fp64.
+    """The columns of A that become the identity, and S, LU-factorized in fp64.
 
     condition: LAPACK's estimate (gecon) of S's condition number in the 1-norm, or inf. limit: the largest with which a
     model rewritten in the basis still equals the original to 1e-9 in fp64.
@@ -45,8 +45,7 @@ class Basis:
     def of_columns(
         cls, matrix: Float[Tensor, "d m"], columns: Int[Tensor, "d"], limit: float = MAX_CONDITION
     ) -> "Basis":
-        """Factorize S, the columns of A = `matrix` in ascending order."""
-        columns = columns.sort().values
+        """Factorize S, these columns of A = `matrix`."""
         chosen = matrix.T[columns].to(torch.float64).T  # a copy, column by column, that can be overwritten
         norm = torch.linalg.matrix_norm(chosen, 1).item()
         factors = LU.of(chosen)
@@ -140,10 +139,10 @@ def candidate(
     gone = seam.identities[way]
     if gone == seam.readers:
         limit = MAX_CONDITION if seam.duals else MAX_CONDITION_PIVOTED
-        basis = Basis.of_columns(joined, pivot(joined, weights, dtype), limit)
+        basis = Basis.of_columns(joined, pivot(joined, weights, dtype).sort().values, limit)
         if dtype == torch.float64 or basis.condition * torch.finfo(dtype).eps <= MAX_ERROR:
             return basis
-        return Basis.of_columns(joined, pivot(joined, weights), limit)
+        return Basis.of_columns(joined, pivot(joined, weights).sort().values, limit)
     start = sum(readers[name].shape[1] for name in seam.readers[: seam.readers.index(gone[0])])
     return Basis.of_columns(joined, torch.arange(start, start + seam.width, device=joined.device))
 

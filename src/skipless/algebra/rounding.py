@@ -27,9 +27,9 @@ rounded from first to last, and each makes up for the errors of those before it 
 GPTQ, arXiv:2210.17323). In two directions, G = Lg Dg Lg^T and N = Ln Dn Ln^T,
 tr(G E N E^T) = sum_ij Dg_i Dn_j (Lg^T E Ln)_ij^2, and entry (i, j) makes up for all (a <= i, b <= j) before it.
 
-Where rows of a writer become the identity (round_passed), x [I; R] A, it is the same turned around: R is rounded with
-feedback under E[x^T x] and A A^T; A is re-solved for the rounded R', and then rounded under the moment of what it
-reads.
+Where rows of a writer become the identity, x [I; R] A, it is the same turned around: R is rounded with feedback under
+E[x^T x] and A A^T, and A is re-solved for the rounded R' (round_passed). Then A is rounded under the moment of what it
+reads (round_reader).
 """
 
 import dataclasses
@@ -186,8 +186,7 @@ def round_stream(
     or fp64 keep the precision that they have, and change only to make up for the others.
     """
     rests = [Rest(stream.rest.weight, weights[stream.others], dtypes["rest"])]
-    extra = {name: dual.weight.T for name, dual in stream.duals.items()}
-    extra |= {name: follower.weight for name, follower in stream.followers.items()}
+    extra = dict(stream.beside())
     sizes = [matrix.shape[1] for matrix in extra.values()]
     for (name, matrix), part in zip(extra.items(), extra_weights.split(sizes), strict=True):
         rests.append(Rest(matrix, part, dtypes[name]))
@@ -296,12 +295,11 @@ def round_passed(
     readers: Sequence[Float[Tensor, "_ s"]],
     moment: Float[Tensor, "n n"] | None,
     dtype: torch.dtype,
-    dtypes: Sequence[torch.dtype],
 ) -> tuple[Float[Tensor, "l s"], list[Float[Tensor, "_ s"]], Float[Tensor, "s s"]]:
-    """R and the A of x [I; R] A as they are best stored, and the moment of y = x [I; R'].
+    """R of x [I; R] A as it is best stored in `dtype`, the A that suit it, and the moment of y = x [I; R'].
 
     readers: A^T of each. moment: E[x^T x], with n = s + l, the entries that are passed first (None: the identity).
-    dtype, dtypes: of R, and of each A; one in fp32 or fp64 is not rounded, but made to suit what is.
+    R in fp32 or fp64 is not rounded.
     """
     size, stored = rest.shape[1], rest
     if dtype in HALF and len(rest):
@@ -315,10 +313,70 @@ def round_passed(
     read = passed_moment(after, moment)
     crossed = after.T if moment is None else moment[:size, size:] + after.T @ moment[size:, size:]  # of E[y^T x]
     power = torch.stack([squares(reader, 0) for reader in readers]).sum(0)
-    metric = factorize(read, power)
-    change = metric.solve(crossed @ lost).T
-    rounded = [round_rows(each, change, metric, kind, power) for each, kind in zip(readers, dtypes, strict=True)]
-    return stored, rounded, read
+    change = factorize(read, power).solve(crossed @ lost).T
+    return stored, [reader + reader @ change for reader in readers], read
+
+
+def round_reader(
+    matrix: Float[Tensor, "f n"],
+    moment: Float[Tensor, "blocks s s"],
+    dtype: torch.dtype,
+    mean: Float[Tensor, "n"] | None = None,
+    bias: Float[Tensor, "f"] | None = None,
+) -> Float[Tensor, "f n"]:
+    """A^T of y A + a, rounded with feedback under the moment of y, one block of y's entries after the other.
+
+    moment, mean: C, the covariance of y, in blocks, and its mean m. bias: a, which will be stored in `dtype`, too, and
+    makes up for what becomes of m. If both are known, and if it costs less, a is rounded first: that adds e to all that
+    is read, and A makes up for it. Of all changes of A, -C^-1 m^T e / (1 + m C^-1 m^T) leaves the least. Later blocks
+    make up for what rounding a block does to m, too.
+    """
+    size, power = moment.shape[1], squares(matrix, 0)
+    knows = mean if bias is not None and dtype in HALF else None
+    metrics, ways, _ = reader_metrics(moment, power, knows, 0.0 if bias is None else bias.square().sum().item())
+    parts = list(zip(matrix.split(size, 1), metrics, power.split(size), strict=True))
+    still = torch.zeros_like(moment[0])
+    if ways is None or mean is None or bias is None:
+        return torch.cat([round_rows(part, still, metric, dtype, own) for part, metric, own in parts], 1)
+    means, rounded = mean.split(size), []
+    owed = bias.to(dtype).double() - bias
+    left = 1 + sum((at @ way).item() for at, way in zip(means, ways, strict=True))
+    for (part, metric, own), at, way in zip(parts, means, ways, strict=True):
+        rounded.append(round_rows(part - torch.outer(owed, way / left), still, metric, dtype, own))
+        owed = owed + (rounded[-1].double() - part) @ at
+        left -= (at @ way).item()
+    return torch.cat(rounded, 1)
+
+
+def reader_metrics(
+    moment: Float[Tensor, "blocks s s"], power: Float[Tensor, "n"], mean: Float[Tensor, "n"] | None, bias: float
+) -> tuple[list[Metric], list[Float[Tensor, "s"]] | None, float]:
+    """The metrics of A's blocks in y A + a, the ways C^-1 m to make up for a, or None, and what it costs, in u^2.
+
+    moment, mean: as for round_reader. power, bias: sums of squares, of A's rows, and of a. If a is rounded last, it
+    costs what it loses, and the metrics are C; if first, 1 / (1 + m C^-1 m^T) of that, and they are C + m^T m.
+    """
+    powers = power.split(moment.shape[1])
+    metrics = [factorize(own, each) for own, each in zip(moment, powers, strict=True)]
+    cost = _cost(metrics, powers) + bias
+    if mean is None or not bias:
+        return metrics, None, cost
+    means = mean.split(moment.shape[1])
+    first = [factorize(own + torch.outer(at, at), each) for own, at, each in zip(moment, means, powers, strict=True)]
+    ways = [_toward(metric, at) for metric, at in zip(first, means, strict=True)]
+    shared = _cost(first, powers) + bias / (1 + sum((at @ way).item() for at, way in zip(means, ways, strict=True)))
+    return (first, ways, shared) if shared < cost else (metrics, None, cost)
+
+
+def _cost(metrics: Sequence[Metric], powers: Sequence[Float[Tensor, "s"]]) -> float:
+    """What rounding with feedback costs, in u^2. powers: sums of squares of the columns that are rounded."""
+    return sum((each.pivots @ power[each.order]).item() for each, power in zip(metrics, powers, strict=True))
+
+
+def _toward(metric: Metric, mean: Float[Tensor, "s"]) -> Float[Tensor, "s"]:
+    """C^-1 m, of the factors of C + m^T m."""
+    way = metric.solve(mean[:, None])[:, 0]
+    return way / max(1 - (mean @ way).item(), torch.finfo(way.dtype).eps)
 
 
 def passed_moment(rest: Float[Tensor, "l s"], moment: Float[Tensor, "n n"] | None) -> Float[Tensor, "s s"]:

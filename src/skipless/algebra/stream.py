@@ -47,6 +47,11 @@ class Stream:
         """Whether "rest", or a follower, reads what the writer of this number has written."""
         return writer < self.seen.get(reader, len(self.writers))
 
+    def beside(self) -> list[tuple[str, Float[Tensor, "d _"]]]:
+        """What else reads x, by name: the duals transposed, and the followers."""
+        duals = [(name, dual.weight.T) for name, dual in self.duals.items()]
+        return [*duals, *((name, follower.weight) for name, follower in self.followers.items())]
+
 
 def close_rest(seam: Seam, affines: Mapping[str, Affine], basis: Basis) -> Affine:
     """R = S^-1 A_r, b_R = b_r - b_S R: what reads the stream once the seam is closed, in fp64."""

@@ -30,7 +30,9 @@ VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 # Fields of other people's models alone.
-FOREIGN = frozenset({"embedding_size", "dense_layers", "dense_intermediate_size", "qk_norm_bias"})
+FOREIGN = frozenset(
+    {"embedding_size", "dense_layers", "dense_intermediate_size", "qk_norm_bias", "partial_rotary_factor"}
+)
 
 # Fields that a skipless config.json may leave null: what they stand for then is this class's default.
 NULLABLE = frozenset({"norms", "num_local_experts", "num_experts_per_tok"})
@@ -136,6 +138,7 @@ class Architecture:
     embedding_size: width of the token table where it is not hidden_size, and two linear layers translate. Layers in
     dense_layers have one GLU, dense_intermediate_size wide, instead of experts. qk_norm: a norm of queries and keys,
     with one gain a dimension of a head, the same for all heads ("head_dim"), or one a dimension of each head ("heads").
+    partial_rotary_factor: the part of each head that RoPE rotates in any layer; config.json has it in rope_parameters.
     """
 
     vocab_size: int
@@ -173,6 +176,7 @@ class Architecture:
     qk_norm: str | None = None
     qk_norm_bias: bool | None = None
     position_type: str = "rope"
+    partial_rotary_factor: float = 1.0
     attention_shaping: str | None = None
     residual_gains: bool = False
     hidden_act: str = "silu"
@@ -209,7 +213,7 @@ class Architecture:
         values = {
             name: config[name] for name in fields if name in config and not (name in NULLABLE and config[name] is None)
         }
-        architecture = cls.from_values(values)
+        architecture = cls.from_values({**values, "partial_rotary_factor": rotated_part(config)})
         if beyond := [norm for norm in architecture.norms if norm not in SKIPLESS_NORMS]:
             raise InputError(
                 f"config.json: norms: expected some of {', '.join(SKIPLESS_NORMS)}; found {beyond[0]!r}, not supported"
@@ -342,6 +346,17 @@ class Architecture:
         return self.num_attention_heads * self.head_dim
 
     @property
+    def rotated(self) -> int:
+        """How many dimensions of each head RoPE rotates, the first; 0 without RoPE."""
+        part = min(self.partial_rotary_factor, 1.0) if self.position_type.startswith("rope") else 0.0
+        return int(self.head_dim * part)
+
+    @property
+    def unrotated(self) -> int:
+        """The others."""
+        return self.head_dim - self.rotated
+
+    @property
     def value_width(self) -> int:
         """E = kv_heads * head_dim, the width of K's and V's outputs."""
         return self.num_key_value_heads * self.head_dim
@@ -458,7 +473,7 @@ class Architecture:
     @property
     def keys_stay(self) -> str | None:
         """What stands between Q and K, or in the way of their losing a block, or None."""
-        if self.position_type.startswith("rope"):
+        if not self.unrotated:
             return f"position_type {self.position_type!r}: queries and keys are rotated"
         if self.qk_norm:
             return f"qk_norm {self.qk_norm!r}: queries and keys are normalized"
@@ -469,7 +484,7 @@ class Architecture:
             return f"stream_basis {self.stream_basis!r}: of Q, K and V hidden_size^2 weights are gone"
         if self.first_layer_removed:
             return "first_layer_removed: the table holds layer 0's queries and keys as they were"
-        if self.head_dim >= self.hidden_size:
+        if self.unrotated >= self.hidden_size:
             return f"head_dim {self.head_dim}: k_proj has at most {self.hidden_size} inputs, and none would be left"
         return None
 
@@ -585,9 +600,11 @@ class Architecture:
         for name, width in self.projections.items() if not looked_up else ():
             if not ((pivoted and name in self.pivoted) or (self.stream_closed(layer) and name == self.stream_basis)):
                 # a block less of each head's, and its bias has moved on, or cancels
-                fewer = (name == "v" and self.values_removed) or (name == "k" and self.keys_removed)
-                inputs = d - self.head_dim * fewer
-                modules.append(Module(f"{attention}.{name}_proj", inputs, width, self.qkv_biased and not fewer))
+                fewer = {"v": self.values_removed * self.head_dim, "k": self.keys_removed * self.unrotated}.get(name, 0)
+                outputs = self.num_key_value_heads * fewer or width
+                modules.append(Module(f"{attention}.{name}_proj", d - fewer, outputs, self.qkv_biased and not fewer))
+                if outputs < width:
+                    modules.append(Module(f"{attention}.k_rope_proj", d, width - outputs, self.qkv_biased))
         p_rows = self.p_rows if self.p_removed else self.query_width
         if p_rows:
             modules.append(Module(f"{attention}.o_proj", p_rows, d, self.attention_bias))
@@ -674,9 +691,9 @@ class Architecture:
             if self.stream_basis == "pivoted" and self.stream_closed(layer):
                 shapes[f"{attention}.column_order"] = (sum(self.pivoted.values()),)
             if self.values_removed and not self.looked_up(layer):
-                shapes[f"{attention}.value_order"] = (self.num_key_value_heads, self.hidden_size)
+                shapes[f"{attention}.value_order"] = (self.num_key_value_heads, self.head_dim)
             if self.keys_removed:
-                shapes[f"{attention}.key_order"] = (self.num_key_value_heads, self.hidden_size)
+                shapes[f"{attention}.key_order"] = (self.num_key_value_heads, self.unrotated)
             if self.p_removed and self.p_rows:
                 shapes[f"{attention}.row_order"] = (self.query_width,)
         if self.head_removed:
@@ -689,6 +706,17 @@ class Architecture:
         for layer in range(self.num_hidden_layers):
             tensors |= self.gain_tensors(layer)
         return tensors | self.norm_tensors() | self.index_tensors()
+
+
+def rotated_part(config: Mapping[str, Any], default: float = 1.0) -> Any:
+    """The largest partial_rotary_factor of a config.json's RoPE, of which there may be one for each kind of layers."""
+    parameters = config.get("rope_parameters")
+    parameters = parameters if isinstance(parameters, Mapping) else {}
+    own = [each for each in parameters.values() if isinstance(each, Mapping)] or [parameters]
+    found: list[Any] = [each.get("partial_rotary_factor") for each in own]
+    parts = [default if part is None else part for part in found]
+    wrong = [part for part in parts if type(part) not in (int, float)]
+    return wrong[0] if wrong else max(parts)
 
 
 def _check_bookkeeping(config: Mapping[str, Any]) -> None:

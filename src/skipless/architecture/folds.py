@@ -3,8 +3,8 @@
 A norm gives x = n g + c, with n the normalized stream, gain g and bias c (LayerNorm's), and matrices read x W + b:
 
     norms    W -> diag(g) W, b -> b + c W; then g = 1, c = 0
-    biases   K's: adds q b_K to all of a query's scores, which the softmax takes away again (no family described here
-             caps its scores without RoPE); then b_K = 0
+    biases   K's, of what RoPE does not rotate: adds q b_K to all of a query's scores, which the softmax takes away
+             again (no family described here caps the scores of such a model); then b_K = 0
              V's: the softmax's rows sum to 1, so P's bias takes b_V P in (each head its own part); then b_V = 0
 
 Seams of such a model: the same shapes before and after, so that it loads wherever it did.
@@ -75,15 +75,17 @@ def _norm(architecture: Architecture, norm: Module, spaces: Graph, modules: Mapp
 def _biases(architecture: Architecture, layer: int, modules: Mapping[str, Module]) -> Iterable[Seam]:
     keys, values, p = (f"model.layers.{layer}.self_attn.{name}_proj" for name in "kvo")
     biased = {name for name in (keys, values, p) if name in modules and modules[name].bias}
-    size, blocks = architecture.head_dim, architecture.num_key_value_heads
+    blocks, unrotated = architecture.num_key_value_heads, architecture.unrotated
     blocked = None
-    if architecture.position_type.startswith("rope"):
+    if not unrotated:
         blocked = f"position_type {architecture.position_type!r}: keys are rotated, so that it differs from key to key"
     elif architecture.qk_norm:
         blocked = "qk_norm: keys are normalized with it"
     if keys in biased:
-        yield Seam("biases", layer, size, (keys,), (), {"key_bias": ()}, blocks * size, blocks=blocks, blocked=blocked)
+        own: dict[str, tuple[str, ...]] = {"key_bias": ()}
+        yield Seam("biases", layer, unrotated, (keys,), (), own, blocks * unrotated, blocks=blocks, blocked=blocked)
     if values in biased:
         blocked = None if p in biased else "o_proj has no bias to take it in"
         ways: dict[str, tuple[str, ...]] = {"value_bias": ()}
+        size = architecture.head_dim
         yield Seam("biases", layer, size, (values,), (p,), ways, blocks * size, blocks=blocks, blocked=blocked)

@@ -6,6 +6,7 @@ come scalings within the layers. Letters as in arXiv:2404.12362; certificate.py 
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from skipless.architecture.config import HOMOGENEOUS, OUTPUT_NORMS, PRE_NORM, Architecture
@@ -42,16 +43,13 @@ def limit(architecture: Architecture) -> Limit:
     a = architecture
     if a.stream_basis or a.p_removed or a.values_removed or a.keys_removed or a.head_removed or a.first_layer_removed:
         raise InputError("config.json: expected a model that has not been fused, for which there is a formula")
-    removed: dict[str, int] = {}
-    for seam in closable(architecture):
-        removed[seam.kind] = removed.get(seam.kind, 0) + seam.saves
     possible = [seam for seam in seams(architecture) if not seam.blocked]
     unpaid = {seam.kind: reason for seam in reversed(possible) if (reason := seam.unpaid(HALF))}
     return Limit(
         parameters=sum(math.prod(shape) for shape in architecture.tensors().values()),
         terms={name: count for name, count in terms(architecture).items() if count},
         at_least=_unknown(architecture),
-        removed=removed,
+        removed=saved(closable(architecture)),
         blocked=(
             *reasons(seams(architecture, values="values" not in unpaid, norms=True)),
             *(f"the {kind} seams: {reason}" for kind, reason in unpaid.items()),
@@ -71,6 +69,14 @@ def closable(architecture: Architecture, itemsize: float = HALF) -> list[Seam]:
         if "stream" in blocked and "values" in kinds and not _stream_blocked(architecture):
             blocked = {"values"}  # without them, V's columns can be passed through
         kinds = [kind for kind in kinds if kind not in blocked]
+
+
+def saved(closing: Iterable[Seam]) -> dict[str, int]:
+    """How many weights closing seams saves, by kind."""
+    saves: dict[str, int] = {}
+    for seam in closing:
+        saves[seam.kind] = saves.get(seam.kind, 0) + seam.saves
+    return saves
 
 
 def _stream_blocked(architecture: Architecture) -> bool:
@@ -107,11 +113,9 @@ def terms(architecture: Architecture) -> dict[str, int]:
 
 def _queries_and_keys(a: Architecture) -> int:
     """A layer's changes of basis of queries and keys: what commutes with RoPE's rotations; with norms, scalings."""
-    size, rope = a.head_dim, a.position_type.startswith("rope")
-    rotated = size if rope else 0  # with partial RoPE more goes
     if a.qk_norm is not None:
-        return rotated // 2 + size - rotated if a.qk_norm == "head_dim" else 0
-    return a.num_key_value_heads * (rotated + (size - rotated) ** 2)
+        return a.rotated // 2 + a.unrotated if a.qk_norm == "head_dim" else 0
+    return a.num_key_value_heads * (a.rotated + a.unrotated**2)
 
 
 def _biases(a: Architecture) -> int:
@@ -124,8 +128,8 @@ def _biases(a: Architecture) -> int:
         return 0
     d, e, layers, parallel = a.hidden_size, a.value_width, a.num_hidden_layers, a.block_type == "parallel"
     numbers = layers * e
-    if not (a.position_type.startswith("rope") or a.qk_norm):
-        numbers += layers * e
+    if not a.qk_norm:
+        numbers += layers * a.num_key_value_heads * a.unrotated
     if a.mlp_bias:
         numbers += layers * d + (layers - 1) * d
     if not a.tie_word_embeddings and (a.mlp_bias or not parallel):

@@ -35,7 +35,7 @@ class Seam:
         "stream"        between one layer's output and the next one's Q, K, V
         "p"             between P and M
         "values"        between V and P, head by head
-        "queries"       between K and Q, head by head
+        "queries"       between K and Q, head by head; of what RoPE does not rotate
         "head"          between the last layer and the logits
         "norms"         between a norm's gain, or a norm of the embeddings, and what reads it
         "first_layer"   between the token table and layer 0's attention
@@ -52,6 +52,7 @@ class Seam:
         "gain"          the norm's gain merges into the readers
         "table"         the norm is applied to the table's rows once and for all
         "lookup"        all of the readers are, and what they give is in the table, in the embedding's place
+    kept: the module of those columns of the writer that lie in no block, and stay as they are (K's rotated ones).
     order: the index tensor that puts passed and stored columns (rows) in their places. indices: how many it has, where
     they may take more bytes than the block that they replace.
     bias_takers: the modules that take in the bias of the module that goes.
@@ -79,6 +80,7 @@ class Seam:
     bias_takers: tuple[str, ...] = ()
     duals: tuple[str, ...] = ()
     rest: str = ""
+    kept: str = ""
     order: str = ""
     followers: tuple[str, ...] = ()
     through: str = ""
@@ -276,11 +278,13 @@ def _not_linear(architecture: Architecture, space: Space) -> str | None:
     """The norm that stands between a space and what writes or reads it, or None."""
     for norm, port in space.norms:
         if len(space.places) > 1:
-            first, last = (place.layer for place in (space.places[0], space.places[-1]))
+            first, last = space.places[0].layer, space.places[-1]
+            past = last.layer - (last.kind == "s")
+            layers = f"layers {first} to {past}" if first < past else f"layer {past}"
             return (
                 f"residual {architecture.residual!r} and norm_type {architecture.norm_type!r}: skip connections join "
-                f"the stream from layer {first} to {last} into one space, with one basis, and {norm} stands between it "
-                f"and {port.module}, and is not linear"
+                f"the stream of {layers} into one space, with one basis, and {norm} stands between it and "
+                f"{port.module}, and is not linear"
             )
         reads = port in space.readers
         writers, readers = _names(space.writers), graph(architecture).through(norm) if reads else _names(space.readers)
@@ -490,7 +494,7 @@ def _value_seam(architecture: Architecture, layer: int) -> Seam:
         readers=readers,
         identities={"rows": (f"{attention}.v_proj",)},
         order=f"{attention}.value_order",
-        indices=heads * architecture.hidden_size,
+        indices=heads * size,
         bias_takers=readers,
         mixed=(
             *(name for name in architecture.gain_tensors(layer) if name.startswith(attention)),
@@ -511,9 +515,10 @@ def _query_seam(architecture: Architecture, layer: int) -> Seam:
     """Between each head of K and the queries of its group: scores are x Q K^T y^T, where nothing stands between.
 
     Within a layer, so that skips and norms do not matter. A bias of K adds the same to all of a query's scores, which
-    the softmax takes away again, so it goes, too; Q's takes part.
+    the softmax takes away again, so it goes, too; Q's takes part. Where RoPE rotates a part of each head, all of this
+    holds for the other part.
     """
-    attention, size, heads = _attention(layer), architecture.head_dim, architecture.num_key_value_heads
+    attention, size, heads = _attention(layer), architecture.unrotated, architecture.num_key_value_heads
     return Seam(
         kind="queries",
         layer=layer,
@@ -522,8 +527,9 @@ def _query_seam(architecture: Architecture, layer: int) -> Seam:
         writers=(f"{attention}.k_proj",),
         readers=(f"{attention}.q_proj",),
         identities={"rows": (f"{attention}.k_proj",)},
+        kept=f"{attention}.k_rope_proj" if architecture.rotated else "",
         order=f"{attention}.key_order",
-        indices=heads * architecture.hidden_size,
+        indices=heads * size,
         saves=heads * size**2,
         blocked=architecture.keys_stay,
     )

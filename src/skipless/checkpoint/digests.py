@@ -4,17 +4,46 @@ Each digest covers the very bytes that were used. A source that changes while it
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 
-from skipless.checkpoint.behind import Behind
 from skipless.checkpoint.reader import CheckpointReader, TensorInfo
 
 # Bytes that may wait to be hashed, unless they are one tensor's.
 ROOM = 2**26
+
+
+class Behind:
+    """A worker thread of this name, which does work in order while the caller goes on.
+
+    Waiting work holds at most `room` bytes, or is a single piece.
+    """
+
+    def __init__(self, name: str, room: int):
+        self._thread, self._room = ThreadPoolExecutor(1, name), room
+        self._waiting: deque[tuple[int, Future[None]]] = deque()
+
+    def add(self, size: int, work: Callable[..., None], *arguments: object) -> None:
+        """Queue work that holds `size` bytes. Raises what earlier work raised."""
+        while self._waiting and (
+            self._waiting[0][1].done() or size + sum(held for held, _ in self._waiting) > self._room
+        ):
+            self._waiting.popleft()[1].result()
+        self._waiting.append((size, self._thread.submit(work, *arguments)))
+
+    def finish(self) -> None:
+        """Wait for all queued work. Raises what it raised."""
+        while self._waiting:
+            self._waiting.popleft()[1].result()
+
+    def close(self) -> None:
+        """Let the current piece finish, drop the rest, and end the thread."""
+        self._thread.shutdown(cancel_futures=True)
 
 
 class Digests:

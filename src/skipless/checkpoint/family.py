@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol, Self
 
-from skipless.architecture.config import FOREIGN, Architecture, Module
+from skipless.architecture.config import FOREIGN, Architecture, Module, rotated_part
 from skipless.checkpoint import families, inexpressible
 from skipless.checkpoint.headers import Folder
 from skipless.errors import InputError
@@ -57,6 +57,11 @@ def rope(config: Config) -> dict[str, Any]:
 def whole_rope(config: Config) -> dict[str, Any]:
     """The same, of a model that rotates whole heads, whatever its config says."""
     return {name: value for name, value in rope(config).items() if name != "partial_rotary_factor"}
+
+
+def rotary(name: str, default: float) -> Callable[[Config], Any]:
+    """The part of each head that RoPE rotates: in rope_parameters, or, of older files, in the field of this name."""
+    return lambda config: rotated_part(config, default if config[name] is None else config[name])
 
 
 def _mixed(config: Config) -> list[str] | None:
@@ -147,6 +152,15 @@ class Family:
         except InputError as error:
             raise InputError(self._in_its_words(str(error), own)) from error
 
+    def excludes(self, config: Config) -> tuple[str, object] | None:
+        """The field, and its value, of a config.json of this family for which no skipless model computes the same."""
+        if self.computes is None:
+            return "model_type", config.get("model_type")
+        if self.inside in config:
+            return self.inside, "the language model of a larger one"
+        others = ((name, config.get(name, value)) for name, value in self.requires.items())
+        return next(((name, found) for name, found in others if found != self.requires[name]), None)
+
     def skipless(self, architecture: Architecture, completed: Config) -> dict[str, Any]:
         """The fields of a skipless config.json that computes what a model of this family does, nothing removed.
 
@@ -161,13 +175,9 @@ class Family:
                 f"layout skipless, found {found!r}; use layout family"
             )
 
-        if self.computes is None:
-            raise refuse("model_type", own["model_type"])
-        if self.inside in own:
-            raise refuse(self.inside, "the language model of a larger one")
-        for name, value in self.requires.items():
-            if own[name] != value:
-                raise refuse(name, own[name])
+        if (excluded := self.excludes(own)) is not None:
+            raise refuse(*excluded)
+        assert self.computes is not None
         if architecture.qk_norm and architecture.norm_type == "layer":  # of which ours are RMS norms
             raise refuse("qk_norm", architecture.qk_norm)
         for name in ("embedding_size", "dense_layers"):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from skipless.checkpoint import files
-from skipless.checkpoint.behind import Behind
+from skipless.checkpoint.digests import Behind
 from skipless.checkpoint.files import BLOCK
 from skipless.checkpoint.headers import INDEX, SINGLE, read_header
 from skipless.checkpoint.reader import DTYPES, TensorInfo, uncache

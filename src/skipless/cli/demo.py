@@ -36,9 +36,9 @@ def demo(say: Callable[[str], None]) -> Demo:
     """Run it, telling `say` what happens. Both models are stored and run in fp32 (the bundled file is bf16)."""
     tokenizer = load_tokenizer(BUNDLED)
     say("The bundled model, a skipless transformer trained on Python source, continues a prompt:")
-    original = load(BUNDLED, torch.float32)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     with waiting("generating"):
+        original = load(BUNDLED, torch.float32)
         before = generate(original, ids, TOKENS)
     text = PROMPT + tokenizer.decode(before.tokens)
     say(text)
@@ -50,8 +50,9 @@ def demo(say: Callable[[str], None]) -> Demo:
         say("Verifying it against the original ...")
         with step_bar("verifying") as step:
             report = verify(BUNDLED, fused_folder, prompt=PROMPT, progress=step)
-        fused = load(fused_folder, torch.float32)
-        after = generate(fused, ids, TOKENS)
+        with waiting("generating"):
+            fused = load(fused_folder, torch.float32)
+            after = generate(fused, ids, TOKENS)
         say("Timing both, in turns ...")
         runners = [("original", TorchRunner(original)), ("fused", TorchRunner(fused))]
         with count_bar("timing") as count:

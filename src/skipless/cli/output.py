@@ -21,6 +21,7 @@ from rich.progress import (
 )
 
 from skipless.cli.terminal import Terminal
+from skipless.log import is_first
 
 out = Terminal()
 err = Terminal(stderr=True)
@@ -41,9 +42,10 @@ def print_json(value: Any) -> None:
 
 
 def _progress(verb: str, *columns: ProgressColumn) -> Progress:
-    """On stderr, if that is a terminal; it goes when it is done."""
+    """On stderr, if that is a terminal, of one process; it goes when it is done."""
     first = (TextColumn(verb, markup=False), BarColumn(bar_width=20))
-    return Progress(*first, *columns, console=err, transient=True, disable=not err.is_terminal)
+    shown = err.is_terminal and is_first()
+    return Progress(*first, *columns, console=err, transient=True, disable=not shown)
 
 
 @contextmanager
@@ -75,23 +77,27 @@ def step_bar(verb: str) -> Iterator[Callable[[str, int, int], None]]:
 
 @contextmanager
 def work_bar(verb: str) -> Iterator[Callable[[Any, Any], None]]:
-    """A bar for fuse's `progress`, by FLOPs and bytes, with GFLOP/s and the time left."""
+    """A bar for fuse's `progress`, by FLOPs and bytes, with GFLOP/s and the time left; then for what it checks."""
     bar = _progress(verb, TaskProgressColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
     number = bar.add_task("", total=None, rate="")
-    last = time.monotonic()
+    last, done = time.monotonic(), 0
 
     def advance(plan: Any, task: Any) -> None:
-        nonlocal last
+        nonlocal last, done
         from skipless.rewrite.cost import cost
 
         now = time.monotonic()
         if task is None:
             bar.update(number, total=sum(cost(plan, each).total + plan.moved(each) for each in plan.tasks))
         else:
+            done += 1
             flops = cost(plan, task).total
             bar.update(number, advance=flops + plan.moved(task))
             if flops:
                 bar.update(number, rate=f"{flops / (now - last) / 1e9:,.0f} GFLOP/s")
+            if done == len(plan.tasks):
+                bar.update(number, visible=False)
+                bar.add_task("", total=None, rate="checking what was written")
         last = now
 
     with bar:

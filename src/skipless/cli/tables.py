@@ -22,8 +22,7 @@ if TYPE_CHECKING:  # so that counting loads no torch
     from skipless.reports.auditing import Audit, SeamAudit
     from skipless.reports.certificate import Certificate
     from skipless.reports.verification import Loss, Report
-    from skipless.rewrite.cost import Cost
-    from skipless.rewrite.estimate import Estimate
+    from skipless.rewrite.cost import Cost, Estimate
     from skipless.rewrite.planning import Plan, Task
     from skipless.serving.bench import Bench
 
@@ -210,7 +209,8 @@ def audit_lines(audit: Audit) -> Iterator[Text | str]:
     if audit.alternatives:
         yield f"safe instead: {' or '.join(audit.alternatives)}"
     if audit.safe:
-        yield Text.assemble(("safe to remove", "green"), ", with the same options: skipless fuse")
+        layout = "" if audit.layout is None else f" --layout {audit.layout}"
+        yield Text.assemble(("safe to remove", "green"), f", with the same options: skipless fuse{layout}")
     elif audit.problems != audit.if_skipless:
         yield from (f"nor without skips and norms: {problem}" for problem in audit.if_skipless)
         if not audit.if_skipless:

@@ -89,10 +89,11 @@ class SkiplessConfig(PreTrainedConfig):
     a smaller dtype; `layers_open` lists the layers that kept their projections; `p_removed` says that o_proj has been
     merged into the FFN's input matrices, or, where it has more inputs than outputs, that hidden_size of its rows are
     the identity and row_order tells which; `values_removed` that head_dim inputs of each of v_proj's heads pass through
-    (value_order), and its bias has moved on; `keys_removed` the same of k_proj (key_order), whose bias cancels;
-    `head_removed` that hidden_size of the logits are the stream itself
-    (lm_head.column_order); `first_layer_removed` that a row of the token table holds, in place of the embedding, what
-    layer 0 makes of it before any attention (`row`), whose norms, projections and (parallel) FFN are absent
+    (value_order), and its bias has moved on; `keys_removed` the same of k_proj (key_order), whose bias cancels, for
+    those of each head's dimensions that RoPE does not rotate (the others, if any, are k_rope_proj's); `head_removed`
+    that hidden_size of the logits are the stream itself (lm_head.column_order); `first_layer_removed` that a row of the
+    token table holds, in place of the embedding, what layer 0 makes of it before any attention (`row`), whose norms,
+    projections and (parallel) FFN are absent
     (arXiv:2402.13388); `folded_biases` lists the modules that gained a bias by folding, `norms_removed` and
     `gains_removed` the norms that went whole or kept no gain.
 
@@ -277,9 +278,9 @@ class SkiplessConfig(PreTrainedConfig):
                     f"folded_biases: expected model.embed_tokens, o_proj or matrices of an FFN, found {name!r}"
                 )
         self.validate_norms()
+        self.validate_positions()
         self.validate_removed()
         self.validate_first_layer()
-        self.validate_positions()
 
     def ffn_matrices(self, mlp: str) -> list[str]:
         """Names of an FFN's matrices."""
@@ -350,13 +351,13 @@ class SkiplessConfig(PreTrainedConfig):
                 f"values_removed: expected a v_proj with more than head_dim ({self.head_dim}) inputs, found "
                 f"{self.hidden_size} and stream_basis {self.stream_basis!r}"
             )
-        if self.keys_removed and (self.stream_basis or self.first_layer_removed or self.head_dim >= self.hidden_size):
+        if self.keys_removed and (self.stream_basis or self.first_layer_removed or self.unrotated >= self.hidden_size):
             raise ValueError(
-                f"keys_removed: expected a k_proj with more than head_dim ({self.head_dim}) inputs, found "
-                f"{self.hidden_size}, stream_basis {self.stream_basis!r} and first_layer_removed "
-                f"{self.first_layer_removed}"
+                f"keys_removed: expected a k_proj with more than {self.unrotated} inputs, as many as a head has "
+                f"dimensions that are not rotated, found {self.hidden_size}, stream_basis {self.stream_basis!r} and "
+                f"first_layer_removed {self.first_layer_removed}"
             )
-        if self.keys_removed and (self.position_type.startswith("rope") or self.qk_norm):
+        if self.keys_removed and (not self.unrotated or self.qk_norm):
             raise ValueError(
                 f"keys_removed: expected false with position_type {self.position_type!r} and qk_norm {self.qk_norm!r}, "
                 f"which stand between queries and keys, found true"
@@ -533,6 +534,8 @@ class SkiplessConfig(PreTrainedConfig):
         for name in "qkv":
             if (name not in gone or self.layers_open) and not passed[name]:
                 plan[f"self_attn.{name}_proj"] = "colwise"
+        if self.keys_removed and self.unrotated < self.head_dim:
+            plan["self_attn.k_rope_proj"] = "colwise"
         if self.stream_basis == "pivoted" and self.rest_width and closed:
             plan["self_attn.rest_proj"] = "colwise_gather_output"
         if not self.p_removed:
@@ -572,6 +575,12 @@ class SkiplessConfig(PreTrainedConfig):
     def rotary_dim(self) -> int:
         """The same, where all layers' RoPE is one."""
         return self.rotated(self.rope_parameters)
+
+    @property
+    def unrotated(self) -> int:
+        """How many of each head's dimensions, the last, RoPE rotates in no layer; all of them without RoPE."""
+        ropes = map(self.rope_of, set(self.attention_kinds)) if self.position_type.startswith("rope") else ()
+        return self.head_dim - max(map(self.rotated, ropes), default=0)
 
 
 __all__ = ["SkiplessConfig"]

@@ -103,6 +103,13 @@ def ropes_by_length(config: SkiplessConfig) -> list[dict[str, Any]]:
     return [parameters for parameters in ropes if parameters["rope_type"] in ROPE_BY_LENGTH]
 
 
+def exchanged(order: torch.Tensor, size: int) -> torch.Tensor:
+    """Of each head, all of 0..size-1, after i has changed places with order[i]: of an order (K, w), (K, size)."""
+    first = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    every = torch.arange(size, device=order.device).repeat(len(order), 1).scatter(-1, order.long(), first)
+    return torch.cat((order.to(every.dtype), every[:, order.shape[-1] :]), -1)
+
+
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
     """Rotate the first 2 * cos.shape[-1] dimensions of x (B, heads, T, h), in pairs (i, i + half) or (2i, 2i + 1)."""
     half = cos.shape[-1]
@@ -284,14 +291,18 @@ class SkiplessAttention(nn.Module):
         self.register_module("rest_proj", rest_proj)
         for name, width in (("q", query_width), ("k", value_width), ("v", value_width)):
             gone = name in pivoted or name == stream_basis or name in self.row
-            closed = (name == "v" and config.values_removed) or (name == "k" and config.keys_removed)
-            passed = self.head_dim if closed else 0
-            linear = None if gone else nn.Linear(config.hidden_size - passed, width, bias and not passed)
+            blocks = {"v": config.values_removed * self.head_dim, "k": config.keys_removed * config.unrotated}
+            passed = blocks.get(name, 0)
+            outputs = self.num_key_value_heads * passed or width
+            linear = None if gone else nn.Linear(config.hidden_size - passed, outputs, bias and not passed)
             self.register_module(f"{name}_proj", linear)
+            if name == "k":
+                rotated = nn.Linear(config.hidden_size, width - outputs, bias) if outputs < width else None
+                self.register_module("k_rope_proj", rotated)
         if config.values_removed and not self.row:
-            value_order = torch.arange(config.hidden_size, dtype=torch.int32).repeat(self.num_key_value_heads, 1)
+            value_order = torch.arange(self.head_dim, dtype=torch.int32).repeat(self.num_key_value_heads, 1)
         if config.keys_removed:
-            key_order = torch.arange(config.hidden_size, dtype=torch.int32).repeat(self.num_key_value_heads, 1)
+            key_order = torch.arange(config.unrotated, dtype=torch.int32).repeat(self.num_key_value_heads, 1)
         if config.p_removed and config.p_rows:
             row_order = torch.arange(query_width, dtype=torch.int32)
         self.o_proj = nn.Linear(config.p_rows, config.hidden_size, p_bias) if config.p_rows else None
@@ -338,17 +349,25 @@ class SkiplessAttention(nn.Module):
             return self.split_heads(given[name])
         linear = getattr(self, f"{name}_proj")
         if name == "k" and self.key_order is not None:
-            return self.split_heads(self.project_others(hidden_states, linear, self.key_order))
+            keys = self.split_heads(self.project_others(hidden_states, linear, self.key_order))
+            return keys if self.k_rope_proj is None else self.join_heads(self.k_rope_proj(hidden_states), keys)
         return self.split_heads(hidden_states) if linear is None else linear(hidden_states)
 
     def project_others(self, hidden_states: torch.Tensor, linear: Any, order: torch.Tensor) -> torch.Tensor:
-        """Keys or values (B, T, K * h) of which each head's are h entries of the stream (B, T, d), the first of its
-        order, plus a map of the others.
+        """Keys or values (B, T, K * h) of which each head's are entries of the stream (B, T, d), those in its order,
+        plus a map of the others; of keys, what RoPE does not rotate of them.
         """
-        ordered = hidden_states.index_select(-1, order.flatten()).unflatten(-1, order.shape)
-        passed, others = ordered.split((self.head_dim, linear.in_features), -1)
-        weight = linear.weight.unflatten(0, (self.num_key_value_heads, self.head_dim))
+        every = exchanged(order, hidden_states.shape[-1])
+        ordered = hidden_states.index_select(-1, every.flatten()).unflatten(-1, every.shape)
+        passed, others = ordered.split((order.shape[-1], linear.in_features), -1)
+        weight = linear.weight.unflatten(0, (self.num_key_value_heads, -1))
         return (passed + torch.einsum("...kn,khn->...kh", others, weight)).flatten(-2)
+
+    def join_heads(self, rotated: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        """Keys (B, T, K * h) of the rank's heads, of the parts of each that RoPE rotates, and does not."""
+        size = self.config.unrotated
+        heads = rotated.unflatten(-1, (-1, self.head_dim - size)), others.unflatten(-1, (-1, size))
+        return torch.cat(heads, -1).flatten(-2)
 
     def project_out(self, heads: torch.Tensor) -> torch.Tensor:
         """P: the rank's concatenated heads (B, T, H * h) -> (B, T, d), or all as they are where P has been merged."""

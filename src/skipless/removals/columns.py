@@ -10,6 +10,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -37,6 +38,7 @@ from skipless.algebra.rounding import (
     noise_weights,
     round_stream,
 )
+from skipless.algebra.rows import Matrix, Rows
 from skipless.algebra.stream import Stream, close_rest, close_stream, column_order
 from skipless.algebra.tolerances import coarsest, dtype_name
 from skipless.architecture.seams import Seam
@@ -50,7 +52,8 @@ F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 
 # How many matrices in fp64 of S's size, and of R's, a forecast holds at most, as benchmarks/memory.py measures it.
 SQUARES, RESTS = 16, 6
-# While the scaled |R| stays below this, O* = O S may be off by fp32's 1e-7 where it is stored in half precision.
+# While the scaled |R| of all that reads the stream stays below this, O* = O S may be off by fp32's 1e-7 where it is
+# stored in half precision.
 LARGEST_REST = 1e3
 # By how much closing a seam may change what is read, by the precision of O* = O S: a few times what MAX_CONDITION and
 # LARGEST_REST leave.
@@ -195,6 +198,7 @@ class OpenStream:
         self.rows = {name: rows.to(self.power.device) for name, rows in zip(seam.writers, drawn, strict=True)}
         self.sample = {name: affines[name].of_rows(affines[name].weight[rows]) for name, rows in self.rows.items()}
         self.within = torch.float64
+        self.bias_scale = bias_scale(self.writers, any(affines[name].table for name in seam.writers))
         duals = [affines[name].weight.T for name in seam.duals]
         followers = [affines[name].weight for name in seam.followers]
         parts = noise_weights(self.power, [*self.readers.values(), *duals, *followers])
@@ -238,18 +242,41 @@ class OpenStream:
         """The basis of a way, usable or not."""
         return candidate(self.seam, way, self.readers, self.weights)
 
-    def close(self, basis: Basis, dtypes: Mapping[str, torch.dtype] | None = None) -> Stream:
-        """The seam closed: exactly, or as precisely as the writers' dtypes can tell.
+    @cached_property
+    def by_rows(self) -> dict[str, Affine]:
+        """All modules; of writers that nothing needs whole, rows are computed when they are asked for."""
+        found = dict(self.affines)
+        for name in self.rows:
+            weight = found[name].weight
+            if isinstance(weight, Tensor) and found[name].bias is None and name not in self.seam.duals:
+                rows = Rows((len(weight), weight.shape[1]), weight.dtype, weight.device, weight.__getitem__)
+                found[name] = dataclasses.replace(found[name], weight=cast(Tensor, rows))
+        return found
 
-        If all are stored in half precision, O S is computed in fp32, unless R is so large that its error would show.
+    def close(
+        self, basis: Basis, dtypes: Mapping[str, torch.dtype] | None = None, affines: Mapping[str, Affine] | None = None
+    ) -> Stream:
+        """The seam closed: exactly, or as precisely as the writers' dtypes can tell. affines: all, or `by_rows`.
+
+        If all are stored in half precision, O S is computed in fp32, unless R, or that of another reader, is so large
+        that its error would show.
         """
-        rest, self.within = close_rest(self.seam, self.affines, basis), torch.float64
+        affines = self.affines if affines is None else affines
+        rest, self.within = close_rest(self.seam, affines, basis), torch.float64
         if dtypes is not None and all(dtypes[name] in HALF for name in self.seam.writers):
-            is_rest = torch.ones(len(self.weights), dtype=torch.bool, device=self.weights.device)
-            is_rest[basis.columns] = False
-            r = Rest(rest.weight, self.weights[is_rest.nonzero()[:, 0]], torch.float64)
-            self.within = torch.float32 if r.largest(self.weights[basis.columns]) <= LARGEST_REST else torch.float64
-        return close_stream(self.seam, self.affines, basis, rest, self.within)
+            stream = close_stream(self.seam, affines, basis, rest, torch.float32)
+            if self._largest(stream) <= LARGEST_REST:
+                self.within = torch.float32
+                return stream
+            del stream
+        return close_stream(self.seam, affines, basis, rest, self.within)
+
+    def _largest(self, stream: Stream) -> float:
+        """The largest scaled |R|, of all that reads the stream."""
+        others = [matrix for _, matrix in stream.beside()]
+        weights = self.extra_weights.split([matrix.shape[1] for matrix in others])
+        parts = zip([stream.rest.weight, *others], [self.weights[stream.others], *weights], strict=True)
+        return max(Rest(*part, torch.float64).largest(self.weights[stream.kept]) for part in parts)
 
     def release(self) -> None:
         """Drop the writers: a sample of their rows is all that `measure` needs."""
@@ -271,13 +298,16 @@ class OpenStream:
         for way, basis in bases.items():
             largest, errors = math.inf, dict.fromkeys(dtypes, lost)
             for name in dtypes if basis.usable else ():
-                stored = self._stored(getattr(torch, name), way, rest_dtype, later)
-                stream = self.close(basis, stored)
+                dtype = getattr(torch, name)
+                stored = self._stored(dtype, way, rest_dtype, later)
+                # a rest that is solved for last, and what is handed on, take all rows; all else a sample
+                whole = not later.isdisjoint(self.seam.followers) or (dtype in HALF) != (stored["rest"] in HALF)
+                stream = self.close(basis, stored, self.affines if whole else self.by_rows)
                 rest = Rest(stream.rest.weight, self.weights[stream.others], stored["rest"])
                 largest = rest.largest(self.weights[stream.kept])
                 if not self._fits(basis, stream, stored):
                     continue
-                if getattr(torch, name) in HALF:
+                if dtype in HALF:
                     stream = round_stream(stream, self.weights, self.extra_weights, stored)
                 stream = handed_on(stream, later)
                 errors[name] = self.measure(way, basis.condition, stream, stored, name).ways[way].errors[name]
@@ -303,20 +333,28 @@ class OpenStream:
         return all(number <= torch.finfo(dtypes[name]).max for name, number in largest.items())
 
     def measure(
-        self, way: str, condition: float, stream: Stream, dtypes: Mapping[str, torch.dtype], judged: str
+        self,
+        way: str,
+        condition: float,
+        stream: Stream,
+        dtypes: Mapping[str, torch.dtype],
+        judged: str,
+        bias_scale: float | None = None,
     ) -> Forecast:
         """What closing it by `way` has cost, on a sample of the writers' rows.
 
         stream: closed, and rounded to `dtypes` (of each writer, dual and follower, and of "rest"). judged: the dtype
-        that the errors are said to be of.
+        that the errors are said to be of. bias_scale: by what biases are multiplied (None: self.bias_scale).
         """
-        before = list(self.sample.values())
+        scale = self.bias_scale if bias_scale is None else bias_scale
+        before = [_scale_bias(writer, scale) for writer in self.sample.values()]
+        readers = {name: _scale_bias(self.affines[name], scale) for name in (*self.readers, *self.seam.followers)}
         after = [
-            _cast(writer.of_rows(writer.weight[self.rows[name]]), dtypes[name])
+            _scale_bias(_cast(writer.of_rows(writer.weight[self.rows[name]]), dtypes[name]), scale)
             for name, writer in stream.writers.items()
         ]
         shares = list(stream.bias_shares.values())
-        rest = _cast(stream.rest, dtypes["rest"])
+        rest = _scale_bias(_cast(stream.rest, dtypes["rest"]), scale)
         (seen,) = {self._seen(name) for name in self.readers}  # one layer's
         x, offset = self._stream(before[:seen], shares)
         exact = {letter(name): self._times(x, reader) for name, reader in self.readers.items()}
@@ -326,16 +364,17 @@ class OpenStream:
         lost = {}
         sizes = [reader.shape[1] for reader in self.readers.values()]
         for name, part in zip(self.readers, outputs.split(sizes, 1), strict=True):
-            lost[letter(name)] = part - exact[letter(name)] - self._read(offset[None], self.affines[name])
+            lost[letter(name)] = part - exact[letter(name)] - self._read(offset[None], readers[name])
         for name, others in self.followers.items():
             parts = []
             for other in others:
                 seen = self._seen(other)
-                follower, (x, offset) = self.affines[other], self._stream(before[:seen], shares)
+                follower, (x, offset) = readers[other], self._stream(before[:seen], shares)
                 powers[name] = powers.get(name, 0.0) + mean_square(self._times(x, follower.weight))
                 was = self._read(follower.scale * (x + offset), follower)
                 y = follower.scale * _sum(after[:seen], shares[:seen])
-                parts.append((self._read(y, _cast(stream.followers[other], dtypes[other])) - was) / follower.scale)
+                moved = _scale_bias(_cast(stream.followers[other], dtypes[other]), scale)
+                parts.append((self._read(y, moved) - was) / follower.scale)
             lost[name] = torch.cat(parts, 1)
         if stream.duals:
             duals = [_cast(dual, dtypes[name]).weight.T for name, dual in stream.duals.items()]
@@ -349,7 +388,8 @@ class OpenStream:
     def check(self, way: str, basis: Basis, stream: Stream) -> None:
         """Raise BugError if closing the seam, before anything is rounded, has changed what is read of the sample."""
         exactly = dict.fromkeys((*stream.writers, *stream.duals, *stream.followers, "rest"), torch.float64)
-        errors = self.measure(way, basis.condition, stream, exactly, "float64").ways[way].errors["float64"]
+        foretold = self.measure(way, basis.condition, stream, exactly, "float64", bias_scale=1.0)
+        errors = foretold.ways[way].errors["float64"]
         limit = EXACT[self.within]
         for name, error in errors.items():
             if not error <= limit:
@@ -389,7 +429,7 @@ class OpenStream:
         lost = {name: (2 * self._written(name) @ squares(reader, 1)).item() for name, reader in self.outputs.items()}
         for name, what in self.output_of.items():
             if (bias := self.affines[name].bias) is not None and name not in self.seam.duals:
-                lost[what] += (bias / self.affines[name].scale).square().sum().item()
+                lost[what] += (self.bias_scale * bias / self.affines[name].scale).square().sum().item()
         return {name: unit * relative(square, powers[name]) for name, square in lost.items()}
 
     def _written(self, name: str) -> Float[Tensor, "d"]:
@@ -399,8 +439,26 @@ class OpenStream:
         power = self.written[seen]
         for writer in self.seam.writers[:seen]:
             if (bias := self.affines[writer].bias) is not None:
-                power = power + self.seam.bias_share(writer) * (self.affines[writer].scale * bias).square()
+                scale = self.bias_scale * self.affines[writer].scale
+                power = power + self.seam.bias_share(writer) * (scale * bias).square()
         return power
+
+
+def bias_scale(writers: Sequence[Float[Matrix, "_ d"]], tables: bool) -> float:
+    """By what biases are multiplied where one row of each writer stands for its inputs, all of variance 1.
+
+    They are as large beside that row as they are beside the sum of all. Of a table, one row is read: 1.
+    """
+    if tables:
+        return 1.0
+    powers = [mean_squares([writer]).sum().item() for writer in writers]
+    whole = sum(len(writer) * power for writer, power in zip(writers, powers, strict=True))
+    return (sum(powers) / whole) ** 0.5 if whole else 1.0
+
+
+def _scale_bias(affine: Affine, scale: float) -> Affine:
+    """The map with its bias multiplied by scale."""
+    return affine if affine.bias is None else dataclasses.replace(affine, bias=scale * affine.bias)
 
 
 def _cast(affine: Affine, dtype: torch.dtype) -> Affine:

@@ -26,6 +26,7 @@ from skipless.algebra.tolerances import dtype_name
 from skipless.architecture.config import Architecture
 from skipless.architecture.seams import Seam, closed
 from skipless.checkpoint.opening import Read
+from skipless.model.modeling_skipless import exchanged
 from skipless.removals.setting import Closed, Setting, Step
 from skipless.removals.table import normalize_rows
 
@@ -96,7 +97,7 @@ class Layer0:
         size = self.architecture.head_dim
         columns = self.affines[name].weight.split(size, 1)
         heads = []
-        for own, block in zip(order.long(), columns, strict=True):
+        for own, block in zip(exchanged(order, n.shape[1]), columns, strict=True):
             passed, others = n[:, own[:size]], n[:, own[size:]]
             heads.append(passed + product(others, block, self.within, self.within))
         return torch.cat(heads, 1)

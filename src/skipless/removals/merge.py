@@ -11,7 +11,7 @@ from torch import Tensor
 from skipless.algebra.affine import Affine, past_norm, read
 from skipless.algebra.forecast import PROBES, Forecast, Way, mean_square, precision_of, reach, relative
 from skipless.algebra.linalg import HALF, block_rows, max_abs, precision, product, squares
-from skipless.algebra.rounding import factorize, round_rows
+from skipless.algebra.rounding import reader_metrics, round_reader
 from skipless.algebra.tolerances import coarsest, dtype_name
 from skipless.architecture.seams import Seam
 from skipless.checkpoint.opening import Read
@@ -54,22 +54,12 @@ def merge(
             moved = product(weight.T, writer.weight.T, dtype).T
         else:
             exact = product(weight.T, writer.weight.T, torch.float64)
-            moved = _rounded(exact, writer.moment, dtype).T
+            total = reader.with_bias(carried).bias
+            moved = round_reader(exact, writer.moment, dtype, writer.mean, total).T
             if writer.mean is not None and carried is not None:  # any token's part is made up for
                 carried = carried + read(writer.mean, exact.T) - read(writer.mean, moved)
         merged[name] = dataclasses.replace(reader, weight=moved).with_bias(carried)
     return merged
-
-
-def _rounded(
-    merged: Float[Tensor, "f n"], moment: Float[Tensor, "blocks b b"], dtype: torch.dtype
-) -> Float[Tensor, "f n"]:
-    """M*^T, rounded with feedback under the moment of what it reads, a block of it at a time."""
-    parts = []
-    for part, own in zip(merged.split(len(moment[0]), 1), moment, strict=True):
-        power = squares(part, 0)
-        parts.append(round_rows(part, torch.zeros_like(own), factorize(own, power), dtype, power))
-    return torch.cat(parts, 1)
 
 
 def forecast(
@@ -119,23 +109,14 @@ def merged(seam: Seam, affines: Mapping[str, Affine], dtypes: Sequence[str], pow
         unit, floor = precision_of(dtype)
         lost = power + floor * len(writer.weight) * columns
         if writer.moment is not None and rows is not None:
-            lost = _rounding(writer.moment, rows + floor * columns, getattr(torch, dtype) in HALF) + biases
+            lost = (writer.moment.diagonal(dim1=1, dim2=2).flatten() @ rows).item() + biases
+            if getattr(torch, dtype) in HALF:
+                known = None if writer.bias is None else writer.mean
+                _, _, lost = reader_metrics(writer.moment, rows + floor * columns, known, biases)
         lost = math.inf if largest > torch.finfo(getattr(torch, dtype)).max else lost
         errors[dtype] = {"m": unit * relative(lost, power)}
     original = {dtype: _unmerged(seam, affines, dtype, power) for dtype in dtypes}
     return Forecast(seam, original, {way: Way(None, None, errors) for way in seam.identities})
-
-
-def _rounding(moment: Float[Tensor, "blocks n n"], rows: Float[Tensor, "inputs"], feedback: bool) -> float:
-    """What rounding M* costs, in units of u^2: with feedback the pivots of its metric, else the metric's diagonal.
-
-    moment: the metric, E[x^T x], block by block. rows: the sums of squares of M*'s rows.
-    """
-    if not feedback:
-        return (moment.diagonal(dim1=1, dim2=2).flatten() @ rows).item()
-    metrics = [factorize(read, power) for read, power in zip(moment, rows.split(moment.shape[1]), strict=True)]
-    ordered = [power[each.order] for each, power in zip(metrics, rows.split(moment.shape[1]), strict=True)]
-    return sum((each.pivots @ power).item() for each, power in zip(metrics, ordered, strict=True))
 
 
 def _row_squares(seam: Seam, affines: Mapping[str, Affine]) -> Float[Tensor, "inputs"]:

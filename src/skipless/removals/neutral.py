@@ -31,7 +31,9 @@ def close(seam: Seam, affines: dict[str, Affine], setting: Setting, tensor: Read
     else:
         remaining = {name: _with_values(seam, held, affines.pop(name)) for name in seam.readers}
     if way != "gain":
-        bias = None if held.bias is None else torch.zeros_like(held.bias)
+        bias = None if held.bias is None else held.bias.clone()
+        if bias is not None:  # of each head what RoPE does not rotate, all of it if that is all
+            bias.unflatten(0, (seam.blocks, -1))[:, -seam.width :] = 0
         remaining[writer] = dataclasses.replace(held, bias=bias)
     return remaining, None, Outcome(seam.kind, seam.layer, way, dtype, {}, {})
 

@@ -9,7 +9,8 @@ With T the rows of a writer that go (of V, of each head its own):
     a bias of K               goes: it adds the same to all of a query's scores
 
 So x [T; U] A = x [I; R] (T A). Letters are those of docs/half-precision.md: R is the rest, here of rows.
-Of K, the reader A is Q transposed, with its bias as one more column: scores are (x [T; U]) (A (y, 1)^T).
+Of K, the reader A is Q transposed, with its bias as one more column: scores are (x [T; U]) (A (y, 1)^T). Where RoPE
+rotates a part of each head, the first columns, these stay as they are, and the others are K and Q here.
 """
 
 import dataclasses
@@ -25,17 +26,18 @@ from skipless.algebra.affine import Affine, past_norm, read
 from skipless.algebra.basis import MAX_CONDITION, MAX_CONDITION_PIVOTED, Basis, pivot
 from skipless.algebra.forecast import Forecast, Way, letter, precision_of, relative
 from skipless.algebra.linalg import HALF, gram, squares
-from skipless.algebra.rounding import passed_moment, round_passed
+from skipless.algebra.rounding import passed_moment, round_passed, round_reader
 from skipless.algebra.tolerances import coarsest, dtype_name
 from skipless.architecture.seams import Seam
 from skipless.checkpoint.opening import Read
 from skipless.errors import InputError
+from skipless.model.modeling_skipless import exchanged
 from skipless.removals.setting import Closed, Setting, Step, whole
 
 
 def close(seam: Seam, affines: dict[str, Affine], setting: Setting, read: Read) -> Closed:
     """Make rows of P, or of each head of V or K, the identity, and round what remains with the least error."""
-    affines = turned(seam, affines)
+    given, affines = affines, turned(seam, affines)
     weight, mix = affines[seam.writers[0]].weight.double(), None
     if seam.kind == "values":
         mix = _mix(seam, read, weight.new_ones(setting.architecture.num_attention_heads))
@@ -44,32 +46,57 @@ def close(seam: Seam, affines: dict[str, Affine], setting: Setting, read: Read) 
     dtypes = {name: setting.kept(name) for name in remaining}
     written = [dtypes[name] for name in remaining if name not in setting.later]
     name = dtype_name(coarsest(written or [torch.float64]))
-    stored = round_remaining(seam, affines, remaining, order, dtypes)
-    if mix is not None:
-        stored |= carried_biases(seam, affines, remaining, stored, order, bases, mix, dtypes)
+    carried = None if mix is None else Carried.of(seam, affines, bases, mix)
+    stored = round_remaining(seam, affines, remaining, order, dtypes, carried)
     condition = max(basis.condition for basis in bases)
     errors = measure(seam, affines, remaining, stored, order, dtypes)
     outcome = _forecast(seam, affines, condition, {name: errors}).outcome("rows", name)
-    stored = turned_back(seam, stored, affines)
-    return stored, (order[0] if seam.kind == "p" else order).to(torch.int32), outcome
+    stored = turned_back(seam, stored, given)
+    return stored, (order[0] if seam.kind == "p" else order[:, : seam.width]).to(torch.int32), outcome
 
 
 def turned(seam: Seam, affines: Mapping[str, Affine]) -> dict[str, Affine]:
-    """Of a seam between K and Q, Q transposed, its bias as one more column; of others, all as it is."""
+    """Of a seam between K and Q, what is not rotated of both, Q transposed, its bias as one more column; of others, all
+    as it is.
+    """
     modules = dict(affines)
+    for name in seam.writers if seam.kind == "queries" else ():
+        (_, weight), bias = _parts(seam, affines, affines[name].weight), None
+        modules[name] = dataclasses.replace(affines[name], weight=weight.flatten(-2), bias=bias)
     for name in seam.readers if seam.kind == "queries" else ():
-        weight, bias = modules[name].weight.double(), modules[name].bias
-        modules[name] = Affine((weight if bias is None else torch.cat([weight, bias.double()[None]])).T)
+        (_, weight) = _parts(seam, affines, _with_bias(affines[name]))
+        modules[name] = Affine(weight.flatten(-2).T)
     return modules
 
 
 def turned_back(seam: Seam, modules: Mapping[str, Affine], affines: Mapping[str, Affine]) -> dict[str, Affine]:
-    """The same, back again. affines: as they were, before any row of K became the identity."""
-    back, inputs = dict(modules), len(affines[seam.writers[0]].weight)
+    """The same, back again, with what is rotated. affines: as they were before."""
+    back = dict(modules)
     for name in seam.readers if seam.kind == "queries" else ():
-        weight = modules[name].weight.T
+        inputs = len(affines[name].weight)
+        rotated, _ = _parts(seam, affines, _with_bias(affines[name]))
+        weight = torch.cat([rotated, modules[name].weight.T.unflatten(-1, (-1, seam.width))], -1).flatten(-2)
         back[name] = Affine(weight[:inputs], weight[inputs] if len(weight) > inputs else None)
+    if seam.kept:
+        keys = affines[seam.writers[0]]
+        bias = None if keys.bias is None else _parts(seam, affines, keys.bias)[0].flatten()
+        back[seam.kept] = Affine(_parts(seam, affines, keys.weight)[0].flatten(-2), bias)
     return back
+
+
+def _with_bias(module: Affine) -> Float[Tensor, "n m"]:
+    """W, with its bias as one more row."""
+    weight, bias = module.weight.double(), module.bias
+    return weight if bias is None else torch.cat([weight, bias.double()[None]])
+
+
+def _parts(
+    seam: Seam, affines: Mapping[str, Affine], columns: Float[Tensor, "... heads_h"]
+) -> tuple[Float[Tensor, "... heads r"], Float[Tensor, "... heads u"]]:
+    """Columns of K or Q, head by head: those that RoPE rotates, and the others."""
+    size = affines[seam.writers[0]].weight.shape[1] // seam.blocks
+    rotated, others = columns.unflatten(-1, (-1, size)).split((size - seam.width, seam.width), -1)
+    return rotated, others
 
 
 def _mix(seam: Seam, read: Read, ones: torch.Tensor) -> torch.Tensor:
@@ -94,7 +121,7 @@ def choose_rows(seam: Seam, weight: Float[Tensor, "n b"]) -> list[Basis]:
     limit = MAX_CONDITION_PIVOTED if len(seam.writers) == 1 else MAX_CONDITION
     bases = []
     for number, block in enumerate(weight.split(seam.width, 1)):
-        basis = Basis.of_columns(block.T, pivot(block.T), limit)
+        basis = Basis.of_columns(block.T, exchanging(pivot(block.T)), limit)
         if not basis.usable:
             raise InputError(
                 f"{seam.writers[0]}.weight: expected {seam.width} linearly independent inputs"
@@ -103,6 +130,18 @@ def choose_rows(seam: Seam, weight: Float[Tensor, "n b"]) -> list[Basis]:
             )
         bases.append(basis)
     return bases
+
+
+def exchanging(rows: Int[Tensor, "width"]) -> Int[Tensor, "width"]:
+    """The same rows, in an order that says as well where the others go (modeling_skipless.exchanged).
+
+    Row i of these changes places with input i of all. Those below the width are at their own place.
+    """
+    order = torch.arange(len(rows), device=rows.device)
+    beyond, here = rows[rows >= len(rows)].sort().values, torch.zeros_like(rows, dtype=torch.bool)
+    here[rows[rows < len(rows)]] = True
+    order[~here] = beyond
+    return order
 
 
 def close_rows(
@@ -114,17 +153,15 @@ def close_rows(
     """Make rows of the first writer the identity, those of each block of its columns for itself.
 
     bases: for each block of columns (n, width), the rows T that go. biased: whether the writers keep the first one's
-    bias (else see carried_biases). Returns the modules that remain, and each block's order of inputs: first those
+    bias (else see Carried). Returns the modules that remain, and each block's order of inputs: first those
     passed through, then those of R's rows.
     """
     first = affines[seam.writers[0]]
     first = dataclasses.replace(first, weight=first.weight.double())
     size, remaining, orders, rests, passed = seam.width, {}, [], [], []
     for block, basis in zip(first.weight.split(size, 1), bases, strict=True):
-        left = torch.ones(len(block), dtype=torch.bool, device=block.device)
-        left[basis.columns] = False
-        orders.append(torch.cat([basis.columns, left.nonzero()[:, 0]]))
-        rests.append(basis.solve(block[left].T).T)  # R = U T^-1
+        orders.append(exchanged(basis.columns[None], len(block))[0])
+        rests.append(basis.solve(block[orders[-1][size:]].T).T)  # R = U T^-1
         passed.append(block[basis.columns])  # T
     chosen = torch.stack(passed)
     for name, reader in past_norm(seam, affines).items():
@@ -145,46 +182,70 @@ def close_rows(
     return remaining, torch.stack(orders)
 
 
-def carried_biases(
+@dataclass(frozen=True)
+class Carried:
+    """V's bias b, which moves on to what reads the values.
+
+    values: b T^-1, as each query head reads it. shares: by block, what a value is multiplied by on its way through each
+    of its query heads.
+    """
+
+    values: Float[Tensor, "heads_s"]
+    shares: Sequence[Float[Tensor, "groups"]]
+
+    @classmethod
+    def of(
+        cls, seam: Seam, affines: Mapping[str, Affine], bases: Sequence[Basis], mix: Float[Tensor, "heads"]
+    ) -> "Carried | None":
+        """That of a seam's values; None without a bias. mix: as from _mix."""
+        bias = affines[seam.writers[0]].bias
+        if bias is None:
+            return None
+        shares = mix.split(len(mix) // seam.blocks)
+        parts = zip(bases, bias.split(seam.width), strict=True)
+        return cls(of_heads((basis.solve(part[:, None])[:, 0] for basis, part in parts), shares), shares)
+
+
+def of_heads(
+    values: Iterable[Float[Tensor, "s"]], shares: Iterable[Float[Tensor, "groups"]]
+) -> Float[Tensor, "heads_s"]:
+    """What all query heads read of a value of each block."""
+    return torch.cat([torch.outer(share, value) for share, value in zip(shares, values, strict=True)]).flatten()
+
+
+def with_carried(
     seam: Seam,
     affines: Mapping[str, Affine],
     remaining: Mapping[str, Affine],
     stored: Mapping[str, Affine],
     order: Int[Tensor, "blocks n"],
-    bases: Sequence[Basis],
-    mix: Float[Tensor, "heads"],
-    dtypes: Mapping[str, torch.dtype],
+    carried: Carried | None,
 ) -> dict[str, Affine]:
-    """The readers, with the bias b of V that moves on to them, and with what makes up for rounding the values' mean.
+    """The readers, with the bias b of V that moves on to them, and with what makes up for a change of the values' mean.
 
     A reader A gets the bias b T^-1 A', with A' as it is stored. It now reads values less b, so what rounding A does to
     -b T^-1, which may be large, cancels. Where the mean of x is known, what rounding does to that is made up for
-    instead, exactly. mix: what a value is multiplied by on its way through each query head (_mix).
+    instead, exactly. remaining, stored: all that remains, exactly and as it is.
     """
-    bias, mean = affines[seam.writers[0]].bias, affines[seam.writers[0]].mean
-    shares = mix.split(len(mix) // seam.blocks)
-
-    def of_heads(values: Iterable[Float[Tensor, "s"]]) -> Float[Tensor, "heads_s"]:
-        return torch.cat([torch.outer(of, value) for of, value in zip(shares, values, strict=True)]).flatten()
-
-    if bias is None:
-        return {}
-    parts = zip(bases, bias.split(seam.width), strict=True)
-    offset = of_heads(basis.solve(part[:, None])[:, 0] for basis, part in parts)
-    weights = {name: stored[name].weight.to(dtypes[name]).double() for name in seam.readers}
-    readers = {name: stored[name].with_bias(read(offset, weight)) for name, weight in weights.items()}
-    if mean is None or not any(dtype in HALF for dtype in dtypes.values()):
+    readers = {name: stored[name] for name in seam.readers}
+    if carried is None:
         return readers
-    exact, rounded = (
+    offset, mean = carried.values, affines[seam.writers[0]].mean
+    if mean is None:
+        return {name: reader.with_bias(read(offset, reader.weight)) for name, reader in readers.items()}
+    exact, found = (
         of_heads(
-            mean[own[: seam.width]] + mean[own[seam.width :]] @ block.rest.double()
-            for own, block in zip(order, _blocks(seam, affines, each, order), strict=True)
+            (
+                mean[own[: seam.width]] + mean[own[seam.width :]] @ block.rest.double()
+                for own, block in zip(order, _blocks(seam, affines, each, order), strict=True)
+            ),
+            carried.shares,
         )
         for each in (remaining, stored)
     )
-    for name, weight in weights.items():
-        lost = read(exact + offset, remaining[name].weight) - read(rounded + offset, weight)
-        readers[name] = dataclasses.replace(readers[name].with_bias(lost), mean=rounded)
+    for name, reader in readers.items():
+        bias = read(exact + offset, remaining[name].weight) - read(found, reader.weight)
+        readers[name] = dataclasses.replace(reader.with_bias(bias), mean=found)
     return readers
 
 
@@ -238,6 +299,7 @@ def round_remaining(
     remaining: Mapping[str, Affine],
     order: Int[Tensor, "blocks n"],
     dtypes: Mapping[str, torch.dtype],
+    carried: Carried | None = None,
 ) -> dict[str, Affine]:
     """What remains, rounded with feedback where it is stored in half precision; what reads it knows its moment."""
     half = any(dtype in HALF for dtype in dtypes.values())
@@ -246,30 +308,32 @@ def round_remaining(
     (dtype,) = written if len(written) == 1 else (torch.float64,)  # of several, each is cast by itself
     rests: list[Tensor] = []
     moments: list[Tensor] = []
-    rounded: dict[str, list[Tensor]] = {name: [] for name in seam.readers}
+    solved: dict[str, list[Tensor]] = {name: [] for name in seam.readers}
     for block in _blocks(seam, affines, remaining, order):
         if not half:
             moments.append(passed_moment(block.rest, block.moment))
             continue
-        rest, reads, moment = round_passed(
-            block.rest, list(block.readers.values()), block.moment, dtype, [dtypes[name] for name in block.readers]
-        )
+        rest, reads, moment = round_passed(block.rest, list(block.readers.values()), block.moment, dtype)
         rests.append(rest)
         moments.append(moment)
         for name, reader in zip(block.readers, reads, strict=True):
-            rounded[name].append(reader)
+            solved[name].append(reader)
     groups = len(remaining[seam.readers[0]].weight) // (seam.blocks * seam.width)
     moment = torch.stack(moments).repeat_interleave(groups, 0)
     stored = {**remaining, **{name: dataclasses.replace(remaining[name], moment=moment) for name in seam.readers}}
-    if not half:
-        return stored
-    sizes = [len(remaining[name].weight) for name in writers]
-    for name, weight in zip(writers, torch.cat(rests, 1).split(sizes), strict=True):
+    if half:
+        sizes = [len(remaining[name].weight) for name in writers]
+        for name, weight in zip(writers, torch.cat(rests, 1).split(sizes), strict=True):
+            stored[name] = dataclasses.replace(stored[name], weight=weight)
+        for name, parts in solved.items():
+            weight = torch.stack(parts).unflatten(1, (groups, -1)).mT.flatten(0, 2)
+            stored[name] = dataclasses.replace(stored[name], weight=weight)
+    for name, affine in with_carried(seam, affines, remaining, stored, order, carried).items() if half else ():
+        weight = round_reader(affine.weight.T, moment, dtypes[name], affine.mean, affine.bias).T
         stored[name] = dataclasses.replace(stored[name], weight=weight)
-    for name, parts in rounded.items():
-        weight = torch.stack(parts).unflatten(1, (groups, -1)).mT.flatten(0, 2)
-        stored[name] = dataclasses.replace(stored[name], weight=weight)
-    return stored
+    for name in seam.readers:
+        stored[name] = dataclasses.replace(stored[name], weight=stored[name].weight.to(dtypes[name]))
+    return {**stored, **with_carried(seam, affines, remaining, stored, order, carried)}
 
 
 def forecast(
@@ -287,14 +351,14 @@ def forecast(
     except InputError:
         return _impossible(seam, dtypes)
     remaining, order = close_rows(seam, affines, bases, biased=seam.kind == "p")
+    carried = None
+    if seam.kind == "values":  # of attention that is not shaped
+        heads = len(remaining[seam.readers[0]].weight) // seam.width
+        carried = Carried.of(seam, affines, bases, order.new_ones(heads, dtype=torch.float64))
     errors = {}
     for dtype in dtypes:
         kept = {name: torch.float64 if name in later else getattr(torch, dtype) for name in remaining}
-        stored = round_remaining(seam, affines, remaining, order, kept)
-        if seam.kind == "values":  # of attention that is not shaped
-            heads = len(stored[seam.readers[0]].weight) // seam.width
-            mix = order.new_ones(heads, dtype=torch.float64)
-            stored |= carried_biases(seam, affines, remaining, stored, order, bases, mix, kept)
+        stored = round_remaining(seam, affines, remaining, order, kept, carried)
         errors[dtype] = measure(seam, affines, remaining, stored, order, kept)
     left = {name: dataclasses.replace(stored[name], weight=remaining[name].weight) for name in later if name in stored}
     return _forecast(seam, affines, max(basis.condition for basis in bases), errors, left)
@@ -384,9 +448,10 @@ def _impossible(seam: Seam, dtypes: Sequence[str]) -> Forecast:
 def steps(seam: Seam, setting: Setting) -> Iterator[Step]:
     """Those of close_rows, round_remaining and measure, block by block of the writer's columns, in fp64."""
     width, blocks = seam.width, seam.blocks
+    first = setting.modules[seam.writers[0]]
     others = sum(setting.size(name) for name in seam.writers[1:])
-    read = sum(setting.size(name) for name in seam.readers)
-    rows = setting.size(seam.writers[0]) / (width * blocks)
+    read = sum(setting.size(name) for name in seam.readers) * width * blocks / first.outputs
+    rows = first.inputs
     left = rows + others / (width * blocks) - width
     yield "choose rows", torch.float64, blocks * (width**2 * (rows - width / 3) + width**2 * (rows - width))
     yield "factorize T", torch.float64, blocks * 2 / 3 * width**3
@@ -411,5 +476,5 @@ def memory(seam: Seam, setting: Setting) -> float:
     """All that is read and made; where inputs are not white, their moment as a whole, a block's, and its factors."""
     if setting.earlier.isdisjoint(seam.writers):
         return whole(seam, setting) + sum(16.0 * setting.size(name) for name in seam.readers)
-    rows = sum(setting.size(name) for name in seam.writers) / (seam.width * seam.blocks)
+    rows = sum(setting.modules[name].inputs for name in seam.writers)
     return whole(seam, setting) + sum(16.0 * setting.size(name) for name in seam.readers) + 48.0 * rows**2

@@ -18,7 +18,8 @@ from skipless.algebra.spectrum import Spectrum, spectrum
 from skipless.algebra.tolerances import coarsest, dtype_name
 from skipless.architecture.folds import FOLDS
 from skipless.architecture.seams import AUTO, BASES, REMOVABLE, Seam
-from skipless.checkpoint.opening import Reader, open_source
+from skipless.checkpoint.opening import Reader, as_skipless, open_source
+from skipless.checkpoint.reader import CheckpointReader
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError
 from skipless.removals import forecast
@@ -76,16 +77,16 @@ class Answer:
 class Audit:
     """Every open seam, and whether what was asked for is safe.
 
-    basis, reason: by which stream seams would be closed, and why
-    problems: why this model's fuse would not be safe
-    if_skipless: the same, of a model with its matrices and without skips and norms
-    alternatives: options of fuse that would be safe, if those asked for are not
-    as_is: what can be removed exactly beside seams, weights and biases by kind (counting.removable_as_is)
-    by_fuse, stays, left_out: of that, what fuse moves in another family's layout; what it leaves there, and why; what
-        it does not store in a skipless layout (as in counting.Count)
-    parameters: how many there are in all
-    moves: how many numbers a fuse in the family's layout would move, if that was asked for
-    together: what all that was asked for loses on the way through the layers, in the coarsest dtype of storage
+    - basis, reason: by which stream seams would be closed, and why
+    - problems: why this model's fuse would not be safe
+    - if_skipless: the same, of a model with its matrices and without skips and norms
+    - alternatives: options of fuse that would be safe, if those asked for are not
+    - as_is: what can be removed exactly beside seams, weights and biases by kind (counting.removable_as_is)
+    - by_fuse, stays, left_out: of that, what fuse moves in another family's layout; what it leaves there, and why; what
+      it does not store in a skipless layout (as in counting.Count)
+    - parameters: how many there are in all
+    - moves: how many numbers a fuse in the family's layout would move, if that was asked for
+    - together: what all that was asked for loses on the way through the layers, in the coarsest dtype of storage
     """
 
     family: str
@@ -102,6 +103,11 @@ class Audit:
     parameters: int
     moves: int = 0
     together: Together | None = None
+
+    @property
+    def layout(self) -> str | None:
+        """The layout in which fuse does what was asked for, if it is not the one that it takes by itself."""
+        return "skipless" if self.by_fuse is not None and not self.moves else None
 
     @property
     def safe(self) -> bool:
@@ -140,7 +146,8 @@ def audit(
     as_is, family = removable_as_is(source), opened.family
     by_fuse, stays = moved_by_fuse(family, source)
     kept = stored_in(reader.tensors) if dtype is None else getattr(torch, dtype)
-    left_out = left_out_by_fuse(family, source, kept.itemsize)
+    refusal = _not_skipless(Path(model))
+    left_out = None if refusal else left_out_by_fuse(family, source, {}, kept.itemsize)
     if by_fuse is not None and kinds and set(kinds) <= set(FOLDS):
         moving = request.of(family)
         moves = sum(seam.saves for seam in moving.seams(source))
@@ -230,6 +237,7 @@ def audit(
         unsafe = {**audits[seam].problems, **_problems(foretold)}
         audits[seam] = dataclasses.replace(audits[seam], original=foretold.original, ways=ways, problems=unsafe)
     blocked = _refusals([*norms, *(refusals[seam.kind, seam.layer] for seam in asked if not seam.refusal)])
+    blocked = (*(refusal if kinds else ()), *blocked)
     lossy = copied(request)
     unsafe_seams = [problem for seam, problem in chosen.problems.items() if not seam.refusal]
     problems = (*_refusals(chosen.problems), *unsafe_seams, *lossy)
@@ -276,6 +284,16 @@ class _Whole:
     def __call__(self, name: str, rows: slice | None = None) -> torch.Tensor:
         whole = self._read(name)
         return whole if rows is None else whole[rows]
+
+
+def _not_skipless(model: Path) -> tuple[str, ...]:
+    """Why no skipless model computes what a folder's does: its layout has a place for every block."""
+    if model.suffix != ".gguf":  # of which all that can be opened are ordinary Llamas or skipless models
+        try:
+            as_skipless(CheckpointReader(model))
+        except InputError as error:
+            return (str(error),)
+    return ()
 
 
 def _refusals(asked: Iterable[Seam]) -> tuple[str, ...]:

@@ -117,7 +117,8 @@ def shrink(architecture: Architecture) -> dict[str, Any]:
         heads = kv = 3
     else:
         heads, kv = (3, 1) if a.num_key_value_heads == 1 else (4, 2)
-    size = 2
+    partly = 0 < a.rotated < a.head_dim
+    size = 4 if partly else 2
     relation = (a.query_width > a.hidden_size) - (a.query_width < a.hidden_size)
     d = heads * size - 2 * relation
     narrow = min(a.ffn_read_width(layer) for layer in range(a.num_hidden_layers)) < a.hidden_size
@@ -129,6 +130,8 @@ def shrink(architecture: Architecture) -> dict[str, Any]:
     }
     if a.ffn_type == "moe":
         fields |= {"num_local_experts": 3, "num_experts_per_tok": min(a.num_experts_per_tok, 2)}
+    if partly:
+        fields["rope_parameters"] = {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}
     if a.norm_type != "none":
         fields |= {"norms": list(a.norms), "norm_eps": EPS if a.norm_eps else 0.0}
     return fields | {

@@ -15,7 +15,7 @@ from typing import Any
 from skipless.architecture.config import Architecture, Module
 from skipless.architecture.folds import folds, staying
 from skipless.architecture.graph import graph
-from skipless.architecture.limit import closable, terms
+from skipless.architecture.limit import closable, saved, terms
 from skipless.architecture.seams import REMOVABLE, Seam, as_it_is, closed, reasons, seams
 from skipless.bundled import KNOWN
 from skipless.checkpoint import family, gguf_file, inexpressible
@@ -28,6 +28,7 @@ MATRICES = ("q", "k", "v", "p", "m", "o")
 LETTERS = {
     "q_proj": "q",
     "k_proj": "k",
+    "k_rope_proj": "k",
     "v_proj": "v",
     "o_proj": "p",
     "up_proj": "m",
@@ -104,18 +105,19 @@ class FirstLayer:
 class Count:
     """What a model has, and what could go.
 
-    parameters: all of them
-    parts: the same, by matrix, embeddings (tables and head), norms, biases, other
-    weights: those of linear layers and embeddings, a tied embedding once
-    per_layer: weights of a layer, by matrix (of the first layer with experts, if any has)
-    nominal: trained without Q and P (qp), K and P, V and P, Fig. 1 and 3 of the paper; None where e != d
-    exact: rewriting a skipless version of it, stream and P-M seams
-    everything: rewriting a skipless version of it, all kinds of seams
-    limit: what could go from a skipless version at most (removable_at_most)
-    as_is: what can go from the model as it is, by what it is (removable_as_is)
-    by_fuse, stays: of that, what fuse moves (None: nothing of that kind), and why it leaves the rest of norms and
-        biases (moved_by_fuse)
-    left_out: how many numbers fewer fuse stores in a skipless layout (None: it has none; left_out_by_fuse)
+    - parameters: all of them
+    - parts: the same, by matrix, embeddings (tables and head), norms, biases, other
+    - weights: those of linear layers and embeddings, a tied embedding once
+    - per_layer: weights of a layer, by matrix (of the first layer with experts, if any has)
+    - nominal: trained without Q and P (qp), K and P, V and P, Fig. 1 and 3 of the paper; None where e != d
+    - exact: rewriting a skipless version of it, stream and P-M seams
+    - everything: rewriting a skipless version of it, all kinds of seams
+    - limit: what could go from a skipless version at most (removable_at_most)
+    - as_is: what can go from the model as it is, by what it is: from one without norms, by kind of seam; from others,
+      removable_as_is
+    - by_fuse, stays: of that, what fuse removes or moves, and why it leaves the rest of norms and biases
+      (moved_by_fuse)
+    - left_out: how many numbers fewer fuse stores in a skipless layout (None: it has none; left_out_by_fuse)
     """
 
     name: str
@@ -170,12 +172,13 @@ def count(model: str | Path, conditions: Conditions | None = None) -> Count:
 
     Raises InputError for a config that lacks or contradicts something, and for a name that is not known.
     """
-    name, family_name, architecture = resolve(model)
-    return count_architecture(name, family_name, architecture, conditions or Conditions())
+    return count_architecture(*resolve(model), conditions or Conditions())
 
 
-def count_architecture(name: str, family_name: str, architecture: Architecture, conditions: Conditions) -> Count:
-    """Count an architecture, whatever it was read from."""
+def count_architecture(
+    name: str, family_name: str, architecture: Architecture, config: Mapping[str, Any], conditions: Conditions
+) -> Count:
+    """Count an architecture, whatever it was read from: a config.json that says so, or anything else (an empty one)."""
     modules = architecture.modules()
     parts = dict.fromkeys(("embeddings", *MATRICES, "norms", "biases", "other"), 0)
     for module in modules:
@@ -214,6 +217,10 @@ def count_architecture(name: str, family_name: str, architecture: Architecture, 
     by_fuse, stays = moved_by_fuse(family_name, architecture)
     stored = max(WEIGHT_BYTES[conditions.dtype], WEIGHT_BYTES["bfloat16"])  # fuse stores no integers
     bases = [basis for seam in possible if seam.kind == "stream" for basis in seam.identities][:1]
+    as_is = removable_as_is(architecture)
+    if architecture.norm_type == "none":
+        as_is = saved(closable(architecture, stored))
+        by_fuse = sum(as_is.values())
     return Count(
         name=name,
         family=family_name,
@@ -225,12 +232,12 @@ def count_architecture(name: str, family_name: str, architecture: Architecture, 
         embeddings=parts["embeddings"],
         nominal=nominal,
         exact=Exact(**dataclasses.asdict(whole), basis=bases[0] if bases else None, blocked=reasons(every)),
-        everything=sum(seam.saves for seam in closable(architecture.skipless(), stored)),
+        everything=sum(saved(closable(architecture.skipless(), stored)).values()),
         limit=removable_at_most(architecture),
-        as_is=removable_as_is(architecture),
+        as_is=as_is,
         by_fuse=by_fuse,
         stays=stays,
-        left_out=left_out_by_fuse(family_name, architecture, stored),
+        left_out=left_out_by_fuse(family_name, architecture, config, stored),
     )
 
 
@@ -251,8 +258,9 @@ def removable_as_is(architecture: Architecture) -> dict[str, int]:
     """What can go exactly from a model with its skips and norms: seams of values, and of queries and keys, and what can
     be moved (folds.folds).
     """
-    values = architecture.num_hidden_layers * architecture.value_width * architecture.head_dim
-    queries = 0 if architecture.keys_stay else values
+    heads = architecture.num_hidden_layers * architecture.num_key_value_heads
+    values = heads * architecture.head_dim**2
+    queries = 0 if architecture.keys_stay else heads * architecture.unrotated**2
     numbers = {"values": values, "queries": queries, "norm_gains": 0, "norm_biases": 0, "k_bias": 0, "v_bias": 0}
     for seam in folds(architecture):
         if seam.blocked:
@@ -276,13 +284,15 @@ def moved_by_fuse(family_name: str, architecture: Architecture) -> tuple[int | N
     return sum(seam.saves for seam in every if not seam.blocked), staying(every)
 
 
-def left_out_by_fuse(family_name: str, architecture: Architecture, itemsize: float) -> int | None:
+def left_out_by_fuse(
+    family_name: str, architecture: Architecture, config: Mapping[str, Any], itemsize: float
+) -> int | None:
     """How many numbers fewer `fuse --layout skipless` stores of a model with skips and norms.
 
-    itemsize: bytes of a weight. None: that family has no skipless layout.
+    config: its config.json. itemsize: bytes of a weight. None: no skipless model computes what it does.
     """
-    families = [each for each in family.every() if family_name in each.model_types and each.computes is not None]
-    if not families or not architecture.expressible:
+    families = [each for each in family.every() if family_name in each.model_types]
+    if not families or families[0].excludes(config) or not architecture.expressible:
         return None
     left = closed(architecture, as_it_is(architecture, itemsize), "q")
     indices = left.index_tensors()
@@ -290,16 +300,16 @@ def left_out_by_fuse(family_name: str, architecture: Architecture, itemsize: flo
     return before - after + sum(map(math.prod, indices.values()))
 
 
-def resolve(model: str | Path) -> tuple[str, str, Architecture]:
-    """Name, family and architecture of a config.json, a model folder, a GGUF file, or a name in the bundled table.
+def resolve(model: str | Path) -> tuple[str, str, Architecture, Mapping[str, Any]]:
+    """Name, family, architecture and config of a config.json, a model folder, a GGUF file, or a name in the table.
 
-    Names are ours or a hub's, in upper or lower case. Tensors, if there are any, are checked against the config by
-    their headers. Raises InputError.
+    A GGUF file's config is empty here. Names are ours or a hub's, in upper or lower case. Tensors, if there are any,
+    are checked against the config by their headers. Raises InputError.
     """
     path = Path(model)
     if path.suffix == ".gguf":
         layout = family.laid_out(gguf_file.GGUFReader(path))
-        return path.stem, layout.family.model_types[0], layout.architecture
+        return path.stem, layout.family.model_types[0], layout.architecture, {}
     if path.is_dir():
         config = read_json_object(path / "config.json", folder=path)
         if any(path.glob("*.safetensors")):
@@ -318,9 +328,9 @@ def resolve(model: str | Path) -> tuple[str, str, Architecture]:
                 f"{model}: expected a model folder, a config.json, a GGUF file or a known name; found none; the "
                 f"nearest names are {', '.join(near or list(names)[:4])} (all of them: skipless count --list)"
             )
-        return asked, *_described(names[asked])
+        return asked, *_described(names[asked]), names[asked]
     name = path.resolve().parent.name if path.name == "config.json" else path.resolve().stem
-    return name, *_described(config)
+    return name, *_described(config), config
 
 
 def table() -> dict[str, Any]:
@@ -337,7 +347,7 @@ def paper(models: Mapping[str, int]) -> list[tuple[Count, Count]]:
     for name, vocabulary in models.items():
         published = count(name)
         architecture = dataclasses.replace(published.architecture, vocab_size=vocabulary)
-        pairs.append((count_architecture(name, published.family, architecture, Conditions()), published))
+        pairs.append((count_architecture(name, published.family, architecture, {}, Conditions()), published))
     return pairs
 
 
@@ -345,7 +355,7 @@ def in_parallel(serial: Count) -> Count:
     """The model whose attention and FFN stood side by side, and read one norm."""
     norms = tuple(norm for norm in serial.architecture.norms if norm != "post_attention_layernorm")
     architecture = dataclasses.replace(serial.architecture, block_type="parallel", norms=norms)
-    return count_architecture(serial.name, serial.family, architecture, Conditions())
+    return count_architecture(serial.name, serial.family, architecture, {}, Conditions())
 
 
 def _described(config: Mapping[str, Any]) -> tuple[str, Architecture]:

@@ -30,10 +30,12 @@ from skipless.inference import Generated, arithmetic, generate, load, load_token
 from skipless.reports.comparing import Differences, Opened, Relation, compare_data, differing_tensors, relation
 from skipless.reports.routing import Choice, following, follows, noting, routed
 from skipless.rewrite import probe
+from skipless.rewrite.card import named, plain, put_verified
 from skipless.rewrite.machine import available_memory
 from skipless.rewrite.maps import compare
 from skipless.rewrite.probe import SINGLE, chance, stored_in
 from skipless.rewrite.record import differences, read_record
+from skipless.version import __version__
 
 # A dtype in which the original itself is so wrong that any other model would pass proves nothing.
 LARGEST_LIMIT = 0.5
@@ -336,6 +338,31 @@ def verify(
         rows=tuple(rows),
         caches=caches[:2],
     ).report()
+
+
+def write_verdict(report: Report, a: Path, b: Path) -> None:
+    """Write a report that says B is the same function as A into B's card. Raises as put_verified does."""
+    assert report.same
+    put_verified(b, _verdict(report, named(str(a))))
+
+
+def _verdict(report: Report, original: str) -> Iterator[str]:
+    """What a card says of a report."""
+    yield f"By `skipless verify` {__version__}, compared with {plain(original)}: {report.note}."
+    yield ""
+    yield "| run in | error | at most | the original's own | KL, nats | top-1 equal | greedy tokens equal |"
+    yield "|---|---|---|---|---|---|---|"
+    for row in report.rows:
+        error, *others = row.b.cells()
+        cells = (row.dtype, error, f"{row.limit:.1e}", row.a.cells()[0], *others)
+        yield f"| {' | '.join(cells)} |"
+    yield ""
+    yield (
+        f"An error is the root mean square difference of a token's logits from the original's in float64, over their "
+        f"standard deviation, on {report.tokens_seen:,} of {report.vocab_size:,} tokens."
+    )
+    yield ""
+    yield from (f"- {line}" for line in report.covered())
 
 
 def _maps(related: Relation, a: Opened, b: CheckpointReader, stored: torch.dtype) -> Iterator[Map]:

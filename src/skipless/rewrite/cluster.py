@@ -35,9 +35,8 @@ from skipless.checkpoint.reader import CheckpointReader, TensorInfo
 from skipless.checkpoint.remote import open_reader
 from skipless.errors import DisagreementError, InputError, StorageError
 from skipless.rewrite.cost import cost, least
-from skipless.rewrite.environment import environment
 from skipless.rewrite.execution import Done, Results, Tensors, run_digested
-from skipless.rewrite.machine import freed_memory_kept, resident_memory
+from skipless.rewrite.machine import environment, freed_memory_kept, resident_memory
 from skipless.rewrite.planning import Plan
 
 # How often a task is run again when its worker is lost.

@@ -17,8 +17,7 @@ from skipless.algebra.rounding import rounding_error
 from skipless.algebra.tolerances import tolerance
 from skipless.architecture.seams import AUTO
 from skipless.checkpoint import files
-from skipless.checkpoint.behind import Behind
-from skipless.checkpoint.digests import Digests
+from skipless.checkpoint.digests import Behind, Digests
 from skipless.checkpoint.family import family_of
 from skipless.checkpoint.headers import INDEX
 from skipless.checkpoint.manifest import JOURNAL, Entry, Manifest
@@ -32,12 +31,10 @@ from skipless.errors import BugError, InputError
 from skipless.log import logger
 from skipless.rewrite.card import CARD, MOST, card, named
 from skipless.rewrite.casting import CAST, underflows
-from skipless.rewrite.cost import waiting
-from skipless.rewrite.environment import environment
-from skipless.rewrite.estimate import Estimate, estimate, within_memory
+from skipless.rewrite.cost import Estimate, estimate, waiting, within_memory
 from skipless.rewrite.execution import Done
 from skipless.rewrite.executors import Executor, choose_executor
-from skipless.rewrite.machine import available_memory, measure, resident_memory
+from skipless.rewrite.machine import available_memory, environment, measure, resident_memory
 from skipless.rewrite.maps import check_moved
 from skipless.rewrite.model_files import MODEL_FILES, OURS
 from skipless.rewrite.planning import Plan, Task, prepare

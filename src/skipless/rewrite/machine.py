@@ -1,6 +1,7 @@
-"""Measure this machine's speed, in about a second, and its memory; let freed memory be reused."""
+"""What this machine is: on what of it a task's bits depend, its speed, measured in about a second, and its memory."""
 
 import ctypes
+import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -10,10 +11,13 @@ from pathlib import Path
 from statistics import median
 from threading import Event, Thread
 
+import numpy
 import psutil
+import scipy
 import torch
 
 from skipless.algebra.linalg import multiply
+from skipless.version import __version__
 
 # Side of the matrices that are multiplied, and how often.
 SIZE, ROUNDS = 1536, 3
@@ -27,6 +31,26 @@ OWN = {M_TRIM_THRESHOLD: 2**26, M_MMAP_MAX: 65536}
 KEPT = {M_TRIM_THRESHOLD: -1, M_MMAP_MAX: 0}
 # Seconds between looks at how much memory the process holds.
 INTERVAL = 0.05
+
+
+def environment() -> dict[str, object]:
+    """What a task's bits depend on: versions, the CPU's kind, and threads."""
+    return {
+        "skipless": __version__,
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "scipy": scipy.__version__,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "blas_threads": blas_threads(),
+    }
+
+
+def blas_threads() -> int:
+    """The threads of numpy's and scipy's OpenBLAS: as set when it is loaded, or all cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    told = (os.environ.get(name, "") for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"))
+    return min(cores, next((int(value) for value in told if value.isdecimal() and int(value)), cores))
 
 
 @dataclass(frozen=True)

@@ -88,8 +88,10 @@ def maps(
             x = x * tensors.tensor(f"{norm}.weight").double().cpu()
             x = x + tensors.tensor(bias).double().cpu() if bias in tensors.tensors else x
         y, name = _apply(tensors, module, x, stored), module
-        if module in moved and module.endswith("k_proj"):
-            y = torch.cat([half - half.mean(0) for half in y.chunk(2)])
+        if module in moved and module.endswith("k_proj"):  # whose bias cancels where RoPE does not rotate
+            for half in y.chunk(2):
+                others = half.unflatten(-1, (-1, architecture.head_dim))[..., architecture.rotated :]
+                others -= others.mean(0)
         elif module in moved:
             (name,) = moved[module].readers
             heads = shared(y, architecture.num_key_value_heads, architecture.num_attention_heads)

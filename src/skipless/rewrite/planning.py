@@ -331,6 +331,7 @@ def _outputs(
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of every tensor of the result, in the order in which they are written."""
     rest_of = {seam.rest: inputs[f"{seam.readers[0]}.weight"].dtype for seam in closing if seam.rest}
+    rest_of |= {seam.kept: inputs[f"{seam.writers[0]}.weight"].dtype for seam in closing if seam.kept}
     indices = target.index_tensors()
     outputs = {}
     for name, shape in target.tensors().items():
@@ -365,7 +366,8 @@ def _tasks(
     for group in connected(closing):
         by_rows = [seam.kind for seam in group] == ["first_layer"]  # whose table is made of one, row by row
         names = list(dict.fromkeys(name for seam in group for name in seam.modules))
-        left = [name for name in (*names, *(seam.rest for seam in group)) if name in after]
+        made = [name for seam in group for name in (seam.rest, seam.kept)]
+        left = [name for name in (*names, *made) if name in after]
         reads = tuple(tensor for name in names if name in before for tensor in before[name].tensors())
         reads += tuple(dict.fromkeys(name for seam in group for name in seam.mixed))
         writes = tuple(tensor for name in left for tensor in after[name].tensors())

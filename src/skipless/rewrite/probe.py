@@ -173,7 +173,8 @@ Rounded = Callable[[str], float]
 @dataclass(frozen=True)
 class Outputs:
     """What a checkpoint gives, (tokens, columns): "0.q" of layer 0, "0.scores" of its queries and all tokens' keys,
-    "0.m" of its FFN's input matrices, "logits".
+    "0.m" of its FFN's input matrices, "logits". Where RoPE rotates a part of each head, "0.rotated q" and "0.rotated k"
+    are that part, and scores are of the other one.
 
     exact: that. lost: the norm of its change when the weights are rounded.
     """
@@ -204,7 +205,7 @@ def outputs(
     parts: dict[int, list[torch.Tensor]] = {}
     layers: Any = model.model.layers
     for index, layer in enumerate(layers):
-        layer.self_attn.project = _noting(layer.self_attn.project, noted, index, layer.self_attn.head_dim)
+        layer.self_attn.project = _noting(layer.self_attn.project, noted, index, model.config)
         if looked_up and not index and layer.parallel:
             continue
         parts[index] = []
@@ -286,13 +287,13 @@ def table_reads(
             reference = torch.randn(MIXTURES, rows.shape[-1], generator=generator_of("queries"), dtype=torch.float64)
             queries = attention.project(reference[None])[0][0]
             keys = parts["k"] - attention.project(torch.zeros_like(rows[None, :1]))[1]  # whose bias matters to none
-            columns.append(scored(queries, keys[0], attention.head_dim))
+            (rotated, own), (_, queries) = (parted(each, model.config) for each in (keys[0], queries))
+            columns += [scored(queries, own), rotated.flatten(1), parted(parts["q"][0], model.config)[0].flatten(1)]
         return mixed("q, k, v", torch.cat(columns, -1))
 
-    def scored(queries: torch.Tensor, keys: torch.Tensor, size: int) -> torch.Tensor:
-        groups = keys.shape[-1] // size
-        summed = queries.unflatten(-1, (groups, -1, size)).sum(-2).flatten(1)  # of each group, its queries' sum
-        return keys @ summed.T
+    def scored(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        summed = queries.unflatten(1, (keys.shape[1], -1)).sum(2)  # of each group, its queries' sum
+        return keys.flatten(1) @ summed.flatten(1).T
 
     def after(x: torch.Tensor) -> torch.Tensor:
         positions = torch.zeros(len(x), 1, dtype=torch.long)
@@ -323,25 +324,36 @@ def table_reads(
     return reads
 
 
-def _noting(project: Callable[..., Any], notes: dict[str, torch.Tensor], index: int, size: int) -> Callable[..., Any]:
+def _noting(
+    project: Callable[..., Any], notes: dict[str, torch.Tensor], index: int, config: SkiplessConfig
+) -> Callable[..., Any]:
     def noted(hidden_states: torch.Tensor) -> Any:
         projected = project(hidden_states)
         notes.update((f"{index}.{name}", each.flatten(0, 1)) for name, each in zip("qkv", projected, strict=True))
-        queries, keys = (notes[f"{index}.{name}"].chunk(2) for name in "qk")
-        pairs = zip(queries, keys, strict=True)
-        notes[f"{index}.scores"] = torch.cat([scores(*pair, size).flatten(1) for pair in pairs])
+        rotated, others = zip(*(parted(notes[f"{index}.{name}"], config) for name in "qk"), strict=True)
+        notes.update((f"{index}.rotated {name}", each.flatten(1)) for name, each in zip("qk", rotated, strict=True))
+        pairs = zip(*(each.chunk(2) for each in others), strict=True)
+        notes[f"{index}.scores"] = torch.cat([scores(*pair).flatten(1) for pair in pairs])
         return projected
 
     return noted
 
 
+def parted(
+    states: Float[torch.Tensor, "n heads_h"], config: SkiplessConfig
+) -> tuple[Float[torch.Tensor, "n heads r"], Float[torch.Tensor, "n heads u"]]:
+    """Of each head of queries or keys, what RoPE rotates, and what it does not."""
+    head_dim: int = config.head_dim  # type: ignore[assignment]
+    rotated, others = states.unflatten(-1, (-1, head_dim)).split((head_dim - config.unrotated, config.unrotated), -1)
+    return rotated, others
+
+
 def scores(
-    queries: Float[torch.Tensor, "n heads_h"], keys: Float[torch.Tensor, "m groups_h"], size: int
+    queries: Float[torch.Tensor, "n heads u"], keys: Float[torch.Tensor, "m groups u"]
 ) -> Float[torch.Tensor, "n heads m"]:
-    """Of queries and keys of heads of this size, before they are scaled, less each query's mean."""
-    heads, groups = queries.unflatten(-1, (-1, size)), keys.unflatten(-1, (-1, size))
-    groups = groups.repeat_interleave(heads.shape[1] // groups.shape[1], 1)
-    products = torch.einsum("nhs,mhs->nhm", heads, groups)
+    """Of queries and keys, before they are scaled, less each query's mean."""
+    groups = keys.repeat_interleave(queries.shape[1] // keys.shape[1], 1)
+    products = torch.einsum("nhs,mhs->nhm", queries, groups)
     return products - products.mean(-1, keepdim=True)
 
 
@@ -475,7 +487,7 @@ def compare(before: Outputs, after: Outputs, source: Architecture, target: Archi
         rebased = target.keys_removed != source.keys_removed
         if kind == "v" and target.values_removed != source.values_removed:
             continue
-        if kind in (("q", "k") if rebased else ("scores",)):
+        if kind in (("q", "k") if rebased else ("scores", "rotated q", "rotated k")) or not exact.shape[1]:
             continue
         sizes = [exact.norm().item(), result.norm().item()]
         if kind == "m" and f"model.layers.{layer}.post_attention_layernorm" in rescaled:

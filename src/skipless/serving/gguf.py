@@ -24,6 +24,7 @@ from skipless.checkpoint.opening import read_architecture
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.errors import InputError
 from skipless.model.configuration_skipless import MULTIPLIERS, SkiplessConfig
+from skipless.model.modeling_skipless import exchanged
 from skipless.quiet import errors_only
 from skipless.serving.gguf_grids import RANGES, spaces
 from skipless.serving.gguf_tokenizer import add_tokenizer
@@ -201,6 +202,9 @@ def tensor(name: str, parts: list[str], layout: Layout, reader: CheckpointReader
     whole = torch.stack(values) if len(values) > 1 else values[0]
     if not whole.dtype.is_floating_point:
         return whole.numpy()
+    if name.endswith("attn_k.bias") and len(whole) < layout.architecture.value_width:
+        size = layout.architecture.unrotated  # whose bias the softmax takes away
+        whole = torch.nn.functional.pad(whole.unflatten(0, (-1, layout.architecture.rotated)), (0, size)).flatten()
     if whole.numel() < math.prod(layout.shapes[name]):  # a gain of each head, for each of its outputs
         whole = whole.repeat_interleave(layout.architecture.head_dim)
     return whole.float().reshape(layout.shapes[name]).numpy()
@@ -209,12 +213,18 @@ def tensor(name: str, parts: list[str], layout: Layout, reader: CheckpointReader
 def whole_projection(
     kind: str, layer: int, architecture: Architecture, reader: CheckpointReader
 ) -> np.ndarray[Any, Any]:
-    """k_proj or v_proj ("key", "value") of a closed seam with its identity columns, (heads * head_dim, hidden_size)."""
+    """k_proj or v_proj ("key", "value") of a closed seam with its identity columns, and what RoPE rotates of keys,
+    (heads * head_dim, hidden_size).
+    """
     attention = f"model.layers.{layer}.self_attn"
     weight = reader.tensor(f"{attention}.{kind[0]}_proj.weight")
-    order = reader.tensor(f"{attention}.{kind}_order").long()
+    order = exchanged(reader.tensor(f"{attention}.{kind}_order"), architecture.hidden_size)
     size, heads = architecture.head_dim, architecture.num_key_value_heads
-    identity = torch.eye(size, dtype=weight.dtype).expand(heads, -1, -1)
-    ordered = torch.cat((identity, weight.unflatten(0, (heads, size))), -1)
+    rotated = architecture.rotated if kind == "key" else 0
+    identity = torch.eye(size - rotated, dtype=weight.dtype).expand(heads, -1, -1)
+    ordered = torch.cat((identity, weight.unflatten(0, (heads, size - rotated))), -1)
     weights = torch.empty_like(ordered).scatter_(-1, order[:, None].expand_as(ordered), ordered)
+    if rotated:
+        own = reader.tensor(f"{attention}.k_rope_proj.weight").unflatten(0, (heads, rotated))
+        weights = torch.cat((own, weights), 1)
     return weights.flatten(0, 1).float().numpy()

@@ -61,7 +61,7 @@ def described(config: SkiplessConfig) -> dict[str, Any]:
         if config.attention_shaping == "full":  # the zero query of each group asks for the mean
             group = config.num_attention_heads // (config.num_key_value_heads or 1)
             slopes = [slope for i in range(0, len(slopes), group) for slope in (*slopes[i : i + group], 0.0)]
-    names = ("attention_kinds", "p_rows", "rest_width", "row")
+    names = ("attention_kinds", "p_rows", "rest_width", "row", "unrotated")
     return {
         **config.to_dict(),
         **{name: getattr(config, name) for name in names},

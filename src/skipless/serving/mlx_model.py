@@ -89,12 +89,15 @@ class Attention(nn.Module):
                 self.rest_proj = nn.Linear(d, args.rest_width, bias)
         for each, width in widths.items():
             if each not in pivoted and each != basis and each not in self.row:
-                closed = (each == "v" and args.values_removed) or (each == "k" and args.keys_removed)
-                self[f"{each}_proj"] = nn.Linear(d - closed * h, width, bias and not closed)
+                passed = {"v": args.values_removed * h, "k": args.keys_removed * args.unrotated}.get(each, 0)
+                outputs = self.groups * passed or width
+                self[f"{each}_proj"] = nn.Linear(d - passed, outputs, bias and not passed)
+                if outputs < width:
+                    self.k_rope_proj = nn.Linear(d, width - outputs, bias)
         if args.keys_removed:
-            self.key_order = mx.zeros((self.groups, d), mx.int32)
+            self.key_order = mx.zeros((self.groups, args.unrotated), mx.int32)
         if args.values_removed and not self.row:
-            self.value_order = mx.zeros((self.groups, d), mx.int32)
+            self.value_order = mx.zeros((self.groups, h), mx.int32)
         if args.p_rows:
             self.o_proj = args.linear(f"{name}.o_proj", args.p_rows, d, args.attention_bias)
             if args.p_removed:
@@ -130,15 +133,22 @@ class Attention(nn.Module):
         if name in given:
             return given[name]
         if name == "k" and "key_order" in self:
-            return self.project_others(name, x, self.key_order)
+            keys = self.project_others(name, x, self.key_order)
+            if "k_rope_proj" not in self:
+                return keys
+            parts = [mx.unflatten(each, -1, (self.groups, -1)) for each in (self.k_rope_proj(x), keys)]
+            return mx.concatenate(parts, -1).flatten(-2)
         return self[f"{name}_proj"](x) if f"{name}_proj" in self else x
 
     def project_others(self, name: str, x: mx.array, order: mx.array) -> mx.array:
         """Key or value, each head the head_dim inputs that it passes through and its projection of the others."""
-        ordered = x[..., order]
-        weight = self[f"{name}_proj"].weight.reshape(self.groups, self.head_dim, -1)
-        others = mx.einsum("...kn,khn->...kh", ordered[..., self.head_dim :], weight)
-        return (ordered[..., : self.head_dim] + others).flatten(-2)
+        passed = order.shape[-1]
+        every = mx.broadcast_to(mx.arange(x.shape[-1]), (self.groups, x.shape[-1]))
+        every = mx.put_along_axis(every, order, mx.broadcast_to(mx.arange(passed), order.shape), -1)
+        ordered = x[..., mx.concatenate([order, every[:, passed:]], -1)]
+        weight = mx.unflatten(self[f"{name}_proj"].weight, 0, (self.groups, -1))
+        others = mx.einsum("...kn,khn->...kh", ordered[..., passed:], weight)
+        return (ordered[..., :passed] + others).flatten(-2)
 
     def project_out(self, heads: mx.array) -> mx.array:
         """P: the concatenated heads (B, T, H * h) -> (B, T, d), or all as they are where P has been merged."""

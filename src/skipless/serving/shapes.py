@@ -43,7 +43,7 @@ def write_shapes(name: str, layers: int | None, dtype: str, folder: Path) -> lis
 
 def skipless_shape(name: str, layers: int | None) -> Architecture:
     """The skipless version of a known model, or of its first layers."""
-    _, _, architecture = resolve(name)
+    _, _, architecture, _ = resolve(name)
     if not architecture.expressible:
         raise InputError(
             f"{name}: expected a model that a skipless checkpoint can be; found projected embeddings, a norm of all "

@@ -1,7 +1,6 @@
 """What a run says of itself: a bar on stderr, and a log that stays, as JSON lines and for TensorBoard."""
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,10 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
+from skipless.log import is_first
 from skipless.train.corpus import Corpus
 
 LINES = "log.jsonl"
-
-
-def is_first() -> bool:
-    """Whether this is the process that prints and writes: the first of those that torchrun started, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 class Bar(TrainerCallback):

@@ -3,7 +3,8 @@
 import json
 import shutil
 import sys
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 import accelerate  # noqa: F401  (Trainer needs it, and says so only when it begins)
@@ -17,12 +18,13 @@ from skipless.checkpoint.headers import read_json_object
 from skipless.checkpoint.opening import check_config
 from skipless.errors import InputError
 from skipless.inference import load
+from skipless.log import is_first
 from skipless.model import SkiplessConfig, SkiplessForCausalLM
 from skipless.quiet import no_library_bars
 from skipless.train import corpus
 from skipless.train.fade import Fade, final
 from skipless.train.initialize import initialize
-from skipless.train.log import Bar, callbacks, is_first
+from skipless.train.log import Bar, callbacks
 from skipless.train.recipe import Recipe, Schedule
 from skipless.train.trainer import SkiplessTrainer, training_arguments
 
@@ -141,21 +143,30 @@ def save(trainer: SkiplessTrainer, recipe: Recipe, tokenizer: PreTrainedTokenize
     write_down(recipe, recipe.steps, out / CHECKPOINTS)
 
 
-def train(recipe: Recipe, out: Path, *, resume: bool = False) -> dict[str, float | None]:
+def train(
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    waiting: Callable[[str], AbstractContextManager[None]] = lambda work: nullcontext(),
+) -> dict[str, float | None]:
     """Train, and leave a model folder with its tokenizer in `out`.
 
     Returns the held-out loss (nats a token), and bits a byte (None where the tokens came without a tokenizer).
     `out`/checkpoints has the tokens and the newest checkpoints. `resume` goes on from there: after a kill (from the
     start if there is no checkpoint yet), or, with more steps, after the end. `out`/log stays, too. Where torchrun has
-    started several processes, each takes a batch of its own, and the first alone prints and writes. Raises InputError
-    when `out` is not empty (without `resume`), or has no run to resume (with it), for a model or corpus that cannot be
-    trained, and when the loss stops being a number.
+    started several processes, each takes a batch of its own, and the first alone prints and writes. `waiting` is
+    entered with what is done before the first step.
+
+    Raises InputError when `out` is not empty (without `resume`), or has no run to resume (with it), for a model or
+    corpus that cannot be trained, and when the loss stops being a number.
     """
     checkpoints = out / CHECKPOINTS
     if is_first():
         check_folder(out, recipe, resume)
     set_seed(recipe.seed)
-    model = new_model(recipe)
+    with waiting("making the model"):
+        model = new_model(recipe)
     fades = [] if recipe.schedule == Schedule() else [Fade(model, recipe.schedule)]
     arguments = training_arguments(recipe, model.config, str(checkpoints))
     if recipe.checkpointing and not recipe.fsdp:  # which does it itself
@@ -163,7 +174,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False) -> dict[str, float
         enable = model.activation_checkpointing_enable if newer else model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     sequences = recipe.batch_size * recipe.accumulate * arguments.world_size
-    with arguments.main_process_first(local=False):
+    with waiting("tokenizing"), arguments.main_process_first(local=False):
         if is_first():
             prepare(recipe, model.config.vocab_size, sequences, checkpoints)
     if not corpus.is_made(checkpoints):

@@ -46,7 +46,8 @@ class SkiplessLayout(Layout):
 
     def _module(self, module: Module) -> None:
         parts, stored = module.name.split("."), self._stored(module.name)
-        closed = {"k_proj": self.architecture.keys_removed, "v_proj": self.architecture.values_removed}
+        a, closed = self.architecture, {"v_proj": self.architecture.values_removed}
+        closed |= dict.fromkeys(("k_proj", "k_rope_proj"), a.keys_removed)
         if parts[4:5] == ["experts"]:
             expert = int(parts[5])
             for tensor, shape in module.tensors().items():
@@ -54,7 +55,12 @@ class SkiplessLayout(Layout):
                 self.locations[tensor] = Location((stacked,), ((expert, expert + 1),))
                 self.shapes[stacked] = (self.architecture.num_local_experts, *shape)
         elif closed.get(parts[-1]):
-            self.shapes[f"{stored}.weight"] = (module.outputs, self.architecture.hidden_size)
+            self.shapes[f"{stored}.weight"] = (a.value_width, a.hidden_size)
+            if module.bias:  # of what RoPE rotates of each head
+                starts = range(0, a.value_width, a.head_dim)
+                rows = tuple((start, start + a.rotated) for start in starts)
+                self.locations[f"{module.name}.bias"] = Location((f"{stored}.bias",), rows)
+                self.shapes[f"{stored}.bias"] = (a.value_width,)
         else:
             super()._module(module)
 
@@ -84,6 +90,7 @@ FAMILY = SkiplessFamily(
         "model.position_embeddings": "position_embd",
         "model.embed_norm": "token_embd_norm",
         "lm_head.column_order": "output_order",
+        "self_attn.k_rope_proj": "attn_k",
         "self_attn.rest_proj": "attn_qkv",
         "self_attn.column_order": "attn_qkv_order",
         "self_attn.row_order": "attn_output_order",

@@ -1,12 +1,13 @@
 """GPT-NeoX and Pythia: fused projections, head by head; parallel layers with two norms, if not serial."""
 
-from skipless.checkpoint.family import LAYER_NORM_COMPUTES, LLAMA_FIELDS, LLAMA_FIXED, Family
+from skipless.checkpoint.family import LAYER_NORM_COMPUTES, LLAMA_FIELDS, LLAMA_FIXED, Family, rotary
 
 FAMILY = Family(
     model_types=("gpt_neox",),
     fields={
         **{name: rule for name, rule in LLAMA_FIELDS.items() if name not in ("num_key_value_heads", "head_dim")},
         "attention_bias": "attention_bias",
+        "partial_rotary_factor": rotary("rotary_pct", 0.25),
         "block_type": lambda config: "parallel" if config["use_parallel_residual"] else "serial",
     },
     defaults={"tie_word_embeddings": False, "attention_bias": True, "use_parallel_residual": True},

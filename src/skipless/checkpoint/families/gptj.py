@@ -1,11 +1,18 @@
 """GPT-J: parallel layers with one norm, interleaved RoPE."""
 
-from skipless.checkpoint.family import GPT_DEFAULTS, GPT_FIELDS, Family
+from skipless.checkpoint.family import GPT_DEFAULTS, GPT_FIELDS, Config, Family
+
+
+def _rotated(config: Config) -> float | None:
+    """The part of each head that RoPE rotates; None: all of it."""
+    heads, width = config["n_head"] or config["num_attention_heads"], config["n_embd"] or config["hidden_size"]
+    return config["rotary_dim"] and config["rotary_dim"] * heads / width
+
 
 FAMILY = Family(
     model_types=("gptj",),
-    fields=GPT_FIELDS,
-    defaults={**GPT_DEFAULTS, "tie_word_embeddings": False},
+    fields={**GPT_FIELDS, "partial_rotary_factor": _rotated},
+    defaults={**GPT_DEFAULTS, "tie_word_embeddings": False, "rotary_dim": 64},
     fixed={
         "residual": "both",
         "norm_type": "layer",

@@ -1,10 +1,14 @@
 """Phi-1, 1.5 and 2: parallel layers with one norm, biases everywhere."""
 
-from skipless.checkpoint.family import LAYER_NORM_COMPUTES, LLAMA_DEFAULTS, LLAMA_FIELDS, LLAMA_FIXED, Family
+from skipless.checkpoint.family import LAYER_NORM_COMPUTES, LLAMA_DEFAULTS, LLAMA_FIELDS, LLAMA_FIXED, Family, rotary
 
 FAMILY = Family(
     model_types=("phi",),
-    fields={**LLAMA_FIELDS, "qk_norm": lambda config: "head_dim" if config["qk_layernorm"] else None},
+    fields={
+        **LLAMA_FIELDS,
+        "qk_norm": lambda config: "head_dim" if config["qk_layernorm"] else None,
+        "partial_rotary_factor": rotary("partial_rotary_factor", 0.5),
+    },
     defaults={**LLAMA_DEFAULTS, "qk_layernorm": False},
     fixed={
         **LLAMA_FIXED,

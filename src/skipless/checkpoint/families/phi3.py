@@ -8,11 +8,12 @@ from skipless.checkpoint.family import (
     ONE_WINDOW,
     Family,
     rope,
+    rotary,
 )
 
 FAMILY = Family(
     model_types=("phi3",),
-    fields=LLAMA_FIELDS,
+    fields={**LLAMA_FIELDS, "partial_rotary_factor": rotary("partial_rotary_factor", 1.0)},
     defaults=LLAMA_DEFAULTS,
     fixed=LLAMA_FIXED,
     computes={**LLAMA_COMPUTES, **ONE_WINDOW, "rope_parameters": rope},

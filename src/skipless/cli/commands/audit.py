@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from skipless.cli.options import as_json, expect_weights, parse_removal, removal_options
-from skipless.cli.output import count_bar, out, print_json, tell_of_other_model_files
+from skipless.cli.output import count_bar, out, print_json, tell_of_other_model_files, waiting
 
 
 @click.command()
@@ -26,8 +26,9 @@ def audit(model: Path, plot: Path | None, as_json: bool, **removal: Any) -> None
     from each way to remove them, stored in each dtype, beside the original's own.
     """
     expect_weights(model)
-    from skipless.cli import plotting, tables
-    from skipless.reports import auditing
+    with waiting("starting"):
+        from skipless.cli import plotting, tables
+        from skipless.reports import auditing
 
     options = parse_removal(**removal)
     if plot is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from skipless.cli.options import as_json
-from skipless.cli.output import count_bar, out, print_json, tell_of_other_model_files
+from skipless.cli.output import count_bar, out, print_json, tell_of_other_model_files, waiting
 from skipless.dtypes import DTYPE_NAMES
 from skipless.serving.engines import ENGINES
 
@@ -53,8 +53,9 @@ def bench(
 
     Each model runs in a process of its own. Ratios are those of a round, and what is printed is their median.
     """
-    from skipless.cli import plotting, tables
-    from skipless.serving import bench as room
+    with waiting("starting"):
+        from skipless.cli import plotting, tables
+        from skipless.serving import bench as room
 
     if plot is not None:
         plotting.check(plot)

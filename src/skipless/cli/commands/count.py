@@ -6,7 +6,7 @@ import sys
 import click
 
 from skipless.cli.options import as_json, known_names
-from skipless.cli.output import out, print_json
+from skipless.cli.output import out, print_json, waiting
 from skipless.errors import InputError
 from skipless.reports.counting import PAPERS, WEIGHT_BYTES
 
@@ -78,7 +78,8 @@ def count_command(
         tabulated = tables.first_layer_paper(pairs) if first else [tables.paper_rows(pairs)]
         notes = tables.paper_notes(pairs, first)
     else:
-        counts = [room.count(model, conditions) for model in models]
+        with waiting("starting"):  # torch is imported for folders alone
+            counts = [room.count(model, conditions) for model in models]
         tabulated, notes = [tables.count_rows(counts, batch)], tables.count_notes(counts, conditions)
     if as_json:
         print_json({"models": [counted.to_json() for counted in counts]})

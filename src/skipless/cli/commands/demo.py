@@ -6,15 +6,16 @@ import sys
 import click
 
 from skipless.cli.options import as_json
-from skipless.cli.output import err, out, print_json
+from skipless.cli.output import err, out, print_json, waiting
 
 
 @click.command()
 @as_json
 def demo(as_json: bool) -> None:
     """Generate with the bundled model, fuse it, verify, generate again: what was saved, and how fast."""
-    from skipless.cli import demo as room
-    from skipless.cli import tables
+    with waiting("starting"):
+        from skipless.cli import demo as room
+        from skipless.cli import tables
 
     result = room.demo(err.print_lines)
     if as_json:

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from skipless.cli.options import as_json
-from skipless.cli.output import count_bar, out, print_json
+from skipless.cli.output import count_bar, out, print_json, waiting
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import extra
 
@@ -29,7 +29,7 @@ def eval_command(
     as_json: bool,
 ) -> None:
     """How well MODEL, a folder that transformers loads, predicts a text: loss, bits a byte, perplexity."""
-    with extra("train"):
+    with extra("train"), waiting("starting"):
         import torch
 
         from skipless.train.evaluation import evaluate

@@ -25,8 +25,8 @@ from skipless.serving.engines import FORMATS
 @as_json
 def export(model: Path, destination: Path, to: str, weights: str, as_json: bool) -> None:
     """Write the skipless MODEL, fused or not, for another engine into the new folder DST."""
-    from skipless.serving import export as room
-
+    with waiting("starting"):
+        from skipless.serving import export as room
     with waiting(f"exporting for {to}"):
         written = room.export(model, destination, to=to, weights=weights)
     if as_json:

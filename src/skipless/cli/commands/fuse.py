@@ -63,10 +63,11 @@ def fuse(
     GGUF file of an ordinary Llama.
     """
     expect_weights(source)
-    from skipless.checkpoint.remote import shown
-    from skipless.cli import tables
-    from skipless.rewrite import fusion
-    from skipless.rewrite.request import Request
+    with waiting("starting"):
+        from skipless.checkpoint.remote import shown
+        from skipless.cli import tables
+        from skipless.rewrite import fusion
+        from skipless.rewrite.request import Request
 
     options, size = {**parse_removal(**removal), "layout": layout}, parse_size("--max-shard-size", max_shard_size)
     memory = None if max_memory is None else parse_size("--max-memory", max_memory)

@@ -6,7 +6,7 @@ import sys
 import click
 
 from skipless.cli.options import as_json, known_names
-from skipless.cli.output import out, print_json, step_bar
+from skipless.cli.output import out, print_json, step_bar, waiting
 
 
 @click.command("limit")
@@ -24,13 +24,14 @@ def limit_command(model: str, check: bool, as_json: bool) -> None:
     from skipless.cli import tables
     from skipless.reports.counting import resolve
 
-    name, family, as_it_is = resolve(model)
+    with waiting("starting"):  # torch is imported for folders alone
+        name, family, as_it_is, _ = resolve(model)
     architecture = as_it_is if family == "skipless" else as_it_is.skipless()
     blocked = () if family == "skipless" else reasons(seams(as_it_is, norms=True))
     limit, certificate = room.limit(architecture), None
     if check:
-        from skipless.reports.certificate import certify
-
+        with waiting("starting"):
+            from skipless.reports.certificate import certify
         with step_bar("counting") as progress:
             certificate = certify(architecture, progress)
     if as_json:

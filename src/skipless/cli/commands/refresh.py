@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from skipless.cli.output import err, out
+from skipless.cli.output import err, out, waiting
 
 
 @click.command()
@@ -15,7 +15,8 @@ def refresh(folder: Path, dry_run: bool) -> None:
 
     A folder that an older version wrote needs it where transformers has moved on since. Weights stay as they are.
     """
-    from skipless.rewrite.model_files import refresh as run
+    with waiting("starting"):
+        from skipless.rewrite.model_files import refresh as run
 
     changed = run(folder, lambda line: out.print(line, soft_wrap=True), dry_run)
     done = "would be" if dry_run else "are"

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from skipless.cli.options import as_json
-from skipless.cli.output import out, print_json, step_bar
+from skipless.cli.output import out, print_json, step_bar, waiting
 from skipless.errors import InputError
 
 
@@ -25,9 +25,10 @@ def report(source: Path, fused: Path, page: Path, prompt: str | None, tokens: in
     It has what went, by matrix; condition numbers and errors by layer, as plots; the verdict; what both models write.
     It needs no network, and no other file.
     """
-    from skipless.checkpoint import files
-    from skipless.cli.page import render
-    from skipless.reports import overview, verification
+    with waiting("starting"):
+        from skipless.checkpoint import files
+        from skipless.cli.page import render
+        from skipless.reports import overview, verification
 
     place = Path(os.path.realpath(page))
     if page.is_dir() or not place.parent.is_dir():

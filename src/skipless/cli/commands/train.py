@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import click
 
 from skipless.cli.options import as_json
-from skipless.cli.output import err, out, print_json
+from skipless.cli.output import err, out, print_json, waiting
 from skipless.errors import INTERRUPTED, extra
+from skipless.log import is_first
 
 if TYPE_CHECKING:
     from skipless.train.estimate import TrainingEstimate
@@ -48,8 +49,7 @@ def train(
     as_json: bool,
 ) -> None:
     """Train a skipless model by RECIPE (a TOML file, or a bundled name: stdlib) into the folder OUT."""
-    with extra("train"):
-        from skipless.train.log import is_first
+    with extra("train"), waiting("starting"):
         from skipless.train.recipe import Recipe
         from skipless.train.run import train as run
 
@@ -57,12 +57,14 @@ def train(
     if steps is not None:
         read = dataclasses.replace(read, steps=steps)
     if dry_run:
-        from skipless.train.estimate import estimate
+        with waiting("estimating"):
+            from skipless.train.estimate import estimate
 
-        tell(estimate(read, processes), as_json)
+            found = estimate(read, processes)
+        tell(found, as_json)
         return
     try:
-        result = run(read, out_folder, resume=resume)
+        result = run(read, out_folder, resume=resume, waiting=waiting)
     except KeyboardInterrupt:
         err.print(f"interrupted; go on with: skipless train {recipe} {out_folder} --resume", soft_wrap=True)
         sys.exit(INTERRUPTED)

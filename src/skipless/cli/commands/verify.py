@@ -50,9 +50,9 @@ def verify(
     Files are compared as data, tensors one by one, and both models are run. A may be a GGUF file. Of A alone, which
     fuse has written: is it still what was written, by the SHA-256 in its skipless.json?
     """
-    from skipless.cli import tables
-    from skipless.reports import verification
-    from skipless.reports.card import write_verdict
+    with waiting("starting"):
+        from skipless.cli import tables
+        from skipless.reports import verification
 
     if b is None and card:
         raise InputError(f"--card: expected A and B, found {a} alone; name the model that it was made of, too")
@@ -78,7 +78,7 @@ def verify(
         )
     if card and report.same:
         try:
-            write_verdict(report, a, b)
+            verification.write_verdict(report, a, b)
         except (InputError, OSError) as error:  # the answer is the same without it
             err.print(f"--card: nothing was written: {error}", soft_wrap=True)
     if as_json:
