@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 VLLM := .venv-vllm
 VLLM_READY := $(VLLM)/ready
+EXECUTORCH := $(VENV)/executorch
 TOOLS := .venv-tools
 TOOLS_READY := $(TOOLS)/ready
 NEWEST := .venv-newest
@@ -35,7 +36,7 @@ MODELS := tools/site/models
 WITH_TOOLS := PATH="$(abspath $(TOOLS))/bin:$$PATH" PYTHONPATH=src NO_MKDOCS_2_WARNING=1
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' src/skipless/version.py)
 
-.PHONY: help demo test test-all test-newest test-oldest test-vllm test-mlx llama-cpp test-llama-cpp check benchmarks trainings versions wheel locks pages site test-site publish pictures
+.PHONY: help demo test test-all test-newest test-oldest test-vllm test-mlx test-executorch llama-cpp test-llama-cpp check benchmarks trainings versions wheel locks pages site test-site publish pictures
 
 help:
 	@echo "make demo        fuse the bundled model and prove it is the same function (creates .venv first)"
@@ -45,6 +46,7 @@ help:
 	@echo "make test-oldest and with the oldest (updates .venv-oldest first)"
 	@echo "make test-vllm   run the tests of the vLLM plugin (creates .venv-vllm first, from requirements-vllm.lock)"
 	@echo "make test-mlx    run the tests of MLX on Linux (installs it into .venv first, from requirements-mlx.lock)"
+	@echo "make test-executorch  run the tests of ExecuTorch (installs it beside .venv first, from requirements-executorch.lock)"
 	@echo "make llama-cpp   build llama.cpp with the architecture skipless, into .venv-llama-cpp (C++: takes a while)"
 	@echo "make test-llama-cpp  run the tests that need it (builds it first)"
 	@echo "make check       formatting, lint and types: ruff, mypy (creates .venv first)"
@@ -102,6 +104,15 @@ test-vllm: $(VLLM_READY)
 test-mlx: $(READY)
 	$(BIN)/python $(INSTALL) --requirement requirements-mlx.lock
 	$(BIN)/python -m pytest tests/serving/test_mlx.py
+
+# Where only these tests look: transformers behaves otherwise where it finds torchao.
+$(EXECUTORCH)/ready: $(READY) requirements-executorch.lock
+	rm -rf $(EXECUTORCH)
+	$(BIN)/python $(INSTALL) --no-deps --target $(EXECUTORCH) --requirement requirements-executorch.lock
+	touch $@
+
+test-executorch: $(EXECUTORCH)/ready
+	PYTHONPATH=$(EXECUTORCH) $(BIN)/python -m pytest tests/serving/test_executorch.py
 
 $(LLAMA_READY): $(wildcard integrations/llama.cpp/*) benchmarks/requirements-llama-cpp.lock
 	rm -rf $(LLAMA)/source

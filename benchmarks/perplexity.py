@@ -27,6 +27,8 @@ from skipless.serving.export import export
 from stored import held_out
 
 CONTEXT = 512
+# llama.cpp's log is written by a thread that does not always come to its end, the less so the busier the machine is.
+TRIES = 10
 NAMES = {"original": "original", "q": "by q", "pivoted": "pivoted"}
 MODEL = "model.gguf"
 
@@ -62,8 +64,10 @@ class Models:
     def exact(self, name: str) -> Path:
         return self.exported(name, "gguf", "f32", "float32") / MODEL
 
-    def quantized(self, name: str, kind: str, weighed: bool = False) -> Path:
-        """What llama-quantize makes of the f32 file."""
+    def quantized(self, name: str, kind: str, weighed: bool = False) -> Path | None:
+        """What llama-quantize makes of the f32 file; by q, q8_0 has shown enough."""
+        if name == "q" and kind.startswith("q4"):
+            return None
         file = self.exact(name)
         options = ("--imatrix", self.importance(name, file)) if weighed else ()
         options += ("--tensor-type", "attn_qkv=q8_0") if kind.startswith("q4") else ()
@@ -74,8 +78,8 @@ class Models:
         """The original has not been fused."""
         return None if name == "original" else self.exported(name, "gguf", "bf16", "bfloat16") / MODEL
 
-    def by_export(self, name: str, kind: str) -> Path:
-        return self.exported(name, "gguf", kind, "float32") / MODEL
+    def by_export(self, name: str, kind: str) -> Path | None:
+        return None if name == "q" and kind.startswith("q4") else self.exported(name, "gguf", kind, "float32") / MODEL
 
     def importance(self, name: str, file: Path) -> Path:
         asked = ("--model", file, "--file", self.text(1), "--ctx-size", CONTEXT)
@@ -83,8 +87,8 @@ class Models:
 
     def probabilities(self) -> Path:
         """Of all tokens, by the original in f32."""
-        asked = (self.exact("original"), self.text(0))
-        return self.made("probabilities", lambda found: said(*asked, r"PPL = ", "--kl-divergence-base", found))
+        asked = (self.exact("original"), self.text(0), "--kl-divergence-base")
+        return self.made("probabilities", lambda found: said(*asked, found))
 
 
 def llama_cpp(program: str, *arguments: object) -> str:
@@ -96,24 +100,29 @@ def llama_cpp(program: str, *arguments: object) -> str:
     return done.stdout + done.stderr
 
 
-def said(file: Path, text: Path, pattern: str, *arguments: object) -> re.Match[str]:
-    """What llama-perplexity finds for the second half of each CONTEXT tokens, each after all of those before it.
+def said(file: Path, text: Path, *arguments: object) -> tuple[float, float]:
+    """Perplexity and divergence (0 if it is not asked for) as llama-perplexity says them with its last window.
 
-    Asked again where the program ends before its log has said it.
+    Of the second half of each CONTEXT tokens, each after all of those before it.
+    Asked again where the program ends before its log has said so.
     """
+    windows = len(load_tokenizer(BUNDLED)(text.read_text()).input_ids) // CONTEXT
     exact = ("--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off", *arguments)
-    while True:
+    for _ in range(TRIES):
         log = llama_cpp("llama-perplexity", "--model", file, "--file", text, "--ctx-size", CONTEXT, *exact)
-        if found := re.search(pattern, log, re.DOTALL):
-            return found
+        if found := re.search(rf"^ *{windows} +(\S+) ± +\S+ +\S+ ± +\S+ +(\S+) ±", log, re.MULTILINE):
+            return float(found[1]), float(found[2])
+        if found := re.search(rf"\[{windows}\]([\d.]+)", log):
+            return float(found[1]), 0.0
+    raise RuntimeError(log[-2000:])
 
 
 def measured(models: Models, file: Path | None) -> dict[str, float] | None:
     if file is None:
         return None
     asked = ("--kl-divergence", "--kl-divergence-base", models.probabilities())
-    found = said(file, models.text(0), r"Mean PPL\(Q\) +: +(\S+).*Mean +KLD: +(\S+)", *asked)
-    return {"bytes": file.stat().st_size, "perplexity": float(found[1]), "divergence": float(found[2])}
+    perplexity, divergence = said(file, models.text(0), *asked)
+    return {"bytes": file.stat().st_size, "perplexity": perplexity, "divergence": divergence}
 
 
 # Each row: how weights are stored, and the file.
@@ -123,11 +132,11 @@ ROWS: dict[str, Callable[[Models, str], Path | None]] = {
     "bf16, by fuse": Models.by_fuse,
     "q8_0": lambda models, name: models.quantized(name, "q8_0"),
     "q8_0, by export": lambda models, name: models.by_export(name, "q8_0"),
+    "q4_0": lambda models, name: models.quantized(name, "q4_0"),
+    "q4_0, by export": lambda models, name: models.by_export(name, "q4_0"),
+    "q4_0, weighed": lambda models, name: models.quantized(name, "q4_0", True),
     "q4_K_M": lambda models, name: models.quantized(name, "q4_K_M"),
     "q4_K_M, weighed": lambda models, name: models.quantized(name, "q4_K_M", True),
-    "q4_0": lambda models, name: models.quantized(name, "q4_0"),
-    "q4_0, weighed": lambda models, name: models.quantized(name, "q4_0", True),
-    "q4_0, by export": lambda models, name: models.by_export(name, "q4_0"),
 }
 
 
@@ -140,7 +149,7 @@ def line(label: str, each: dict[str, dict[str, float] | None]) -> str:
         else:
             value = found["perplexity"]
             cells += [f"{found['bytes'] / 1e3:,.0f}", f"{value:.3f}" if value < 1e4 else f"{value:.0e}"]
-            cells += [f"{found['divergence']:.1e}"]
+            cells += [f"{max(found['divergence'], 0.0):.1e}"]  # of none at all, llama.cpp says -0
     return f"| {' | '.join(cells)} |"
 
 

@@ -30,6 +30,10 @@ CASES: dict[str, tuple[dict[str, Any], str | None, dict[str, Any]]] = {
         "pivoted", {"remove": ("stream", "values", "head")},
     ),
     "experts, everything": ({"hidden_size": 64, **EXPERTS, **BIASES}, "pivoted", MOST),
+    "values and queries, a part rotated": (
+        {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}, **BIASES},
+        "auto", {"remove": ("values", "queries")},
+    ),
     "alibi, shaped by value": ({"position_type": "alibi", "attention_shaping": "value"}, "pivoted", {}),
     "sliding window": ({"sliding_window": 4}, "pivoted", {}),
     "soft caps": ({"attn_logit_softcapping": 0.5, "final_logit_softcapping": 0.7}, "q", {}),

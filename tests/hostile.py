@@ -465,7 +465,7 @@ def attempt(path: Path, requests: Iterable[Request] = ()) -> str | None:
 def describe(path: Path) -> str | None:
     """Do with a config alone all that can be done; why it was refused, or None."""
     with clean() as refused:
-        _, found, architecture = resolve(path)
+        _, found, architecture, _ = resolve(path)
         count(path)
         limit(architecture if found == "skipless" else architecture.skipless())
     return refused[0] if refused else None

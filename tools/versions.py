@@ -12,7 +12,8 @@ START, END = "<!-- make versions -->\n", "<!-- end -->\n"
 
 def locked(name: str) -> str | None:
     """The release of a package that the tests run with."""
-    for lock in ("requirements.lock", "requirements-mlx.lock", "requirements-vllm.lock"):
+    for part in ("", "-executorch", "-mlx", "-vllm"):
+        lock = f"requirements{part}.lock"
         text = (ROOT / lock).read_text(encoding="utf-8")
         if found := re.search(rf"^{re.escape(name)}==([^\s+]+)", text, re.MULTILINE | re.IGNORECASE):
             return found[1]

@@ -106,7 +106,7 @@ def test_whatever_comes_between_nothing_is_left(engine, source, tmp_path, error)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"to": "tflite"}, "to: expected one of openvino, onnx, gguf, mlx, found 'tflite'"),
+        ({"to": "tflite"}, "to: expected one of openvino, onnx, gguf, mlx, executorch, found 'tflite'"),
         ({"weights": "int2"}, "weights: expected one of f32, bf16 for openvino, found 'int2'"),
         ({"source": "none"}, "none: expected a model folder, found nothing"),
         ({"destination": "source/out"}, "expected a folder outside the source"),
@@ -143,4 +143,6 @@ def test_other_models_are_refused(tmp_path):
 def test_no_engine_is_imported_before_it_is_used():
     code = "import sys, skipless.cli, skipless.serving.export, skipless.serving.decoder; print(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"openvino", "nncf", "onnx", "onnxscript", "onnxruntime", "gguf", "mlx"} & set(found.stdout.split())
+    assert not {"openvino", "nncf", "onnx", "onnxscript", "onnxruntime", "gguf", "mlx", "executorch"} & set(
+        found.stdout.split()
+    )

@@ -136,6 +136,83 @@ def test_a_family_that_cannot_be_said_is_refused_by_the_field_in_the_way(kind, f
         count(name)
 
 
+SMALL = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 8}
+WITH_BLOCKS = {
+    "DeepseekV3": ({**SMALL, **LATENT, "num_key_value_heads": 4, "first_k_dense_replace": 2}, 2 * 4 * (6**2 + 8**2)),
+    "Llama4Text": (
+        {**SMALL, "num_key_value_heads": 2, "head_dim": 8, "no_rope_layers": [1, 0], "num_local_experts": 2,
+         "intermediate_size_mlp": 40},
+        (2 + 1) * 2 * 8**2,
+    ),
+    "GptOss": ({**SMALL, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4}, 2 * 2 * 8**2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "layers", [None, 0, "x", 10**4000, -1, [1]], ids=["null", "0", "text", "huge", "negative", "list"]
+)
+def test_blocks_of_a_config_that_is_none(layers):
+    config = {"model_type": "llama4_text", "no_rope_layers": [1, 0], "num_key_value_heads": 2, "head_dim": 10**400}
+    assert "carry no information" not in inexpressible.find(config).refusal({**config, "num_hidden_layers": layers})
+
+
+def rebased(linear, starts, size, change, along=0):
+    """Give these rows (columns) of a matrix, `size` from each start on, another basis."""
+    for start in starts:
+        part = linear.weight.data.narrow(along, start, size)
+        part.copy_(change @ part if along == 0 else part @ change)
+        if along == 0 and linear.bias is not None:
+            linear.bias.data[start : start + size] = change @ linear.bias.data[start : start + size]
+
+
+@pytest.mark.parametrize("kind", WITH_BLOCKS)
+def test_blocks_of_families_that_cannot_be_said(kind, tmp_path):
+    """As many weights as the refusal says are a change of basis, which changes nothing; where RoPE is, another does."""
+    fields, blocks = WITH_BLOCKS[kind]
+    if getattr(transformers, f"{kind}Config", None) is None:
+        pytest.skip(f"this release of transformers has no {kind}")
+    config = getattr(transformers, f"{kind}Config")(**fields)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(skipless.InputError, match=f"; blocks of {blocks:,} weights carry no information"):
+        count(tmp_path / "config.json")
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", experts_implementation="eager"
+    )
+    model = model.double().eval()
+    ids, size, changed = torch.randint(96, (2, 12)), 8, 0
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3)
+        before = model(input_ids=ids).logits
+        for index, layer in enumerate(model.model.layers):
+            attention, groups = layer.self_attn, 4 if kind == "DeepseekV3" else 2
+            heads, latent = range(0, 4 * size, 4 * size // groups), kind == "DeepseekV3"
+            nope = 6 if latent else size * (kind == "Llama4Text" and not config.no_rope_layers[index])
+            for group, head in enumerate(heads):
+                own = [head + each for each in range(0, 4 * size // groups, size)]
+                change = torch.randn(size, size).double()
+                values = (attention.kv_b_proj, 14 * group + 6) if latent else (attention.v_proj, size * group)
+                rebased(values[0], [values[1]], size, change)
+                rebased(attention.o_proj, own, size, change.inverse(), 1)
+                changed += size**2
+                if nope:
+                    change = torch.randn(nope, nope).double()
+                    keys = (attention.kv_b_proj, 14 * group) if latent else (attention.k_proj, size * group)
+                    rebased(keys[0], [keys[1]], nope, change)
+                    queries = (attention.q_b_proj, [10 * group]) if latent else (attention.q_proj, own)
+                    rebased(queries[0], queries[1], nope, change.inverse().T)
+                    changed += nope**2
+        assert changed == blocks
+        after = model(input_ids=ids).logits
+        assert (after - before).abs().max() < 1e-5 * before.abs().max()  # transformers computes norms in fp32
+        rotated = attention.q_b_proj if latent else model.model.layers[0].self_attn.q_proj
+        start = 6 if latent else 0
+        rebased(rotated, [start], 4, torch.randn(4, 4).double())
+        assert (model(input_ids=ids).logits - before).abs().max() > 1e-3 * before.abs().max()
+
+
 def test_every_family_that_cannot_be_said_is_tried_here_and_is_described_nowhere():
     tried = {inexpressible.named(name) for _, _, name in INEXPRESSIBLE}
     assert tried == set(inexpressible.FAMILIES)

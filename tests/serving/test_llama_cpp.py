@@ -131,6 +131,16 @@ def test_perplexity_of_what_llama_quantize_makes(bundled, tmp_path):
             assert 1e-5 < abs(perplexity(quantized, text) / found[name] - 1) < most - 1
 
 
+@pytest.mark.parametrize("weights", ["q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
+def test_perplexity_of_what_export_rounds(weights, bundled, tmp_path):
+    text = tmp_path / "text"
+    text.write_text(TEXT)
+    most = 1.02 if weights == "q8_0" else 1.5
+    export(bundled["fused"].parents[1] / "fused", tmp_path / "out", to="gguf", weights=weights)
+    found = perplexity(tmp_path / "out" / "model.gguf", text) / perplexity(bundled["fused"], text)
+    assert 1e-5 < abs(found - 1) < most - 1
+
+
 def test_the_importance_matrix(bundled, tmp_path):
     text, matrix, quantized = (tmp_path / name for name in ("text", "matrix.gguf", "quantized.gguf"))
     text.write_text(TEXT)

@@ -21,4 +21,4 @@ ENGINES = {
 }
 
 # What `export` writes: the module that does (with WEIGHTS and `write`).
-FORMATS = {"openvino": "openvino", "onnx": "onnx", "gguf": "gguf", "mlx": "mlx"}
+FORMATS = {"openvino": "openvino", "onnx": "onnx", "gguf": "gguf", "mlx": "mlx", "executorch": "executorch"}

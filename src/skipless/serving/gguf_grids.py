@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -84,17 +85,12 @@ def spaces(layout: SkiplessLayout) -> Iterator[Tensors]:
 def gridded(stored: Array, kind: GGMLQuantizationType, turn: bool) -> Gridded:
     """A matrix of the file, or a bias, as algebra/grids.py takes it. turn: whether its columns are rows there."""
     matrix = torch.from_numpy(stored).reshape(-1, stored.shape[-1])
-    if kind.name not in RANGES:
-        fit = None
-    elif turn:
-        fit = lambda rows: fitted(rows.T, kind).T  # noqa: E731
-    else:
-        fit = lambda rows: fitted(rows, kind)  # noqa: E731
-    return Gridded(matrix.T if turn else matrix, fit)
+    return Gridded(matrix.T if turn else matrix, partial(fitted, kind=kind, turn=turn) if kind.name in RANGES else None)
 
 
-def fitted(matrix: torch.Tensor, kind: GGMLQuantizationType) -> Grid:
-    """The grid (rows, columns) that GGUF's own rounding to the nearest chooses."""
+def fitted(rows: torch.Tensor, kind: GGMLQuantizationType, turn: bool = False) -> Grid:
+    """The grid that GGUF chooses for a matrix of the file, to round to the nearest. turn: rows is its transpose."""
+    matrix = rows.T if turn else rows
     blocks = quantize(np.ascontiguousarray(matrix.numpy()), kind).reshape(matrix.numel() // BLOCK, -1)
 
     def half(place: int) -> torch.Tensor:
@@ -104,7 +100,8 @@ def fitted(matrix: torch.Tensor, kind: GGMLQuantizationType) -> Grid:
     low, high = RANGES[kind.name]
     step = half(0)
     origin = half(1) if low == 0 else torch.zeros_like(step)
-    return Grid(torch.where(step == 0, 1, step), origin, low, high)
+    grid = Grid(torch.where(step == 0, 1, step), origin, low, high)
+    return grid.T if turn else grid
 
 
 def encode(matrix: torch.Tensor, grid: Grid | None, kind: GGMLQuantizationType) -> Array:
