@@ -15,6 +15,7 @@ from skipless.checkpoint.reader import CheckpointReader
 from skipless.cli import demo
 from skipless.cli.demo import PROMPT
 from skipless.inference import greedy_config
+from skipless.rewrite.model_files import MODEL_FILES
 from tests.models import edit_tensors, load
 from tests.tolerances import FP32, FP64
 
@@ -32,6 +33,11 @@ def test_it_is_small_bf16_and_whole():
     assert sum(file.stat().st_size for file in BUNDLED.iterdir()) <= 12_000_000
     assert {info.dtype for info in CheckpointReader(BUNDLED).tensors.values()} == {torch.bfloat16}
     assert (BUNDLED / "README.md").exists()
+
+
+def test_it_has_this_versions_model_files():
+    """If not: skipless refresh src/skipless/bundled/stdlib."""
+    assert all((BUNDLED / file.name).read_text() == file.read_text() for file in MODEL_FILES)
 
 
 def test_its_tokenizer_round_trips_python():

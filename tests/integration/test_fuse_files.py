@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 import skipless
+from skipless.bundled import BUNDLED
 from skipless.checkpoint.others import is_copied
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.reports.comparing import GENERATION_FILES
@@ -27,19 +28,27 @@ def source(tmp_path):
     return save(build(), tmp_path / "source")
 
 
-@pytest.mark.slow
-def test_the_folder_loads_without_skipless_through_trust_remote_code(source, tmp_path):
-    skipless.fuse(source, tmp_path / "fused")
+def logits_without_skipless(folder, tmp_path):
+    """Those of tokens 0 to 8 in fp64, by transformers alone."""
     code = f"""
 import sys; sys.modules["skipless"] = None
-import torch; from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "fused")!r}, trust_remote_code=True, dtype=torch.float64)
+import torch; from transformers import AutoModel, AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True, dtype=torch.float64)
 torch.save(model(torch.arange(9)[None]).logits, {str(tmp_path / "logits")!r})
-assert AutoModel.from_pretrained({str(tmp_path / "fused")!r}, trust_remote_code=True).config.stream_basis == "q"
+assert AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True).config.stream_basis == model.config.stream_basis
 """
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True)
-    found, expected = torch.load(tmp_path / "logits"), load(source)(torch.arange(9)[None]).logits
+    return torch.load(tmp_path / "logits")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bundled", [False, True])
+def test_the_folder_loads_without_skipless_through_trust_remote_code(source, tmp_path, bundled):
+    folder, original = (BUNDLED, BUNDLED) if bundled else (tmp_path / "fused", source)
+    if not bundled:
+        skipless.fuse(source, folder)
+    found, expected = logits_without_skipless(folder, tmp_path), load(original)(torch.arange(9)[None]).logits
     assert (found - expected).abs().max() <= FP64 * expected.abs().max()
     assert (found.roll(1) - expected).abs().max() > FP64 * expected.abs().max()
 
