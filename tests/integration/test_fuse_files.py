@@ -35,7 +35,8 @@ import sys; sys.modules["skipless"] = None
 import torch; from transformers import AutoModel, AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True, dtype=torch.float64)
 torch.save(model(torch.arange(9)[None]).logits, {str(tmp_path / "logits")!r})
-assert AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True).config.stream_basis == model.config.stream_basis
+base = AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True)
+assert base.config.stream_basis == model.config.stream_basis
 """
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True)

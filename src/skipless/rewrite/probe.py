@@ -280,13 +280,15 @@ def table_reads(
             mixing[name] = torch.randn(shape, generator=generator_of(f"mixing {name}"), dtype=torch.float64)
         return columns @ mixing[name]
 
-    def projected(rows: torch.Tensor, attention: Any = layer.self_attn) -> torch.Tensor:
+    def projected(rows: torch.Tensor, reader: Any = layer) -> torch.Tensor:
+        attention = reader.self_attn
         parts = dict(zip("qkv", attention.project(rows[None]), strict=True))
         columns = [parts[name][0] for name in "qkv" if name in letters]
         if "k" not in letters:
             reference = torch.randn(MIXTURES, rows.shape[-1], generator=generator_of("queries"), dtype=torch.float64)
-            queries = attention.project(reference[None])[0][0]
-            keys = parts["k"] - attention.project(torch.zeros_like(rows[None, :1]))[1]  # whose bias matters to none
+            queries = attention.project(_past_gain(reader.input_layernorm, reference)[None])[0][0]
+            nothing = _past_gain(reader.input_layernorm, torch.zeros_like(rows[:1]))
+            keys = parts["k"] - attention.project(nothing[None])[1]  # a bias of all keys matters to none
             (rotated, own), (_, queries) = (parted(each, model.config) for each in (keys[0], queries))
             columns += [scored(queries, own), rotated.flatten(1), parted(parts["q"][0], model.config)[0].flatten(1)]
         return mixed("q, k, v", torch.cat(columns, -1))
@@ -302,7 +304,7 @@ def table_reads(
         x = layer(x[:, None], position_embeddings=cos_sin, position_ids=positions)[:, 0]
         if len(model.layers) == 1:
             return mixed("logits", whole.lm_head(apply(model.norm, x)))
-        return projected(apply(model.layers[1].input_layernorm, x), model.layers[1].self_attn)
+        return projected(apply(model.layers[1].input_layernorm, x), model.layers[1])
 
     table, bias = model.embed_tokens.weight, model.embed_tokens.bias
     width = table.shape[1]
@@ -322,6 +324,14 @@ def table_reads(
         parts = [table.read(rows) @ matrix for rows in slices(table.shape[0], max(1, BLOCK // width))]
         reads["positions"] = torch.cat(parts)
     return reads
+
+
+def _past_gain(norm: Any, rows: torch.Tensor) -> torch.Tensor:
+    """What a norm's gain and bias make of normalized rows: itself, where they have been folded, or there is none."""
+    if norm is None or norm.weight is None:
+        return rows
+    scaled = rows * (norm.offset + norm.weight)
+    return scaled if norm.bias is None else scaled + norm.bias
 
 
 def _noting(
