@@ -32,10 +32,15 @@ def close(seam: Seam, affines: dict[str, Affine], setting: Setting, tensor: Read
         remaining = {name: _with_values(seam, held, affines.pop(name)) for name in seam.readers}
     if way != "gain":
         bias = None if held.bias is None else held.bias.clone()
-        if bias is not None:  # of each head what RoPE does not rotate, all of it if that is all
-            bias.unflatten(0, (seam.blocks, -1))[:, -seam.width :] = 0
+        if bias is not None:
+            moving(seam, bias).zero_()
         remaining[writer] = dataclasses.replace(held, bias=bias)
     return remaining, None, Outcome(seam.kind, seam.layer, way, dtype, {}, {})
+
+
+def moving(seam: Seam, bias: Float[Tensor, "e"]) -> Float[Tensor, "blocks width"]:
+    """Of a writer's bias, what goes: of each head of K what RoPE does not rotate; else all."""
+    return bias.unflatten(0, (seam.blocks, -1))[:, -seam.width :]
 
 
 def _folded(norm: Affine, reader: Affine, dtype: torch.dtype) -> Affine:

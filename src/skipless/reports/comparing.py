@@ -26,6 +26,7 @@ from skipless.checkpoint.opening import AsSkipless, as_skipless
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.errors import InputError
 from skipless.model.configuration_skipless import SkiplessConfig
+from skipless.removals.neutral import moving
 from skipless.rewrite.model_files import other_model_files
 from skipless.rewrite.record import differences, digest, read_record
 
@@ -234,10 +235,12 @@ def _relation_of_families(a: CheckpointReader, b: CheckpointReader) -> Relation 
 
 
 def _is_neutral(tensors: Canonical, seam: Seam) -> bool:
-    """Whether what a seam's writer holds is gone: a norm's gain 1 and bias 0, or a bias 0."""
+    """Whether what a seam's writer holds is gone: a norm's gain 1, and a bias, or the part of it that goes, 0."""
     (writer,) = seam.writers
-    values = {f"{writer}.bias": 0.0} | ({f"{writer}.weight": 1.0} if seam.kind == "norms" else {})
-    return all(bool((tensors.tensor(name) == value).all()) for name, value in values.items() if name in tensors.tensors)
+    gain, bias = f"{writer}.weight", f"{writer}.bias"
+    if seam.kind == "norms" and gain in tensors.tensors and not bool((tensors.tensor(gain) == 1).all()):
+        return False
+    return bias not in tensors.tensors or not bool(moving(seam, tensors.tensor(bias)).any())
 
 
 def _closed(source: Architecture, target: Architecture) -> Iterator[Seam]:
