@@ -13,7 +13,7 @@ from skipless.checkpoint.reader import CheckpointReader
 from skipless.errors import INTERRUPTED
 from skipless.rewrite import model_files
 from skipless.rewrite.record import digest
-from tests.models import load
+from tests.models import edit_tensors, load
 
 OLD = "\n# an older version's last line\n"
 
@@ -61,6 +61,15 @@ def test_a_dry_run_shows_it_and_changes_nothing(old):
     result = run("refresh", old, "--dry-run")
     assert result.exit_code == 0
     assert "-# an older version's last line" in result.stdout.splitlines()
+    assert contents(old) == before
+
+
+def test_a_folder_of_other_tensors_than_this_versions_is_left_alone(old):
+    edit_tensors(old, model__layers__0__mlp__down_proj__weight=torch.zeros(3, 2))
+    before = contents(old)
+    result = run("refresh", old)
+    assert result.exit_code == 2
+    assert "model.layers.0.mlp.down_proj.weight" in result.stderr
     assert contents(old) == before
 
 

@@ -131,3 +131,13 @@ def test_importing_skipless_and_its_seams_does_not_import_torch():
     heavy = "sys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))"
     code = f"import sys, skipless, skipless.architecture.seams, skipless.cli; {heavy}"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "part", "rotated"), [(20, 0.25, 6), (104, 30 / 104, 30), (5, 1.0, 5), (8, 0.5, 4)]
+)
+def test_rope_rotates_pairs(head_dim, part, rotated):
+    """Of 5 dimensions GPT-NeoX makes 3 angles, and rotates 6; 30 / 104 of 104 is less than 30 in floating point."""
+    fields = {"vocab_size": 9, "hidden_size": 2 * head_dim, "intermediate_size": 8, "num_hidden_layers": 1}
+    architecture = Architecture.from_values({**fields, "num_attention_heads": 2, "partial_rotary_factor": part})
+    assert architecture.rotated == rotated

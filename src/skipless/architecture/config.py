@@ -347,9 +347,10 @@ class Architecture:
 
     @property
     def rotated(self) -> int:
-        """How many dimensions of each head RoPE rotates, the first; 0 without RoPE."""
+        """How many dimensions of each head RoPE rotates, the first, in pairs; 0 without RoPE."""
         part = min(self.partial_rotary_factor, 1.0) if self.position_type.startswith("rope") else 0.0
-        return int(self.head_dim * part)
+        whole = int(self.head_dim * part)
+        return min(whole + whole % 2, self.head_dim)
 
     @property
     def unrotated(self) -> int:

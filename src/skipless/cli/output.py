@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,17 @@ def _progress(verb: str, *columns: ProgressColumn) -> Progress:
     return Progress(*first, *columns, console=err, transient=True, disable=not shown)
 
 
+def _shown(bar: Progress) -> AbstractContextManager[Any]:
+    """The bar, if it is shown: an old rich ends also one that is not with an empty line."""
+    return nullcontext() if bar.disable else bar
+
+
 @contextmanager
 def waiting(verb: str) -> Iterator[None]:
     """A bar that moves, and the time, for work of which nobody knows how long it takes."""
     bar = _progress(verb, TimeElapsedColumn())
     bar.add_task("", total=None)
-    with bar:
+    with _shown(bar):
         yield
 
 
@@ -62,7 +67,7 @@ def count_bar(verb: str) -> Iterator[Callable[[int, int | None], None]]:
     """A bar for work of equal steps, called with how many are done, of how many (None: nobody knows)."""
     bar = _progress(verb, MofNCompleteColumn(), TimeRemainingColumn())
     number = bar.add_task("", total=None)
-    with bar:
+    with _shown(bar):
         yield lambda done, total: bar.update(number, completed=done, total=total)
 
 
@@ -71,7 +76,7 @@ def step_bar(verb: str) -> Iterator[Callable[[str, int, int], None]]:
     """A bar for work of named steps, called with what is done next, steps done, and their number."""
     bar = _progress(verb, MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
     number = bar.add_task("", total=None)
-    with bar:
+    with _shown(bar):
         yield lambda step, done, total: bar.update(number, description=step, completed=done, total=total)
 
 
@@ -100,7 +105,7 @@ def work_bar(verb: str) -> Iterator[Callable[[Any, Any], None]]:
                 bar.add_task("", total=None, rate="checking what was written")
         last = now
 
-    with bar:
+    with _shown(bar):
         yield advance
 
 

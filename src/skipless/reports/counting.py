@@ -217,10 +217,11 @@ def count_architecture(
     by_fuse, stays = moved_by_fuse(family_name, architecture)
     stored = max(WEIGHT_BYTES[conditions.dtype], WEIGHT_BYTES["bfloat16"])  # fuse stores no integers
     bases = [basis for seam in possible if seam.kind == "stream" for basis in seam.identities][:1]
-    as_is = removable_as_is(architecture)
     if architecture.norm_type == "none":
-        as_is = saved(closable(architecture, stored))
+        as_is = saved(_closable_as_is(architecture, stored))
         by_fuse = sum(as_is.values())
+    else:
+        as_is = removable_as_is(architecture)
     return Count(
         name=name,
         family=family_name,
@@ -298,6 +299,15 @@ def left_out_by_fuse(
     indices = left.index_tensors()
     before, after = (sum(map(math.prod, each.tensors().values())) for each in (architecture, left))
     return before - after + sum(map(math.prod, indices.values()))
+
+
+def _closable_as_is(architecture: Architecture, itemsize: float) -> list[Seam]:
+    """The seams of a model without norms that fuse closes: those of queries, too, where no stream's are among them."""
+    closing = closable(architecture, itemsize)
+    if any(seam.kind == "stream" for seam in closing):
+        return closing
+    queries = [seam for seam in seams(architecture, queries=True) if seam.kind == "queries"]
+    return closing + [seam for seam in queries if not (seam.blocked or seam.unpaid(itemsize))]
 
 
 def resolve(model: str | Path) -> tuple[str, str, Architecture, Mapping[str, Any]]:

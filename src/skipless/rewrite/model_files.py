@@ -5,8 +5,8 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from skipless.checkpoint import files
-from skipless.checkpoint.headers import MOST_CONFIG, check_file, read_json_object
+from skipless.checkpoint import family, files
+from skipless.checkpoint.headers import MOST_CONFIG, Folder, check_file, read_json_object
 from skipless.errors import InputError
 from skipless.rewrite.record import RECORD, digest, read_record, replace_record
 
@@ -20,7 +20,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_skipless.SkiplessModel",
     "AutoModelForCausalLM": "modeling_skipless.SkiplessForCausalLM",
 }
-# Bytes of a model file that are looked at: ours has 32 thousand.
+# Bytes of a model file that are looked at: ours has 45 thousand.
 MOST = 10**6
 
 
@@ -35,7 +35,8 @@ def refresh(folder: Path, tell: Callable[[str], None], dry_run: bool = False) ->
 
     Returns whether anything had to be replaced. tell: called with each line of what will change. dry_run: stop then.
 
-    Raises InputError for another model's folder, and for one that carries no model files.
+    Raises InputError for another model's folder, for one that carries no model files, and for one whose tensors are not
+    those of this version's model.
     """
     config = read_json_object(folder / "config.json", MOST_CONFIG, folder)
     if config.get("model_type") != "skipless":
@@ -47,6 +48,8 @@ def refresh(folder: Path, tell: Callable[[str], None], dry_run: bool = False) ->
             f"{folder}: expected {' and '.join(file.name for file in MODEL_FILES)}, found neither; skipless itself "
             f"runs this folder"
         )
+    if any(folder.glob("*.safetensors")):
+        family.check(Folder(folder))
     record = read_record(folder)
     stale = other_model_files(folder)
     for line in changes(folder):

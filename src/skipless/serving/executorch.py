@@ -23,6 +23,8 @@ MODEL = "model.pte"
 WEIGHTS = ("f32",)
 # Tokens that the cache holds at most, and that are given at once: memory for so many is planned from the start.
 CONTEXT, PROMPT = 4096, 128
+# And of the prompt that the program is traced with: of one or two, torch would take the number for a constant.
+EXAMPLE = 3
 
 
 class Kept:
@@ -72,7 +74,11 @@ def write(source: Path, folder: Path, weights: str) -> None:
         )
     length = min(model.config.max_position_embeddings, CONTEXT)
     longest = min(PROMPT, length)
-    example = torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    if longest < EXAMPLE:
+        raise InputError(
+            f"config.json: max_position_embeddings: expected {EXAMPLE} at least for executorch, found {length}"
+        )
+    example = torch.zeros(1, EXAMPLE, dtype=torch.long), torch.zeros(1, dtype=torch.long)
     shapes = {1: torch.export.Dim("tokens", min=1, max=longest)}, None
     with errors_only("torch"), errors_only("executorch"), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")

@@ -17,9 +17,11 @@ from skipless.algebra.grids import Gridded, round_space
 from skipless.algebra.rounding import Grid
 from skipless.architecture.graph import graph
 from skipless.checkpoint.families.gguf_skipless import SkiplessLayout
+from skipless.errors import InputError
 
 Array = np.ndarray[Any, Any]
 BLOCK = 32
+LARGEST = float(np.finfo(np.float16).max)
 # The least and the largest number of steps.
 RANGES = {"Q8_0": (-127, 127), "Q5_0": (-16, 15), "Q5_1": (0, 31), "Q4_0": (-8, 7), "Q4_1": (0, 15)}
 TABLES = ("model.embed_tokens", "model.position_embeddings")
@@ -45,7 +47,14 @@ class Tensors:
     def encoded(self, read: Callable[[str], Array], kinds: Mapping[str, GGMLQuantizationType]) -> dict[str, Array]:
         """Each as its kind stores it, all rounded with care for each other."""
         turned = [name in self.writers and name not in self.tables for name in self.names]
-        given = [gridded(read(name), kinds[name], turn) for name, turn in zip(self.names, turned, strict=True)]
+        values = {name: read(name) for name in self.names}
+        for name, kind in ((name, kinds[name]) for name in values):
+            if not np.abs(values[name]).max(initial=0.0) <= LARGEST:  # or NaN
+                raise InputError(
+                    f"{name}: expected numbers of at most {LARGEST:,} for {kind.name}, whose steps are fp16; found "
+                    f"{np.abs(values[name]).max()}; export with --weights f32 or bf16"
+                )
+        given = [gridded(values.pop(name), kinds[name], turn) for name, turn in zip(self.names, turned, strict=True)]
         stored = round_space(given[: len(self.writers)], given[len(self.writers) :], self.passed)
         return {
             name: encode(matrix.T if turn else matrix, grid and (grid.T if turn else grid), kinds[name])

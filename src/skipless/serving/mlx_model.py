@@ -141,7 +141,7 @@ class Attention(nn.Module):
         return self[f"{name}_proj"](x) if f"{name}_proj" in self else x
 
     def project_others(self, name: str, x: mx.array, order: mx.array) -> mx.array:
-        """Key or value, each head the head_dim inputs that it passes through and its projection of the others."""
+        """Key or value, each head the inputs in its order and its projection of the others."""
         passed = order.shape[-1]
         every = mx.broadcast_to(mx.arange(x.shape[-1]), (self.groups, x.shape[-1]))
         every = mx.put_along_axis(every, order, mx.broadcast_to(mx.arange(passed), order.shape), -1)
