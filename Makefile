@@ -40,7 +40,7 @@ VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' src/skipless/version
 
 help:
 	@echo "make demo        fuse the bundled model and prove it is the same function (creates .venv first)"
-	@echo "make test        run the tests, but for slow ones: six minutes (creates .venv first)"
+	@echo "make test        run the tests, but for slow ones: four minutes (creates .venv first)"
 	@echo "make test-all    run them all: twenty minutes"
 	@echo "make test-newest the same with the newest releases of all that skipless needs (updates .venv-newest first)"
 	@echo "make test-oldest and with the oldest (updates .venv-oldest first)"

@@ -240,7 +240,7 @@ def llama_cpp() -> dict[str, list[str]]:
         if first.endswith(": MB a token"):
             engine = f"llama.cpp {first.removesuffix(': MB a token')}"
         elif first == "tokens/s":
-            found[engine] = cells
+            found[engine] = cells[:3]
         elif first == "of the bandwidth":
             found[engine].append(cells[1])
     return found
