@@ -269,7 +269,7 @@ def test_stored_in_any_dtype(name, dtype, tmp_path, caplog):
         {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[dtype]
     }
     assert json.loads((tmp_path / "folded" / "config.json").read_text())["dtype"] == dtype
-    assert not caplog.text
+    assert not [record for record in caplog.records if record.name.startswith("skipless")]
     assert skipless.verify(tmp_path / "source", tmp_path / "folded", dtypes=()).same
 
 

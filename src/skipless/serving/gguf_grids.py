@@ -49,7 +49,7 @@ class Tensors:
         turned = [name in self.writers and name not in self.tables for name in self.names]
         values = {name: read(name) for name in self.names}
         for name, kind in ((name, kinds[name]) for name in values):
-            if not np.abs(values[name]).max(initial=0.0) <= LARGEST:  # or NaN
+            if np.abs(values[name]).max(initial=0.0) > LARGEST:
                 raise InputError(
                     f"{name}: expected numbers of at most {LARGEST:,} for {kind.name}, whose steps are fp16; found "
                     f"{np.abs(values[name]).max()}; export with --weights f32 or bf16"
