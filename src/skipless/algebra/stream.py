@@ -12,7 +12,7 @@ in fp64; a product is in what the dtype that it is to be stored in needs (linalg
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,25 +65,17 @@ def close_stream(
     seam: Seam,
     affines: Mapping[str, Affine],
     basis: Basis,
-    rest: Affine | None = None,
-    within: torch.dtype = torch.float64,
+    precision_of: Callable[[Stream], torch.dtype] = lambda readers: torch.float64,
 ) -> Stream:
     """O* = O S, R = S^-1 A_r (Fig. 2b), with biases and tied tables. affines: every module of seam.modules.
 
-    rest: R, if it is known already. within: the precision of O S.
+    precision_of: the precision of O S, of a stream that has all but its writers.
     """
-    rest = close_rest(seam, affines, basis) if rest is None else rest
+    rest = close_rest(seam, affines, basis)
     readers = [affines[name] for name in seam.readers]
     kept, bias = basis.columns, _bias(readers)
     chosen = join([reader.weight for reader in readers]).T[kept].T
     chosen_bias = None if bias is None else bias[kept]
-    writers = {}
-    for name in seam.writers:
-        writer = affines[name]
-        bias = None if writer.bias is None else read(writer.bias, chosen)
-        moved = dataclasses.replace(writer, weight=product(writer.weight, chosen, within, within), bias=bias)
-        taken = None if chosen_bias is None else chosen_bias / moved.scale
-        writers[name] = moved.with_bias(taken) if name in seam.bias_takers else moved
     duals = {}
     for name in seam.duals:
         dual = affines[name]
@@ -94,11 +86,19 @@ def close_stream(
         weight = basis.solve(affines[name].weight)
         moved = dataclasses.replace(affines[name], weight=weight)
         followers[name] = moved.with_bias(None if chosen_bias is None else -moved.scale * read(chosen_bias, weight))
-    shares = {name: seam.bias_share(name) for name in writers}
+    shares = {name: seam.bias_share(name) for name in seam.writers}
     seen = {name: seam.seen[name] for name in seam.followers if name in seam.seen}
     if seam.readers[0] in seam.seen:
         seen["rest"] = seam.seen[seam.readers[0]]
-    return Stream(writers, rest, duals, followers, kept, _others(readers, basis), shares, seen)
+    stream = Stream({}, rest, duals, followers, kept, _others(readers, basis), shares, seen)
+    within = precision_of(stream)
+    for name in seam.writers:
+        writer = affines[name]
+        bias = None if writer.bias is None else read(writer.bias, chosen)
+        moved = dataclasses.replace(writer, weight=product(writer.weight, chosen, within, within), bias=bias)
+        taken = None if chosen_bias is None else chosen_bias / moved.scale
+        stream.writers[name] = moved.with_bias(taken) if name in seam.bias_takers else moved
+    return stream
 
 
 def column_order(stream: Stream) -> Int[Tensor, "m"]:

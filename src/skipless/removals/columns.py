@@ -39,7 +39,7 @@ from skipless.algebra.rounding import (
     round_stream,
 )
 from skipless.algebra.rows import Matrix, Rows
-from skipless.algebra.stream import Stream, close_rest, close_stream, column_order
+from skipless.algebra.stream import Stream, close_stream, column_order
 from skipless.algebra.tolerances import coarsest, dtype_name
 from skipless.architecture.seams import Seam
 from skipless.checkpoint.opening import Read
@@ -262,14 +262,13 @@ class OpenStream:
         that its error would show.
         """
         affines = self.affines if affines is None else affines
-        rest, self.within = close_rest(self.seam, affines, basis), torch.float64
-        if dtypes is not None and all(dtypes[name] in HALF for name in self.seam.writers):
-            stream = close_stream(self.seam, affines, basis, rest, torch.float32)
-            if self._largest(stream) <= LARGEST_REST:
-                self.within = torch.float32
-                return stream
-            del stream
-        return close_stream(self.seam, affines, basis, rest, self.within)
+        half = dtypes is not None and all(dtypes[name] in HALF for name in self.seam.writers)
+
+        def precision(stream: Stream) -> torch.dtype:
+            self.within = torch.float32 if half and self._largest(stream) <= LARGEST_REST else torch.float64
+            return self.within
+
+        return close_stream(self.seam, affines, basis, precision)
 
     def _largest(self, stream: Stream) -> float:
         """The largest scaled |R|, of all that reads the stream."""

@@ -146,7 +146,7 @@ def audit(
     as_is, family = removable_as_is(source), opened.family
     by_fuse, stays = moved_by_fuse(family, source)
     kept = stored_in(reader.tensors) if dtype is None else getattr(torch, dtype)
-    refusal = _not_skipless(Path(model))
+    refusal = () if family == "skipless" else _not_skipless(Path(model))
     left_out = None if refusal else left_out_by_fuse(family, source, {}, kept.itemsize)
     if by_fuse is not None and kinds and set(kinds) <= set(FOLDS):
         moving = request.of(family)

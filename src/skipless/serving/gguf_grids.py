@@ -47,14 +47,7 @@ class Tensors:
     def encoded(self, read: Callable[[str], Array], kinds: Mapping[str, GGMLQuantizationType]) -> dict[str, Array]:
         """Each as its kind stores it, all rounded with care for each other."""
         turned = [name in self.writers and name not in self.tables for name in self.names]
-        values = {name: read(name) for name in self.names}
-        for name, kind in ((name, kinds[name]) for name in values):
-            if np.abs(values[name]).max(initial=0.0) > LARGEST:
-                raise InputError(
-                    f"{name}: expected numbers of at most {LARGEST:,} for {kind.name}, whose steps are fp16; found "
-                    f"{np.abs(values[name]).max()}; export with --weights f32 or bf16"
-                )
-        given = [gridded(values.pop(name), kinds[name], turn) for name, turn in zip(self.names, turned, strict=True)]
+        given = [gridded(name, read(name), kinds[name], turn) for name, turn in zip(self.names, turned, strict=True)]
         stored = round_space(given[: len(self.writers)], given[len(self.writers) :], self.passed)
         return {
             name: encode(matrix.T if turn else matrix, grid and (grid.T if turn else grid), kinds[name])
@@ -91,8 +84,13 @@ def spaces(layout: SkiplessLayout) -> Iterator[Tensors]:
         )
 
 
-def gridded(stored: Array, kind: GGMLQuantizationType, turn: bool) -> Gridded:
+def gridded(name: str, stored: Array, kind: GGMLQuantizationType, turn: bool) -> Gridded:
     """A matrix of the file, or a bias, as algebra/grids.py takes it. turn: whether its columns are rows there."""
+    if (largest := np.abs(stored).max(initial=0.0)) > LARGEST:
+        raise InputError(
+            f"{name}: expected numbers of at most {LARGEST:,} for {kind.name}, whose steps are fp16; found {largest}; "
+            f"export with --weights f32 or bf16"
+        )
     matrix = torch.from_numpy(stored).reshape(-1, stored.shape[-1])
     return Gridded(matrix.T if turn else matrix, partial(fitted, kind=kind, turn=turn) if kind.name in RANGES else None)
 
