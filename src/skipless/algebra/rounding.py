@@ -637,16 +637,15 @@ def _round_block(
     round_part(last)
 
 
-def round_to_grid(matrix: Float[Tensor, "n d"], grid: Grid, metric: Float[Tensor, "d d"]) -> Float[Tensor, "n d"]:
+def round_to_grid(matrix: Float[Tensor, "n d"], grid: Grid, metric: Metric) -> Float[Tensor, "n d"]:
     """Each row on the grid, rounded with feedback under a metric."""
-    factors = factorize(metric, grid.step.double().square().mean(0))
-    upper, rounded = factors.upper.to(matrix.dtype), torch.empty_like(matrix)
-    for rows in blocks(matrix):
-        exact = matrix[rows].T[factors.order]
-        block, error, owed = torch.empty_like(exact), torch.empty_like(exact), torch.zeros_like(exact)
-        _round_block(exact, block, upper, upper, error, owed, grid[rows].T[factors.order])
-        rounded[rows].T[factors.order] = block
-    return rounded
+    upper, order = metric.upper.to(matrix.dtype), metric.order
+    exact = matrix.T[order]
+    rounded, error, owed = torch.empty_like(exact), torch.empty_like(exact), torch.zeros_like(exact)
+    _round_block(exact, rounded, upper, upper, error, owed, grid.T[order])
+    result = torch.empty_like(matrix)
+    result.T[order] = rounded
+    return result
 
 
 def round_both_ways(

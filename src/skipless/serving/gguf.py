@@ -8,15 +8,15 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 from gguf.constants import GGML_QUANT_SIZES
-from gguf.quants import quantize
 
+from skipless.algebra.rows import Matrix, Rows
 from skipless.architecture.config import OUTPUT_NORMS, Architecture
 from skipless.checkpoint.families.gguf_skipless import CONFIG, FAMILY, SkiplessLayout
 from skipless.checkpoint.family import Layout
@@ -26,7 +26,7 @@ from skipless.errors import InputError
 from skipless.model.configuration_skipless import MULTIPLIERS, SkiplessConfig
 from skipless.model.modeling_skipless import exchanged
 from skipless.quiet import errors_only
-from skipless.serving.gguf_grids import RANGES, spaces
+from skipless.serving.gguf_grids import RANGES, plain, spaces
 from skipless.serving.gguf_tokenizer import add_tokenizer
 
 MODEL = "model.gguf"
@@ -168,7 +168,7 @@ def encoded(
     """Each tensor as the file has it. together: round what writes and reads a space with care for each other."""
     parts = stored_from(layout)
 
-    def read(name: str) -> np.ndarray[Any, Any]:
+    def read(name: str) -> Matrix:
         return tensor(name, parts[name], layout, reader)
 
     members = {name: space for space in spaces(layout) for name in space.names} if together else {}
@@ -180,7 +180,7 @@ def encoded(
             yield ready.pop(name)
         else:
             index = kinds[name] is GGMLQuantizationType.I32
-            yield read(name) if index else quantize(read(name), kinds[name])
+            yield read(name).numpy() if index else plain(name, read(name), kinds[name])
 
 
 def stored_from(layout: Layout) -> dict[str, list[str]]:
@@ -191,28 +191,33 @@ def stored_from(layout: Layout) -> dict[str, list[str]]:
     return sources
 
 
-def tensor(name: str, parts: list[str], layout: Layout, reader: CheckpointReader) -> np.ndarray[Any, Any]:
-    """One tensor of the file, in fp32 or, of indices, int32."""
-    if not parts and len(layout.shapes[name]) == 1:
-        return np.ones(layout.shapes[name], np.float32)
+def tensor(name: str, parts: list[str], layout: Layout, reader: CheckpointReader) -> Matrix:
+    """One tensor of the file, in fp32 or, of indices, int32; a matrix that stands so in the folder as Rows."""
+    shape = layout.shapes[name]
+    if not parts and len(shape) == 1:
+        return torch.ones(shape)
     if not parts:
         kind = "key" if name.endswith("attn_k.weight") else "value"
         return whole_projection(kind, int(name.split(".")[1]), layout.architecture, reader)
+    if len(shape) == 2 and len(parts) == 1 and reader.tensors[parts[0]].shape == shape:
+
+        def rows(which: Any) -> torch.Tensor:
+            return reader.tensor(parts[0], which).float()
+
+        return cast(torch.Tensor, Rows(shape, torch.float32, torch.device("cpu"), rows))
     values = [reader.tensor(part) for part in parts]
     whole = torch.stack(values) if len(values) > 1 else values[0]
     if not whole.dtype.is_floating_point:
-        return whole.numpy()
+        return whole
     if name.endswith("attn_k.bias") and len(whole) < layout.architecture.value_width:
         size = layout.architecture.unrotated  # whose bias the softmax takes away
         whole = torch.nn.functional.pad(whole.unflatten(0, (-1, layout.architecture.rotated)), (0, size)).flatten()
-    if whole.numel() < math.prod(layout.shapes[name]):  # a gain of each head, for each of its outputs
+    if whole.numel() < math.prod(shape):  # a gain of each head, for each of its outputs
         whole = whole.repeat_interleave(layout.architecture.head_dim)
-    return whole.float().reshape(layout.shapes[name]).numpy()
+    return whole.float().reshape(shape)
 
 
-def whole_projection(
-    kind: str, layer: int, architecture: Architecture, reader: CheckpointReader
-) -> np.ndarray[Any, Any]:
+def whole_projection(kind: str, layer: int, architecture: Architecture, reader: CheckpointReader) -> torch.Tensor:
     """k_proj or v_proj ("key", "value") of a closed seam with its identity columns, and what RoPE rotates of keys,
     (heads * head_dim, hidden_size).
     """
@@ -227,4 +232,4 @@ def whole_projection(
     if rotated:
         own = reader.tensor(f"{attention}.k_rope_proj.weight").unflatten(0, (heads, rotated))
         weights = torch.cat((own, weights), 1)
-    return weights.flatten(0, 1).float().numpy()
+    return weights.flatten(0, 1).float()

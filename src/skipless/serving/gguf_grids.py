@@ -5,7 +5,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,9 @@ from gguf import GGMLQuantizationType
 from gguf.quants import quantize
 
 from skipless.algebra.grids import Gridded, round_space
+from skipless.algebra.linalg import blocks, max_abs
 from skipless.algebra.rounding import Grid
+from skipless.algebra.rows import Matrix, Rows
 from skipless.architecture.graph import graph
 from skipless.checkpoint.families.gguf_skipless import SkiplessLayout
 from skipless.errors import InputError
@@ -44,14 +45,14 @@ class Tensors:
         """All of them."""
         return (*self.writers, *self.readers)
 
-    def encoded(self, read: Callable[[str], Array], kinds: Mapping[str, GGMLQuantizationType]) -> dict[str, Array]:
+    def encoded(self, read: Callable[[str], Matrix], kinds: Mapping[str, GGMLQuantizationType]) -> dict[str, Array]:
         """Each as its kind stores it, all rounded with care for each other."""
         turned = [name in self.writers and name not in self.tables for name in self.names]
         given = [gridded(name, read(name), kinds[name], turn) for name, turn in zip(self.names, turned, strict=True)]
         stored = round_space(given[: len(self.writers)], given[len(self.writers) :], self.passed)
         return {
-            name: encode(matrix.T if turn else matrix, grid and (grid.T if turn else grid), kinds[name])
-            for name, turn, (matrix, grid) in zip(self.names, turned, stored, strict=True)
+            name: np.concatenate(parts, axis=1 if turn else 0)
+            for name, turn, parts in zip(self.names, turned, stored, strict=True)
         }
 
 
@@ -84,38 +85,59 @@ def spaces(layout: SkiplessLayout) -> Iterator[Tensors]:
         )
 
 
-def gridded(name: str, stored: Array, kind: GGMLQuantizationType, turn: bool) -> Gridded:
+def gridded(name: str, stored: Matrix, kind: GGMLQuantizationType, turn: bool) -> Gridded:
     """A matrix of the file, or a bias, as algebra/grids.py takes it. turn: whether its columns are rows there."""
-    if (largest := np.abs(stored).max(initial=0.0)) > LARGEST:
+    if isinstance(stored, Rows):
+        matrix = stored[slice(0, len(stored))].T if turn else stored
+    else:
+        matrix = stored.T if turn else stored.reshape(-1, stored.shape[-1])
+
+    def fit(rows: torch.Tensor) -> Grid:
+        check(name, rows, kind)
+        grid = fitted(rows.T if turn else rows, kind)
+        return grid.T if turn else grid
+
+    def encode(rows: torch.Tensor, grid: Grid | None) -> Array:
+        rows = rows.T if turn else rows
+        return plain(name, rows, kind) if grid is None else on_grid(rows, grid.T if turn else grid, kind)
+
+    return Gridded(matrix, fit if kind.name in RANGES else None, encode)
+
+
+def check(name: str, numbers: torch.Tensor, kind: GGMLQuantizationType) -> None:
+    """Raise InputError for numbers that the kind cannot hold."""
+    if numbers.numel() and (largest := max_abs(numbers)) > LARGEST:
         raise InputError(
-            f"{name}: expected numbers of at most {LARGEST:,} for {kind.name}, whose steps are fp16; found {largest}; "
+            f"{name}: expected numbers of at most {LARGEST:,} for {kind.name}, which has fp16 in it; found {largest}; "
             f"export with --weights f32 or bf16"
         )
-    matrix = torch.from_numpy(stored).reshape(-1, stored.shape[-1])
-    return Gridded(matrix.T if turn else matrix, partial(fitted, kind=kind, turn=turn) if kind.name in RANGES else None)
 
 
-def fitted(rows: torch.Tensor, kind: GGMLQuantizationType, turn: bool = False) -> Grid:
-    """The grid that GGUF chooses for a matrix of the file, to round to the nearest. turn: rows is its transpose."""
-    matrix = rows.T if turn else rows
-    blocks = quantize(np.ascontiguousarray(matrix.numpy()), kind).reshape(matrix.numel() // BLOCK, -1)
+def fitted(matrix: torch.Tensor, kind: GGMLQuantizationType) -> Grid:
+    """The grid that GGUF chooses for a matrix of the file, to round to the nearest."""
+    found = quantize(np.ascontiguousarray(matrix.numpy()), kind).reshape(matrix.numel() // BLOCK, -1)
 
     def half(place: int) -> torch.Tensor:
-        numbers = np.ascontiguousarray(blocks[:, 2 * place : 2 * place + 2]).view(np.float16).astype(np.float32)
+        numbers = np.ascontiguousarray(found[:, 2 * place : 2 * place + 2]).view(np.float16).astype(np.float32)
         return torch.from_numpy(numbers).expand(-1, BLOCK).reshape(matrix.shape)
 
     low, high = RANGES[kind.name]
     step = half(0)
     origin = half(1) if low == 0 else torch.zeros_like(step)
-    grid = Grid(torch.where(step == 0, 1, step), origin, low, high)
-    return grid.T if turn else grid
+    return Grid(torch.where(step == 0, 1, step), origin, low, high)
 
 
-def encode(matrix: torch.Tensor, grid: Grid | None, kind: GGMLQuantizationType) -> Array:
-    """A matrix as the file has it: that lies on a grid, or of a kind that has none."""
-    values = np.ascontiguousarray(matrix.numpy())
-    if grid is None:
-        return quantize(values, kind)
+def plain(name: str, tensor: Matrix, kind: GGMLQuantizationType) -> Array:
+    """A tensor as the file has it, each number rounded to the nearest. Raises InputError where the kind overflows."""
+    if isinstance(tensor, Rows):
+        return np.concatenate([plain(name, tensor[rows], kind) for rows in blocks(tensor)])
+    if kind.name in RANGES or kind.name == "F16":
+        check(name, tensor, kind)
+    return quantize(np.ascontiguousarray(tensor.numpy()), kind)
+
+
+def on_grid(matrix: torch.Tensor, grid: Grid, kind: GGMLQuantizationType) -> Array:
+    """A matrix that lies on a grid as the file has it."""
     low, high = RANGES[kind.name]
     numbers = grid.places(matrix).reshape(-1, BLOCK).numpy()
     heads = [grid.step, grid.origin] if low == 0 else [grid.step]
@@ -127,4 +149,4 @@ def encode(matrix: torch.Tensor, grid: Grid | None, kind: GGMLQuantizationType) 
         if high - low == 31:  # the fifth bits of all
             parts.append(np.packbits(found >> 4, axis=-1, bitorder="little"))
         parts.append((found[:, : BLOCK // 2] & np.uint8(15)) | (found[:, BLOCK // 2 :] << np.uint8(4)))
-    return np.concatenate(parts, axis=-1).reshape(len(values), -1)
+    return np.concatenate(parts, axis=-1).reshape(len(matrix), -1)
