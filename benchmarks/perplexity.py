@@ -1,4 +1,4 @@
-"""What fewer bits cost in llama.cpp, original against fused: the bundled model on held-out text.
+"""What fewer bits cost, engine by engine, original against fused: the bundled model on held-out text.
 
     make llama-cpp
     python benchmarks/perplexity.py [--folder WORK]    # WORK keeps what was made and measured: a second run goes on
@@ -6,23 +6,28 @@
 Perplexity, and the Kullback-Leibler divergence from the original in f32 (nats a token): perplexity can also fall by
 chance, a divergence cannot. "By export" is what `skipless export --weights` stores, "by fuse" what `skipless fuse
 --dtype bfloat16` does; llama-quantize makes the others of what skipless exports in f32, rest_proj in q8_0 at least,
-"weighed" with the importance matrix that llama-imatrix finds on other held-out text. The last line is one JSON object.
+"weighed" with the importance matrix that llama-imatrix finds on other held-out text. The other engines run what
+`skipless fuse --dtype` stores, and what `skipless export` makes of the model in f32. The last line is one JSON object.
 """
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 import skipless
 from engines import LLAMA_CPP, made
+from export import OpenVINO, feed
 from skipless.bundled import BUNDLED
-from skipless.inference import load_tokenizer
+from skipless.inference import load, load_tokenizer
 from skipless.serving.export import export
 from stored import held_out
 
@@ -30,7 +35,7 @@ CONTEXT = 512
 # llama.cpp's log is written by a thread that does not always come to its end, the less so the busier the machine is.
 TRIES = 10
 NAMES = {"original": "original", "q": "by q", "pivoted": "pivoted"}
-MODEL = "model.gguf"
+MODEL, WEIGHTS = "model.gguf", "openvino_model.bin"
 
 
 class Models:
@@ -117,6 +122,51 @@ def said(file: Path, text: Path, *arguments: object) -> tuple[float, float]:
     raise RuntimeError(log[-2000:])
 
 
+def logits(model: PreTrainedModel, window: torch.Tensor) -> torch.Tensor:
+    """Of each token of a window (1, CONTEXT), in PyTorch."""
+    with torch.no_grad():
+        return model(input_ids=window).logits.float()
+
+
+def elsewhere(models: Models, engine: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+    """What `said` says of a file, of an engine's logits: of the same tokens, each after the same others."""
+    ids = load_tokenizer(BUNDLED)(models.text(0).read_text(), return_tensors="pt").input_ids[0]
+    windows = ids[: len(ids) // CONTEXT * CONTEXT].split(CONTEXT)
+    original, kept, loss, divergence = load(BUNDLED, torch.float32), slice(CONTEXT // 2, CONTEXT - 1), 0.0, 0.0
+    for window in windows:
+        given = (logits(original, window[None]), engine(window[None]))
+        exact, found = (each[0, kept].double().log_softmax(-1) for each in given)
+        loss -= found.gather(-1, window[kept.start + 1 :, None]).mean().item() / len(windows)
+        divergence += (exact.exp() * (exact - found)).sum(-1).mean().item() / len(windows)
+    return {"perplexity": math.exp(min(loss, 700.0)), "divergence": divergence}
+
+
+def in_torch(dtype: str) -> Callable[[Models, str], dict[str, float]]:
+    def row(models: Models, name: str) -> dict[str, float]:
+        model = load(models.source(name, dtype), getattr(torch, dtype))
+        size = sum(weight.nbytes for weight in model.parameters())
+        return {"bytes": size, **elsewhere(models, partial(logits, model))}
+
+    return row
+
+
+def in_openvino(weights: str, arithmetic: str) -> Callable[[Models, str], dict[str, float] | None]:
+    def row(models: Models, name: str) -> dict[str, float] | None:
+        if weights == "int4" and name == "q":  # as in llama.cpp
+            return None
+        dtype = "bfloat16" if weights == "bf16" else "float32"  # which fuse stores better
+        folder = models.exported(name, "openvino", weights, dtype)
+        model = OpenVINO(folder, arithmetic)
+
+        def infer(window: torch.Tensor) -> torch.Tensor:
+            model.start()
+            return torch.from_numpy(feed(model, window.numpy(), 0))
+
+        return {"bytes": (folder / WEIGHTS).stat().st_size, **elsewhere(models, infer)}
+
+    return row
+
+
 def measured(models: Models, file: Path | None) -> dict[str, float] | None:
     if file is None:
         return None
@@ -125,18 +175,28 @@ def measured(models: Models, file: Path | None) -> dict[str, float] | None:
     return {"bytes": file.stat().st_size, "perplexity": perplexity, "divergence": divergence}
 
 
-# Each row: how weights are stored, and the file.
-ROWS: dict[str, Callable[[Models, str], Path | None]] = {
-    "f32": Models.exact,
-    "bf16": lambda models, name: models.quantized(name, "bf16"),
-    "bf16, by fuse": Models.by_fuse,
-    "q8_0": lambda models, name: models.quantized(name, "q8_0"),
-    "q8_0, by export": lambda models, name: models.by_export(name, "q8_0"),
-    "q4_0": lambda models, name: models.quantized(name, "q4_0"),
-    "q4_0, by export": lambda models, name: models.by_export(name, "q4_0"),
-    "q4_0, weighed": lambda models, name: models.quantized(name, "q4_0", True),
-    "q4_K_M": lambda models, name: models.quantized(name, "q4_K_M"),
-    "q4_K_M, weighed": lambda models, name: models.quantized(name, "q4_K_M", True),
+def in_llama_cpp(file: Callable[[Models, str], Path | None]) -> Callable[[Models, str], dict[str, float] | None]:
+    return lambda models, name: measured(models, file(models, name))
+
+
+# Each row: how weights are stored (without an engine's name: in llama.cpp), and what is measured of a model of NAMES.
+ROWS: dict[str, Callable[[Models, str], dict[str, float] | None]] = {
+    "f32": in_llama_cpp(Models.exact),
+    "bf16": in_llama_cpp(lambda models, name: models.quantized(name, "bf16")),
+    "bf16, by fuse": in_llama_cpp(Models.by_fuse),
+    "q8_0": in_llama_cpp(lambda models, name: models.quantized(name, "q8_0")),
+    "q8_0, by export": in_llama_cpp(lambda models, name: models.by_export(name, "q8_0")),
+    "q4_0": in_llama_cpp(lambda models, name: models.quantized(name, "q4_0")),
+    "q4_0, by export": in_llama_cpp(lambda models, name: models.by_export(name, "q4_0")),
+    "q4_0, weighed": in_llama_cpp(lambda models, name: models.quantized(name, "q4_0", True)),
+    "q4_K_M": in_llama_cpp(lambda models, name: models.quantized(name, "q4_K_M")),
+    "q4_K_M, weighed": in_llama_cpp(lambda models, name: models.quantized(name, "q4_K_M", True)),
+    "PyTorch, f32": in_torch("float32"),
+    "PyTorch, bf16, by fuse": in_torch("bfloat16"),
+    "OpenVINO, f32": in_openvino("f32", "f32"),
+    "OpenVINO, bf16, by fuse": in_openvino("bf16", "bf16"),
+    "OpenVINO, int8": in_openvino("int8", "bf16"),
+    "OpenVINO, int4": in_openvino("int4", "bf16"),
 }
 
 
@@ -164,9 +224,9 @@ def main() -> None:
         results = folder / "results.json"
         found = json.loads(results.read_text()) if results.exists() else {}
         models = Models(folder, arguments.blocks)
-        for label, file in ROWS.items():
+        for label, row in ROWS.items():
             if label not in found:
-                found[label] = {name: measured(models, file(models, name)) for name in NAMES}
+                found[label] = {name: row(models, name) for name in NAMES}
                 results.write_text(json.dumps(found))
     print(f"| weights | {' | '.join(f'{name}: KB | perplexity | divergence' for name in NAMES.values())} |")
     print(f"|---|{'---:|' * 3 * len(NAMES)}")
