@@ -34,6 +34,7 @@ BATCH, LENGTH, VOCABULARY, HEADS = 8, 256, 2048, 8
 EVALUATED = 2**17  # held-out tokens
 # Width, FFN and layers: about so many weights in the layers with all heads' keys and values.
 SIZES = {"1M": (128, 256, 6), "4M": (256, 512, 6)}
+IN_BF16 = ("4M",)  # matrix products
 COLUMNS = (
     "size", "kind", "phase", "rate", "seed", "steps", "tokens", "parameters", "layers", "held_out_loss",
     "bits_per_byte", "condition_q", "seconds",
@@ -95,7 +96,7 @@ def recipe_of(size: str, kind: str, rate: float, seed: int, tokens: int, text: P
     )
     return Recipe(
         steps=tokens // (BATCH * LENGTH), batch_size=BATCH, sequence_length=LENGTH, muon_lr=rate, adamw_lr=rate,
-        seed=seed, model=model, data=data, tokenizer=Tokenizer(str(text / corpus.TOKENIZER)),
+        bf16=size in IN_BF16, seed=seed, model=model, data=data, tokenizer=Tokenizer(str(text / corpus.TOKENIZER)),
     )  # fmt: skip
 
 

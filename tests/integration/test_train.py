@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 
 from skipless.cli import main
 from skipless.errors import InputError
+from skipless.rewrite.model_files import AUTO_MAP
 from skipless.train import corpus, run
 from skipless.train.data import Blocks, read_texts, split
 from skipless.train.log import Bar
@@ -133,6 +134,8 @@ def test_leaves_a_model_that_loads(recipe: Recipe, trained: tuple[Path, dict[str
     names = {path.name for path in out.iterdir()}
     assert names >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert {path.stat().st_mode & 0o777 for path in out.iterdir() if path.is_file()} == {0o644}
+
+    assert json.loads((out / "config.json").read_text())["auto_map"] == AUTO_MAP
 
     model, tokenizer = load(out, torch.float32), AutoTokenizer.from_pretrained(out)
     assert len(tokenizer) == model.config.vocab_size

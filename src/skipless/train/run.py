@@ -21,6 +21,7 @@ from skipless.inference import load
 from skipless.log import is_first
 from skipless.model import SkiplessConfig, SkiplessForCausalLM
 from skipless.quiet import no_library_bars
+from skipless.rewrite.model_files import AUTO_MAP
 from skipless.train import corpus
 from skipless.train.fade import Fade, final
 from skipless.train.initialize import initialize
@@ -131,6 +132,7 @@ def save(trainer: SkiplessTrainer, recipe: Recipe, tokenizer: PreTrainedTokenize
     if recipe.schedule != Schedule():
         config = final(config, state, recipe.schedule)
     config.use_cache = True  # Trainer turned it off
+    config.auto_map = dict(AUTO_MAP)  # transformers would write the one class that it saves
     with torch.device("meta"):
         model = SkiplessForCausalLM(config)
     model.load_state_dict(state, assign=True)
