@@ -9,9 +9,9 @@
 Random weights of Mistral-7B's shape, 4 layers. Each line is one run: its models decode in turns, each in a process of
 its own, and ratios are medians of those of a round. Peers have the norms and skips that the shape comes with:
 MistralForCausalLM of transformers, and a GGUF of a Llama in llama.cpp, whose matrices llama-quantize has stored as it
-has the skipless models', rest_proj in q8_0 at least. "llama.cpp bf16" and "q8_0" have the fused model in other engines
-beside them, with as many bits. "Options" are OpenVINO's own against those that skipless asks for. The last line is one
-JSON object.
+has the skipless models', rest_proj as `skipless export` does. "llama.cpp bf16" and "q8_0" have the fused model in other
+engines beside them, with as many bits. "Options" are OpenVINO's own against those that skipless asks for. The last line
+is one JSON object.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from skipless.cli import tables
 from skipless.serving.bench import Bench, Work, measure
+from skipless.serving.gguf import REST
 from skipless.serving.shapes import write_shapes
 from skipless.serving.worker import Worker
 
@@ -119,7 +120,7 @@ def quantized(file: Path, kind: str) -> Path:
     """A GGUF file in bf16, as bf16 or what llama-quantize makes of it."""
     if kind == "bf16":
         return file
-    options = ("--tensor-type", "attn_qkv=q8_0") if kind.startswith("q4") else ()
+    options = ("--tensor-type", f"attn_qkv={REST.get(kind, 'q8_0')}") if kind.startswith("q") else ()
 
     def write(part: Path) -> None:
         command = [str(LLAMA_CPP / "bin" / "llama-quantize"), *options, str(file), str(part), kind]

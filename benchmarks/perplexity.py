@@ -5,7 +5,7 @@
 
 Perplexity, and the Kullback-Leibler divergence from the original in f32 (nats a token): perplexity can also fall by
 chance, a divergence cannot. "By export" is what `skipless export --weights` stores, "by fuse" what `skipless fuse
---dtype bfloat16` does; llama-quantize makes the others of what skipless exports in f32, rest_proj in q8_0 at least,
+--dtype bfloat16` does; llama-quantize makes the others of what skipless exports in f32, rest_proj as export stores it,
 "weighed" with the importance matrix that llama-imatrix finds on other held-out text. The other engines run what
 `skipless fuse --dtype` stores, and what `skipless export` makes of the model in f32. The last line is one JSON object.
 """
@@ -29,9 +29,10 @@ from export import OpenVINO, feed
 from skipless.bundled import BUNDLED
 from skipless.inference import load, load_tokenizer
 from skipless.serving.export import export
-from stored import held_out
+from skipless.serving.gguf import REST
+from stored import never_seen
 
-CONTEXT = 512
+CONTEXT = 256  # the length that the model was trained with: beyond it, any two models differ
 # llama.cpp's log is written by a thread that does not always come to its end, the less so the busier the machine is.
 TRIES = 10
 NAMES = {"original": "original", "q": "by q", "pivoted": "pivoted"}
@@ -52,7 +53,8 @@ class Models:
         """Held-out text: 0 that perplexity is of, 1 for importance matrices."""
 
         def write(file: Path) -> None:
-            file.write_text("".join(load_tokenizer(BUNDLED).batch_decode(held_out(2 * self.blocks)[number::2])))
+            mine = slice(number * self.blocks, (number + 1) * self.blocks)
+            file.write_text(load_tokenizer(BUNDLED).decode(never_seen()[mine].flatten(), skip_special_tokens=True))
 
         return self.made(f"text-{number}", write)
 
@@ -75,7 +77,7 @@ class Models:
             return None
         file = self.exact(name)
         options = ("--imatrix", self.importance(name, file)) if weighed else ()
-        options += ("--tensor-type", "attn_qkv=q8_0") if kind.startswith("q4") else ()
+        options += ("--tensor-type", f"attn_qkv={REST.get(kind, 'q8_0')}") if kind.startswith("q") else ()
         made = f"{name}-{kind}{'-weighed' * weighed}.gguf"
         return self.made(made, lambda found: llama_cpp("llama-quantize", *options, file, found, kind))
 

@@ -187,7 +187,7 @@ def test_numbers_that_fp16_cannot_hold_are_refused(weights, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("weights", "factor"), [("q8_0", 4), ("q4_0", 2)])
+@pytest.mark.parametrize(("weights", "factor"), [("q8_0", 2), ("q4_0", 2)])
 def test_rounded_together_the_bundled_model_loses_less(weights, factor, tmp_path, monkeypatch):
     """By so much, in Kullback-Leibler divergence, than with each number rounded to the nearest."""
     skipless.fuse(BUNDLED, tmp_path / "fused", basis="pivoted", dtype="float32")
@@ -206,11 +206,11 @@ def test_rounded_together_the_bundled_model_loses_less(weights, factor, tmp_path
     assert together < divergence(tmp_path / "alone") / factor
 
 
-@pytest.mark.parametrize("weights", ["q5_1", "q4_0"])
-def test_the_rest_has_8_bits(weights, tmp_path):
+@pytest.mark.parametrize(("weights", "rest"), [("q8_0", "F16"), ("q5_1", "Q8_0"), ("q4_0", "Q8_0"), ("bf16", "BF16")])
+def test_the_rest_has_more_bits(weights, rest, tmp_path):
     file = exported(form("pivoted", tmp_path), tmp_path / "out", weights)
     types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
-    assert (types["blk.1.attn_qkv.weight"], types["blk.1.ffn_up.weight"]) == ("Q8_0", weights.upper())
+    assert (types["blk.1.attn_qkv.weight"], types["blk.1.ffn_up.weight"]) == (rest, weights.upper())
 
 
 def test_rows_that_are_no_whole_blocks_stay_in_half_precision(tmp_path):

@@ -148,7 +148,7 @@ def test_no_number_is_cut_at_any_width(arguments, width, monkeypatch):
 
 @pytest.mark.slow
 def test_an_audit_fits(monkeypatch):
-    for width, parts in ((60, 5), (80, 3)):  # where a table is parted, layers are numbered again
+    for width, parts in ((60, 6), (80, 5)):  # where a table is parted, layers are numbered again
         monkeypatch.setattr(output.out, "_width", width)
         text = run("audit", BUNDLED).stdout
         tables = text.partition("basis ")[0]

@@ -1,5 +1,7 @@
 """An exported IR is the same function, in OpenVINO's runtime and in openvino-genai's pipeline."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -136,13 +138,16 @@ def test_bf16_loses_what_bf16_loses(tmp_path):
 
 
 def rounded(model, bits, group):
-    """Each `group` of a row (None: all of it) of each matrix rounded to multiples of a scale, plainly."""
+    """Each `group` of a row (None: all of it; fewer, if they must divide it) of each matrix rounded to multiples of a
+    scale, plainly.
+    """
     tables = (model.model.embed_tokens, model.lm_head)
     for module in model.modules():
         if not isinstance(module, torch.nn.Linear | torch.nn.Embedding):
             continue
         whole = group is None or module in tables
-        weight = module.weight.data.unflatten(1, (1, -1) if whole else (-1, group))
+        size = module.weight.shape[1] if whole else math.gcd(module.weight.shape[1], group)
+        weight = module.weight.data.unflatten(1, (-1, size))
         levels = 2 ** (8 if whole else bits) - 1
         low, high = weight.amin(-1, keepdim=True), weight.amax(-1, keepdim=True)
         if not whole:  # symmetric

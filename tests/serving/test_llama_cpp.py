@@ -154,7 +154,7 @@ def test_the_importance_matrix(bundled, tmp_path):
 
 def test_text_in_text_out(bundled):
     """The tokenizer and the model together: what transformers writes after a prompt."""
-    prompt, tokenizer = "class Stack:\n    def __init__(self", load_tokenizer(BUNDLED)
+    prompt, tokenizer = "class Stack:\n    def get(self", load_tokenizer(BUNDLED)
     expected = tokenizer.decode(greedy(BUNDLED, tokenizer(prompt, return_tensors="pt").input_ids, 24))
     options = ("--no-conversation", "--no-display-prompt", "--temp", "0", "--predict", 32, "--threads", 1)
     for file in bundled.values():

@@ -230,7 +230,7 @@ def test_completion_over_http(server):
 
     fused, address = server
     tokenizer = AutoTokenizer.from_pretrained(fused)
-    prompt = "class Stack:\n    def __init__(self"
+    prompt = "class Stack:\n    def get(self"
     request = {"model": str(fused), "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
     answer = urllib.request.urlopen(
         urllib.request.Request(

@@ -16,7 +16,7 @@ from skipless.rewrite.planning import Plan
 from skipless.serving.bench import Bench, Work, measure
 from skipless.serving.decoding import TorchRunner
 
-PROMPT = "class Stack:\n    def __init__(self"
+PROMPT = "class Stack:\n    def get(self"
 TOKENS = 72
 
 

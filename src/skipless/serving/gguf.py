@@ -30,8 +30,9 @@ from skipless.serving.gguf_grids import RANGES, plain, spaces
 from skipless.serving.gguf_tokenizer import add_tokenizer
 
 MODEL = "model.gguf"
-UNDER_8_BITS = ("q5_1", "q5_0", "q4_1", "q4_0")
-WEIGHTS = ("f32", "f16", "bf16", "q8_0", *UNDER_8_BITS)
+# How rest_proj is stored, where not as the others.
+REST = {"q8_0": "f16", "q5_1": "q8_0", "q5_0": "q8_0", "q4_1": "q8_0", "q4_0": "q8_0"}
+WEIGHTS = ("f32", "f16", "bf16", *REST)
 # Our activations, by the names that skipless.cpp knows.
 ACTIVATIONS = {
     "silu": "silu",
@@ -53,7 +54,8 @@ def write(source: Path, folder: Path, weights: str) -> None:
     """The skipless model folder `source` as one file in `folder`, read and written tensor by tensor.
 
     weights: how matrices are stored, of WEIGHTS; those whose rows are no multiple of its blocks are in f16, vectors in
-    f32, rest_proj in q8_0 at least. Raises InputError for a model or a tokenizer that llama.cpp cannot run.
+    f32, rest_proj in f16 for q8_0, in q8_0 for fewer bits. Raises InputError for a model or a tokenizer that llama.cpp
+    cannot run.
     """
     reader = CheckpointReader(source)
     architecture = read_architecture(reader)
@@ -151,14 +153,14 @@ def add_metadata(writer: gguf.GGUFWriter, config: SkiplessConfig) -> None:
 
 def stored_as(name: str, shape: tuple[int, ...], architecture: Architecture, weights: str) -> GGMLQuantizationType:
     """How a tensor of the file is stored: indices as such, what is no large matrix in fp32, the others as asked; but
-    rest_proj, which fewer bits are too few for (docs/half-precision.md), in 8 bits at least.
+    rest_proj with twice the bits of 8 or fewer: it multiplies what rounding the stream adds (docs/half-precision.md).
     """
     if name.endswith("_order"):
         return GGMLQuantizationType.I32
     rest = name.endswith("attn_qkv.weight")
     if len(shape) == 1 or name.endswith((".bias", *IN_FULL)) or (rest and architecture.rest_dtype == "float32"):
         return GGMLQuantizationType.F32
-    kind = GGMLQuantizationType["Q8_0" if rest and weights in UNDER_8_BITS else weights.upper()]
+    kind = GGMLQuantizationType[(REST.get(weights, weights) if rest else weights).upper()]
     return GGMLQuantizationType.F16 if shape[-1] % GGML_QUANT_SIZES[kind][0] else kind
 
 
