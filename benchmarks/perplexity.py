@@ -71,14 +71,14 @@ class Models:
     def exact(self, name: str) -> Path:
         return self.exported(name, "gguf", "f32", "float32") / MODEL
 
-    def quantized(self, name: str, kind: str, weighed: bool = False) -> Path | None:
-        """What llama-quantize makes of the f32 file; by q, q8_0 has shown enough."""
+    def quantized(self, name: str, kind: str, weighed: bool = False, rest: str | None = None) -> Path | None:
+        """What llama-quantize makes of the f32 file, rest_proj as asked or as export has it; by q, q8_0 is enough."""
         if name == "q" and kind.startswith("q4"):
             return None
         file = self.exact(name)
         options = ("--imatrix", self.importance(name, file)) if weighed else ()
-        options += ("--tensor-type", f"attn_qkv={REST.get(kind, 'q8_0')}") if kind.startswith("q") else ()
-        made = f"{name}-{kind}{'-weighed' * weighed}.gguf"
+        options += ("--tensor-type", f"attn_qkv={rest or REST.get(kind, 'q8_0')}") if kind.startswith("q") else ()
+        made = f"{name}-{kind}{'-weighed' * weighed}{rest or ''}.gguf"
         return self.made(made, lambda found: llama_cpp("llama-quantize", *options, file, found, kind))
 
     def by_fuse(self, name: str) -> Path | None:
@@ -187,6 +187,7 @@ ROWS: dict[str, Callable[[Models, str], dict[str, float] | None]] = {
     "bf16": in_llama_cpp(lambda models, name: models.quantized(name, "bf16")),
     "bf16, by fuse": in_llama_cpp(Models.by_fuse),
     "q8_0": in_llama_cpp(lambda models, name: models.quantized(name, "q8_0")),
+    "q8_0, rest_proj too": in_llama_cpp(lambda models, name: models.quantized(name, "q8_0", rest="q8_0")),
     "q8_0, by export": in_llama_cpp(lambda models, name: models.by_export(name, "q8_0")),
     "q4_0": in_llama_cpp(lambda models, name: models.quantized(name, "q4_0")),
     "q4_0, by export": in_llama_cpp(lambda models, name: models.by_export(name, "q4_0")),
