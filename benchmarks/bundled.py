@@ -24,6 +24,7 @@ from skipless.cli import tables
 from skipless.cli.demo import PROMPT
 from skipless.inference import greedy_config, load
 from skipless.serving.bench import Work, bench
+from stored import never_seen
 
 GREEDY_TOKENS = 256
 console = Console(width=100)
@@ -31,13 +32,7 @@ console = Console(width=100)
 
 def held_out_loss() -> dict[str, float]:
     """Loss of the bundled model, run in fp32, on the files its recipe holds out of this interpreter's library."""
-    from skipless.train.data import Blocks, read_texts, split, standard_library
-    from skipless.train.recipe import Recipe
-
-    recipe = Recipe.read("stdlib")
-    tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
-    _, texts = split(read_texts(standard_library()), recipe.data.held_out, recipe.seed)
-    blocks = Blocks.from_texts(texts, tokenizer, recipe.sequence_length)
+    blocks = never_seen()
     model = load(BUNDLED, torch.float32)
     with torch.no_grad():
         losses = [model(input_ids=ids, labels=ids).loss.item() * len(ids) for ids in blocks.tokens.split(8)]

@@ -116,14 +116,18 @@ def export(source: Path, folder: Path, to: str, weights: str) -> None:
     subprocess.run([str(skipless), *command], check=True, stdout=subprocess.DEVNULL)
 
 
+def rest_as(kind: str, rest: str | None = None) -> tuple[str, ...]:
+    """llama-quantize's options for rest_proj in a file of a kind: as asked, or as `skipless export` stores it."""
+    return ("--tensor-type", f"attn_qkv={rest or REST.get(kind, 'q8_0')}") if kind.startswith("q") else ()
+
+
 def quantized(file: Path, kind: str) -> Path:
     """A GGUF file in bf16, as bf16 or what llama-quantize makes of it."""
     if kind == "bf16":
         return file
-    options = ("--tensor-type", f"attn_qkv={REST.get(kind, 'q8_0')}") if kind.startswith("q") else ()
 
     def write(part: Path) -> None:
-        command = [str(LLAMA_CPP / "bin" / "llama-quantize"), *options, str(file), str(part), kind]
+        command = [str(LLAMA_CPP / "bin" / "llama-quantize"), *rest_as(kind), str(file), str(part), kind]
         subprocess.run(command, check=True, capture_output=True)
 
     return made(file.with_name(f"{kind}.gguf"), write)

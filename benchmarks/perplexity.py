@@ -12,31 +12,33 @@ chance, a divergence cannot. "By export" is what `skipless export --weights` sto
 
 import argparse
 import json
-import math
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from torch.nn.functional import cross_entropy
 
 import skipless
-from engines import LLAMA_CPP, made
+from engines import LLAMA_CPP, made, rest_as
 from export import OpenVINO, feed
 from skipless.bundled import BUNDLED
 from skipless.inference import load, load_tokenizer
 from skipless.serving.export import export
-from skipless.serving.gguf import REST
-from stored import never_seen
+from stored import compare, logits, never_seen
 
 CONTEXT = 256  # the length that the model was trained with: beyond it, any two models differ
 # llama.cpp's log is written by a thread that does not always come to its end, the less so the busier the machine is.
 TRIES = 10
 NAMES = {"original": "original", "q": "by q", "pivoted": "pivoted"}
 MODEL, WEIGHTS = "model.gguf", "openvino_model.bin"
+
+
+# From a window of tokens (1, CONTEXT) to its logits (CONTEXT, vocabulary), in fp64.
+Engine = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Models:
@@ -54,9 +56,26 @@ class Models:
 
         def write(file: Path) -> None:
             mine = slice(number * self.blocks, (number + 1) * self.blocks)
-            file.write_text(load_tokenizer(BUNDLED).decode(never_seen()[mine].flatten(), skip_special_tokens=True))
+            file.write_text(
+                load_tokenizer(BUNDLED).decode(never_seen().tokens[mine].flatten(), skip_special_tokens=True)
+            )
 
         return self.made(f"text-{number}", write)
+
+    @cached_property
+    def windows(self) -> torch.Tensor:
+        """Text 0 as tokens (windows, CONTEXT)."""
+        ids = load_tokenizer(BUNDLED)(self.text(0).read_text(), return_tensors="pt").input_ids[0]
+        return ids[: len(ids) // CONTEXT * CONTEXT].view(-1, CONTEXT)
+
+    def judged(self, engine: Engine) -> torch.Tensor:
+        """An engine's logits where llama-perplexity looks: (tokens, vocabulary)."""
+        return torch.cat([engine(window)[CONTEXT // 2 : -1] for window in self.windows.split(1)])
+
+    @cached_property
+    def expected(self) -> torch.Tensor:
+        """Those of the original in fp32."""
+        return self.judged(partial(logits, load(BUNDLED, torch.float32)))
 
     def source(self, name: str, dtype: str) -> Path:
         """A model folder."""
@@ -77,7 +96,7 @@ class Models:
             return None
         file = self.exact(name)
         options = ("--imatrix", self.importance(name, file)) if weighed else ()
-        options += ("--tensor-type", f"attn_qkv={rest or REST.get(kind, 'q8_0')}") if kind.startswith("q") else ()
+        options += rest_as(kind, rest)
         made = f"{name}-{kind}{'-weighed' * weighed}{rest or ''}.gguf"
         return self.made(made, lambda found: llama_cpp("llama-quantize", *options, file, found, kind))
 
@@ -124,23 +143,11 @@ def said(file: Path, text: Path, *arguments: object) -> tuple[float, float]:
     raise RuntimeError(log[-2000:])
 
 
-def logits(model: PreTrainedModel, window: torch.Tensor) -> torch.Tensor:
-    """Of each token of a window (1, CONTEXT), in PyTorch."""
-    with torch.no_grad():
-        return model(input_ids=window).logits.float()
-
-
-def elsewhere(models: Models, engine: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+def elsewhere(models: Models, engine: Engine) -> dict[str, float]:
     """What `said` says of a file, of an engine's logits: of the same tokens, each after the same others."""
-    ids = load_tokenizer(BUNDLED)(models.text(0).read_text(), return_tensors="pt").input_ids[0]
-    windows = ids[: len(ids) // CONTEXT * CONTEXT].split(CONTEXT)
-    original, kept, loss, divergence = load(BUNDLED, torch.float32), slice(CONTEXT // 2, CONTEXT - 1), 0.0, 0.0
-    for window in windows:
-        given = (logits(original, window[None]), engine(window[None]))
-        exact, found = (each[0, kept].double().log_softmax(-1) for each in given)
-        loss -= found.gather(-1, window[kept.start + 1 :, None]).mean().item() / len(windows)
-        divergence += (exact.exp() * (exact - found)).sum(-1).mean().item() / len(windows)
-    return {"perplexity": math.exp(min(loss, 700.0)), "divergence": divergence}
+    found = models.judged(engine)
+    loss = cross_entropy(found, models.windows[:, CONTEXT // 2 + 1 :].flatten())
+    return {"perplexity": loss.exp().item(), "divergence": compare(found, models.expected)["kl"]}
 
 
 def in_torch(dtype: str) -> Callable[[Models, str], dict[str, float]]:
@@ -162,7 +169,7 @@ def in_openvino(weights: str, arithmetic: str) -> Callable[[Models, str], dict[s
 
         def infer(window: torch.Tensor) -> torch.Tensor:
             model.start()
-            return torch.from_numpy(feed(model, window.numpy(), 0))
+            return torch.from_numpy(feed(model, window.numpy(), 0))[0].double()
 
         return {"bytes": (folder / WEIGHTS).stat().st_size, **elsewhere(models, infer)}
 

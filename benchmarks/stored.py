@@ -48,16 +48,16 @@ def mix(model: Any, seed: int = 0) -> None:
             weight.copy_(weight @ gauge)
 
 
-def never_seen() -> torch.Tensor:
-    """Files that the bundled model was not trained on, as blocks of tokens (blocks, 256), one after the other."""
+def never_seen() -> Blocks:
+    """The files that the bundled model was not trained on, in blocks of 256 tokens."""
     recipe = Recipe.read("stdlib")
     _, texts = split(read_texts(standard_library()), recipe.data.held_out, recipe.seed)
-    return Blocks.from_texts(texts, load_tokenizer(BUNDLED), recipe.sequence_length).tokens
+    return Blocks.from_texts(texts, load_tokenizer(BUNDLED), recipe.sequence_length)
 
 
 def held_out(sequences: int) -> torch.Tensor:
     """Some of these blocks (sequences, 256), from all places."""
-    tokens = never_seen()
+    tokens = never_seen().tokens
     return tokens[torch.linspace(0, len(tokens) - 1, sequences).long()]
 
 

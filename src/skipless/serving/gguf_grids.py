@@ -87,10 +87,9 @@ def spaces(layout: SkiplessLayout) -> Iterator[Tensors]:
 
 def gridded(name: str, stored: Matrix, kind: GGMLQuantizationType, turn: bool) -> Gridded:
     """A matrix of the file, or a bias, as algebra/grids.py takes it. turn: whether its columns are rows there."""
-    if isinstance(stored, Rows):
-        matrix = stored[slice(0, len(stored))].T if turn else stored
-    else:
-        matrix = stored.T if turn else stored.reshape(-1, stored.shape[-1])
+    matrix = stored[None] if len(stored.shape) == 1 else stored
+    if turn:
+        matrix = matrix[slice(0, len(matrix))].T
 
     def fit(rows: torch.Tensor) -> Grid:
         check(name, rows, kind)
@@ -105,8 +104,8 @@ def gridded(name: str, stored: Matrix, kind: GGMLQuantizationType, turn: bool) -
 
 
 def check(name: str, numbers: torch.Tensor, kind: GGMLQuantizationType) -> None:
-    """Raise InputError for numbers that the kind cannot hold."""
-    if numbers.numel() and (largest := max_abs(numbers)) > LARGEST:
+    """Raise InputError for numbers that a kind with fp16 in it cannot hold."""
+    if kind.name in (*RANGES, "F16") and numbers.numel() and (largest := max_abs(numbers)) > LARGEST:
         raise InputError(
             f"{name}: expected numbers of at most {LARGEST:,} for {kind.name}, which has fp16 in it; found {largest}; "
             f"export with --weights f32 or bf16"
@@ -131,8 +130,7 @@ def plain(name: str, tensor: Matrix, kind: GGMLQuantizationType) -> Array:
     """A tensor as the file has it, each number rounded to the nearest. Raises InputError where the kind overflows."""
     if isinstance(tensor, Rows):
         return np.concatenate([plain(name, tensor[rows], kind) for rows in blocks(tensor)])
-    if kind.name in RANGES or kind.name == "F16":
-        check(name, tensor, kind)
+    check(name, tensor, kind)
     return quantize(np.ascontiguousarray(tensor.numpy()), kind)
 
 
