@@ -172,11 +172,13 @@ def test_integers_lose_what_rounding_loses(weights, bits, group):
 
 
 @pytest.mark.slow
-def test_int4_leaves_the_rest_8_bits(fused):
-    constants = [node for node in room.convert(fused, "int4").get_ops() if node.get_type_name() == "Constant"]
-    for name, expected in (("rest_proj", "u8"), ("down_proj", "i4")):
-        found = [node.get_element_type() for node in constants if name in node.get_friendly_name()]
-        assert {kind.get_type_name() for kind in found if kind.is_integral()} == {expected}, name
+@pytest.mark.parametrize(("weights", "rest", "others"), [("int8", "bf16", "u8"), ("int4", "u8", "i4")])
+def test_the_rest_has_twice_the_bits(weights, rest, others, fused):
+    constants = [node for node in room.convert(fused, weights).get_ops() if node.get_type_name() == "Constant"]
+    for name, expected in (("rest_proj", rest), ("down_proj", others)):
+        found = [node for node in constants if name in node.get_friendly_name()]
+        largest = max(np.prod(node.shape) for node in found)
+        assert {n.get_element_type().get_type_name() for n in found if np.prod(n.shape) == largest} == {expected}, name
 
 
 @pytest.mark.slow

@@ -92,10 +92,11 @@ def check_fixed_angles(config: Any) -> None:
         )
 
 
-def load_decoder(folder: Path, stored: torch.dtype) -> Decoder:
-    """A skipless model folder, its weights in the dtype `stored` (rest_proj in its own), all arithmetic in fp32.
+def load_decoder(folder: Path, stored: torch.dtype, rest: torch.dtype | None = None) -> Decoder:
+    """A skipless model folder, its weights in the dtype `stored`, all arithmetic in fp32.
 
-    Raises InputError for what does not load, and for other models.
+    rest: the dtype of rest_proj [default: what load gives it]. Raises InputError for what does not load, and for other
+    models.
     """
     model = load_skipless(folder, stored)
     check_fixed_angles(model.config)
@@ -103,14 +104,16 @@ def load_decoder(folder: Path, stored: torch.dtype) -> Decoder:
         raise InputError(
             f"config.json: layer_types: expected one kind, so that one mask serves all; found {sorted(kinds)}"
         )
-    for module in list(model.modules()):
+    for name, module in list(model.named_modules()):
+        if rest is not None and name.endswith("rest_proj"):
+            module.to(rest)
         if isinstance(module, PreTrainedModel):
             module.loss_function = None  # tracers look at every property, and this one warns that it had to choose
         if isinstance(module, nn.Embedding):  # widening the rows looked up is cheaper than the table
             module.register_forward_hook(lambda module, inputs, output: output.float())
-        for name, weight in list(module.named_parameters(recurse=False)):
-            if weight.dtype != torch.float32 and not (isinstance(module, nn.Embedding) and name == "weight"):
-                parametrize.register_parametrization(module, name, Widened(), unsafe=True)
+        for part, weight in list(module.named_parameters(recurse=False)):
+            if weight.dtype != torch.float32 and not (isinstance(module, nn.Embedding) and part == "weight"):
+                parametrize.register_parametrization(module, part, Widened(), unsafe=True)
     return Decoder(model)
 
 

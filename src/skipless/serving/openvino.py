@@ -43,7 +43,7 @@ def convert(folder: Path, weights: str = "f32") -> ov.Model:
 
     The cache is then stored so, too, where OpenVINO's own choice would be 8 bits. Raises InputError.
     """
-    decoder = load_decoder(folder, STORED.get(weights, torch.float32))
+    decoder = load_decoder(folder, STORED.get(weights, torch.float32), torch.bfloat16 if weights == "int8" else None)
     model = trace(decoder)
     if weights in ("int8", "int4"):
         model = compress(model, weights)
@@ -140,21 +140,26 @@ def described(name: str, shape: ov.PartialShape) -> VariableInfo:
 def compress(model: ov.Model, weights: str) -> ov.Model:
     """Weights rounded to int8 (each row its own scale) or int4 (each 128 of a row its own), by NNCF.
 
-    With int4, the tables have 8 bits, and so has rest_proj, for which 4 are too few (docs/half-precision.md).
+    rest_proj keeps what it has with int8; with int4, it has 8 bits, and so have the tables. With no more bits than the
+    others it is what loses most (docs/half-precision.md).
     """
     import nncf
 
+    rest = nncf.IgnoredScope(patterns=[".*rest_proj.*"], validate=False)
+    int8 = nncf.CompressWeightsMode.INT8_ASYM
     with errors_only("nncf"), redirect_stdout(io.StringIO()):  # its progress bar
-        if weights == "int4":  # rows of another multiple than of 128 have smaller groups
-            fallback = nncf.AdvancedCompressionParameters(group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST)
-            model = nncf.compress_weights(
-                model,
-                mode=nncf.CompressWeightsMode.INT4_SYM,
-                group_size=128,
-                ignored_scope=nncf.IgnoredScope(patterns=[".*rest_proj.*"], validate=False),
-                advanced_parameters=fallback,
-            )
-        return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)  # what is not int4 yet
+        if weights == "int8":
+            return nncf.compress_weights(model, mode=int8, ignored_scope=rest)
+        # Rows of another multiple than of 128 have smaller groups.
+        fallback = nncf.AdvancedCompressionParameters(group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST)
+        model = nncf.compress_weights(
+            model,
+            mode=nncf.CompressWeightsMode.INT4_SYM,
+            group_size=128,
+            ignored_scope=rest,
+            advanced_parameters=fallback,
+        )
+        return nncf.compress_weights(model, mode=int8)  # what is not int4 yet
 
 
 class Runner:
