@@ -5,8 +5,9 @@
 
 One row of the CSV a run, appended when it is done; what is there is not run again, and a run that was interrupted goes
 on from its checkpoint in WORK. Of each kind, three learning rates are tried with a quarter of the tokens (phase
-"search"), and the best trains three seeds (phase "final"). The text is the standard library's source. --table prints
-the final runs as Markdown: mean held-out loss, and the spread of seeds.
+"search"), and the best trains three seeds (phase "final"). "losses" are those of training: means of each tenth of the
+run. The text is the standard library's source. --table prints the final runs as Markdown: mean held-out loss, and the
+spread of seeds.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import torch
 from skipless.errors import InputError
 from skipless.inference import load
 from skipless.train import corpus, run
+from skipless.train.log import LINES
 from skipless.train.recipe import Data, Recipe, Tokenizer
 
 SEEDS, RATES = (0, 1, 2), (0.003, 0.006, 0.012)
@@ -37,7 +39,7 @@ SIZES = {"1M": (128, 256, 6), "4M": (256, 512, 6)}
 IN_BF16 = ("4M",)  # matrix products
 COLUMNS = (
     "size", "kind", "phase", "rate", "seed", "steps", "tokens", "parameters", "layers", "held_out_loss",
-    "bits_per_byte", "condition_q", "seconds",
+    "bits_per_byte", "condition_q", "seconds", "losses",
 )  # fmt: skip
 
 WITHOUT = {"stream_basis": "q", "p_removed": True}
@@ -126,6 +128,7 @@ def trained(recipe: Recipe, out: Path) -> dict[str, Any]:
         return {"held_out_loss": "nan"}
     model = load(out, torch.float32)
     layers = [layer.self_attn.q_proj for layer in model.model.layers]
+    losses = tenths(out / run.LOG / LINES, recipe.steps)
     conditions = [torch.linalg.cond(q.weight.double()).item() for q in layers if q is not None]
     shutil.rmtree(out)
     return {
@@ -134,7 +137,16 @@ def trained(recipe: Recipe, out: Path) -> dict[str, Any]:
         "layers": sum(weight.numel() for weight in model.model.layers.parameters()),
         "condition_q": f"{statistics.median(conditions):.1f}" if conditions else "",
         "seconds": round(time.perf_counter() - start),
+        "losses": " ".join(f"{loss:.4f}" for loss in losses),
     }
+
+
+def tenths(log: Path, steps: int) -> list[float]:
+    """Mean training loss of each tenth of a run. A run too short to log in each has none."""
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    logged = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    each = [[loss for step, loss in logged if tenth * steps < 10 * step <= (tenth + 1) * steps] for tenth in range(10)]
+    return [statistics.mean(losses) for losses in each] if all(each) else []
 
 
 def jobs(size: str, kind: str, tokens: int, done: list[dict[str, str]]) -> Iterator[tuple[str, float, int, int]]:

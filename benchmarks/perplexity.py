@@ -19,12 +19,15 @@ from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 
+import mlx.core as mx
+import mlx_lm
 import torch
+from mlx_lm.utils import load_model
 from torch.nn.functional import cross_entropy
 
 import skipless
 from engines import LLAMA_CPP, made, rest_as
-from export import OpenVINO, feed
+from export import ONNX_Runtime, OpenVINO, feed
 from skipless.bundled import BUNDLED
 from skipless.inference import load, load_tokenizer
 from skipless.serving.export import export
@@ -176,6 +179,44 @@ def in_openvino(weights: str, arithmetic: str) -> Callable[[Models, str], dict[s
     return row
 
 
+def in_onnx(weights: str) -> Callable[[Models, str], dict[str, float]]:
+    def row(models: Models, name: str) -> dict[str, float]:
+        folder = models.exported(name, "onnx", weights, "bfloat16" if weights == "bf16" else "float32")
+        model = ONNX_Runtime(folder)
+
+        def infer(window: torch.Tensor) -> torch.Tensor:
+            model.start()
+            return torch.from_numpy(feed(model, window.numpy(), 0))[0].double()
+
+        return {"bytes": size_of(folder, "*.onnx*"), **elsewhere(models, infer)}
+
+    return row
+
+
+def in_mlx(weights: str, bits: int | None = None) -> Callable[[Models, str], dict[str, float] | None]:
+    """What `skipless export --to mlx` writes; with bits, what `mlx_lm.convert --quantize` makes of it."""
+
+    def row(models: Models, name: str) -> dict[str, float] | None:
+        if bits == 4 and name == "q":  # as in llama.cpp
+            return None
+        folder = models.exported(name, "mlx", weights, "bfloat16" if weights == "bf16" else "float32")
+        if bits is not None:
+            exact, asked = folder, {"quantize": True, "q_bits": bits, "trust_remote_code": True}
+            folder = models.made(f"{name}-mlx-{bits}", lambda found: mlx_lm.convert(str(exact), str(found), **asked))
+        model, _ = load_model(folder, trust_remote_code=True)
+
+        def infer(window: torch.Tensor) -> torch.Tensor:
+            return torch.tensor(model(mx.array(window.numpy()))[0].astype(mx.float32).tolist()).double()
+
+        return {"bytes": size_of(folder, "*.safetensors"), **elsewhere(models, infer)}
+
+    return row
+
+
+def size_of(folder: Path, pattern: str) -> int:
+    return sum(file.stat().st_size for file in folder.glob(pattern))
+
+
 def measured(models: Models, file: Path | None) -> dict[str, float] | None:
     if file is None:
         return None
@@ -207,6 +248,12 @@ ROWS: dict[str, Callable[[Models, str], dict[str, float] | None]] = {
     "OpenVINO, bf16, by fuse": in_openvino("bf16", "bf16"),
     "OpenVINO, int8": in_openvino("int8", "bf16"),
     "OpenVINO, int4": in_openvino("int4", "bf16"),
+    "ONNX Runtime, f32": in_onnx("f32"),
+    "ONNX Runtime, bf16, by fuse": in_onnx("bf16"),
+    "MLX, f32": in_mlx("f32"),
+    "MLX, bf16, by fuse": in_mlx("bf16"),
+    "MLX, 8 bits": in_mlx("f32", 8),
+    "MLX, 4 bits": in_mlx("f32", 4),
 }
 
 

@@ -118,7 +118,7 @@ class Attention(nn.Module):
             rest = [given["rest"]] if "rest" in given else []
             if "rest_proj" in self:
                 rest = [self.rest_proj(x).astype(x.dtype)]
-            found = mx.split(mx.concatenate([x, *rest], -1)[..., self.column_order], self.cuts, -1)
+            found = [*mx.split(mx.concatenate([x, *rest], -1)[..., self.column_order], self.cuts, -1)]
         else:
             names = "qk" if "value_order" in self else "qkv"
             found = [self.project_one(name, x, given) for name in names]
