@@ -214,7 +214,7 @@ def in_mlx(weights: str, bits: int | None = None) -> Callable[[Models, str], dic
 
 
 def size_of(folder: Path, pattern: str) -> int:
-    return sum(file.stat().st_size for file in folder.glob(pattern))
+    return sum(file.stat().st_size for file in folder.rglob(pattern))
 
 
 def measured(models: Models, file: Path | None) -> dict[str, float] | None:

@@ -8,7 +8,9 @@ import csv
 import math
 import re
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from html import escape
 from itertools import pairwise
 from pathlib import Path
@@ -285,52 +287,113 @@ def speeds() -> str:
     return picture(760, bottom + 38, "Speed by engine", [*parts, text(465, bottom + 28, note, "small")])
 
 
-def losses() -> str:
-    """Held-out loss against weights in the layers, with and without Q and P, by kind of block."""
-    found: dict[str, list[tuple[int, float]]] = {}
+@dataclass
+class Plot:
+    """Axes from `least` to `most`, each (x, y), in a picture of 760 by 540; larger y is further up."""
+
+    least: tuple[float, float]
+    most: tuple[float, float]
+    left: float = 70
+    right: float = 740
+    top: float = 60
+    bottom: float = 480
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        across, up = ((v - low) / (high - low) for v, low, high in zip((x, y), self.least, self.most, strict=True))
+        return self.left + (self.right - self.left) * across, self.bottom - (self.bottom - self.top) * up
+
+    def path(self, points: Iterable[tuple[float, float]]) -> str:
+        return "M" + " ".join(f"{x:.1f} {y:.1f}" for x, y in (self.at(*point) for point in points))
+
+    def grid(self) -> Iterator[str]:
+        """Lines across, and the numbers of both axes."""
+        for y in ticks(self.least[1], self.most[1]):
+            up = self.at(0, y)[1]
+            yield f'<path d="M{self.left:g} {up:g}H{self.right:g}" class="grid"/>'
+            yield text(self.left - 8, up + 4, f"{y:g}", "small right")
+        for x in ticks(self.least[0], self.most[0]):
+            yield text(self.at(x, 0)[0], self.bottom + 22, f"{x:,.0f}", "small")
+
+
+def ticks(least: float, most: float) -> list[float]:
+    """About six round numbers between two."""
+    step = float(f"{(most - least) / 6:.0e}")
+    return [step * n for n in range(math.ceil(least / step - 1e-9), math.floor(most / step + 1e-9) + 1)]
+
+
+COLOURS = {"serial": "second", "parallel": "third"}
+BLOCKS = {"first": "with norms, and skips", "second": "serial", "third": "parallel"}
+
+
+def trained(size: str) -> dict[str, list[dict[str, str]]]:
+    """The final runs of pays.csv, by kind."""
+    found: dict[str, list[dict[str, str]]] = {}
     with PAYS.open(encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            if row["size"] == "1M" and row["phase"] == "final":
-                found.setdefault(row["kind"], []).append((int(row["layers"]), float(row["held_out_loss"])))
-    left, right, top, bottom = 70, 740, 60, 480
-    fewest, most, best, worst = 5.8e5, 10.6e5, 3.7, 4.7
+            if row["size"] == size and row["phase"] == "final":
+                found.setdefault(row["kind"], []).append(row)
+    return found
 
-    def at(weights: float, loss: float) -> tuple[float, float]:
-        x = left + (right - left) * (weights - fewest) / (most - fewest)
-        return x, top + (bottom - top) * (worst - loss) / (worst - best)
 
-    def path(points: list[tuple[float, float]]) -> str:
-        return "M" + " ".join(f"{x:.1f} {y:.1f}" for x, y in (at(*point) for point in points))
-
-    parts = list(legend(left, 30, {"first": "with norms, and skips", "second": "serial", "third": "parallel"}))
-    for tenth in range(37, 48, 2):
-        y = at(fewest, tenth / 10)[1]
-        parts += [
-            f'<path d="M{left} {y:g}H{right}" class="grid"/>',
-            text(left - 8, y + 4, f"{tenth / 10}", "small right"),
+def losses(size: str) -> str:
+    """Held-out loss against weights in the layers, with and without Q and P, by kind of block."""
+    runs = trained(size)
+    shown = {
+        kind: [
+            [(int(row["layers"]), float(row["held_out_loss"])) for row in runs[end]]
+            for end in (kind, f"{kind} without QP")
+            if end in runs
         ]
-    for thousands in range(600, 1001, 100):
-        parts.append(text(at(1e3 * thousands, best)[0], bottom + 22, f"{1000 * thousands:,}", "small"))
-    colours = {"serial": "second", "parallel": "third"}
-    for kind in (each for each in found if f"{each} without QP" in found or each.startswith("SAS")):
-        ends = [found[each] for each in (kind, f"{kind} without QP") if each in found]
+        for kind in runs
+        if f"{kind} without QP" in runs or kind.startswith("SAS")
+    }
+    weights, nats = zip(*(point for ends in shown.values() for run in ends for point in run), strict=True)
+    plot = Plot((0.95 * min(weights), min(nats) - 0.1), (1.08 * max(weights), max(nats) + 0.1))
+    parts = [*legend(plot.left, 30, BLOCKS), *plot.grid()]
+    for kind, ends in shown.items():
         block, _, name = kind.partition(" ")
-        colour = colours.get(block, "first")
-        low, high = ([(runs[0][0], pick(loss for _, loss in runs)) for runs in ends] for pick in (min, max))
-        parts.append(f'<path d="{path([*low, *reversed(high)])}Z" class="{colour}" fill-opacity=".25"/>')
-        for runs, *bar in zip(ends, low, high, strict=True):
-            mean = statistics.mean(loss for _, loss in runs)
-            x, y = at(runs[0][0], mean)
-            parts.append(f'<path d="{path(bar)}"/>')
+        colour = COLOURS.get(block, "first")
+        low, high = ([(run[0][0], pick(loss for _, loss in run)) for run in ends] for pick in (min, max))
+        parts.append(f'<path d="{plot.path([*low, *reversed(high)])}Z" class="{colour}" fill-opacity=".25"/>')
+        for run, *bar in zip(ends, low, high, strict=True):
+            mean = statistics.mean(loss for _, loss in run)
+            x, y = plot.at(run[0][0], mean)
+            parts.append(f'<path d="{plot.path(bar)}"/>')
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" class="{colour}"><title>{mean:.3f}</title></circle>')
-        x, y = at(*high[0])
+        x, y = plot.at(*high[0])
         if len(ends) == 2:
-            parts.append(text(x, y - 8, name if block in colours else kind, "small"))
+            parts.append(text(x, y - 8, name if block in COLOURS else kind, "small"))
         else:  # the two lie on one another
             shift, side = (8, "left") if kind == "SAS-P" else (-8, "right")
             parts.append(text(x + shift, y + 18, kind, f"small {side}"))
     note = "held-out nats a token, by weights in the layers; right: with Q and P, left: without; bands: three seeds"
-    return picture(760, bottom + 60, "Loss by weights", [*parts, text(400, bottom + 48, note, "small")])
+    return picture(760, 540, f"Loss by weights, {size}", [*parts, text(400, 528, note, "small")])
+
+
+def curves(size: str) -> str:
+    """Training loss against tokens, from the second tenth of a run on: the mean of seeds, in a band of them."""
+    shown = {}
+    for kind, runs in trained(size).items():
+        if kind.removesuffix(" without QP") in ("pre-norm with skips", "parallel MHA", "serial MHA", "serial MQA"):
+            tokens = int(runs[0]["tokens"])
+            seeds = [[float(loss) for loss in row["losses"].split()] for row in runs]
+            ends = [tokens * (tenth + 1) / 10 for tenth in range(10)]
+            shown[kind] = list(zip(ends, *(seed for seed in seeds if seed), strict=True))[1:]
+    nats = [loss for points in shown.values() for _, *seeds in points for loss in seeds]
+    plot = Plot((0, min(nats) - 0.1), (1.25 * tokens, max(nats) + 0.1))
+    parts = [*legend(plot.left, 30, BLOCKS), *plot.grid()]
+    for kind, points in shown.items():
+        colour = COLOURS.get(kind.split()[0], "first")
+        low, high = ([(x, pick(seeds)) for x, *seeds in points] for pick in (min, max))
+        parts.append(f'<path d="{plot.path([*low, *reversed(high)])}Z" class="{colour}" fill-opacity=".3"/>')
+        dashed = ' class="dashed"' if kind.endswith("without QP") else ""
+        means = [(x, statistics.mean(seeds)) for x, *seeds in points]
+        parts.append(f'<path d="{plot.path(means)}"{dashed}><title>{kind}</title></path>')
+        if not dashed:
+            x, y = plot.at(*means[-1])
+            parts.append(text(x + 8, y + 4, kind.removeprefix("pre-norm "), "small left"))
+    note = "training loss, nats a token, by tokens; dashed: without Q and P; bands: three seeds"
+    return picture(760, 540, f"Loss while training, {size}", [*parts, text(400, 528, note, "small")])
 
 
 def _number(cell: str) -> float:
@@ -344,7 +407,9 @@ PICTURES = {
     "fuse.svg": fuse,
     "errors.svg": errors,
     "speeds.svg": speeds,
-    "losses.svg": losses,
+    "losses.svg": partial(losses, "1M"),
+    "losses-4m.svg": partial(losses, "4M"),
+    "curves.svg": partial(curves, "4M"),
 }
 
 if __name__ == "__main__":

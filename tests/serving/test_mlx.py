@@ -161,17 +161,29 @@ def test_prompts_of_different_lengths_at_once(bundled):
     assert found == [greedy(BUNDLED, torch.tensor([prompt]), TOKENS) for prompt in prompts]
 
 
+def lost(exact, folder):
+    """The error of the logits of a quantized model, relative."""
+    ids = mx.array([load_tokenizer(BUNDLED).encode(PROMPT)])
+    expected, found = (load_model(each, trust_remote_code=True)[0](ids) for each in (exact, folder))
+    return (mx.linalg.norm(found - expected) / mx.linalg.norm(expected)).item()
+
+
 def test_what_it_quantizes(bundled, tmp_path):
     """To 8 bits it loses little, but something."""
     convert(str(bundled / "fused"), str(tmp_path / "q8"), quantize=True, q_bits=8, trust_remote_code=True)
     size = (tmp_path / "q8" / "model.safetensors").stat().st_size
     assert size < (bundled / "fused" / "model.safetensors").stat().st_size / 3
-    exact, quantized = (
-        load_model(folder, trust_remote_code=True)[0] for folder in (bundled / "fused", tmp_path / "q8")
-    )
-    ids = mx.array([load_tokenizer(BUNDLED).encode(PROMPT)])
-    expected, found = exact(ids), quantized(ids)
-    assert 1e-5 < (mx.linalg.norm(found - expected) / mx.linalg.norm(expected)).item() < 0.1
+    assert 1e-5 < lost(bundled / "fused", tmp_path / "q8") < 0.1
+
+
+def test_4_bits_leave_the_rest_8(bundled, tmp_path):
+    asked = {"quantize": True, "q_bits": 4, "trust_remote_code": True}
+    convert(str(bundled / "fused"), str(tmp_path / "ours"), **asked)
+    convert(str(bundled / "fused"), str(tmp_path / "plain"), **asked, quant_predicate=lambda *_: True)
+    bits = json.loads((tmp_path / "ours" / "config.json").read_text())["quantization"]
+    assert {each["bits"] for name, each in bits.items() if name.endswith("rest_proj")} == {8}
+    ours, plain = (lost(bundled / "fused", tmp_path / name) for name in ("ours", "plain"))
+    assert ours < plain / 1.5
 
 
 def test_bench_times_it(bundled):

@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, d hidden_size, R the width of the token table, H quer
 queries per group, h head_dim.
 """
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +23,8 @@ ACTIVATIONS = {
     "gelu_new": nn.gelu_approx,
     "gelu_pytorch_tanh": nn.gelu_approx,
 }
+# How rest_proj is quantized.
+REST = {"group_size": 32, "bits": 8}
 
 
 class ModelArgs(SimpleNamespace):
@@ -405,10 +408,21 @@ class Model(nn.Module):
         return [KVCache() for _ in self.layers]
 
     @property
-    def quant_predicate(self) -> Any:
-        """What may be quantized: not v_proj or k_proj of a closed seam, whose blocks are used one by one."""
+    def quant_predicate(self) -> Callable[[str, nn.Module], bool | dict[str, Any]]:
+        """How each matrix may be quantized: as the others (True), in its own way, or not at all (False).
+
+        rest_proj has 8 bits also where the others have 4: it multiplies what rounding the stream adds. v_proj and
+        k_proj of a closed seam stay whole: their blocks are used one by one.
+        """
         closed = {"v_proj": self.args.values_removed, "k_proj": self.args.keys_removed}
-        return lambda name, _: not closed.get(name.rpartition(".")[2], False)
+
+        def how(name: str, _: nn.Module) -> bool | dict[str, Any]:
+            last = name.rpartition(".")[2]
+            if last == "rest_proj":
+                return self.args.hidden_size % REST["group_size"] == 0 and REST
+            return not closed.get(last, False)
+
+        return how
 
     @property
     def cast_predicate(self) -> Any:
