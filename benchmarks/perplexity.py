@@ -1,13 +1,15 @@
 """What fewer bits cost, engine by engine, original against fused: the bundled model on held-out text.
 
     make llama-cpp
+    pip install 'mlx-lm[cpu]'
     python benchmarks/perplexity.py [--folder WORK]    # WORK keeps what was made and measured: a second run goes on
 
 Perplexity, and the Kullback-Leibler divergence from the original in f32 (nats a token): perplexity can also fall by
 chance, a divergence cannot. "By export" is what `skipless export --weights` stores, "by fuse" what `skipless fuse
 --dtype bfloat16` does; llama-quantize makes the others of what skipless exports in f32, rest_proj as export stores it,
 "weighed" with the importance matrix that llama-imatrix finds on other held-out text. The other engines run what
-`skipless fuse --dtype` stores, and what `skipless export` makes of the model in f32. The last line is one JSON object.
+`skipless fuse --dtype` stores, and what `skipless export` makes of the model in f32; of that, mlx_lm.convert makes
+those of MLX in 8 and 4 bits. The last line is one JSON object.
 """
 
 import argparse
