@@ -168,17 +168,18 @@ def table(done: list[dict[str, str]]) -> None:
     print("| weights | kind | weights in the layers | rate | held-out nats a token | spread | bits a byte | seeds |")
     print("|---|---|---|---|---|---|---|---|")
     final = [row for row in done if row["phase"] == "final"]
-    for (size, kind), group in itertools.groupby(final, key=lambda row: (row["size"], row["kind"])):
+    for (size, kind), each in itertools.groupby(final, key=lambda row: (row["size"], row["kind"])):
+        group = list(each)
         runs = [row for row in group if row["held_out_loss"] != "nan"]
         if not runs:
             print(f"| {size} | {kind} | | | not a number | | | 0 |")
             continue
         losses = [float(row["held_out_loss"]) for row in runs]
         bits = statistics.mean(float(row["bits_per_byte"]) for row in runs)
-        spread = max(losses) - min(losses)
+        spread, lost = max(losses) - min(losses), len(group) - len(runs)
         print(
             f"| {size} | {kind} | {int(runs[0]['layers']):,} | {runs[0]['rate']} | {statistics.mean(losses):.3f} | "
-            f"{spread:.3f} | {bits:.3f} | {len(runs)} |"
+            f"{spread:.3f} | {bits:.3f} | {len(runs)}{f', {lost} not a number' * bool(lost)} |"
         )
 
 

@@ -15,6 +15,8 @@ from html import escape
 from itertools import pairwise
 from pathlib import Path
 
+from matplotlib.ticker import MaxNLocator
+
 from skipless.architecture.config import Architecture
 from skipless.architecture.graph import Graph, Place, graph
 
@@ -316,9 +318,8 @@ class Plot:
 
 
 def ticks(least: float, most: float) -> list[float]:
-    """About six round numbers between two."""
-    step = float(f"{(most - least) / 6:.0e}")
-    return [step * n for n in range(math.ceil(least / step - 1e-9), math.floor(most / step + 1e-9) + 1)]
+    """Some round numbers between two."""
+    return [each for each in MaxNLocator(6).tick_values(least, most).tolist() if least <= each <= most]
 
 
 COLOURS = {"serial": "second", "parallel": "third"}
@@ -326,11 +327,11 @@ BLOCKS = {"first": "with norms, and skips", "second": "serial", "third": "parall
 
 
 def trained(size: str) -> dict[str, list[dict[str, str]]]:
-    """The final runs of pays.csv, by kind."""
+    """The final runs of pays.csv that came to an end, by kind."""
     found: dict[str, list[dict[str, str]]] = {}
     with PAYS.open(encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            if row["size"] == size and row["phase"] == "final":
+            if row["size"] == size and row["phase"] == "final" and row["held_out_loss"] != "nan":
                 found.setdefault(row["kind"], []).append(row)
     return found
 
@@ -371,28 +372,33 @@ def losses(size: str) -> str:
 
 
 def curves(size: str) -> str:
-    """Training loss against tokens, from the second tenth of a run on: the mean of seeds, in a band of them."""
+    """Training loss against tokens, from the third tenth of a run on: the median of seeds, in a band of them.
+
+    What is above all medians of that tenth is cut off: some runs lose thousands of nats, and come back.
+    """
     shown = {}
     for kind, runs in trained(size).items():
         if kind.removesuffix(" without QP") in ("pre-norm with skips", "parallel MHA", "serial MHA", "serial MQA"):
             tokens = int(runs[0]["tokens"])
             seeds = [[float(loss) for loss in row["losses"].split()] for row in runs]
             ends = [tokens * (tenth + 1) / 10 for tenth in range(10)]
-            shown[kind] = list(zip(ends, *(seed for seed in seeds if seed), strict=True))[1:]
-    nats = [loss for points in shown.values() for _, *seeds in points for loss in seeds]
-    plot = Plot((0, min(nats) - 0.1), (1.25 * tokens, max(nats) + 0.1))
+            shown[kind] = list(zip(ends, *(seed for seed in seeds if seed), strict=True))[2:]
+    medians = {kind: [(x, statistics.median(seeds)) for x, *seeds in points] for kind, points in shown.items()}
+    worst = 0.1 + max(points[0][1] for points in medians.values())
+    best = min(loss for points in shown.values() for _, *seeds in points for loss in seeds)
+    plot = Plot((0, best - 0.1), (1.25 * tokens, worst))
     parts = [*legend(plot.left, 30, BLOCKS), *plot.grid()]
     for kind, points in shown.items():
         colour = COLOURS.get(kind.split()[0], "first")
-        low, high = ([(x, pick(seeds)) for x, *seeds in points] for pick in (min, max))
+        low, high = ([(x, min(worst, pick(seeds))) for x, *seeds in points] for pick in (min, max))
         parts.append(f'<path d="{plot.path([*low, *reversed(high)])}Z" class="{colour}" fill-opacity=".3"/>')
         dashed = ' class="dashed"' if kind.endswith("without QP") else ""
-        means = [(x, statistics.mean(seeds)) for x, *seeds in points]
-        parts.append(f'<path d="{plot.path(means)}"{dashed}><title>{kind}</title></path>')
+        line = [(x, min(worst, loss)) for x, loss in medians[kind]]
+        parts.append(f'<path d="{plot.path(line)}"{dashed}><title>{kind}</title></path>')
         if not dashed:
-            x, y = plot.at(*means[-1])
+            x, y = plot.at(*line[-1])
             parts.append(text(x + 8, y + 4, kind.removeprefix("pre-norm "), "small left"))
-    note = "training loss, nats a token, by tokens; dashed: without Q and P; bands: three seeds"
+    note = "training loss, nats a token, by tokens; dashed: without Q and P; bands: seeds; cut off at the top"
     return picture(760, 540, f"Loss while training, {size}", [*parts, text(400, 528, note, "small")])
 
 
