@@ -95,8 +95,8 @@ def check_fixed_angles(config: Any) -> None:
 def load_decoder(folder: Path, stored: torch.dtype, rest: torch.dtype | None = None) -> Decoder:
     """A skipless model folder, its weights in the dtype `stored`, all arithmetic in fp32.
 
-    rest: the dtype of rest_proj [default: what load gives it]. Raises InputError for what does not load, and for other
-    models.
+    rest: the dtype of rest_proj where config.json does not say one [default: what load gives it]. Raises InputError for
+    what does not load, and for other models.
     """
     model = load_skipless(folder, stored)
     check_fixed_angles(model.config)
@@ -105,7 +105,7 @@ def load_decoder(folder: Path, stored: torch.dtype, rest: torch.dtype | None = N
             f"config.json: layer_types: expected one kind, so that one mask serves all; found {sorted(kinds)}"
         )
     for name, module in list(model.named_modules()):
-        if rest is not None and name.endswith("rest_proj"):
+        if rest is not None and model.config.rest_dtype is None and name.endswith("rest_proj"):
             module.to(rest)
         if isinstance(module, PreTrainedModel):
             module.loss_function = None  # tracers look at every property, and this one warns that it had to choose
