@@ -39,7 +39,7 @@ CONTEXT = 256  # the length that the model was trained with: beyond it, any two 
 # llama.cpp's log is written by a thread that does not always come to its end, the less so the busier the machine is.
 TRIES = 10
 NAMES = {"original": "original", "q": "by q", "pivoted": "pivoted"}
-MODEL, WEIGHTS = "model.gguf", "openvino_model.bin"
+MODEL = "model.gguf"
 
 
 # From a window of tokens (1, CONTEXT) to its logits (CONTEXT, vocabulary), in fp64.
@@ -88,12 +88,12 @@ class Models:
             return BUNDLED
         return self.made(f"{name}-{dtype}", lambda folder: skipless.fuse(BUNDLED, folder, basis=name, dtype=dtype))
 
-    def exported(self, name: str, to: str, weights: str, dtype: str) -> Path:
-        source = self.source(name, dtype)
+    def exported(self, name: str, to: str, weights: str) -> Path:
+        source = self.source(name, "bfloat16" if weights == "bf16" else "float32")  # which fuse stores better
         return self.made(f"{name}-{to}-{weights}", lambda folder: export(source, folder, to=to, weights=weights))
 
     def exact(self, name: str) -> Path:
-        return self.exported(name, "gguf", "f32", "float32") / MODEL
+        return self.exported(name, "gguf", "f32") / MODEL
 
     def quantized(self, name: str, kind: str, weighed: bool = False, rest: str | None = None) -> Path | None:
         """What llama-quantize makes of the f32 file, rest_proj as asked or as export has it; by q, q8_0 is enough."""
@@ -107,10 +107,10 @@ class Models:
 
     def by_fuse(self, name: str) -> Path | None:
         """The original has not been fused."""
-        return None if name == "original" else self.exported(name, "gguf", "bf16", "bfloat16") / MODEL
+        return None if name == "original" else self.exported(name, "gguf", "bf16") / MODEL
 
     def by_export(self, name: str, kind: str) -> Path | None:
-        return None if name == "q" and kind.startswith("q4") else self.exported(name, "gguf", kind, "float32") / MODEL
+        return None if name == "q" and kind.startswith("q4") else self.exported(name, "gguf", kind) / MODEL
 
     def importance(self, name: str, file: Path) -> Path:
         asked = ("--model", file, "--file", self.text(1), "--ctx-size", CONTEXT)
@@ -155,6 +155,17 @@ def elsewhere(models: Models, engine: Engine) -> dict[str, float]:
     return {"perplexity": loss.exp().item(), "divergence": compare(found, models.expected)["kl"]}
 
 
+def of_graph(model: OpenVINO | ONNX_Runtime, window: torch.Tensor) -> torch.Tensor:
+    """An Engine."""
+    model.start()
+    return torch.from_numpy(feed(model, window.numpy(), 0))[0].double()
+
+
+def size_of(folder: Path, pattern: str) -> int:
+    """Bytes of the files whose names are such."""
+    return sum(file.stat().st_size for file in folder.rglob(pattern))
+
+
 def in_torch(dtype: str) -> Callable[[Models, str], dict[str, float]]:
     def row(models: Models, name: str) -> dict[str, float]:
         model = load(models.source(name, dtype), getattr(torch, dtype))
@@ -168,29 +179,17 @@ def in_openvino(weights: str, arithmetic: str) -> Callable[[Models, str], dict[s
     def row(models: Models, name: str) -> dict[str, float] | None:
         if weights == "int4" and name == "q":  # as in llama.cpp
             return None
-        dtype = "bfloat16" if weights == "bf16" else "float32"  # which fuse stores better
-        folder = models.exported(name, "openvino", weights, dtype)
-        model = OpenVINO(folder, arithmetic)
-
-        def infer(window: torch.Tensor) -> torch.Tensor:
-            model.start()
-            return torch.from_numpy(feed(model, window.numpy(), 0))[0].double()
-
-        return {"bytes": (folder / WEIGHTS).stat().st_size, **elsewhere(models, infer)}
+        folder = models.exported(name, "openvino", weights)
+        found = elsewhere(models, partial(of_graph, OpenVINO(folder, arithmetic)))
+        return {"bytes": size_of(folder, "openvino_model.bin"), **found}
 
     return row
 
 
 def in_onnx(weights: str) -> Callable[[Models, str], dict[str, float]]:
     def row(models: Models, name: str) -> dict[str, float]:
-        folder = models.exported(name, "onnx", weights, "bfloat16" if weights == "bf16" else "float32")
-        model = ONNX_Runtime(folder)
-
-        def infer(window: torch.Tensor) -> torch.Tensor:
-            model.start()
-            return torch.from_numpy(feed(model, window.numpy(), 0))[0].double()
-
-        return {"bytes": size_of(folder, "*.onnx*"), **elsewhere(models, infer)}
+        folder = models.exported(name, "onnx", weights)
+        return {"bytes": size_of(folder, "*.onnx*"), **elsewhere(models, partial(of_graph, ONNX_Runtime(folder)))}
 
     return row
 
@@ -201,7 +200,7 @@ def in_mlx(weights: str, bits: int | None = None) -> Callable[[Models, str], dic
     def row(models: Models, name: str) -> dict[str, float] | None:
         if bits == 4 and name == "q":  # as in llama.cpp
             return None
-        folder = models.exported(name, "mlx", weights, "bfloat16" if weights == "bf16" else "float32")
+        folder = models.exported(name, "mlx", weights)
         if bits is not None:
             exact, asked = folder, {"quantize": True, "q_bits": bits, "trust_remote_code": True}
             folder = models.made(f"{name}-mlx-{bits}", lambda found: mlx_lm.convert(str(exact), str(found), **asked))
@@ -213,10 +212,6 @@ def in_mlx(weights: str, bits: int | None = None) -> Callable[[Models, str], dic
         return {"bytes": size_of(folder, "*.safetensors"), **elsewhere(models, infer)}
 
     return row
-
-
-def size_of(folder: Path, pattern: str) -> int:
-    return sum(file.stat().st_size for file in folder.rglob(pattern))
 
 
 def measured(models: Models, file: Path | None) -> dict[str, float] | None:

@@ -104,16 +104,18 @@ def load_decoder(folder: Path, stored: torch.dtype, rest: torch.dtype | None = N
         raise InputError(
             f"config.json: layer_types: expected one kind, so that one mask serves all; found {sorted(kinds)}"
         )
-    for name, module in list(model.named_modules()):
-        if rest is not None and model.config.rest_dtype is None and name.endswith("rest_proj"):
-            module.to(rest)
+    if rest is not None and model.config.rest_dtype is None:
+        for layer in model.model.layers:
+            if layer.self_attn.rest_proj is not None:
+                layer.self_attn.rest_proj.to(rest)
+    for module in list(model.modules()):
         if isinstance(module, PreTrainedModel):
             module.loss_function = None  # tracers look at every property, and this one warns that it had to choose
         if isinstance(module, nn.Embedding):  # widening the rows looked up is cheaper than the table
             module.register_forward_hook(lambda module, inputs, output: output.float())
-        for part, weight in list(module.named_parameters(recurse=False)):
-            if weight.dtype != torch.float32 and not (isinstance(module, nn.Embedding) and part == "weight"):
-                parametrize.register_parametrization(module, part, Widened(), unsafe=True)
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if weight.dtype != torch.float32 and not (isinstance(module, nn.Embedding) and name == "weight"):
+                parametrize.register_parametrization(module, name, Widened(), unsafe=True)
     return Decoder(model)
 
 
