@@ -5,9 +5,10 @@
 
 One row of the CSV a run, appended when it is done; what is there is not run again, and a run that was interrupted goes
 on from its checkpoint in WORK. Of each kind, three learning rates are tried with a quarter of the tokens (phase
-"search"), and the best trains three seeds (phase "final"). "losses" are those of training: means of each tenth of the
-run. The text is the standard library's source. --table prints the final runs as Markdown: mean held-out loss, and the
-spread of seeds.
+"search"), and more while the best is the largest or the smallest. Then three seeds train at the best (phase "final"),
+and at the next best if the loss of one is not a number. "losses" are those of training: means of each tenth of the run.
+The text is the standard library's source. --table prints the final runs as Markdown, for each kind at the rate with the
+least mean held-out loss; "spread" is the largest less the smallest of the seeds.
 """
 
 import argparse
@@ -15,16 +16,17 @@ import csv
 import dataclasses
 import itertools
 import json
+import math
 import os
 import shutil
 import statistics
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import runs
 from skipless.errors import InputError
 from skipless.inference import load
 from skipless.train import corpus, run
@@ -32,6 +34,7 @@ from skipless.train.log import LINES
 from skipless.train.recipe import Data, Recipe, Tokenizer
 
 SEEDS, RATES = (0, 1, 2), (0.003, 0.006, 0.012)
+LEAST, MOST = 0.00075, 0.048  # however the search goes
 BATCH, LENGTH, VOCABULARY, HEADS = 8, 256, 2048, 8
 EVALUATED = 2**17  # held-out tokens
 # Width, FFN and layers: about so many weights in the layers with all heads' keys and values.
@@ -65,22 +68,22 @@ def kinds(d: int, f: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def rows(file: Path) -> list[dict[str, str]]:
-    """The runs that are done; of a last line that was cut short, nothing."""
-    if not file.exists():
-        return []
-    text = file.read_text(encoding="utf-8")
-    if text and not text.endswith("\n"):
-        text = text[: text.rfind("\n") + 1]
-        file.write_text(text, encoding="utf-8")
-    return list(csv.DictReader(text.splitlines()))
+def model_of(kind: str, d: int, f: int, layers: int) -> dict[str, Any]:
+    """Fields of config.json."""
+    return {
+        "vocab_size": VOCABULARY, "hidden_size": d, "intermediate_size": f, "num_hidden_layers": layers,
+        "num_attention_heads": HEADS, "max_position_embeddings": LENGTH, **kinds(d, f)[kind],
+    }  # fmt: skip
 
 
 def append(file: Path, row: dict[str, Any]) -> None:
-    new = not rows(file)
-    with file.open("w" if new else "a", encoding="utf-8", newline="") as out:
+    """Add a line. A last one that was cut short goes."""
+    text = file.read_bytes() if file.exists() else b""
+    if not text.endswith(b"\n"):
+        file.write_bytes(text[: text.rfind(b"\n") + 1])
+    with file.open("a", encoding="utf-8", newline="") as out:
         writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
-        if new:
+        if out.tell() == 0:
             writer.writeheader()
         writer.writerow(row)
         out.flush()
@@ -88,11 +91,7 @@ def append(file: Path, row: dict[str, Any]) -> None:
 
 
 def recipe_of(size: str, kind: str, rate: float, seed: int, tokens: int, text: Path) -> Recipe:
-    d, f, layers = SIZES[size]
-    model = {
-        "vocab_size": VOCABULARY, "hidden_size": d, "intermediate_size": f, "num_hidden_layers": layers,
-        "num_attention_heads": HEADS, "max_position_embeddings": LENGTH, **kinds(d, f)[kind],
-    }  # fmt: skip
+    model = model_of(kind, *SIZES[size])
     data = Data(
         files=(str(text / corpus.TRAINING),), held_out_files=(str(text / corpus.HELD_OUT),), held_out_tokens=EVALUATED
     )
@@ -149,37 +148,40 @@ def tenths(log: Path, steps: int) -> list[float]:
     return [statistics.mean(losses) for losses in each] if all(each) else []
 
 
-def jobs(size: str, kind: str, tokens: int, done: list[dict[str, str]]) -> Iterator[tuple[str, float, int, int]]:
-    """Phase, rate, seed and tokens of the next runs of a kind; the final ones once the search is done."""
-    mine = [row for row in done if (row["size"], row["kind"]) == (size, kind)]
-    for rate in RATES:
-        if not any(row["phase"] == "search" and float(row["rate"]) == rate for row in mine):
-            yield "search", rate, SEEDS[0], tokens // 4
-            return
-    searched = {float(row["rate"]): float(row["held_out_loss"]) for row in mine if row["phase"] == "search"}
-    best = min(searched, key=lambda rate: (searched[rate] != searched[rate], searched[rate]))  # NaN is the worst
-    for seed in SEEDS:
-        if not any(row["phase"] == "final" and int(row["seed"]) == seed for row in mine):
-            yield "final", best, seed, tokens
-            return
+def next_run(size: str, kind: str, tokens: int, done: list[runs.Row]) -> tuple[str, float, int, int] | None:
+    """Phase, rate, seed and tokens of the next run of a kind; the final ones once the search is done."""
+    searched = [row for row in done if (row["size"], row["kind"], row["phase"]) == (size, kind, "search")]
+    tried = dict(zip((float(row["rate"]) for row in searched), runs.losses(searched), strict=True))
+    if missing := [rate for rate in RATES if rate not in tried]:
+        return "search", missing[0], SEEDS[0], tokens // 4
+    ranked = sorted(tried, key=lambda rate: (math.isnan(tried[rate]), tried[rate]))
+    beyond = {max(tried): 2.0, min(tried): 0.5}.get(ranked[0])
+    if beyond is not None and LEAST <= (rate := float(f"{ranked[0] * beyond:g}")) <= MOST:
+        return "search", rate, SEEDS[0], tokens // 4
+    final = runs.final(done, size, kind)
+    for rate in ranked:
+        group = final.get(rate, [])
+        if missing := [seed for seed in SEEDS if all(int(row["seed"]) != seed for row in group)]:
+            return "final", rate, missing[0], tokens
+        if not any(map(math.isnan, runs.losses(group))):
+            break
+    return None
 
 
-def table(done: list[dict[str, str]]) -> None:
+def table(done: list[runs.Row]) -> None:
     print("| weights | kind | weights in the layers | rate | held-out nats a token | spread | bits a byte | seeds |")
     print("|---|---|---|---|---|---|---|---|")
-    final = [row for row in done if row["phase"] == "final"]
-    for (size, kind), each in itertools.groupby(final, key=lambda row: (row["size"], row["kind"])):
-        group = list(each)
-        runs = [row for row in group if row["held_out_loss"] != "nan"]
-        if not runs:
+    for (size, kind), group in sorted(runs.best(done).items()):
+        ended = [row for row in group if row["held_out_loss"] != "nan"]
+        if not ended:
             print(f"| {size} | {kind} | | | not a number | | | 0 |")
             continue
-        losses = [float(row["held_out_loss"]) for row in runs]
-        bits = statistics.mean(float(row["bits_per_byte"]) for row in runs)
-        spread, lost = max(losses) - min(losses), len(group) - len(runs)
+        losses = runs.losses(ended)
+        bits = statistics.mean(float(row["bits_per_byte"]) for row in ended)
+        spread, lost = max(losses) - min(losses), len(group) - len(ended)
         print(
-            f"| {size} | {kind} | {int(runs[0]['layers']):,} | {runs[0]['rate']} | {statistics.mean(losses):.3f} | "
-            f"{spread:.3f} | {bits:.3f} | {len(runs)}{f', {lost} not a number' * bool(lost)} |"
+            f"| {size} | {kind} | {int(ended[0]['layers']):,} | {ended[0]['rate']} | {statistics.mean(losses):.3f} | "
+            f"{spread:.3f} | {bits:.3f} | {len(ended)}{f', {lost} not a number' * bool(lost)} |"
         )
 
 
@@ -192,7 +194,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     if arguments.table:
-        table(sorted(rows(arguments.csv), key=lambda row: (row["size"], row["kind"])))
+        table(runs.read(arguments.csv))
         return
     if arguments.work is None:
         parser.error("expected a folder WORK for the run that is under way")
@@ -201,16 +203,15 @@ def main() -> None:
         for kind in kinds(d, f):
             if arguments.only and f"{size}/{kind}" not in arguments.only:
                 continue
-            while job := next(jobs(size, kind, arguments.tokens, rows(arguments.csv)), None):
-                phase, rate, seed, tokens = job
+            while (found := next_run(size, kind, arguments.tokens, runs.read(arguments.csv))) is not None:
+                phase, rate, seed, tokens = found
                 recipe = recipe_of(size, kind, rate, seed, tokens, text)
                 name = f"{size}-{kind}-{phase}-{rate}-{seed}".replace(" ", "_")
                 print(name, flush=True)
-                found = trained(
-                    dataclasses.replace(recipe, save_every=max(1, recipe.steps // 10)), arguments.work / name
-                )
+                recipe = dataclasses.replace(recipe, save_every=max(1, recipe.steps // 10))
                 row = {"size": size, "kind": kind, "phase": phase, "rate": rate, "seed": seed, "steps": recipe.steps}
-                append(arguments.csv, {**row, "tokens": recipe.steps * BATCH * LENGTH, **found})
+                row |= {"tokens": recipe.steps * BATCH * LENGTH, **trained(recipe, arguments.work / name)}
+                append(arguments.csv, row)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@ The spaces are those of the code's graph; errors and speeds those of the tables 
 those of benchmarks/pays.csv.
 """
 
-import csv
 import math
 import re
 import statistics
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,8 +20,12 @@ from matplotlib.ticker import MaxNLocator
 from skipless.architecture.config import Architecture
 from skipless.architecture.graph import Graph, Place, graph
 
-DOCS = Path(__file__).parents[1] / "docs"
-PAYS = Path(__file__).parents[1] / "benchmarks" / "pays.csv"
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import runs
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAYS = ROOT / "benchmarks" / "pays.csv"
 FOLDER = DOCS / "pictures"
 STYLE = """
 text { font: 14px system-ui, sans-serif; fill: #1c1e21; text-anchor: middle }
@@ -326,27 +330,23 @@ COLOURS = {"serial": "second", "parallel": "third"}
 BLOCKS = {"first": "with norms, and skips", "second": "serial", "third": "parallel"}
 
 
-def trained(size: str) -> dict[str, list[dict[str, str]]]:
-    """The final runs of pays.csv that came to an end, by kind."""
-    found: dict[str, list[dict[str, str]]] = {}
-    with PAYS.open(encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if row["size"] == size and row["phase"] == "final" and row["held_out_loss"] != "nan":
-                found.setdefault(row["kind"], []).append(row)
-    return found
+def trained(size: str) -> dict[str, list[runs.Row]]:
+    """The final runs of pays.csv whose loss is a number, by kind."""
+    found = {kind: group for (of, kind), group in runs.best(runs.read(PAYS)).items() if of == size}
+    return {kind: [row for row in group if row["held_out_loss"] != "nan"] for kind, group in found.items()}
 
 
 def losses(size: str) -> str:
     """Held-out loss against weights in the layers, with and without Q and P, by kind of block."""
-    runs = trained(size)
+    groups = trained(size)
     shown = {
         kind: [
-            [(int(row["layers"]), float(row["held_out_loss"])) for row in runs[end]]
+            [(int(row["layers"]), float(row["held_out_loss"])) for row in groups[end]]
             for end in (kind, f"{kind} without QP")
-            if end in runs
+            if end in groups
         ]
-        for kind in runs
-        if f"{kind} without QP" in runs or kind.startswith("SAS")
+        for kind in groups
+        if f"{kind} without QP" in groups or kind.startswith("SAS")
     }
     weights, nats = zip(*(point for ends in shown.values() for run in ends for point in run), strict=True)
     plot = Plot((0.95 * min(weights), min(nats) - 0.1), (1.08 * max(weights), max(nats) + 0.1))
@@ -377,10 +377,10 @@ def curves(size: str) -> str:
     What is above all medians of that tenth is cut off: some runs lose thousands of nats, and come back.
     """
     shown = {}
-    for kind, runs in trained(size).items():
+    for kind, group in trained(size).items():
         if kind.removesuffix(" without QP") in ("pre-norm with skips", "parallel MHA", "serial MHA", "serial MQA"):
-            tokens = int(runs[0]["tokens"])
-            seeds = [[float(loss) for loss in row["losses"].split()] for row in runs]
+            tokens = int(group[0]["tokens"])
+            seeds = [[float(loss) for loss in row["losses"].split()] for row in group]
             ends = [tokens * (tenth + 1) / 10 for tenth in range(10)]
             shown[kind] = list(zip(ends, *(seed for seed in seeds if seed), strict=True))[2:]
     medians = {kind: [(x, statistics.median(seeds)) for x, *seeds in points] for kind, points in shown.items()}
