@@ -1,6 +1,6 @@
 """What it costs to be skipless, and what leaving out Q and P costs on top: equal tokens, seeds, rates tuned by kind.
 
-    python benchmarks/pays.py pays.csv WORK [--tokens 3000000] [--only SIZE/KIND ...]
+    python benchmarks/pays.py pays.csv WORK [--tokens 614400] [--only SIZE/KIND ...]
     python benchmarks/pays.py pays.csv --table
 
 One row of the CSV a run, appended when it is done; what is there is not run again, and a run that was interrupted goes
@@ -27,11 +27,11 @@ from typing import Any
 import torch
 
 import runs
-from skipless.errors import InputError
 from skipless.inference import load
 from skipless.train import corpus, run
 from skipless.train.log import LINES
 from skipless.train.recipe import Data, Recipe, Tokenizer
+from skipless.train.trainer import NotANumberError
 
 SEEDS, RATES = (0, 1, 2), (0.003, 0.006, 0.012)
 LEAST, MOST = 0.00075, 0.048  # however the search goes
@@ -120,9 +120,7 @@ def trained(recipe: Recipe, out: Path) -> dict[str, Any]:
         shutil.rmtree(out)
     try:
         found = run.train(recipe, out, resume=begun)
-    except InputError as error:
-        if "expected a number" not in str(error):
-            raise
+    except NotANumberError:
         shutil.rmtree(out)
         return {"held_out_loss": "nan"}
     model = load(out, torch.float32)
@@ -148,21 +146,21 @@ def tenths(log: Path, steps: int) -> list[float]:
     return [statistics.mean(losses) for losses in each] if all(each) else []
 
 
-def next_run(size: str, kind: str, tokens: int, done: list[runs.Row]) -> tuple[str, float, int, int] | None:
-    """Phase, rate, seed and tokens of the next run of a kind; the final ones once the search is done."""
+def next_run(size: str, kind: str, done: list[runs.Row]) -> tuple[str, float, int] | None:
+    """Phase, rate and seed of the next run of a kind; the final ones once the search is done."""
     searched = [row for row in done if (row["size"], row["kind"], row["phase"]) == (size, kind, "search")]
     tried = dict(zip((float(row["rate"]) for row in searched), runs.losses(searched), strict=True))
     if missing := [rate for rate in RATES if rate not in tried]:
-        return "search", missing[0], SEEDS[0], tokens // 4
+        return "search", missing[0], SEEDS[0]
     ranked = sorted(tried, key=lambda rate: (math.isnan(tried[rate]), tried[rate]))
     beyond = {max(tried): 2.0, min(tried): 0.5}.get(ranked[0])
     if beyond is not None and LEAST <= (rate := float(f"{ranked[0] * beyond:g}")) <= MOST:
-        return "search", rate, SEEDS[0], tokens // 4
+        return "search", rate, SEEDS[0]
     final = runs.final(done, size, kind)
     for rate in ranked:
         group = final.get(rate, [])
         if missing := [seed for seed in SEEDS if all(int(row["seed"]) != seed for row in group)]:
-            return "final", rate, missing[0], tokens
+            return "final", rate, missing[0]
         if not any(map(math.isnan, runs.losses(group))):
             break
     return None
@@ -189,7 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("csv", type=Path)
     parser.add_argument("work", type=Path, nargs="?")
-    parser.add_argument("--tokens", type=int, default=3_000_000, help="of a final run")
+    parser.add_argument("--tokens", type=int, default=614_400, help="of a final run")
     parser.add_argument("--only", nargs="+", default=[], help="such as 1M/SAS; default: all")
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
@@ -198,14 +196,17 @@ def main() -> None:
         return
     if arguments.work is None:
         parser.error("expected a folder WORK for the run that is under way")
+    tokens = {"search": arguments.tokens // 4, "final": arguments.tokens}
+    if any(int(row["steps"]) != tokens[row["phase"]] // (BATCH * LENGTH) for row in runs.read(arguments.csv)):
+        parser.error(f"--tokens: expected those of the runs in {arguments.csv}, found {arguments.tokens}")
     text = text_of(arguments.work)
     for size, (d, f, _) in SIZES.items():
         for kind in kinds(d, f):
             if arguments.only and f"{size}/{kind}" not in arguments.only:
                 continue
-            while (found := next_run(size, kind, arguments.tokens, runs.read(arguments.csv))) is not None:
-                phase, rate, seed, tokens = found
-                recipe = recipe_of(size, kind, rate, seed, tokens, text)
+            while (found := next_run(size, kind, runs.read(arguments.csv))) is not None:
+                phase, rate, seed = found
+                recipe = recipe_of(size, kind, rate, seed, tokens[phase], text)
                 name = f"{size}-{kind}-{phase}-{rate}-{seed}".replace(" ", "_")
                 print(name, flush=True)
                 recipe = dataclasses.replace(recipe, save_every=max(1, recipe.steps // 10))

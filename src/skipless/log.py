@@ -34,6 +34,11 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def processes() -> int:
+    """How many processes torchrun has started; 1 where it has not."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def printable_logs() -> Iterator[None]:
     """Other libraries' records are such lines, too, inside the block; afterwards as before."""

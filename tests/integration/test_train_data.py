@@ -1,9 +1,12 @@
 """Training on text of one's own: tokens, tokenizer, start, several batches and processes to a step; and evaluation."""
 
 import dataclasses
+import gzip
 import json
 import math
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -20,7 +23,7 @@ from skipless import fuse
 from skipless.architecture.config import Architecture
 from skipless.cli import main
 from skipless.errors import InputError
-from skipless.train import run
+from skipless.train import corpus, data, run
 from skipless.train.estimate import estimate
 from skipless.train.evaluation import evaluate
 from skipless.train.log import Bar
@@ -117,6 +120,10 @@ class TestEval:
         text = f"{folder}/text/*.py"
         with pytest.raises(InputError, match=r"sequence_length: expected 2 to 64, for which .* found 65"):
             evaluate(trained[0], [text], sequence_length=65)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(data, "load_tokenizer", lambda folder: type("PythonOnly", (), {})())
+            with pytest.raises(InputError, match=r"expected a tokenizer with a tokenizer\.json, found PythonOnly"):
+                evaluate(trained[0], [text])
         with pytest.raises(InputError, match="sequence_length: expected at most the text's 3 tokens, found 64"):
             evaluate(trained[0], [text], most_tokens=3)
         assert CliRunner().invoke(main, ["eval", str(trained[0]), "--data", str(folder / "no*")]).exit_code == 2
@@ -128,14 +135,14 @@ def test_tokens_train_as_the_text_that_they_were_made_of(
     out, result = trained
     made = out / "checkpoints"
     np.save(tmp_path / "held_out.npy", np.fromfile(made / "held_out.bin", np.uint16).astype(np.int32))
-    data = Data(files=(str(made / "training.bin"),), held_out_files=(f"{tmp_path}/*.npy",))
-    tokens = dataclasses.replace(recipe, data=data, tokenizer=Tokenizer(str(out)))
+    tokens_of = Data(files=(str(made / "training.bin"),), held_out_files=(f"{tmp_path}/*.npy",))
+    tokens = dataclasses.replace(recipe, data=tokens_of, tokenizer=Tokenizer(str(out)))
     found = run.train(tokens, tmp_path / "out")
     assert found["held_out_loss"] == result["held_out_loss"]
     assert found["bits_per_byte"] == pytest.approx(result["bits_per_byte"], rel=0.02)  # less the ends of documents
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
-    bare = dataclasses.replace(recipe, data=dataclasses.replace(data, held_out_files=()), steps=1)
+    bare = dataclasses.replace(recipe, data=dataclasses.replace(tokens_of, held_out_files=()), steps=1)
     found = run.train(bare, tmp_path / "bare")
     assert found["bits_per_byte"] is None
     assert not (tmp_path / "bare" / "tokenizer.json").exists()
@@ -178,15 +185,8 @@ def test_skips_and_norms_fade_to_a_model_without_them(folder: Path, trained: tup
     fuse(out, tmp_path / "fused", basis="q", dtype="float64")
     assert relative_error(load(tmp_path / "fused", torch.float64), model) < 1e-9
 
-    def interrupt(self: Any, args: Any, state: Any, control: Any, **kwargs: Any):
-        if state.global_step == 3:  # while both fade
-            raise KeyboardInterrupt
-
     again = tmp_path / "again"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Bar, "on_save", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            run.train(Recipe.read(str(file)), again)
+    interrupted(Recipe.read(str(file)), again)  # while both fade
     run.train(Recipe.read(str(file)), again, resume=True)
     assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
     shorter = CliRunner().invoke(main, [*command, "--resume", "--steps", "4"])
@@ -244,7 +244,13 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_batch(
     ("changes", "message"),
     [
         ({"batch_size": 1000}, "batch_size: expected at most the text's .* sequences a step, found 1000"),
-        ({"sequence_length": 10**6}, "sequence_length: expected at most the .* tokens of training, found 1000000"),
+        ({"sequence_length": 65}, "sequence_length: expected 2 to 64, for which the model has positions .* found 65"),
+        ({"sequence_length": 1}, "sequence_length: expected 2 to 64, .* found 1"),
+        (
+            {"sequence_length": 10**6, "model": {"max_position_embeddings": 10**6}},
+            "sequence_length: expected at most the .* tokens of training, found 1000000",
+        ),
+        ({"data": Data(files=("~no-one/*",))}, "~no-one/.*: expected files, found none"),
         ({"data": Data(files=("nothing/*",))}, r"nothing/\*: expected files, found none"),
         ({"tokenizer": Tokenizer("nowhere")}, "nowhere: expected a tokenizer that transformers loads"),
     ],
@@ -252,9 +258,135 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_batch(
 def test_nothing_is_left_of_what_cannot_be_trained_on(
     changes: dict[str, Any], message: str, recipe: Recipe, tmp_path: Path
 ):
+    model = {**(recipe.model or {}), **changes.get("model", {})}
     with pytest.raises(InputError, match=message):
-        run.train(dataclasses.replace(recipe, **changes), tmp_path / "out")
+        run.train(dataclasses.replace(recipe, **{**changes, "model": model}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a.jsonl.gz": gzip.compress(b'{"text": "a"}\n' * 100)[:-9]}, "a.jsonl.gz: expected json, found"),
+        ({"a.npy": b""}, "a.npy: expected tokens, found"),
+        ({"a.bin.gz": gzip.compress(bytes(800))}, "a.bin.gz: expected tokens that are not compressed, found .gz"),
+        ({"a.bin": bytes(800), "b.txt": b"a" * 800}, "files: expected files of one kind, found .*a.bin .*b.txt"),
+    ],
+)
+def test_nothing_is_left_of_files_that_cannot_be_read(
+    files: dict[str, bytes], message: str, recipe: Recipe, tmp_path: Path
+):
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    first, *others = (str(tmp_path / name) for name in files)
+    with pytest.raises(InputError, match=message):
+        run.train(
+            dataclasses.replace(recipe, data=Data(files=(first,), held_out_files=tuple(others))), tmp_path / "out"
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_left_when_tokenizing_fails(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: Any):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(corpus, "write_tokens", fail)
+    with pytest.raises(OSError, match="no space left"):
+        run.train(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("fraction", "held"), [(0.05, 5), (0.03, 3), (0.4, 40), (0.9, 90)])
+def test_a_fraction_of_the_documents_is_held_out(fraction: float, held: int, recipe: Recipe, tmp_path: Path):
+    written = [f"document {i}" for i in range(100)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in written))
+    data = Data(files=(f"{tmp_path}/*.jsonl",), held_out=fraction)
+    training, held_out = (list(texts()) for texts in corpus.texts(dataclasses.replace(recipe, data=data)))
+    assert len(held_out) == held
+    assert held_out[0] == written[0]
+    assert sorted(training + held_out) == sorted(written)
+
+
+def stop_after(patch: pytest.MonkeyPatch, step: int):
+    """Ctrl-C, when the checkpoint of this step has been written."""
+
+    def interrupt(self: Any, args: Any, state: Any, control: Any, **kwargs: Any):
+        if state.global_step == step:
+            raise KeyboardInterrupt
+
+    patch.setattr(Bar, "on_save", interrupt)
+
+
+def interrupted(recipe: Recipe, out: Path, step: int = 3, resume: bool = False):
+    """A run that was stopped after a step."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, step)
+        with pytest.raises(KeyboardInterrupt):
+            run.train(recipe, out, resume=resume)
+
+
+def test_a_run_goes_on_with_the_text_that_it_began_with(
+    folder: Path, recipe: Recipe, trained: tuple[Path, Any], tmp_path: Path
+):
+    shutil.copytree(folder / "text", tmp_path / "text")
+    data = dataclasses.replace(recipe.data, files=(f"{tmp_path}/text/*",))
+    moved = dataclasses.replace(recipe, data=data, save_every=1)
+    interrupted(moved, tmp_path / "out")
+    shutil.rmtree(tmp_path / "text")
+    run.train(moved, tmp_path / "out", resume=True)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (trained[0] / "model.safetensors").read_bytes()
+
+
+def test_a_run_goes_on_with_the_tokens_that_it_began_with(recipe: Recipe, trained: tuple[Path, Any], tmp_path: Path):
+    made, folder = trained[0] / "checkpoints", tmp_path / "tokens"
+    folder.mkdir()
+    shutil.copy(made / "training.bin", folder / "b.bin")
+    data = Data(files=(f"{folder}/*.bin",), held_out_files=(str(made / "held_out.bin"),))
+    tokens = dataclasses.replace(recipe, data=data, tokenizer=Tokenizer(str(trained[0])), save_every=1)
+    interrupted(tokens, tmp_path / "out")
+    shutil.copy(made / "held_out.bin", folder / "a.bin")  # another that the pattern finds
+    run.train(tokens, tmp_path / "out", resume=True)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (trained[0] / "model.safetensors").read_bytes()
+    size = (folder / "b.bin").stat().st_size
+    (folder / "b.bin").write_bytes(bytes(size + 2))
+    with pytest.raises(InputError, match=f"b.bin: expected the {size} bytes that the run began with, found {size + 2}"):
+        run.train(dataclasses.replace(tokens, steps=8), tmp_path / "out", resume=True)
+
+
+def test_a_run_goes_on_in_as_many_processes_and_steps(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    further = dataclasses.replace(recipe, steps=8, save_every=1)
+    run.train(dataclasses.replace(recipe, steps=2, save_every=1), tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(InputError, match=r"processes: expected 1, with which the run in .* was started, found 2"):
+            run.check_folder(tmp_path / "out", further, resume=True)
+
+    interrupted(further, tmp_path / "out", resume=True)
+    with pytest.raises(InputError, match=r"steps: expected 8, with which the run in .* was started, found 6"):
+        run.train(dataclasses.replace(further, steps=6), tmp_path / "out", resume=True)
+    run.train(further, tmp_path / "out", resume=True)
+
+
+def test_the_command_that_it_names_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupt(recipe: Recipe):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "my model"
+    config = {"model_type": "skipless", **(Recipe.read(str(folder / "recipe.toml")).model or {}), "hidden_act": "gelu"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    options = ["--steps", "2", "--model", str(tmp_path / "config.json")]
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        stopped = CliRunner().invoke(main, ["train", str(folder / "recipe.toml"), str(out), *options])
+    assert stopped.exit_code == 130
+    program, *command = shlex.split(stopped.stderr.rpartition("go on with: ")[2])
+    assert program == "skipless"
+    assert CliRunner().invoke(main, command).exit_code == 0
+    assert (out / "model.safetensors").is_file()
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "new_model", interrupt)  # before there is anything to go on with
+        stopped = CliRunner().invoke(main, ["train", str(folder / "recipe.toml"), str(tmp_path / "none")])
+    assert (stopped.exit_code, stopped.stderr) == (130, "")
 
 
 # The same steps on a model's shards, of which each process has one, as on the whole model.
@@ -306,14 +438,8 @@ def test_the_optimizer_takes_shards_as_it_takes_the_whole(tmp_path: Path):
     assert sharded[-1] < 0.98 * sharded[0]
 
 
-def test_a_dry_run_says_what_it_would_take_and_writes_nothing(folder: Path, recipe: Recipe, tmp_path: Path):
-    command = ["train", str(folder / "recipe.toml"), str(tmp_path / "out"), "--dry-run", "--processes", "2", "--json"]
-    found = json.loads(CliRunner().invoke(main, command).stdout)
-    model = run.new_model(recipe)
-    assert found["parameters"] == model.num_parameters()
-    assert found["tokens_per_step"] == 2 * 4 * 32
-    assert not (tmp_path / "out").exists()
-
+def activations(model: torch.nn.Module, ids: torch.Tensor) -> int:
+    """Bytes that autograd keeps of a batch, weights aside."""
     kept: dict[int, torch.Tensor] = {weight.data_ptr(): weight for weight in model.parameters()}
     size = 0
 
@@ -324,9 +450,20 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(folder: Path, reci
         kept[place] = tensor
         return tensor
 
-    ids = torch.zeros(4, 32, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(input_ids=ids, labels=ids)
+    return size
+
+
+def test_a_dry_run_says_what_it_would_take_and_writes_nothing(folder: Path, recipe: Recipe, tmp_path: Path):
+    command = ["train", str(folder / "recipe.toml"), str(tmp_path / "out"), "--dry-run", "--processes", "2", "--json"]
+    found = json.loads(CliRunner().invoke(main, command).stdout)
+    model = run.new_model(recipe)
+    assert found["parameters"] == model.num_parameters()
+    assert found["tokens_per_step"] == 2 * 4 * 32
+    assert not (tmp_path / "out").exists()
+
+    size = activations(model, torch.zeros(4, 32, dtype=torch.long))
     assert found["memory"]["activations"] == pytest.approx(size, rel=0.02)
 
     def memory(**changes: Any) -> dict[str, int]:
@@ -337,6 +474,19 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(folder: Path, reci
     assert memory(fsdp=True)["optimizer"] == found["memory"]["optimizer"] // 2
     with pytest.raises(InputError, match="fsdp: expected a GPU for each process, found none"):
         run.train(dataclasses.replace(recipe, fsdp=True), tmp_path / "out")
+
+
+def test_a_dry_run_of_experts_has_them_take_as_many_tokens_each(recipe: Recipe):
+    experts = {"ffn_type": "moe", "num_local_experts": 4, "num_experts_per_tok": 2, "gate_bias": False}
+    moe = dataclasses.replace(recipe, model={**(recipe.model or {}), **experts, "norm_type": "rms", "residual": "both"})
+    kept = activations(run.new_model(moe), torch.randint(300, (4, 32)))
+    assert estimate(moe, 1).memory["activations"] == pytest.approx(kept, rel=0.02)
+
+
+def test_processes_are_those_of_a_dry_run(folder: Path, tmp_path: Path):
+    found = CliRunner().invoke(main, ["train", str(folder / "recipe.toml"), str(tmp_path / "out"), "--processes", "2"])
+    assert found.exit_code == 2
+    assert "--processes: expected --dry-run beside it" in found.stderr
 
 
 def test_help_and_docs_list_every_field():

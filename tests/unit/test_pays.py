@@ -10,17 +10,15 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import pays
 import runs
 
-TOKENS = 4000
-
 
 def all_runs(loss, file):
     """What is run until nothing is left to do, with loss(phase, rate, seed) for training; read anew for each."""
     made = []
-    while (found := pays.next_run("1M", "SAS", TOKENS, runs.read(file))) is not None:
-        phase, rate, seed, tokens = found
-        row = {"size": "1M", "kind": "SAS", "phase": phase, "rate": rate, "seed": seed, "tokens": tokens}
+    while (found := pays.next_run("1M", "SAS", runs.read(file))) is not None:
+        phase, rate, seed = found
+        row = {"size": "1M", "kind": "SAS", "phase": phase, "rate": rate, "seed": seed}
         pays.append(file, {**row, "held_out_loss": loss(phase, rate, seed)})
-        made.append((phase, rate, seed, tokens))
+        made.append(found)
         assert len(made) < 30
     return made
 
@@ -32,9 +30,9 @@ def all_runs(loss, file):
 def test_the_search_goes_on_while_the_best_rate_is_at_its_end(tmp_path, best, wider):
     made = all_runs(lambda phase, rate, seed: abs(math.log(rate / best)), tmp_path / "pays.csv")
     searched = [run for run in made if run[0] == "search"]
-    assert searched == [("search", rate, 0, TOKENS // 4) for rate in (0.003, 0.006, 0.012, *wider)]
-    nearest = min((rate for _, rate, *_ in searched), key=lambda rate: abs(math.log(rate / best)))
-    assert made[len(searched) :] == [("final", nearest, seed, TOKENS) for seed in (0, 1, 2)]
+    assert searched == [("search", rate, 0) for rate in (0.003, 0.006, 0.012, *wider)]
+    nearest = min((rate for _, rate, _ in searched), key=lambda rate: abs(math.log(rate / best)))
+    assert made[len(searched) :] == [("final", nearest, seed) for seed in (0, 1, 2)]
 
 
 def test_where_a_seed_is_lost_the_next_best_rate_trains_them_all_and_is_shown(tmp_path):

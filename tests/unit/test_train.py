@@ -79,6 +79,21 @@ class TestRecipe:
             ("steps = 12", "steps = 12\nbf16 = 1", "bf16: expected bool, found 1"),
             ("muon_lr = 0.02", "muon_lr = '0.02'", "muon_lr: expected float, found '0.02'"),
             ("[model]\nhidden_size = 32", "model = 3", "model: expected dict, found 3"),
+            (
+                "steps = 12",
+                "steps = 12\nseed = 4294967296",
+                "seed: expected a number from 0 to 4294967295, found 4294967296",
+            ),
+            (
+                "[model]",
+                "[data]\nheld_out_files = 'a'\n[model]",
+                "data.held_out_files: expected data.files beside them",
+            ),
+            (
+                "[model]\nhidden_size = 32",
+                "[start]\nfolder = 'a'\nsharpness = [1, 1]",
+                "start.sharpness: expected none beside start.folder",
+            ),
             ("steps = 12", "steps = 0", "steps: expected a number from 1 on, found 0"),
             ("muon_lr = 0.02", "muon_lr = -0.02", "muon_lr: expected a number from 0 on, found -0.02"),
             ("muon_lr = 0.02", "muon_lr = nan", "muon_lr: expected a number from 0 on, found nan"),

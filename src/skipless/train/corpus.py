@@ -4,19 +4,31 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import ConcatDataset, Subset
 from transformers import PreTrainedTokenizerFast
 
+from skipless.checkpoint import files
+from skipless.checkpoint.headers import read_json_object
 from skipless.errors import InputError
-from skipless.inference import load_tokenizer
-from skipless.train.data import Blocks, read_texts, split, standard_library, train_tokenizer, write_tokens
-from skipless.train.recipe import Recipe
+from skipless.train.data import (
+    Blocks,
+    fast_tokenizer,
+    read_texts,
+    split,
+    standard_library,
+    train_tokenizer,
+    write_tokens,
+)
+from skipless.train.recipe import Data, Recipe
 from skipless.train.texts import documents, kind_of, matching, read_tokens, token_dtype
 
-# What a run keeps in its folder of checkpoints.
+# What a run keeps in its folder of checkpoints. SIZES: of those two their tokens and the bytes of their text, or of
+# the recipe's own files of tokens ("files", "held_out_files") each one's bytes.
 TRAINING, HELD_OUT, SIZES, TOKENIZER = "training.bin", "held_out.bin", "tokens.json", "tokenizer"
 
 # Blocks of which bytes a token are found.
@@ -43,16 +55,20 @@ class Corpus:
 
 def is_made(folder: Path) -> bool:
     """Whether `make` has come to its end."""
-    return (folder / SIZES).is_file()
+    return bool(_sizes(folder))
+
+
+def _sizes(folder: Path) -> dict[str, Any]:
+    return read_json_object(folder / SIZES) if (folder / SIZES).is_file() else {}
 
 
 def make(recipe: Recipe, vocab_size: int, folder: Path) -> None:
     """Tokenize into `folder` what the recipe says. Raises InputError for data that cannot be trained on."""
     tokenizer = chosen_tokenizer(recipe)
-    if _is_tokens(recipe):
+    if (named := _token_files(recipe.data)) is not None:
         if tokenizer is not None:
             tokenizer.save_pretrained(folder / TOKENIZER)
-        (folder / SIZES).write_text("{}", encoding="utf-8")
+        files.replace(folder / SIZES, [json.dumps(named).encode()])
         return
     training, held_out = texts(recipe)
     if tokenizer is None:
@@ -71,25 +87,25 @@ def make(recipe: Recipe, vocab_size: int, folder: Path) -> None:
                 f"{recipe.sequence_length}; give more text, or shorter sequences"
             )
     tokenizer.save_pretrained(folder / TOKENIZER)
-    (folder / SIZES).write_text(json.dumps(sizes), encoding="utf-8")
+    files.replace(folder / SIZES, [json.dumps(sizes).encode()])
 
 
 def made(recipe: Recipe, vocab_size: int, folder: Path, sequences_per_step: int) -> Corpus:
     """What `make` has left in `folder`, in blocks; the training text is cut to whole steps.
 
-    Raises InputError for less text than a step takes.
+    Raises InputError for less text than a step takes, and for files of tokens that are no longer what they were.
     """
-    length, tokenizer = recipe.sequence_length, None
+    length, tokenizer, sizes = recipe.sequence_length, None, _sizes(folder)
     if (folder / TOKENIZER).is_dir():
-        tokenizer = load_tokenizer(folder / TOKENIZER)
-    if _is_tokens(recipe):
-        training, held_out = map(Joined, _token_blocks(recipe, vocab_size))
+        tokenizer = fast_tokenizer(folder / TOKENIZER)
+    if TRAINING not in sizes:
+        training, held_out = map(Joined, _token_blocks(recipe, vocab_size, sizes))
         bytes_per_token = None if tokenizer is None else _decoded_size(held_out, tokenizer)
     else:
         training, held_out = (
             Joined([Blocks.cut(read_tokens(folder / name, vocab_size), length)]) for name in (TRAINING, HELD_OUT)
         )
-        tokens, size = json.loads((folder / SIZES).read_text(encoding="utf-8"))[HELD_OUT]
+        tokens, size = sizes[HELD_OUT]
         bytes_per_token = size / tokens
     whole = len(training) - len(training) % sequences_per_step
     if not whole:
@@ -103,55 +119,58 @@ def made(recipe: Recipe, vocab_size: int, folder: Path, sequences_per_step: int)
 def chosen_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast | None:
     """The one that the recipe names, or that of the model it starts from, or None."""
     folder = recipe.tokenizer.folder or recipe.start.folder
-    if not folder:
-        return None
-    tokenizer = load_tokenizer(Path(folder))
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise InputError(f"{folder}: expected a tokenizer with a tokenizer.json, found {type(tokenizer).__name__}")
-    return tokenizer
+    return fast_tokenizer(Path(folder)) if folder else None
 
 
 def texts(recipe: Recipe) -> tuple[Texts, Texts]:
-    """The documents that are trained on, and those that are held out: files of their own, or every n-th document.
-
-    Of the standard library, whole files, shuffled.
+    """The documents that are trained on, and those that are held out: files of their own, or a fraction of all,
+    evenly, the first in any case. Of the standard library, whole files, shuffled.
     """
     data = recipe.data
     if not data.files:
         training, held_out = split(read_texts(standard_library()), data.held_out, recipe.seed)
         return lambda: training, lambda: held_out
-    files = matching(data.files)
+    named = matching(data.files)
     if data.held_out_files:
         others = matching(data.held_out_files)
-        return lambda: documents(files, data.field), lambda: documents(others, data.field)
-    nth = _nth(data.held_out)
+        return lambda: documents(named, data.field), lambda: documents(others, data.field)
+    if not data.held_out:
+        raise InputError("data.held_out: expected a fraction above 0, or held_out_files; found 0 and none")
+    some, of = Fraction(str(data.held_out)).as_integer_ratio()
 
     def chosen(held_out: bool) -> Iterator[str]:
-        return (text for i, text in enumerate(documents(files, data.field)) if (i % nth == 0) == held_out)
+        return (text for i, text in enumerate(documents(named, data.field)) if (i * some % of < some) == held_out)
 
     return lambda: chosen(False), lambda: chosen(True)
 
 
-def _nth(held_out: float) -> int:
-    """Every how many-th document is held out; the first is in any case."""
-    if not held_out:
-        raise InputError("data.held_out: expected a fraction above 0, or held_out_files; found 0 and none")
-    return max(2, round(1 / held_out))
+def _token_files(data: Data) -> dict[str, dict[str, int]] | None:
+    """Whole names and bytes of the files of tokens that are trained on, and of those that are held out; None: text."""
+    named, others = (matching(patterns) for patterns in (data.files, data.held_out_files))
+    if not named or kind_of(named) != "tokens":
+        return None
+    kind_of([*named, *others])
+    return {
+        name: {str(file.absolute()): file.stat().st_size for file in each}
+        for name, each in (("files", named), ("held_out_files", others))
+    }
 
 
-def _is_tokens(recipe: Recipe) -> bool:
-    return bool(recipe.data.files) and kind_of(matching(recipe.data.files)) == "tokens"
-
-
-def _token_blocks(recipe: Recipe, vocab_size: int) -> tuple[Sequence[Blocks], ...]:
+def _token_blocks(recipe: Recipe, vocab_size: int, sizes: dict[str, dict[str, int]]) -> tuple[Sequence[Blocks], ...]:
     """Of files of tokens: all blocks and those of held_out_files, or all but the last of each file, and those."""
 
-    def blocks(patterns: tuple[str, ...]) -> list[Blocks]:
-        return [Blocks.cut(read_tokens(file, vocab_size), recipe.sequence_length) for file in matching(patterns)]
+    def blocks(name: str) -> list[Blocks]:
+        found = []
+        for file, size in sizes[name].items():
+            path = Path(file)
+            if (now := path.stat().st_size if path.is_file() else None) != size:
+                raise InputError(f"{file}: expected the {size} bytes that the run began with, found {now}; put it back")
+            found.append(Blocks.cut(read_tokens(path, vocab_size), recipe.sequence_length))
+        return found
 
-    if recipe.data.held_out_files:
-        return blocks(recipe.data.files), blocks(recipe.data.held_out_files)
-    return tuple(zip(*(each.split(recipe.data.held_out) for each in blocks(recipe.data.files)), strict=True))
+    if sizes["held_out_files"]:
+        return blocks("files"), blocks("held_out_files")
+    return tuple(zip(*(each.split(recipe.data.held_out) for each in blocks("files")), strict=True))
 
 
 def _decoded_size(held_out: Joined, tokenizer: PreTrainedTokenizerFast) -> float:

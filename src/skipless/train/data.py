@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from skipless.errors import InputError
+from skipless.inference import load_tokenizer
 
 END_OF_FILE = "<|endoftext|>"
 # Documents that are tokenized at once, in parallel.
@@ -71,6 +72,23 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END_OF_FILE, bos_token=END_OF_FILE, clean_up_tokenization_spaces=False
     )
+
+
+def fast_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder. Raises InputError for one that is Python alone, without a tokenizer.json."""
+    tokenizer = load_tokenizer(folder)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise InputError(f"{folder}: expected a tokenizer with a tokenizer.json, found {type(tokenizer).__name__}")
+    return tokenizer
+
+
+def check_length(sequence_length: int, positions: int) -> None:
+    """Raise InputError for sequences in which nothing is predicted, and for those longer than a model can take."""
+    if not 2 <= sequence_length <= positions:
+        raise InputError(
+            f"sequence_length: expected 2 to {positions}, for which the model has positions "
+            f"(max_position_embeddings), found {sequence_length}"
+        )
 
 
 def encoded(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[list[int], int]]:

@@ -1,10 +1,12 @@
 """What a run would take, found without memory for it: the model's shapes alone run once (torch's fake tensors)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 from skipless.model import SkiplessForCausalLM
@@ -28,6 +30,20 @@ class TrainingEstimate:
     memory: dict[str, int]
 
 
+class EvenExperts(TorchFunctionMode):
+    """Each expert takes as many tokens: which ones it takes, shapes alone do not say."""
+
+    def __init__(self, experts: int):
+        super().__init__()
+        self.experts = experts
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """torch.where(taken), with a share of what there is to take."""
+        if function is torch.where and len(args) == 1:
+            return args[0].new_zeros((args[0].ndim, args[0].numel() // self.experts), dtype=torch.long).unbind()
+        return function(*args, **(kwargs or {}))
+
+
 def estimate(recipe: Recipe, processes: int) -> TrainingEstimate:
     """What a run of so many processes, one a GPU, would take.
 
@@ -38,7 +54,7 @@ def estimate(recipe: Recipe, processes: int) -> TrainingEstimate:
     """
     config = new_config(recipe)
     computed = torch.bfloat16 if recipe.bf16 else torch.float32
-    with FakeTensorMode():
+    with FakeTensorMode(), EvenExperts(config.num_local_experts or 1):
         model = AutoModelForCausalLM.from_config(config, dtype=computed)
         muon, adamw = (
             sum(weight.numel() for weight in group["params"]) for group in MuonAdamW(model, 0.0, 0.0).param_groups

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from skipless.errors import InputError
-from skipless.inference import load, load_tokenizer
-from skipless.train.data import encoded
+from skipless.inference import load
+from skipless.train.data import check_length, encoded, fast_tokenizer
 from skipless.train.texts import documents, kind_of, matching, read_tokens
 
 # Tokens of a sequence, unless the model has room for less, and of what is computed at once.
@@ -38,9 +38,10 @@ class _Stream:
     def __iter__(self) -> Iterator[int]:
         if not self.is_text:
             for file in self.files:
-                yield from read_tokens(file, self.vocab_size).tolist()
+                for part in read_tokens(file, self.vocab_size).split(AT_ONCE):
+                    yield from part.tolist()
             return
-        for tokens, size in encoded(documents(self.files, self.field), load_tokenizer(self.folder)):
+        for tokens, size in encoded(documents(self.files, self.field), fast_tokenizer(self.folder)):
             self.tokens, self.size = self.tokens + len(tokens), self.size + size
             yield from tokens
 
@@ -66,8 +67,7 @@ def evaluate(
     model = load(folder, dtype).to("cuda" if torch.cuda.is_available() else "cpu")
     room = getattr(model.config, "max_position_embeddings", SEQUENCE)
     length = sequence_length or min(SEQUENCE, room)
-    if not 2 <= length <= room:
-        raise InputError(f"sequence_length: expected 2 to {room}, for which the model has positions, found {length}")
+    check_length(length, room)
     stream = _Stream(folder, matching(patterns), field, model.config.vocab_size)
     tokens = itertools.islice(stream, most_tokens)
     total, sequences = 0.0, 0

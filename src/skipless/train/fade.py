@@ -2,8 +2,9 @@
 
 With t from 0 to 1 as the recipe's [schedule] says: a skip is multiplied by 1 - t; a norm divides by r^(1 - t) c^t, with
 r the root mean square of the token at hand (of layer norms: the standard deviation) and c what it has been of late, of
-all tokens (after arXiv:2602.10408). At t = 1 a norm is the map x -> x C diag(g / c) + b, with C what takes the mean
-away, or the identity. The matrices that read it take it in, or, where one of those cannot, the matrices that write x.
+all tokens of the first process (after arXiv:2602.10408). At t = 1 a norm is the map x -> x C diag(g / c) + b, with C
+what takes the mean away, or the identity. The matrices that read it take it in, or, where one of those cannot, the
+matrices that write x.
 """
 
 import json
@@ -42,7 +43,7 @@ class FadingNorm(SkiplessNorm):
         for name in ("weight", "bias"):
             self.register_parameter(name, getattr(norm, name))
         self.share = 0.0
-        self.seen: torch.Tensor | None = None
+        self.seen: list[torch.Tensor] = []  # of each batch of a step
         self.register_buffer("log_rms", torch.zeros(()))  # log c
         self.register_buffer("steps", torch.zeros(()))
 
@@ -52,7 +53,7 @@ class FadingNorm(SkiplessNorm):
             wide = wide - wide.mean(-1, keepdim=True)
         log_rms = (wide.square().mean(-1, keepdim=True) + self.eps).log() / 2
         if self.training:
-            self.seen = log_rms.detach().mean()
+            self.seen.append(log_rms.detach().mean())
         divisor = ((1 - self.share) * log_rms + self.share * self.log_rms).exp()
         normed = (wide / divisor).to(hidden_states.dtype)
         normed = normed if self.weight is None else normed * self.weight
@@ -60,9 +61,10 @@ class FadingNorm(SkiplessNorm):
 
     def follow(self) -> None:
         """After a step: move c towards what the step has seen, until it has become the divisor."""
-        if self.seen is not None and self.share < 1:
+        if self.seen and self.share < 1:
             self.steps += 1
-            self.log_rms.lerp_(self.seen.to(self.log_rms), (1 / self.steps).clamp(min=NEWEST))
+            self.log_rms.lerp_(torch.stack(self.seen).mean().to(self.log_rms), (1 / self.steps).clamp(min=NEWEST))
+        self.seen.clear()
 
 
 class Fade(TrainerCallback):

@@ -70,7 +70,7 @@ class Recipe:
     accumulate: int = option("batches whose gradients make one step", 1)
     warmup: float = option("fraction of the steps in which the learning rates rise", 0.05)
     decay: float = option("fraction of the steps, at the end, in which they fall to 0", 0.4)
-    gradient_clip: float = option("largest norm of all gradients together", 1.0)
+    gradient_clip: float = option("largest norm of all gradients together; 0: any", 1.0)
     bf16: bool = option("matrix products in bfloat16; weights stay in float32", False)
     checkpointing: bool = option("compute each layer's activations again backwards: less memory, more time", False)
     fsdp: bool = option("spread weights, gradients and optimizer over the processes (FSDP2; needs GPUs)", False)
@@ -115,7 +115,11 @@ class Recipe:
         return recipe
 
     def __post_init__(self) -> None:
-        """Raise InputError for a fade that begins from nothing, or does not end."""
+        """Raise InputError for fields that do not go together, and for a fade that does not end."""
+        if self.data.held_out_files and not self.data.files:
+            raise InputError("data.held_out_files: expected data.files beside them, found none")
+        if self.start.folder and self.start.sharpness:
+            raise InputError("start.sharpness: expected none beside start.folder, whose weights it would replace")
         for name, steps in dataclasses.asdict(self.schedule).items():
             if not steps:
                 continue
@@ -148,7 +152,11 @@ def _read(cls: type[Any], values: dict[str, Any], where: str) -> Any:
     for name, field in known.items():
         if field.default is MISSING and name not in values:
             raise InputError(f"{where}{name}: expected a value, found none")
-    return cls(**{name: _checked(known[name], value, where) for name, value in values.items()})
+    checked = {name: _checked(known[name], value, where) for name, value in values.items()}
+    try:
+        return cls(**checked)
+    except InputError as error:  # of fields that do not go together
+        raise InputError(f"{where}{error}") from error
 
 
 def _checked(field: "dataclasses.Field[Any]", value: Any, where: str) -> Any:
@@ -171,9 +179,10 @@ def _checked(field: "dataclasses.Field[Any]", value: Any, where: str) -> Any:
         value = float(value)
     if type(value) is not expected:
         raise InputError(f"{where}{name}: expected {getattr(expected, '__name__', expected)}, found {value!r}")
-    smallest = 1 if expected is int and name != "seed" else 0
-    if isinstance(value, int | float) and not smallest <= value < math.inf:
-        raise InputError(f"{where}{name}: expected a number from {smallest} on, found {value!r}")
+    smallest, largest = (0, 2**32 - 1) if name == "seed" else (int(expected is int), math.inf)
+    if isinstance(value, int | float) and not (smallest <= value <= largest and value < math.inf):
+        to = "on" if largest == math.inf else f"to {largest}"
+        raise InputError(f"{where}{name}: expected a number from {smallest} {to}, found {value!r}")
     return value
 
 

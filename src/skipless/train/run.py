@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import accelerate  # noqa: F401  (Trainer needs it, and says so only when it begins)
 import torch
@@ -18,11 +19,12 @@ from skipless.checkpoint.headers import read_json_object
 from skipless.checkpoint.opening import check_config
 from skipless.errors import InputError
 from skipless.inference import load
-from skipless.log import is_first
+from skipless.log import is_first, processes
 from skipless.model import SkiplessConfig, SkiplessForCausalLM
 from skipless.quiet import no_library_bars
 from skipless.rewrite.model_files import AUTO_MAP
 from skipless.train import corpus
+from skipless.train.data import check_length
 from skipless.train.fade import Fade, final
 from skipless.train.initialize import initialize
 from skipless.train.log import Bar, callbacks
@@ -49,7 +51,8 @@ def _step(checkpoint: Path | None) -> int:
 def check_folder(out: Path, recipe: Recipe, resume: bool) -> None:
     """Raise InputError if a run would write over files, or cannot be resumed.
 
-    A run that is not there, or is done, cannot be resumed; nor can one with another recipe, but for more steps.
+    A run that is not there, or is done, cannot be resumed; nor can one with another recipe or in another number of
+    processes, but for more steps once it is done.
     """
     saved = out / CHECKPOINTS / RECIPE
     if not resume:
@@ -62,19 +65,25 @@ def check_folder(out: Path, recipe: Recipe, resume: bool) -> None:
         raise InputError(
             f"{out}: expected an unfinished run to resume, found none; start a new folder without --resume"
         )
-    started = Recipe(1, 1, 1, 0.0, 0.0).to_json() | read_json_object(saved)  # which an older release may have written
+    older = _written_down(Recipe(1, 1, 1, 0.0, 0.0))  # what a release may have written that knew fewer fields
+    started = older | read_json_object(saved)
     done = started.pop("done", 0)
     if recipe.steps <= done:
         raise InputError(f"{out}: expected an unfinished run to resume, found one of {done} steps; --steps takes more")
-    fields = recipe.to_json()
+    fields = _written_down(recipe)
     if done:
         started["steps"] = fields["steps"]
     for name, found in fields.items():
         if found != started.get(name):
             raise InputError(
                 f"{name}: expected {started.get(name)!r}, with which the run in {out} was started, found {found!r}; "
-                f"resume with the same recipe or start a new folder"
+                f"resume with the same or start a new folder"
             )
+
+
+def _written_down(recipe: Recipe) -> dict[str, Any]:
+    """What has to be the same when a run goes on."""
+    return recipe.to_json() | {"processes": processes()}
 
 
 def new_config(recipe: Recipe) -> SkiplessConfig:
@@ -84,11 +93,14 @@ def new_config(recipe: Recipe) -> SkiplessConfig:
         if (found := start.get("model_type")) != "skipless":
             raise InputError(f"{recipe.start.folder}: model_type: expected skipless to start from, found {found}")
         check_config(start)
-        return SkiplessConfig.from_dict(start)
-    try:
-        return SkiplessConfig(**(recipe.model or {}))
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise InputError(f"model: {error.__cause__ or error}") from error
+        config = SkiplessConfig.from_dict(start)
+    else:
+        try:
+            config = SkiplessConfig(**(recipe.model or {}))
+        except (ValueError, TypeError, StrictDataclassError) as error:
+            raise InputError(f"model: {error.__cause__ or error}") from error
+    check_length(recipe.sequence_length, config.max_position_embeddings)
+    return config
 
 
 def new_model(recipe: Recipe) -> SkiplessForCausalLM:
@@ -103,21 +115,19 @@ def new_model(recipe: Recipe) -> SkiplessForCausalLM:
 
 def write_down(recipe: Recipe, done: int, checkpoints: Path) -> None:
     """Keep the recipe of a run, and after how many steps it was done (0: not yet), in one replacement of the file."""
-    files.replace(checkpoints / RECIPE, [json.dumps(recipe.to_json() | {"done": done}).encode()])
+    files.replace(checkpoints / RECIPE, [json.dumps(_written_down(recipe) | {"done": done}).encode()])
 
 
 def prepare(recipe: Recipe, vocab_size: int, sequences: int, checkpoints: Path) -> None:
     """Write the recipe, and its text as tokens, unless a killed run has; nothing, if the text cannot be trained on."""
     new = [folder for folder in (checkpoints, checkpoints.parent) if not folder.exists()]
     checkpoints.mkdir(parents=True, exist_ok=True)
-    saved = checkpoints / RECIPE
-    done = read_json_object(saved).get("done", 0) if saved.exists() else 0
-    write_down(recipe, done, checkpoints)
+    write_down(recipe, 0, checkpoints)
     try:
         if not corpus.is_made(checkpoints):
             corpus.make(recipe, vocab_size, checkpoints)
         corpus.made(recipe, vocab_size, checkpoints, sequences)
-    except InputError:
+    except Exception:
         for folder in new:
             shutil.rmtree(folder)
         raise

@@ -1,6 +1,8 @@
 """Text to train on and to evaluate: files by pattern, read one document after the other, or tokens as they are."""
 
 import itertools
+import lzma
+import zlib
 from collections.abc import Iterator, Sequence
 from glob import iglob
 from pathlib import Path
@@ -22,7 +24,11 @@ def matching(patterns: Sequence[str]) -> list[Path]:
     """The files of shell patterns (** for any folders), each once, in order. Raises InputError for one without any."""
     matched: dict[Path, None] = {}
     for pattern in patterns:
-        paths = sorted(map(Path, iglob(str(Path(pattern).expanduser()), recursive=True)))  # noqa: PTH207  (Path has no absolute ones)
+        try:
+            whole = str(Path(pattern).expanduser())
+        except RuntimeError as error:  # ~ of someone who is not there
+            raise InputError(f"{pattern}: expected files, found none: {error}") from error
+        paths = sorted(map(Path, iglob(whole, recursive=True)))  # noqa: PTH207  (Path has no absolute ones)
         files = [path for path in paths if path.is_file() or _saved_by_datasets(path)]
         if not files:
             found = f"folders; name what is in them: {pattern.rstrip('/')}/**/*.txt" if paths else "none"
@@ -32,7 +38,10 @@ def matching(patterns: Sequence[str]) -> list[Path]:
 
 
 def kind_of(files: Sequence[Path]) -> str:
-    """What all files are: "text", "json", "parquet", "tokens" or "folder". Raises InputError when they differ."""
+    """What all files are: "text", "json", "parquet", "tokens" or "folder".
+
+    Raises InputError when they differ, and for compressed tokens, which cannot be mapped into memory.
+    """
     kinds = {_kind(file): file for file in files}
     if len(kinds) > 1:
         (one, a), (other, b), *_ = kinds.items()
@@ -64,7 +73,7 @@ def read_tokens(file: Path, vocab_size: int) -> torch.Tensor:
             tokens = np.load(file, mmap_mode="c")
         else:
             tokens = np.memmap(file, token_dtype(vocab_size), mode="c")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{file}: expected tokens, found {error}") from error
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         raise InputError(f"{file}: expected one dimension of integers, found {tokens.dtype} {tokens.shape}")
@@ -88,7 +97,10 @@ def _kind(path: Path) -> str:
     if path.is_dir():
         return "folder"
     suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in COMPRESSED]
-    return KINDS.get(suffixes[-1] if suffixes else "", "text")
+    kind = KINDS.get(suffixes[-1] if suffixes else "", "text")
+    if kind == "tokens" and path.suffix.lower() in COMPRESSED:
+        raise InputError(f"{path}: expected tokens that are not compressed, found {path.suffix}; unpack it")
+    return kind
 
 
 def _text_files(files: Sequence[Path]) -> Iterator[str]:
@@ -120,7 +132,7 @@ def _rows(kind: str, files: Sequence[Path], field: str) -> Iterator[str]:
                     f"{', '.join(row)}; name one as `field`"
                 )
             yield text
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, EOFError, zlib.error, lzma.LZMAError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{names[0]}: expected {kind}, found {' '.join(str(error).split())}") from error

@@ -30,7 +30,7 @@ def training_arguments(recipe: Recipe, config: SkiplessConfig, folder: str) -> T
             "state_dict_type": "SHARDED_STATE_DICT",
             "activation_checkpointing": recipe.checkpointing,
         }
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=folder,
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch_size,
@@ -52,6 +52,12 @@ def training_arguments(recipe: Recipe, config: SkiplessConfig, folder: str) -> T
         use_cpu=not torch.cuda.is_available(),
         **fsdp,
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # Trainer would spread a batch over all that one process sees
+    return arguments
+
+
+class NotANumberError(InputError):
+    """A loss or a gradient of a run is not a number."""
 
 
 class LogWhatIsSaved(TrainerCallback):
@@ -119,7 +125,7 @@ class SkiplessTrainer(Trainer):
             if not math.isfinite(value := logs.get(name, 0.0)):
                 first = self.accelerator.gather(self.first_wrong[None]).min().item()
                 step = int(min(first, self.state.global_step))
-                raise InputError(
+                raise NotANumberError(
                     f"step {step}: {name}: expected a number, found {value}; lower muon_lr or adamw_lr in the recipe "
                     "and start again"
                 )

@@ -1,6 +1,7 @@
 """`skipless train`."""
 
 import dataclasses
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,7 +37,7 @@ class WithFields(click.Command):
 @click.option("--steps", type=click.IntRange(1), help="As many steps instead of the recipe's.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in OUT; at the end, with more --steps.")
 @click.option("--dry-run", is_flag=True, help="Only say what it would take: memory, tokens, FLOPs. Writes nothing.")
-@click.option("--processes", type=click.IntRange(1), default=1, show_default=True, help="With --dry-run: how many.")
+@click.option("--processes", type=click.IntRange(1), help="With --dry-run: how many. [default: 1]")
 @as_json
 def train(
     recipe: str,
@@ -45,12 +46,15 @@ def train(
     steps: int | None,
     resume: bool,
     dry_run: bool,
-    processes: int,
+    processes: int | None,
     as_json: bool,
 ) -> None:
-    """Train a skipless model by RECIPE (a TOML file, or a bundled name: stdlib) into the folder OUT."""
+    """Train a skipless model by RECIPE (a TOML file, or a bundled name: stdlib, 7b) into the folder OUT."""
+    if processes is not None and not dry_run:
+        raise click.UsageError("--processes: expected --dry-run beside it; torchrun starts processes")
     with extra("train"), waiting("starting"):
         from skipless.train.recipe import Recipe
+        from skipless.train.run import CHECKPOINTS, RECIPE
         from skipless.train.run import train as run
 
     read = Recipe.read(recipe, model)
@@ -60,13 +64,17 @@ def train(
         with waiting("estimating"):
             from skipless.train.estimate import estimate
 
-            found = estimate(read, processes)
+            found = estimate(read, processes or 1)
         tell(found, as_json)
         return
     try:
         result = run(read, out_folder, resume=resume, waiting=waiting)
     except KeyboardInterrupt:
-        err.print(f"interrupted; go on with: skipless train {recipe} {out_folder} --resume", soft_wrap=True)
+        if is_first() and (out_folder / CHECKPOINTS / RECIPE).is_file():
+            changed = {"--model": model, "--steps": steps}
+            options = [word for name, value in changed.items() if value is not None for word in (name, str(value))]
+            command = shlex.join(["skipless", "train", recipe, str(out_folder), *options, "--resume"])
+            err.print(f"interrupted; go on with: {command}", soft_wrap=True)
         sys.exit(INTERRUPTED)
     if not is_first():
         return
