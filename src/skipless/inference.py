@@ -1,8 +1,8 @@
 """Load a model folder whole, and decode greedily, with a cache and without."""
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,10 @@ from skipless.errors import InputError
 from skipless.model.modeling_skipless import exchanged
 from skipless.quiet import no_library_bars
 
+# What transformers raises for a model that it cannot load; ImportError: for one that another package would quantize.
+LOAD_ERRORS = (
+    OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, StrictDataclassError,
+)  # fmt: skip
 # Logits that spread by less than this part of their size are all but equal.
 EVEN = 1e-3
 # By how much of their spread a cache may change a token's logits: rounding, also to fp32, in which transformers hands
@@ -51,7 +55,7 @@ def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=False
             )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, StrictDataclassError) as error:
+    except LOAD_ERRORS as error:
         raise InputError(f"{folder}: expected a model that transformers loads, found: {_line(error)}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
@@ -142,6 +146,7 @@ def greedy_config(tokens: int) -> GenerationConfig:
         max_new_tokens=tokens,
         min_new_tokens=tokens,
         do_sample=False,
+        use_cache=True,
         pad_token_id=0,
         output_logits=True,
         return_dict_in_generate=True,
@@ -188,11 +193,24 @@ def spread(logits: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def generate(model: PreTrainedModel, ids: torch.Tensor, tokens: int) -> Generated:
-    """Continue a prompt (1, length) greedily, by so many tokens, and run the same tokens once more without a cache."""
-    with arithmetic(model):
+    """Continue a prompt (1, length) greedily, by so many tokens, and run the same tokens once more without a cache.
+
+    Nothing that the folder says of generation changes that: transformers would take from it what is not asked for.
+    """
+    with arithmetic(model), _own_generation_set_aside(model):
         output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy_config(tokens))
         again = model(input_ids=output.sequences[:, :-1], use_cache=False, logits_to_keep=tokens).logits[0]
     return Generated(output.sequences[0, ids.shape[1] :], torch.cat(output.logits).to(again.dtype), again)
+
+
+@contextmanager
+def _own_generation_set_aside(model: PreTrainedModel) -> Iterator[None]:
+    own = model.generation_config
+    model.generation_config = GenerationConfig(cache_implementation=own.cache_implementation)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _line(error: Exception) -> str:

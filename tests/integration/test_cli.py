@@ -76,18 +76,6 @@ def test_bench_without_a_model(tmp_path):
     assert "nothing: expected a model folder, found nothing" in result.stderr
 
 
-def test_an_interrupted_training_says_how_to_go_on(tmp_path, monkeypatch):
-    from skipless.train import run as room
-
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(room, "train", interrupted)
-    result = run("train", "stdlib", tmp_path / "out")
-    assert result.exit_code == 130
-    assert f"skipless train stdlib {tmp_path / 'out'} --resume" in result.stderr
-
-
 def test_a_bug_does_not_exit_with_the_code_that_means_no(tmp_path, monkeypatch):
     monkeypatch.setattr(fusion, "fuse", lambda *_, **__: 1 / 0)
     result = run("fuse", save(build(), tmp_path / "source"), tmp_path / "fused")

@@ -19,7 +19,7 @@ from skipless.inference import InDouble
 from skipless.removals import neutral
 from skipless.rewrite import maps, request
 from tests.families import GPT, LLAMA, MODELS, saved
-from tests.models import build, save
+from tests.models import build, edit_config, save
 from tests.tolerances import TOLERANCES
 
 # Heads that are matrices of their own, where the family ties them to the embeddings, and biases where it has none.
@@ -395,6 +395,29 @@ def test_buffers_go_and_another_models_tensors_stay(tmp_path):
     assert torch.equal(load_file(tmp_path / "both" / "model.safetensors")["vision_tower.patch.weight"], seen)
     written = json.loads((tmp_path / "both" / "config.json").read_text())
     assert written["dtype"] == written["text_config"]["dtype"] == "float32"
+
+
+def test_the_language_model_of_a_larger_one_is_verified(tmp_path):
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config={**LLAMA, "head_dim": 16},
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).double()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) * 0.2)
+    model.save_pretrained(tmp_path / "source")
+    for dtype in (None, "float32"):
+        folded = tmp_path / f"folded-{dtype}"
+        skipless.fuse(tmp_path / "source", folded, dtype=dtype)
+        report = skipless.verify(tmp_path / "source", folded, dtypes=(), tokens=8)
+        assert (report.same, report.data.function) == (True, ())
+    edit_config(
+        folded, text_config=json.loads((folded / "config.json").read_text())["text_config"] | {"rms_norm_eps": 0.1}
+    )
+    assert "text_config" in skipless.verify(tmp_path / "source", folded, dtypes=(), tokens=8).data.function[0]
 
 
 def test_shards_and_resuming(tmp_path, monkeypatch):

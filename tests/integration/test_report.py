@@ -211,3 +211,19 @@ def test_a_report_of_the_bundled_model_shows_what_both_write(tmp_path):
     assert "The same, token for token" in page.text
     assert page.text.count("class Stack: def get(self") == 2
     assert page.text.count(", name, value):") == 2
+
+
+@pytest.mark.parametrize("layout", ["family", "skipless"])
+def test_what_moved_in_an_ordinary_model_is_what_is_audited(tmp_path, layout):
+    saved("llama", tmp_path / "source")
+    fuse(tmp_path / "source", tmp_path / "fused", layout=layout)
+    run("report", tmp_path / "source", tmp_path / "fused", "--html", tmp_path / "page.html")
+    text = Page((tmp_path / "page.html").read_text()).text
+    assert "not safe" not in text
+
+
+def test_a_prompt_that_cannot_be_read_is_left_out(tmp_path):
+    fuse(BUNDLED, tmp_path / "fused", remove=("p",))
+    for prompt, tokens in (("", 2), ("a", 2000)):
+        found = overview(BUNDLED, tmp_path / "fused", prompt=prompt, tokens=tokens)
+        assert found.texts is None

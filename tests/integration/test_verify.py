@@ -9,10 +9,14 @@ import torch
 from click.testing import CliRunner
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from transformers.cache_utils import DynamicCache
 
 import skipless
 from skipless import cli
+from skipless.inference import load
 from skipless.reports import routing, verification
+from skipless.reports.comparing import read_config
+from tests.families import LLAMA, MODELS, saved
 from tests.models import build, edit_config, edit_tensors, save
 from tests.other_functions import OTHERS
 from tests.random_models import draw_fields, draw_runs, fuse_what_goes
@@ -228,15 +232,13 @@ def test_a_row_that_no_sample_reads_is_not_run_and_full_runs_it(tmp_path, monkey
 
 
 def _seen(source, monkeypatch):
-    reader = verification.CheckpointReader(source)
-    inputs = verification._inputs(reader, reader, "", 8, 0, False)
+    inputs = verification._inputs(source, [read_config(source)] * 2, "", 8, 0, False)
     return torch.cat([ids.flatten() for ids, _ in inputs.sequences]).tolist()
 
 
 def test_a_sample_passes_the_window(tmp_path):
     source = save(build(sliding_window=40, max_position_embeddings=128), tmp_path / "source")
-    reader = verification.CheckpointReader(source)
-    assert verification._inputs(reader, reader, "", 8, 0, False).positions_seen >= 72
+    assert verification._inputs(source, [read_config(source)] * 2, "", 8, 0, False).positions_seen >= 72
 
 
 def test_many_logits_are_not_all_kept(source, tmp_path, monkeypatch):
@@ -300,8 +302,6 @@ def test_where_the_original_itself_gives_no_numbers_nothing_can_be_judged(tmp_pa
 
 def test_a_model_whose_cache_is_wrong_is_told_apart(source, tmp_path, monkeypatch):
     """B's alone, while its function is A's: a verdict of its own."""
-    from transformers.cache_utils import DynamicCache
-
     skipless.fuse(source, tmp_path / "fused")
     update, run, folders = DynamicCache.update, verification._run, []
 
@@ -472,3 +472,104 @@ def test_the_bundled_pair_takes_less_than_a_minute(tmp_path):
     start = time.monotonic()
     assert skipless.verify(BUNDLED, tmp_path / "fused").same
     assert time.monotonic() - start < 60
+
+
+def test_another_expert_of_another_family_is_no_same_function(tmp_path, monkeypatch):
+    """Its router cannot be told where to send tokens, and only a quarter of these ever goes to that expert."""
+    monkeypatch.setitem(MODELS, "many", ("Mixtral", {**LLAMA, "num_local_experts": 8, "num_experts_per_tok": 2}))
+    saved("many", tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    names = [f"model.layers.1.block_sparse_moe.experts.2.w{number}.weight" for number in (1, 2, 3)]
+    reader = verification.CheckpointReader(tmp_path / "b")
+    edit_tensors(tmp_path / "b", **{name: torch.randn_like(reader.tensor(name)) for name in names})
+    assert skipless.verify(tmp_path / "a", tmp_path / "a", full=True, tokens=8).same
+    report = skipless.verify(tmp_path / "a", tmp_path / "b", full=True, tokens=8)
+    assert not report.same
+    assert not rows(report)["float64"].passed
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mpt", "bloom"])
+def test_sizes_have_the_names_that_a_family_gives_them(tmp_path, monkeypatch, name):
+    asked = []
+    monkeypatch.setattr(verification, "chance", lambda width: asked.append(width) or 1.0)
+    saved(name, tmp_path / "a")
+    report = skipless.verify(tmp_path / "a", tmp_path / "a", dtypes=(), tokens=4)
+    assert asked == [32]
+    assert report.positions_seen == (24 if name in ("gpt2", "mpt") else report.positions_seen)
+
+
+def test_a_window_that_is_not_used_is_none(tmp_path, monkeypatch):
+    window = {"sliding_window": 5000, "max_position_embeddings": 10_000}
+    for used in (False, True):
+        name = f"qwen2-{used}"
+        monkeypatch.setitem(
+            MODELS, name, ("Qwen2", {**LLAMA, **window, "use_sliding_window": used, "max_window_layers": 0})
+        )
+        saved(name, tmp_path / name)
+        edit_config(tmp_path / name, sliding_window=5000)
+    monkeypatch.setattr(verification, "MAX_POSITIONS", 200)
+    monkeypatch.setattr(verification, "_longest", lambda config: 6000)
+    seen = [
+        skipless.verify(tmp_path / name, tmp_path / name, dtypes=(), tokens=4).positions_seen
+        for name in ("qwen2-False", "qwen2-True")
+    ]
+    assert seen == [100, 5032]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_cache": False},
+        {"num_beams": 4},
+        {"stop_strings": ["a"]},
+        {"repetition_penalty": 5.0},
+        {"no_repeat_ngram_size": 1},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_what_a_folder_says_of_generation_changes_no_verdict(source, tmp_path, monkeypatch, settings):
+    (source / "generation_config.json").write_text(json.dumps(settings))
+    skipless.fuse(source, tmp_path / "fused")
+    assert skipless.verify(source, tmp_path / "fused", dtypes=(), tokens=8).same
+    update = DynamicCache.update
+
+    def forgetful(cache, key, value, layer, *args, **kwargs):
+        return update(cache, key, 0 * value if key.shape[2] == 1 else value, layer, *args, **kwargs)
+
+    monkeypatch.setattr(DynamicCache, "update", forgetful)
+    assert "cache" in skipless.verify(source, tmp_path / "fused", dtypes=(), tokens=8).note
+
+
+@pytest.mark.parametrize("family", [False, True])
+def test_other_code_is_another_function(source, tmp_path, family):
+    if family:
+        saved("llama", source := tmp_path / "llama")
+    other = tmp_path / "other"
+    shutil.copytree(source, other)
+    assert skipless.verify(source, other, dtypes=(), tokens=4).same
+    edit_config(other, auto_map={"AutoModelForCausalLM": "other.Model"})
+    (other / "other.py").write_text("")
+    report = skipless.verify(source, other, dtypes=(), tokens=4)
+    assert not report.same
+    assert "auto_map" in report.note
+    if family:
+        edit_config(source, auto_map={"AutoModelForCausalLM": "other.Model"})
+        (source / "other.py").write_text("")
+        assert skipless.verify(source, other, dtypes=(), tokens=4).same
+        (other / "other.py").write_text("pass")
+        assert "B's other.py" in skipless.verify(source, other, dtypes=(), tokens=4).note
+
+
+def test_a_prompt_that_is_left_out_is_told(source, tmp_path):
+    report = skipless.verify(source, source, dtypes=(), tokens=4, prompt="hello")
+    assert "the prompt, of which A makes no 1 to 60 tokens" in report.not_run
+    result = CliRunner().invoke(cli.main, ["verify", str(source), str(source), "--seed", str(2**64)])
+    assert result.exit_code == 2
+    assert "--seed" in result.stderr
+
+
+def test_a_model_that_another_package_would_load(tmp_path):
+    saved("llama", tmp_path / "a")
+    edit_config(tmp_path / "a", quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 32})
+    with pytest.raises(skipless.InputError, match="expected a model that transformers loads, found"):
+        load(tmp_path / "a", torch.float32)

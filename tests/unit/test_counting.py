@@ -215,6 +215,13 @@ def test_a_config_that_cannot_be(changes, message, tmp_path):
 def test_options_that_make_no_sense():
     assert run().exit_code == 2
     assert run("gpt2", "--paper").exit_code == 2
+    for options in (
+        ["--list", "--json"],
+        ["--list", "--csv"],
+        ["--paper", "--batch", "2"],
+        ["--paper", "--context", "9"],
+    ):
+        assert run(*options).exit_code == 2
     assert "--bandwidth and --flops together" in run("gpt2", "--bandwidth", 10).stderr
 
 

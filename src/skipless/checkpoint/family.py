@@ -112,7 +112,7 @@ class Family:
 
     computes: what a skipless config.json says besides, so that its model computes the same: its field -> where the
     config, as transformers completes it, has it; None: no skipless model does. requires: values in that config that are
-    taken for granted.
+    taken for granted, or whether one will do.
     """
 
     model_types: tuple[str, ...]
@@ -158,8 +158,10 @@ class Family:
             return "model_type", config.get("model_type")
         if self.inside in config:
             return self.inside, "the language model of a larger one"
-        others = ((name, config.get(name, value)) for name, value in self.requires.items())
-        return next(((name, found) for name, found in others if found != self.requires[name]), None)
+        for name, wanted in self.requires.items():
+            if name in config and not (wanted(config[name]) if callable(wanted) else config[name] == wanted):
+                return name, config[name]
+        return None
 
     def skipless(self, architecture: Architecture, completed: Config) -> dict[str, Any]:
         """The fields of a skipless config.json that computes what a model of this family does, nothing removed.
@@ -357,8 +359,12 @@ class Layout:
 
     def ignores(self, name: str) -> bool:
         """Whether a stored tensor does not belong to the model: a buffer, the head of tied embeddings."""
-        tied = self.architecture.tie_word_embeddings and name == f"{self._stored('lm_head')}.weight"
-        return tied or any(part in name for part in (*self.family.buffers, *self.family.beside))
+        return name == self.tied_head or any(part in name for part in (*self.family.buffers, *self.family.beside))
+
+    @cached_property
+    def tied_head(self) -> str | None:
+        """What the head of tied embeddings would be called."""
+        return f"{self._stored('lm_head')}.weight" if self.architecture.tie_word_embeddings else None
 
 
 def every() -> Iterator[Family]:

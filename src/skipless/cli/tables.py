@@ -376,7 +376,7 @@ def count_rows(counts: Sequence[Count], batch: int = 1) -> list[tuple[str, ...]]
         rows.append((f"without {what}, trained so", *(_removal(count.nominal[name]) for count in counts)))
     add("exactly, if skipless", lambda count: _removal(count.exact))
     add("at most, if skipless", lambda count: f"{count.limit:,} ({count.limit / count.weights:.1%})")
-    add("of that, by all seams", lambda count: f"{count.everything:,} ({count.everything / count.limit:.2%})")
+    add("of that, by all seams", lambda count: f"{count.everything:,} ({count.everything / (count.limit or 1):.2%})")
     add("exactly, as it is", lambda count: f"{(gone := sum(count.as_is.values())):,} ({gone / count.parameters:.1%})")
     add("of that, by fuse", lambda count: "-" if count.by_fuse is None else f"{count.by_fuse:,}")
     add("of that, --layout skipless", lambda count: "-" if count.left_out is None else f"{count.left_out:,}")

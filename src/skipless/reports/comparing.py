@@ -27,7 +27,7 @@ from skipless.checkpoint.reader import CheckpointReader
 from skipless.errors import InputError
 from skipless.model.configuration_skipless import SkiplessConfig
 from skipless.removals.neutral import moving
-from skipless.rewrite.model_files import other_model_files
+from skipless.rewrite.model_files import AUTO_MAP, other_model_files
 from skipless.rewrite.record import differences, digest, read_record
 
 # Fields of a config that change neither what a model computes nor what it generates.
@@ -93,6 +93,7 @@ def compare_data(a: CheckpointReader, b: CheckpointReader) -> Differences:
             f"B's {' and '.join(others)}: not this version's, and trust_remote_code=True would run them instead; "
             f"skipless refresh {b.folder}"
         )
+    function += _code_differences(a, b)
     if a.config.get("model_type") == "skipless" and (others := other_model_files(a.folder)):
         notes.append(f"A's {' and '.join(others)}: not this version's; skipless refresh {a.folder}")
     if (record := read_record(b.folder)) is not None:
@@ -104,13 +105,30 @@ def compare_data(a: CheckpointReader, b: CheckpointReader) -> Differences:
     return Differences(tuple(function), tuple(generation), tuple(notes))
 
 
+def _code_differences(a: CheckpointReader, b: CheckpointReader) -> Iterator[str]:
+    """What trust_remote_code=True would run of B, and neither skipless nor A has."""
+    known = [AUTO_MAP] if b.config.get("model_type") == "skipless" else []
+    named, known = b.config.get("auto_map") or {}, [*known, a.config.get("auto_map") or {}]
+    if not named:
+        return
+    if named not in known:
+        yield f"B's config.json: auto_map: {_shown(named)}, which trust_remote_code=True would run instead; remove it"
+    elif named != AUTO_MAP:
+        for name in sorted({f"{each.split('.')[0]}.py" for each in named.values() if isinstance(each, str)}):
+            files = [reader.folder / name for reader in (a, b)]
+            if any(file.exists() for file in files) and not (
+                all(file.exists() for file in files) and digest(files[0]) == digest(files[1])
+            ):
+                yield f"B's {name}: other code than A's, which trust_remote_code=True would run"
+
+
 def _shown(value: Any) -> str:
     text = json.dumps(value, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _config_differences(a: CheckpointReader, b: CheckpointReader) -> Iterator[tuple[str, Any, Any]]:
-    before, after = (_config(reader.folder) for reader in (a, b))
+    before, after = (_telling(read_config(reader.folder)) for reader in (a, b))
     if (opened := translated(a, b)) is not None:
         before = _telling(SkiplessConfig.from_dict(copy.deepcopy(dict(opened.config))))
     names = dict.fromkeys((*before, *after))
@@ -123,12 +141,22 @@ def _config_differences(a: CheckpointReader, b: CheckpointReader) -> Iterator[tu
 
 def _telling(config: PreTrainedConfig) -> dict[str, Any]:
     """A config with its defaults, less what changes nothing and what fuse changes."""
-    return {name: value for name, value in config.to_dict().items() if name not in NEUTRAL and name not in REMOVED}
+    return {name: value for name, value in _without_neutral(config.to_dict()).items() if name not in REMOVED}
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _without_neutral(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a config, and of those in it, of parts of a larger model."""
+    return {
+        name: _without_neutral(value) if isinstance(value, Mapping) else value
+        for name, value in fields.items()
+        if name not in NEUTRAL
+    }
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """A folder's config with its defaults. Raises InputError for one that transformers does not read."""
     try:
-        return _telling(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise InputError(
             f"{folder / 'config.json'}: expected a config that transformers reads, found: "

@@ -13,9 +13,9 @@ from skipless.checkpoint.reader import CheckpointReader
 from skipless.errors import InputError
 from skipless.inference import generate, load, load_tokenizer
 from skipless.reports.auditing import Audit, audit
-from skipless.reports.comparing import Opened, Relation, relation
+from skipless.reports.comparing import Opened, Relation, read_config, relation
 from skipless.reports.counting import LETTERS
-from skipless.reports.verification import DEFAULT_DTYPES, DEFAULT_PROMPT, Report, verify
+from skipless.reports.verification import DEFAULT_DTYPES, DEFAULT_PROMPT, Report, prompt_ids, verify
 from skipless.rewrite.card import named
 from skipless.rewrite.record import read_record
 
@@ -44,7 +44,7 @@ class Overview:
     parameters, bytes: of all tensors, before and after. parts: numbers by matrix (of PARTS), before and after. closed:
     the seams that were closed, by kind. options: fuse's, as the record has them (empty without one). stored: kind of
     seam -> layer -> the error that it was closed with, where that was measured. texts: what both write after the
-    prompt, in fp32, or None where the source has no tokenizer.
+    prompt, in fp32, or None where the source has no tokenizer, or cannot read it and add as many tokens.
     """
 
     source: str
@@ -82,18 +82,20 @@ def overview(
     record = read_record(fused) or {}
     options = record.get("options", {})
     sizes = [_parts(opened, related) for opened in (related.before or first, second)]
+    kinds = dict.fromkeys(seam.kind for seam in related.closed)
     asked = {name: options[name] for name in ASKED if name in options}
+    if first.config.get("model_type") != "skipless" and not asked.get("remove"):  # audit's usual seams are others
+        asked["remove"] = [*kinds]
     audited = audit(source, **asked, progress=lambda done, total: progress("auditing", done, total))
     report = verify(source, fused, dtypes=DEFAULT_DTYPES, prompt=prompt, tokens=tokens, progress=progress)
     texts = None
-    if (source / "tokenizer.json").exists():
-        texts = (_text(source, prompt, tokens), _text(fused, prompt, tokens))
+    if (ids := prompt_ids(source, read_config(source).get_text_config(), prompt, tokens)) is not None:
+        texts = (_text(source, ids, tokens), _text(fused, ids, tokens))
     stored: dict[str, dict[int, float]] = {}
     for seam in record.get("seams", ()):
         if seam["errors"]:
             stored.setdefault(seam["kind"], {})[seam["layer"]] = max(seam["errors"].values())
     basis = related.target.stream_basis or ""
-    kinds = dict.fromkeys(seam.kind for seam in related.closed)
     return Overview(
         source=named(str(source)),
         fused=named(str(fused)),
@@ -145,9 +147,7 @@ def _part(module: str, kind: str, table: bool) -> str:
     return LETTERS[last].upper() if last in LETTERS else OTHER
 
 
-def _text(folder: Path, prompt: str, tokens: int) -> str:
-    """What a model in fp32 writes after a prompt."""
-    tokenizer = load_tokenizer(folder)
-    ids = tokenizer(prompt, return_tensors="pt").input_ids
-    text: str = tokenizer.decode(generate(load(folder, torch.float32), ids, tokens).tokens)
+def _text(folder: Path, ids: torch.Tensor, tokens: int) -> str:
+    """What a model in fp32 writes after a prompt (1, length)."""
+    text: str = load_tokenizer(folder).decode(generate(load(folder, torch.float32), ids, tokens).tokens)
     return text

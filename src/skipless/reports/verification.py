@@ -15,11 +15,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from skipless.algebra.tolerances import OWN_ERROR_FACTOR, TOLERANCES, dtype_name, tolerance
 from skipless.checkpoint.reader import CheckpointReader
@@ -27,7 +26,15 @@ from skipless.checkpoint.remote import open_reader
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError
 from skipless.inference import Generated, arithmetic, generate, load, load_tokenizer, spread
-from skipless.reports.comparing import Differences, Opened, Relation, compare_data, differing_tensors, relation
+from skipless.reports.comparing import (
+    Differences,
+    Opened,
+    Relation,
+    compare_data,
+    differing_tensors,
+    read_config,
+    relation,
+)
 from skipless.reports.routing import Choice, following, follows, noting, routed
 from skipless.rewrite import probe
 from skipless.rewrite.card import named, plain, put_verified
@@ -57,7 +64,7 @@ LEAST_KL = 1e-13
 BEYOND = 32
 
 # What families call the most tokens that a sequence may have.
-POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
+POSITIONS = ("max_position_embeddings", "max_seq_len")
 
 DEFAULT_DTYPES = ("float64", "float32", "bfloat16")
 DEFAULT_PROMPT = 'def read(path):\n    """Read'
@@ -228,7 +235,7 @@ class _Reference:
 class _Run:
     """What running a model has shown: its losses, the tokens it generated, and whether it has experts.
 
-    rerouted: whether it sends tokens to other experts than A does.
+    rerouted: whether it may send tokens to other experts than A does.
     """
 
     loss: Loss
@@ -276,7 +283,8 @@ def verify(
             raise InputError(f"dtype: expected one of {', '.join(DTYPE_NAMES)}, found {name!r}")
     stored = stored_in(second.tensors)
     dtypes = tuple(dict.fromkeys(("float64", *dtypes, dtype_name(stored))))
-    inputs = _inputs(first, second, prompt, tokens, seed, full)
+    configs = [read_config(reader.folder).get_text_config() for reader in (first, second)]
+    inputs = _inputs(first.folder, configs, prompt, tokens, seed, full)
     steps = _Steps(progress, 3 + 2 * len(dtypes))
 
     steps.next("comparing files")
@@ -295,7 +303,7 @@ def verify(
     cast = {name: info.dtype for name, info in second.tensors.items()} if exact else None
     reference = _Reference(a, inputs, cast)
     proved = related is not None and not tensors and all(each.passed for each in maps)
-    width = min(_size(first.config, "hidden_size", 1), inputs.vocab_size)
+    width = min(configs[0].hidden_size, inputs.vocab_size)
     margin = chance(width)
     nothing = Loss(0.0, 0.0, 0.0, 1.0, 0.0, 1.0)
     storage = nothing
@@ -304,7 +312,7 @@ def verify(
         touched = None if related is None or related.layout or related.before else related.touched
         draws = range(min(MOST_DRAWS, math.ceil(ENOUGH / width)))
         storage = _usual(
-            [_run(a, torch.float64, reference, 0, _noise(first, stored, touched, draw)).loss for draw in draws]
+            [_run(a, torch.float64, reference, proved, 0, _noise(first, stored, touched, draw)).loss for draw in draws]
         )
     rows, generated = [], dict[str, Sequence[Generated]]({"A": reference.greedy})
     for name in dtypes:
@@ -312,9 +320,9 @@ def verify(
         own = nothing
         if name != "float64":
             steps.next(f"running A in {name}")
-            own = _run(a, kind, reference).loss
+            own = _run(a, kind, reference, proved).loss
         steps.next(f"running B in {name}")
-        run = _run(b, kind, reference, len(inputs.prompts) if name == "float64" else 1)
+        run = _run(b, kind, reference, proved, len(inputs.prompts) if name == "float64" else 1)
         generated.setdefault("B", run.greedy)
         bits = [torch.finfo(dtype).eps for dtype in (stored_in(first.tensors), stored, kind)]
         included = bits[0] < bits[2] >= bits[1]  # A's weights lose as many bits in this dtype
@@ -404,20 +412,22 @@ def _share(difference: probe.Difference) -> float:
     return difference.error / difference.limit if difference.error <= math.inf else math.inf
 
 
-def _inputs(a: CheckpointReader, b: CheckpointReader, prompt: str, tokens: int, seed: int, full: bool) -> _Inputs:
-    """One long sequence of random tokens; short ones that walk through the vocabulary; the prompt, if A can read it."""
-    configs = [reader.config for reader in (a, b)]
-    vocab_size, other = (_size(config, "vocab_size", None) for config in configs)
+def _inputs(a: Path, configs: Sequence[PreTrainedConfig], prompt: str, tokens: int, seed: int, full: bool) -> _Inputs:
+    """One long sequence of random tokens; short ones that walk through the vocabulary; the prompt, if A can read it.
+
+    a: A's folder. configs: of A's and B's language models.
+    """
+    vocab_size, other = (config.vocab_size for config in configs)
     if vocab_size != other:
         raise InputError(f"vocab_size: expected {vocab_size} as in A, found {other} in B")
-    limit = min(_size(config, name, 2**31) for config in configs for name in POSITIONS)
+    limit = min(positions_of(config) for config in configs)
     tokens = min(tokens, max(1, limit // 2))
     not_run = []
     generator = torch.Generator().manual_seed(seed)
     positions = max(4 * tokens, min(MAX_POSITIONS, MAX_LOGITS // vocab_size))
     kept = min(limit, positions // 2)
     wanted = limit if full and limit < 2**31 else kept
-    windows = [size for config in configs if isinstance(size := config.get("sliding_window"), int)]
+    windows = [size for config in configs if isinstance(size := getattr(config, "sliding_window", None), int)]
     if windows:
         wanted = max(wanted, min(limit, max(windows) + BEYOND))
     length = min(wanted, max(kept, _longest(configs[0])))
@@ -432,11 +442,11 @@ def _inputs(a: CheckpointReader, b: CheckpointReader, prompt: str, tokens: int, 
     walk = order.repeat(-(-rows * width // vocab_size))[: rows * width].view(rows, width)
     sequences = [(long, kept), (walk, width)]
     prompts = [walk[:1, : max(1, min(tokens, limit - tokens) // 4)]]
-    if prompt and (a.folder / "tokenizer.json").exists():
-        encoded = load_tokenizer(a.folder)(prompt, return_tensors="pt").input_ids
-        if 0 < encoded.shape[1] <= limit - tokens and int(encoded.max()) < vocab_size:
-            sequences.append((encoded, encoded.shape[1]))
-            prompts.append(encoded)
+    if (encoded := prompt_ids(a, configs[0], prompt, tokens)) is not None and encoded.shape[1] <= limit - tokens:
+        sequences.append((encoded, encoded.shape[1]))
+        prompts.append(encoded)
+    elif prompt and prompt != DEFAULT_PROMPT:
+        not_run.append(f"the prompt, of which A makes no 1 to {limit - tokens:,} tokens")
     seen = torch.cat([ids.flatten() for ids, _ in sequences]).unique().numel()
     if seen < vocab_size:
         not_run.append(f"{vocab_size - seen:,} of {vocab_size:,} tokens of the vocabulary")
@@ -445,17 +455,25 @@ def _inputs(a: CheckpointReader, b: CheckpointReader, prompt: str, tokens: int, 
     return _Inputs(tuple(sequences), tuple(prompts), tokens, seen, vocab_size, length, tuple(not_run))
 
 
-def _longest(config: Mapping[str, Any]) -> int:
+def prompt_ids(folder: Path, config: PreTrainedConfig, prompt: str, tokens: int) -> Tensor | None:
+    """A prompt as a model folder's tokenizer has it, (1, length), if the model can read it and add so many tokens."""
+    if not prompt or not (folder / "tokenizer.json").exists():
+        return None
+    ids: Tensor = load_tokenizer(folder)(prompt, return_tensors="pt").input_ids
+    fits = 0 < ids.shape[1] <= positions_of(config) - tokens and int(ids.max()) < config.vocab_size
+    return ids if fits else None
+
+
+def positions_of(config: PreTrainedConfig) -> int:
+    """The most tokens that a sequence may have; a large number where nothing says."""
+    found = (getattr(config, name, None) for name in POSITIONS)
+    return next((number for number in found if isinstance(number, int)), 2**31)
+
+
+def _longest(config: PreTrainedConfig) -> int:
     """How many tokens a sequence may have: two copies of its scores, in fp64, take half of the free memory at most."""
-    heads = config.get("num_attention_heads", config.get("n_head", 64))
-    return int((available_memory() / 2 / (3 * 8 * heads)) ** 0.5) if isinstance(heads, int) and heads > 0 else 2048
-
-
-def _size(config: Mapping[str, Any], name: str, default: int | None) -> int:
-    value = config.get(name, default)
-    if type(value) is not int or value < 1:
-        raise InputError(f"config.json: {name}: expected a positive integer, found {value!r}")
-    return value
+    heads = getattr(config, "num_attention_heads", 64)
+    return int((available_memory() / 2 / (3 * 8 * heads)) ** 0.5)
 
 
 def _noise(
@@ -480,18 +498,20 @@ def _run(
     folder: Path,
     dtype: torch.dtype,
     reference: _Reference,
+    proved: bool,
     prompts: int = 1,
     change: Callable[[PreTrainedModel], None] = lambda model: None,
 ) -> _Run:
     """Run a model folder in a dtype on all that the reference was run on; of its prompts, on the last `prompts`.
 
-    change: what is done to its weights first.
+    proved: whether tensors and maps prove B; if not, tokens that go to other experts count as all do. change: what is
+    done to its weights first.
     """
     model = load(folder, dtype)
     change(model)
     errors, divergences, leads, rerouted = [], [], [], False
     for (ids, kept, exact, choices), size in zip(reference.logits(), reference.spreads, strict=True):
-        rerouted = routed(model) and not follows(model, choices)
+        rerouted = proved and routed(model) and not follows(model, choices)
         with following(model, choices) as misrouted:
             logits = _logits(model, ids, kept)
         error = (logits - exact).square().mean(-1).sqrt() / size

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from skipless.algebra.forecast import Outcome
+from skipless.algebra.linalg import slices
 from skipless.algebra.rounding import rounding_error
 from skipless.algebra.tolerances import tolerance
 from skipless.architecture.seams import AUTO
@@ -41,6 +42,9 @@ from skipless.rewrite.planning import Plan, Task, prepare
 from skipless.rewrite.probe import Checked, Difference, check_fused
 from skipless.rewrite.record import RECORD, write_record
 from skipless.rewrite.request import Request
+
+# Of a table that are compared at a time.
+TABLE_ROWS = 4096
 
 
 def fuse(
@@ -84,6 +88,7 @@ def fuse(
         source, destination, request, max_shard_size, max_memory, engine, address, device, resume, tuple(copy)
     )
     plan, reader = job.plan, job.reader
+    _check_tied(plan, reader)
     with _resuming(job), staged(job.destination, job.manifest(), job.files(), resume) as staging:
         progress(plan, None)
         _copy_others(job, staging.folder)
@@ -224,6 +229,23 @@ def plan_fuse(
         raise InputError(str(lost))
     tell_left_out([name for name in reader.left_out(copy) if name not in OURS])
     return Job(request, max_shard_size, chosen, dst, reader, plan, copy, tuple(copied), bool(begun and begun.done))
+
+
+def _check_tied(plan: Plan, reader: CheckpointReader) -> None:
+    """Raise InputError for a head that is stored beside the table it is tied to, and another, which runs untied."""
+    head = None if plan.layout is None or plan.in_place else plan.layout.tied_head
+    if plan.layout is None or head is None or head not in reader.tensors:
+        return
+    (table,) = plan.layout.locations["model.embed_tokens.weight"].tensors
+    shape = reader.tensors[table].shape
+    same = reader.tensors[head].shape == shape and all(
+        torch.equal(reader.tensor(head, rows), reader.tensor(table, rows)) for rows in slices(shape[0], TABLE_ROWS)
+    )
+    if not same:
+        raise InputError(
+            f"{head}: expected the numbers of {table}, to which config.json ties it, found others, with which "
+            f"transformers runs it untied; set tie_word_embeddings to false, or remove {head}"
+        )
 
 
 def model_files(plan: Plan) -> tuple[Path, ...]:

@@ -1,6 +1,18 @@
 """BLOOM: ALiBi, a norm after the embedding, fused projections head by head."""
 
-from skipless.checkpoint.family import Family
+from skipless.checkpoint.family import Config, Family
+from skipless.errors import InputError
+
+
+def residual(config: Config) -> str:
+    """Its skips. Raises InputError for those that begin behind the norms, of which nothing could move."""
+    if config["apply_residual_connection_post_layernorm"]:
+        raise InputError(
+            "config.json: apply_residual_connection_post_layernorm: expected false, with which skips pass the norms, "
+            "found true, which is not described"
+        )
+    return "both"
+
 
 FAMILY = Family(
     model_types=("bloom",),
@@ -11,10 +23,10 @@ FAMILY = Family(
         "num_hidden_layers": ("n_layer", "num_hidden_layers"),
         "num_attention_heads": ("n_head", "num_attention_heads"),
         "tie_word_embeddings": "tie_word_embeddings",
+        "residual": residual,
     },
     defaults={"tie_word_embeddings": True},
     fixed={
-        "residual": "both",
         "norm_type": "layer",
         "norms": ("model.embed_norm", "input_layernorm", "post_attention_layernorm", "model.norm"),
         "ffn_type": "mlp",
@@ -35,5 +47,4 @@ FAMILY = Family(
     },
     qkv="grouped",
     computes={"hidden_act": lambda config: "gelu_pytorch_tanh", "norm_eps": "layer_norm_epsilon"},
-    requires={"apply_residual_connection_post_layernorm": False},
 )

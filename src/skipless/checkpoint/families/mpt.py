@@ -1,23 +1,19 @@
 """MPT: ALiBi, no biases, norms included. As transformers builds it: the FFN is four times as wide as the stream."""
 
-from skipless.checkpoint.family import Config, Family
-from skipless.errors import InputError
+from collections.abc import Mapping
+from typing import Any
+
+from skipless.checkpoint.family import Family
 
 
-def scaling(config: Config) -> float | None:
-    """By what scores are multiplied. Raises InputError for what no skipless model does to them."""
-    heads, attention = config["n_heads"], config["attn_config"] or {}
-    if heads & (heads - 1):
-        raise InputError(
-            f"config.json: n_heads: expected a power of 2, as others have slopes in an order of MPT's own, for layout "
-            f"skipless, found {heads}; use layout family"
-        )
-    if (clipped := attention.get("clip_qkv")) is not None:
-        raise InputError(
-            f"config.json: attn_config.clip_qkv: expected none for layout skipless, found {clipped}; use layout family"
-        )
-    found: float | None = attention.get("softmax_scale")
-    return found
+def of_a_power_of_2(heads: int) -> bool:
+    """Other numbers of heads have slopes in an order of MPT's own."""
+    return not heads & (heads - 1)
+
+
+def unclipped(attention: Any) -> bool:
+    """No skipless model clips q, k and v."""
+    return not isinstance(attention, Mapping) or attention.get("clip_qkv") is None
 
 
 FAMILY = Family(
@@ -54,6 +50,7 @@ FAMILY = Family(
         "hidden_act": lambda config: "gelu",
         "norm_eps": "layer_norm_epsilon",
         "max_position_embeddings": "max_seq_len",
-        "attention_multiplier": scaling,
+        "attention_multiplier": lambda config: (config["attn_config"] or {}).get("softmax_scale"),
     },
+    requires={"n_heads": of_a_power_of_2, "attn_config": unclipped},
 )

@@ -64,6 +64,8 @@ def count_command(
         raise InputError("count: expected models, or --paper, or --list")
     if (bandwidth is None) != (flops is None):
         raise InputError("count: expected --bandwidth and --flops together, or neither")
+    if listed and (as_csv or as_markdown or as_json):
+        raise InputError("count: expected --list alone, found a format beside it; leave it out")
     if listed:
         known = room.table()
         out.print(f"as of {known['date']}: {', '.join(known['models'])}")
@@ -71,6 +73,8 @@ def count_command(
     conditions = room.Conditions(
         dtype, cache_dtype, context, batch, bandwidth and bandwidth * 1e9, flops and flops * 1e12
     )
+    if paper and conditions != room.Conditions():
+        raise InputError("count: expected --paper alone, as its tables say for what they hold, found --batch or others")
     first = paper == PAPERS[1]
     if paper:
         pairs = room.paper(room.FIRST_LAYER if first else room.PAPER)

@@ -30,7 +30,7 @@ from skipless.errors import InputError
     show_default=True,
     help="Random tokens, and greedy tokens to generate.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random tokens.")
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True, help="Of the random tokens.")
 @click.option("--full", is_flag=True, help="Run every token, every position, and a context beyond the window.")
 @click.option("--card", is_flag=True, help="If they are, write it into B's model card, which fuse has written.")
 @as_json
