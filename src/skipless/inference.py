@@ -1,6 +1,7 @@
-"""Load a model folder whole, and decode greedily, with a cache and without."""
+"""Load a model folder whole, save one, and decode greedily, with a cache and without."""
 
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -10,12 +11,14 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -25,7 +28,7 @@ import skipless.model  # noqa: F401  (registers the AutoClasses)
 from skipless.algebra.tolerances import dtype_name
 from skipless.checkpoint.gguf_folder import GGUFFolder
 from skipless.checkpoint.headers import Folder, check_links
-from skipless.errors import InputError
+from skipless.errors import InputError, StorageError
 from skipless.model.modeling_skipless import exchanged
 from skipless.quiet import no_library_bars
 
@@ -33,6 +36,8 @@ from skipless.quiet import no_library_bars
 LOAD_ERRORS = (
     OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, StrictDataclassError,
 )  # fmt: skip
+# What families call the most tokens that a sequence may have.
+POSITIONS = ("max_position_embeddings", "max_seq_len")
 # Logits that spread by less than this part of their size are all but equal.
 EVEN = 1e-3
 # By how much of their spread a cache may change a token's logits: rounding, also to fp32, in which transformers hands
@@ -63,20 +68,35 @@ def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
                 f"{folder}: expected all tensors of the model and no others, found {kind} {sorted(info[kind])[0]}"
             )
     for name, buffer in model.named_buffers():
-        if name.endswith("_order") and not _ordered(name, buffer, model.config.hidden_size):
-            raise InputError(f"{folder}: {name}: expected each index of its source once; the file is damaged")
+        if name.endswith("_order"):
+            check_order(f"{folder}: {name}", buffer, model.config.hidden_size)
     if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the others know no fp64
     return model.eval()
 
 
-def _ordered(name: str, order: torch.Tensor, hidden_size: int) -> bool:
-    """Whether an order, or what each head's inputs become by one, holds each index of its source once."""
+def check_order(name: str, order: torch.Tensor, hidden_size: int) -> None:
+    """Raise InputError unless an order, or what each head's inputs become by one, holds each index of its source once.
+
+    name: that it has in its folder.
+    """
+    there = True
     if name.endswith(("key_order", "value_order")):
-        if order.min() < 0 or order.max() >= hidden_size:
-            return False
-        order = exchanged(order, hidden_size)
-    return bool((order.sort().values == torch.arange(order.shape[-1])).all())
+        there = bool(order.min() >= 0 and order.max() < hidden_size)
+        order = exchanged(order, hidden_size) if there else order
+    if not there or not bool((order.sort().values == torch.arange(order.shape[-1])).all()):
+        raise InputError(f"{name}: expected each index of its source once; the file is damaged")
+
+
+def save(model: PreTrainedModel, folder: Path) -> None:
+    """Save a model into a folder, each file as the umask says. Raises StorageError where the disk does not take it."""
+    try:
+        with no_library_bars():
+            model.save_pretrained(folder)
+    except SafetensorError as error:
+        raise StorageError(f"{folder}: could not be written: {_line(error)}") from error
+    for file in folder.glob("*.safetensors"):
+        shutil.copymode(folder / "config.json", file)  # safetensors ignores the umask
 
 
 def _load_gguf(file: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -129,6 +149,12 @@ def arithmetic(model: PreTrainedModel) -> AbstractContextManager[object]:
     """In what a model is to be run: one in fp64, unless it is skipless and so anyway, wholly so."""
     foreign = model.config.model_type != "skipless"
     return InDouble() if model.dtype == torch.float64 and foreign else nullcontext()
+
+
+def positions_of(config: PreTrainedConfig) -> int:
+    """The most tokens that a sequence may have; a large number where nothing says."""
+    found = (getattr(config, name, None) for name in POSITIONS)
+    return next((number for number in found if isinstance(number, int)), 2**31)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -17,6 +17,7 @@ from skipless.serving.decoding import TorchRunner, bytes_per_token, prepare_deco
 from skipless.serving.running import disagreement, sequence
 from skipless.serving.shapes import write_shapes
 from skipless.serving.worker import Worker
+from tests.families import saved
 from tests.models import build, load, random_ids, save
 from tests.tolerances import FP32
 
@@ -114,7 +115,9 @@ def test_the_compiled_step_gives_the_same(fields, graphs, counted):
 
 def test_experts_are_not_compiled():
     model = build(dtype=torch.float32, ffn_type="moe", num_local_experts=4, num_experts_per_tok=2)
-    with pytest.raises(InputError, match="compile: expected a model that compiles as one graph, found one of experts"):
+    with pytest.raises(
+        InputError, match=r"compile: expected a model that transformers compiles as one graph, found .*experts"
+    ):
         prepare_decoding(model, compiled=True)
 
 
@@ -274,6 +277,40 @@ def test_what_cannot_be_timed(arguments, message):
 def test_a_process_that_ends_says_why():
     with pytest.raises(RuntimeError, match=r"(?s)it said:.*ZeroDivisionError"):
         Worker([sys.executable, "-c", "1 / 0"])
+
+
+def test_what_its_disk_says_is_told():
+    failing = "from skipless.serving.worker import serve; serve(lambda: open('/nothing'))"
+    with pytest.raises(InputError, match="No such file"):
+        Worker([sys.executable, "-c", failing])
+
+
+def test_a_folder_that_it_is_called_in_is_not_run(tmp_path, monkeypatch):
+    for name in ("json", "torch", "queue"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('run')")
+    save(build(dtype=torch.float32), tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    with Worker.of("torch", tmp_path / "model", "float32") as worker:
+        assert worker.bytes_per_token > 0
+
+
+@pytest.mark.parametrize("name", ["bloom", "mpt"])
+def test_families_without_a_field_of_positions(name, tmp_path):
+    saved(name, tmp_path / "model")
+    runner = TorchRunner(load(tmp_path / "model", torch.float32))
+    assert len(runner.generate(1, 5, 4)) == 4
+    assert runner.broken_cache(5, 4) is None
+
+
+@pytest.mark.parametrize(("name", "taken", "experts"), [("mixtral", 2, 3), ("qwen3_moe-every-other", 2, 3)])
+def test_of_experts_a_token_reads_those_it_is_sent_to(name, taken, experts, tmp_path):
+    saved(name, tmp_path / "model")
+    model = load(tmp_path / "model", torch.float32)
+    table = model.get_input_embeddings().weight
+    sizes = {n: weight.nbytes for n, weight in model.named_parameters() if weight is not table}
+    of_experts = sum(size for n, size in sizes.items() if ".experts." in n)
+    assert of_experts > 0
+    assert bytes_per_token(model) == round(sum(sizes.values()) - of_experts * (1 - taken / experts))
 
 
 @pytest.mark.slow

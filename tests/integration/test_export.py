@@ -9,13 +9,16 @@ import pytest
 import torch
 from click.testing import CliRunner
 from filelock import FileLock
+from safetensors import SafetensorError
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import skipless
 from skipless import InputError, cli
+from skipless.errors import StorageError
+from skipless.inference import save as save_model
 from skipless.serving import export as room
 from skipless.serving.decoder import load_decoder
-from tests.models import contents
+from tests.models import build, contents, save
 
 
 @pytest.fixture
@@ -146,3 +149,35 @@ def test_no_engine_is_imported_before_it_is_used():
     assert not {"openvino", "nncf", "onnx", "onnxscript", "onnxruntime", "gguf", "mlx", "executorch"} & set(
         found.stdout.split()
     )
+
+
+@pytest.mark.parametrize("number", [1e5, float("nan")])
+def test_numbers_that_do_not_fit_are_refused(tmp_path, number):
+    model = build(dtype=torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight[3, 4] = number
+    source = save(model, tmp_path / "source")
+    with pytest.raises(
+        InputError, match=r"lm_head\.weight: expected numbers that float16 holds, found NaN or infinity"
+    ):
+        load_decoder(source, torch.float16)
+    if number == 1e5:
+        load_decoder(source, torch.bfloat16)
+
+
+def test_a_full_disk_is_no_bug(tmp_path, monkeypatch):
+    model = build(dtype=torch.float32)
+
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(model, "save_pretrained", full)
+    with pytest.raises(StorageError, match="could not be written: I/O error: No space left"):
+        save_model(model, tmp_path)
+
+
+def test_what_export_cannot_copy_it_does_not_advise_on(engine, source, tmp_path, caplog):
+    (source / "notes.xyz").write_text("mine")
+    room.export(source, tmp_path / "out", to="openvino")
+    assert "not copied: notes.xyz" in caplog.text
+    assert "--copy" not in caplog.text

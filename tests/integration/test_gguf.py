@@ -294,6 +294,42 @@ def test_damaged_weights_leave_nothing(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {"source"}
 
 
+@pytest.mark.parametrize(
+    ("fields", "order"),
+    [
+        ({"stream_basis": "pivoted", "p_removed": True}, "column_order"),
+        ({"values_removed": True}, "value_order"),
+        ({"keys_removed": True, "position_type": "none"}, "key_order"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.parametrize("damage", ["twice", "beyond"])
+def test_a_damaged_order_is_refused(fields, order, damage, tmp_path):
+    source = save(build(**fields), tmp_path / "source")
+    name = f"model.layers.1.self_attn.{order}"
+    indices = reader.CheckpointReader(source).tensor(name)
+    indices.flatten()[0] = indices.flatten()[1] if damage == "twice" else 10_000
+    edit_tensors(source, **{name: indices})
+    with pytest.raises(InputError, match=f"{order}: expected each index of its source once"):
+        exported(source, tmp_path / "out")
+    assert {file.name for file in tmp_path.iterdir()} == {"source"}
+
+
+def test_ropes_that_are_named_by_kind_of_layer(tmp_path):
+    own = {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5}
+    found = [
+        fields(exported(save(build(rope_parameters=each), tmp_path / f"source{number}"), tmp_path / f"out{number}"))
+        for number, each in enumerate((own, {"full_attention": own}))
+    ]
+    for values in found:
+        assert values["skipless.rope.freq_base"] == 5e5
+        assert values["skipless.rope.dimension_count"] == 4
+    scaled = {"full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}
+    source = save(build(rope_parameters=scaled), tmp_path / "scaled")
+    with pytest.raises(InputError, match="rope_parameters: expected null or those of default RoPE"):
+        exported(source, tmp_path / "out")
+
+
 TEXT = (BUNDLED / "README.md").read_text()
 
 

@@ -11,7 +11,7 @@ import skipless
 from skipless.bundled import BUNDLED
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.cli.demo import PROMPT
-from skipless.errors import StorageError
+from skipless.errors import InputError, StorageError
 from skipless.serving.decoding import bytes_per_token
 from skipless.serving.export import export
 from tests.exports import CASES, Padded, case, documented, greedy, relative_error
@@ -220,3 +220,16 @@ def test_a_full_disk_is_said_in_one_line(exported, tmp_path):
     model = openvino.Core().read_model(exported / room.MODEL)
     with pytest.raises(StorageError, match=r"model.xml: could not be written: .*; nothing was left behind"):
         room.save(model, tmp_path / "none\0" / "model.xml")
+
+
+def test_a_tokenizer_that_it_cannot_convert_is_named_before_the_model_is_converted(tmp_path, monkeypatch):
+    import openvino_tokenizers
+
+    def refuse(*_, **__):
+        raise NotImplementedError("Nmt")
+
+    monkeypatch.setattr(openvino_tokenizers, "convert_tokenizer", refuse)
+    monkeypatch.setattr(room, "convert", None)
+    with pytest.raises(InputError, match=r"expected a tokenizer that openvino_tokenizers converts, found .*: Nmt"):
+        export(BUNDLED, tmp_path / "out", to="openvino")
+    assert not (tmp_path / "out").exists()

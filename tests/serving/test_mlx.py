@@ -1,6 +1,7 @@
 """MLX says what transformers says, of every form, in mlx_lm's own loops."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from skipless.serving.export import export
 from skipless.serving.mlx import Runner
 from tests.exports import documented, greedy, relative_error
 from tests.gguf_forms import BIASES, BY_V, FORMS, MHA, PARALLEL, PIVOTED, SIZES, form, with_another
-from tests.models import build, random_ids, save
+from tests.models import build, edit_config, random_ids, save
 from tests.models import load as load_torch
 from tests.pages import blocks, commands, page, run, shape
 from tests.tolerances import FP32
@@ -205,6 +206,25 @@ def test_it_is_stored_as_asked(bundled):
     config = json.loads((bundled / "fused" / "config.json").read_text())
     assert config["model_file"] == "mlx_model.py"
     assert (bundled / "fused" / "tokenizer.json").exists()
+
+
+def test_others_can_read_it(bundled):
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (bundled / "fused").iterdir()}
+    assert set(modes.values()) == {modes["config.json"]}
+
+
+@pytest.mark.parametrize("spoil", ["code", "name"])
+def test_other_code_in_its_folder_is_not_run(bundled, tmp_path, spoil):
+    shutil.copytree(bundled / "fused", folder := tmp_path / "fused")
+    if spoil == "code":
+        (folder / "mlx_model.py").write_text("raise SystemExit")
+    else:
+        edit_config(folder, model_file="other.py")
+        (folder / "other.py").write_text("raise SystemExit")
+    with pytest.raises(
+        InputError, match=r"mlx_model\.py: expected this version's, which mlx_lm runs, found other code"
+    ):
+        Runner(folder, "float32")
 
 
 @pytest.mark.parametrize(

@@ -74,11 +74,11 @@ def names(pattern: str, path: PurePath) -> bool:
     return False
 
 
-def tell_left_out(left_out: Sequence[str]) -> None:
-    """Log, in one line, what is not copied."""
+def tell_left_out(left_out: Sequence[str], advice: str = "; --copy PATTERN copies more") -> None:
+    """Log, in one line, what is not copied, and what would."""
     if left_out:
         more = f" and {len(left_out) - MOST_LISTED:,} more" if len(left_out) > MOST_LISTED else ""
-        logger.warning("not copied: %s%s; --copy PATTERN copies more", ", ".join(left_out[:MOST_LISTED]), more)
+        logger.warning("not copied: %s%s%s", ", ".join(left_out[:MOST_LISTED]), more, advice)
 
 
 def unused(copy: Iterable[str], copied: Sequence[PurePath]) -> Iterator[str]:

@@ -25,7 +25,7 @@ from skipless.checkpoint.reader import CheckpointReader
 from skipless.checkpoint.remote import open_reader
 from skipless.dtypes import DTYPE_NAMES
 from skipless.errors import InputError
-from skipless.inference import Generated, arithmetic, generate, load, load_tokenizer, spread
+from skipless.inference import Generated, arithmetic, generate, load, load_tokenizer, positions_of, spread
 from skipless.reports.comparing import (
     Differences,
     Opened,
@@ -62,9 +62,6 @@ OUTLIERS, REROUTED = 0.05, 0.5
 LEAST_KL = 1e-13
 # Tokens beyond a sliding window, so that some of them no longer see the first.
 BEYOND = 32
-
-# What families call the most tokens that a sequence may have.
-POSITIONS = ("max_position_embeddings", "max_seq_len")
 
 DEFAULT_DTYPES = ("float64", "float32", "bfloat16")
 DEFAULT_PROMPT = 'def read(path):\n    """Read'
@@ -462,12 +459,6 @@ def prompt_ids(folder: Path, config: PreTrainedConfig, prompt: str, tokens: int)
     ids: Tensor = load_tokenizer(folder)(prompt, return_tensors="pt").input_ids
     fits = 0 < ids.shape[1] <= positions_of(config) - tokens and int(ids.max()) < config.vocab_size
     return ids if fits else None
-
-
-def positions_of(config: PreTrainedConfig) -> int:
-    """The most tokens that a sequence may have; a large number where nothing says."""
-    found = (getattr(config, name, None) for name in POSITIONS)
-    return next((number for number in found if isinstance(number, int)), 2**31)
 
 
 def _longest(config: PreTrainedConfig) -> int:

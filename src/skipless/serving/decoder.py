@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
+from skipless.algebra.tolerances import dtype_name
 from skipless.errors import InputError
 from skipless.inference import load
 from skipless.model.modeling_skipless import CACHE, ropes_by_length
@@ -74,12 +75,20 @@ class Widened(nn.Module):
 
 
 def load_skipless(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """A skipless model folder. Raises InputError for what does not load, and for other models."""
+    """A skipless model folder. Raises InputError for what does not load, for other models, and for weights that `dtype`
+    cannot hold, or that are no numbers.
+    """
     model = load(folder, dtype)
     if model.config.model_type != "skipless":
         raise InputError(
             f"{folder}: expected a skipless model, found model_type {model.config.model_type!r}; optimum exports others"
         )
+    for name, weight in model.named_parameters():
+        if not bool(weight.isfinite().all()):
+            raise InputError(
+                f"{name}: expected numbers that {dtype_name(dtype)} holds, found NaN or infinity; store them in f32 or "
+                f"bf16"
+            )
     return model
 
 

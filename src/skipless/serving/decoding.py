@@ -17,9 +17,9 @@ from transformers import Cache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from skipless.errors import InputError
-from skipless.inference import generate, greedy_config, load
+from skipless.inference import generate, greedy_config, load, positions_of
 from skipless.model.modeling_skipless import CACHE
-from skipless.serving.running import check_length, sequence
+from skipless.serving.running import check_length, expert_share, sequence
 
 # Weights are constants, and of oneDNN's kernels and inductor's own the faster is taken, quietly: which one that is, and
 # by how much, differs from CPU to CPU.
@@ -42,7 +42,10 @@ def prepare_decoding(model: PreTrainedModel, compiled: bool = False) -> None:
     Raises InputError for a model that does not compile as one graph.
     """
     if compiled and not model._can_compile_fullgraph:
-        raise InputError("compile: expected a model that compiles as one graph, found one of experts; leave it out")
+        raise InputError(
+            "compile: expected a model that transformers compiles as one graph, found one that it does not (experts, "
+            "or RoPE that depends on the length); leave it out"
+        )
     if compiled:
         model.generation_config.cache_implementation = "static"
     if model.device.type != "cpu":
@@ -122,12 +125,16 @@ def _slower_with_onednn(weight: torch.Tensor) -> bool:
 
 
 def bytes_per_token(model: PreTrainedModel) -> int:
-    """Bytes of weights read to decode one token at batch 1: all but the tables that are only looked up in."""
+    """Bytes of weights read to decode one token at batch 1: all but the tables that are only looked up in, and the
+    experts that it is not sent to.
+    """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     output = model.get_output_embeddings()
     if output is not None:
         tables.discard(id(output.weight))
-    return sum(weight.nbytes for weight in model.parameters() if id(weight) not in tables)
+    share = expert_share(model.config.to_dict())
+    read = ((name, weight) for name, weight in model.named_parameters() if id(weight) not in tables)
+    return round(sum(weight.nbytes * (share if ".experts." in name else 1) for name, weight in read))
 
 
 class TorchRunner:
@@ -140,7 +147,7 @@ class TorchRunner:
     @torch.no_grad()
     def generate(self, batch: int, prompt: int, tokens: int) -> list[float]:
         """Decode greedily after a prompt of this many tokens; when each token came, in seconds."""
-        check_length(prompt, tokens, self.model.config.max_position_embeddings)
+        check_length(prompt, tokens, positions_of(self.model.config))
         ids = torch.tensor([sequence(prompt, self.model.config.vocab_size)] * batch, device=self.model.device)
         config, watch = greedy_config(tokens), Watch()
         config.output_logits = False
@@ -149,7 +156,7 @@ class TorchRunner:
 
     def broken_cache(self, prompt: int, tokens: int) -> str | None:
         """What is wrong with its cache, by the logits of each token."""
-        check_length(prompt, tokens, self.model.config.max_position_embeddings)
+        check_length(prompt, tokens, positions_of(self.model.config))
         ids = torch.tensor([sequence(prompt, self.model.config.vocab_size)], device=self.model.device)
         return generate(self.model, ids, tokens).broken_cache()
 

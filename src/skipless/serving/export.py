@@ -50,7 +50,7 @@ def export(source: str | Path, destination: str | Path, *, to: str, weights: str
     dst.check()
     opened = Folder(source)
     others = [file for file in opened.other_files() if str(file) not in OURS]
-    tell_left_out([name for name in opened.left_out() if name not in OURS])
+    tell_left_out([name for name in opened.left_out() if name not in OURS], advice="")
     with beside(dst) as scratch:
         folder = scratch / "model"
         folder.mkdir()

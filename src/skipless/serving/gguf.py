@@ -23,6 +23,7 @@ from skipless.checkpoint.family import Layout
 from skipless.checkpoint.opening import read_architecture
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.errors import InputError
+from skipless.inference import check_order
 from skipless.model.configuration_skipless import MULTIPLIERS, SkiplessConfig
 from skipless.model.modeling_skipless import exchanged
 from skipless.quiet import errors_only
@@ -46,6 +47,8 @@ ACTIVATIONS = {
 IN_FULL = ("position_embd.weight", "ffn_gate_inp.weight")
 # ALiBi's slopes end at 2^-8 (arXiv:2108.12409).
 ALIBI = 8.0
+# The kind of layers without a window.
+FULL = "full_attention"
 # LLAMA_MAX_LAYERS and LLAMA_MAX_EXPERTS.
 MOST_LAYERS, MOST_EXPERTS = 512, 1024
 
@@ -87,7 +90,7 @@ def write(source: Path, folder: Path, weights: str) -> None:
 def check(architecture: Architecture, config: SkiplessConfig) -> None:
     """Raise InputError, naming the field, for what the architecture in llama.cpp does not compute."""
     experts = config.ffn_type == "moe"
-    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+    rope_type = config.rope_of(FULL).get("rope_type", "default")
     read = architecture.query_width if config.p_removed and config.p_merged else architecture.hidden_size
     for name, expected, fits in (
         ("attention_shaping", "null or 'value'", config.attention_shaping != "full"),
@@ -131,9 +134,9 @@ def add_metadata(writer: gguf.GGUFWriter, config: SkiplessConfig) -> None:
     writer.add_parallel_residual(config.block_type == "parallel")
     writer.add_string("skipless.residual", config.residual)
     writer.add_string("skipless.hidden_activation", ACTIVATIONS[config.hidden_act])
-    writer.add_rope_dimension_count(config.rotary_dim if rope else 0)
+    writer.add_rope_dimension_count(config.rotated(config.rope_of(FULL)) if rope else 0)
     if rope:
-        writer.add_rope_freq_base((config.rope_parameters or {})["rope_theta"])
+        writer.add_rope_freq_base(config.rope_of(FULL)["rope_theta"])
         writer.add_bool("skipless.rope.interleaved", config.position_type == "rope_interleaved")
     if config.position_type == "alibi":
         writer.add_max_alibi_bias(ALIBI)
@@ -210,6 +213,7 @@ def tensor(name: str, parts: list[str], layout: Layout, reader: CheckpointReader
     values = [reader.tensor(part) for part in parts]
     whole = torch.stack(values) if len(values) > 1 else values[0]
     if not whole.dtype.is_floating_point:
+        check_order(parts[0], whole, layout.architecture.hidden_size)
         return whole
     if name.endswith("attn_k.bias") and len(whole) < layout.architecture.value_width:
         size = layout.architecture.unrotated  # whose bias the softmax takes away
@@ -225,7 +229,9 @@ def whole_projection(kind: str, layer: int, architecture: Architecture, reader: 
     """
     attention = f"model.layers.{layer}.self_attn"
     weight = reader.tensor(f"{attention}.{kind[0]}_proj.weight")
-    order = exchanged(reader.tensor(f"{attention}.{kind}_order"), architecture.hidden_size)
+    stored = reader.tensor(f"{attention}.{kind}_order")
+    check_order(f"{attention}.{kind}_order", stored, architecture.hidden_size)
+    order = exchanged(stored, architecture.hidden_size)
     size, heads = architecture.head_dim, architecture.num_key_value_heads
     rotated = architecture.rotated if kind == "key" else 0
     identity = torch.eye(size - rotated, dtype=weight.dtype).expand(heads, -1, -1)

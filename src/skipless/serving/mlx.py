@@ -18,13 +18,14 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
+from skipless.checkpoint.headers import read_json_object
 from skipless.errors import InputError
+from skipless.inference import save
 from skipless.model.configuration_skipless import SkiplessConfig
 from skipless.model.modeling_skipless import alibi_slopes, ffn_inputs, rotary_frequencies
-from skipless.quiet import no_library_bars
 from skipless.serving import mlx_model
 from skipless.serving.decoder import check_fixed_angles, load_skipless
-from skipless.serving.running import check_length, disagreement, sequence
+from skipless.serving.running import check_length, disagreement, expert_share, sequence
 
 MODEL_FILE = Path(mlx_model.__file__)
 WEIGHTS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -39,8 +40,7 @@ def write(source: Path, folder: Path, weights: str) -> None:
         known = ", ".join(mlx_model.ACTIVATIONS)
         found = model.config.hidden_act
         raise InputError(f"config.json: hidden_act: expected one of {known} for mlx, found {found!r}")
-    with no_library_bars():
-        model.save_pretrained(folder)
+    save(model, folder)
     (folder / "config.json").write_text(json.dumps(described(model.config), indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(MODEL_FILE, folder / MODEL_FILE.name)
 
@@ -72,6 +72,16 @@ def described(config: SkiplessConfig) -> dict[str, Any]:
     }
 
 
+def check_model_file(folder: Path) -> None:
+    """Raise InputError for an exported folder that would have mlx_lm run other code than ours."""
+    named = read_json_object(folder / "config.json").get("model_file")
+    if named != MODEL_FILE.name or (folder / MODEL_FILE.name).read_bytes() != MODEL_FILE.read_bytes():
+        raise InputError(
+            f"{folder / MODEL_FILE.name}: expected this version's, which mlx_lm runs, found other code; export the "
+            f"model again"
+        )
+
+
 class Runner:
     """A model in MLX, decoding greedily and past the end of a text.
 
@@ -80,14 +90,19 @@ class Runner:
 
     def __init__(self, folder: Path, precision: str):
         with tempfile.TemporaryDirectory() as name:
-            if not (folder / MODEL_FILE.name).exists():
+            if (folder / MODEL_FILE.name).exists():
+                check_model_file(folder)
+            else:
                 write(folder, Path(name), PRECISIONS[precision])
                 folder = Path(name)
             self._model, self.config = load_model(folder, trust_remote_code=True)
         tied = self.config["tie_word_embeddings"]
         weights = tree_flatten(self._model.parameters())
-        read = [weight for name, weight in weights if tied or "embed_tokens" not in name]
-        self.bytes_per_token = sum(weight.nbytes for weight in read if weight.dtype != mx.int32)  # indices
+        tables = ("position_embeddings",) if tied else ("position_embeddings", "embed_tokens")
+        read = [weight for name, weight in weights if not any(table in name for table in tables)]
+        share = expert_share(self.config)  # of experts, whose matrices are one array
+        sizes = (weight.nbytes * (share if weight.ndim == 3 else 1) for weight in read if weight.dtype != mx.int32)
+        self.bytes_per_token = round(sum(sizes))
 
     def generate(self, batch: int, prompt: int, tokens: int) -> list[float]:
         """Seconds from the call to each of `tokens` tokens, of `batch` equal sequences after `prompt` tokens."""

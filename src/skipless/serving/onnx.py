@@ -33,7 +33,7 @@ def write(source: Path, folder: Path, weights: str) -> None:
     """
     decoder = load_decoder(source, WEIGHTS[weights]).eval()
     file = folder / MODEL
-    file.parent.mkdir()
+    file.parent.mkdir(exist_ok=True)
     onnx_ir.save(trace(decoder), file, external_data=f"{file.name}_data")
     save_json(transformers_js(decoder.model), folder / "config.json")
     save_json(genai(decoder.model), folder / GENAI)

@@ -54,14 +54,24 @@ def convert(folder: Path, weights: str = "f32") -> ov.Model:
 
 def write(source: Path, folder: Path, weights: str) -> None:
     """The model folder `source` into `folder`: the IR, and its tokenizer and detokenizer if it has one."""
-    model = convert(source, weights)
-    save(model, folder / MODEL)
-    if any(source.glob("tokenizer*")):
-        from openvino_tokenizers import convert_tokenizer
+    parts = convert_tokenizer(source) if any(source.glob("tokenizer*")) else ()
+    save(convert(source, weights), folder / MODEL)
+    for part, name in zip(parts, ("openvino_tokenizer.xml", "openvino_detokenizer.xml"), strict=False):
+        save(part, folder / name)
 
-        parts = convert_tokenizer(load_tokenizer(source), with_detokenizer=True)
-        for part, name in zip(parts, ("openvino_tokenizer.xml", "openvino_detokenizer.xml"), strict=True):
-            save(part, folder / name)
+
+def convert_tokenizer(source: Path) -> tuple[ov.Model, ...]:
+    """Tokenizer and detokenizer. Raises InputError for one that openvino_tokenizers does not convert."""
+    import openvino_tokenizers
+
+    tokenizer = load_tokenizer(source)
+    try:
+        return openvino_tokenizers.convert_tokenizer(tokenizer, with_detokenizer=True)
+    except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise InputError(
+            f"{source}: expected a tokenizer that openvino_tokenizers converts, found {type(tokenizer).__name__}: "
+            f"{error}; export a copy without tokenizer files"
+        ) from error
 
 
 def save(model: ov.Model, file: Path) -> None:

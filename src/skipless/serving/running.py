@@ -1,10 +1,12 @@
 """What a model in an engine can do, and how its cache is checked, whatever the engine."""
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 from skipless.errors import InputError
 
+# What families call the number of experts.
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 # A prompt and tokens after it, long enough to tell whether a cache is broken.
 LENGTHS = 64, 16
 
@@ -27,6 +29,13 @@ class Runner(Protocol):
 def sequence(length: int, vocab_size: int) -> list[int]:
     """Tokens to begin with: each once, and again from the first."""
     return [position % vocab_size for position in range(length)]
+
+
+def expert_share(config: Mapping[str, Any]) -> float:
+    """The part of a model's experts that a token reads at batch 1: those that it is sent to; 1 for one without."""
+    experts = next((config[field] for field in EXPERTS if config.get(field)), None)
+    taken = config.get("num_experts_per_tok")
+    return taken / experts if taken and experts else 1.0
 
 
 def disagreement(decode: Callable[[list[int], int], list[int]], prompt: list[int], tokens: int) -> str | None:

@@ -9,9 +9,9 @@ import torch
 from skipless.architecture.config import Architecture
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.errors import InputError
+from skipless.inference import save
 from skipless.model import SkiplessConfig, SkiplessForCausalLM
 from skipless.model.modeling_skipless import SkiplessDecoderLayer
-from skipless.quiet import no_library_bars
 from skipless.reports.counting import resolve
 from skipless.rewrite.planning import make_plan
 from skipless.rewrite.request import Request
@@ -83,5 +83,4 @@ def write(config: dict[str, Any], dtype: str, folder: Path) -> None:
     for layer in model.model.layers:
         layer.register_forward_hook(rescale)
     model(input_ids=torch.randint(model.config.vocab_size, (1, TOKENS)), use_cache=False)
-    with no_library_bars():
-        model.save_pretrained(folder)
+    save(model, folder)

@@ -48,7 +48,7 @@ class Worker:
     def of(cls, engine: str, folder: Path, precision: str, compiled: bool = False) -> Self:
         """A model folder in an engine (as `runner` loads it)."""
         arguments = (engine, str(folder), precision, str(int(compiled)))
-        return cls([sys.executable, "-m", __name__, *arguments])
+        return cls([sys.executable, "-P", "-m", __name__, *arguments])  # -P: no module of the current folder
 
     def generate(self, batch: int, prompt: int, tokens: int) -> list[float]:
         """As a Runner."""
@@ -107,7 +107,7 @@ def serve(load: Callable[[], Runner]) -> None:
             asked = json.loads(line)
             result = getattr(model, asked.pop("method"))(**asked)
             answer(result=result, peak_memory=peak_memory())
-    except InputError as error:
+    except (InputError, OSError) as error:
         answer(error=str(error))
 
 

@@ -19,6 +19,7 @@ from skipless.checkpoint.headers import read_json_object
 from skipless.checkpoint.opening import check_config
 from skipless.errors import InputError
 from skipless.inference import load
+from skipless.inference import save as save_model
 from skipless.log import is_first, processes
 from skipless.model import SkiplessConfig, SkiplessForCausalLM
 from skipless.quiet import no_library_bars
@@ -147,9 +148,7 @@ def save(trainer: SkiplessTrainer, recipe: Recipe, tokenizer: PreTrainedTokenize
         model = SkiplessForCausalLM(config)
     model.load_state_dict(state, assign=True)
     model.tie_weights()
-    model.to(getattr(torch, recipe.dtype)).save_pretrained(out)
-    for file in out.glob("*.safetensors"):
-        shutil.copymode(out / "config.json", file)  # safetensors ignores the umask
+    save_model(model.to(getattr(torch, recipe.dtype)), out)
     if tokenizer is not None:
         tokenizer.save_pretrained(out)
     write_down(recipe, recipe.steps, out / CHECKPOINTS)
