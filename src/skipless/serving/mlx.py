@@ -7,7 +7,6 @@ told to trust it.
 import json
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from skipless.model.configuration_skipless import SkiplessConfig
 from skipless.model.modeling_skipless import alibi_slopes, ffn_inputs, rotary_frequencies
 from skipless.serving import mlx_model
 from skipless.serving.decoder import check_fixed_angles, load_skipless
-from skipless.serving.running import check_length, disagreement, expert_share, sequence
+from skipless.serving.running import TokenRunner, check_length, expert_share
 
 MODEL_FILE = Path(mlx_model.__file__)
 WEIGHTS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -82,8 +81,8 @@ def check_model_file(folder: Path) -> None:
         )
 
 
-class Runner:
-    """A model in MLX, decoding greedily and past the end of a text.
+class Runner(TokenRunner):
+    """A model in MLX.
 
     folder: a model folder, or one that `export` wrote (with the weights it has).
     """
@@ -96,7 +95,7 @@ class Runner:
                 write(folder, Path(name), PRECISIONS[precision])
                 folder = Path(name)
             self._model, self.config = load_model(folder, trust_remote_code=True)
-        tied = self.config["tie_word_embeddings"]
+        self.vocab_size, tied = self.config["vocab_size"], self.config["tie_word_embeddings"]
         weights = tree_flatten(self._model.parameters())
         tables = ("position_embeddings",) if tied else ("position_embeddings", "embed_tokens")
         read = [weight for name, weight in weights if not any(table in name for table in tables)]
@@ -104,22 +103,8 @@ class Runner:
         sizes = (weight.nbytes * (share if weight.ndim == 3 else 1) for weight in read if weight.dtype != mx.int32)
         self.bytes_per_token = round(sum(sizes))
 
-    def generate(self, batch: int, prompt: int, tokens: int) -> list[float]:
-        """Seconds from the call to each of `tokens` tokens, of `batch` equal sequences after `prompt` tokens."""
-        start = time.perf_counter()
-        ids = sequence(prompt, self.config["vocab_size"])
-        return [time.perf_counter() - start for _ in self.decode(ids, batch, tokens)]
-
-    def broken_cache(self, prompt: int, tokens: int) -> str | None:
-        """What is wrong with its cache, by its tokens."""
-        return disagreement(
-            lambda ids, count: [token for (token,) in self.decode(ids, 1, count)],
-            sequence(prompt, self.config["vocab_size"]),
-            tokens,
-        )
-
     def decode(self, prompt: list[int], batch: int, tokens: int) -> Iterator[list[int]]:
-        """The next `tokens` tokens, one of each sequence, after a prompt of ids."""
+        """As a TokenRunner."""
         check_length(len(prompt), tokens, self.config["max_position_embeddings"])
         given, cache = mx.array([prompt] * batch), make_prompt_cache(self._model)
         for _ in range(tokens):

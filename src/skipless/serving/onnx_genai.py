@@ -2,7 +2,6 @@
 
 import json
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,11 +10,11 @@ import onnx_ir
 import onnxruntime_genai
 
 from skipless.serving import onnx
-from skipless.serving.running import check_length, disagreement, sequence
+from skipless.serving.running import TokenRunner, check_length
 
 
-class Runner:
-    """A model in onnxruntime-genai (running.Runner), decoding greedily and past the end of a text.
+class Runner(TokenRunner):
+    """A model in onnxruntime-genai.
 
     folder: a model folder, or one that `export` wrote.
     """
@@ -30,22 +29,8 @@ class Runner:
             self.bytes_per_token = bytes_per_token(onnx_ir.load(folder / onnx.MODEL))
             self._model = onnxruntime_genai.Model(str(folder))
 
-    def generate(self, batch: int, prompt: int, tokens: int) -> list[float]:
-        """Seconds from the call to each of `tokens` tokens, of `batch` equal sequences after `prompt` tokens."""
-        start = time.perf_counter()
-        ids = sequence(prompt, self.vocab_size)
-        return [time.perf_counter() - start for _ in self.decode(ids, batch, tokens)]
-
-    def broken_cache(self, prompt: int, tokens: int) -> str | None:
-        """What is wrong with its cache, by its tokens."""
-        return disagreement(
-            lambda ids, count: [int(token) for (token,) in self.decode(ids, 1, count)],
-            sequence(prompt, self.vocab_size),
-            tokens,
-        )
-
     def decode(self, prompt: list[int], batch: int, tokens: int) -> Iterator[np.ndarray]:
-        """The next `tokens` tokens, (batch,) each, after a prompt of ids."""
+        """As a TokenRunner."""
         check_length(len(prompt), tokens, self.longest)
         length = len(prompt) + tokens
         params = onnxruntime_genai.GeneratorParams(self._model)

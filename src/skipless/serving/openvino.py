@@ -5,7 +5,6 @@ whose rows beam_idx picks before each step: the reordering that a beam search ne
 """
 
 import io
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -21,7 +20,7 @@ from skipless.errors import InputError, StorageError
 from skipless.inference import load_tokenizer
 from skipless.quiet import errors_only
 from skipless.serving.decoder import Decoder, cache_names, example, load_decoder
-from skipless.serving.running import disagreement, sequence
+from skipless.serving.running import TokenRunner
 
 MODEL = "openvino_model.xml"
 STORED = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -172,8 +171,8 @@ def compress(model: ov.Model, weights: str) -> ov.Model:
         return nncf.compress_weights(model, mode=int8)  # what is not int4 yet
 
 
-class Runner:
-    """A model in OpenVINO's own runtime (running.Runner), decoding greedily.
+class Runner(TokenRunner):
+    """A model in OpenVINO's own runtime.
 
     folder: a model folder, or one that `export` wrote (with the weights it has). precision: float32, bfloat16, int8 or
     int4: of weights, and which of OpenVINO's options go with them (DECODING).
@@ -191,24 +190,10 @@ class Runner:
         compiled = core.compile_model(model, "CPU", DECODING[PRECISIONS[precision]])
         self._request = compiled.create_infer_request()
 
-    def generate(self, batch: int, prompt: int, tokens: int) -> list[float]:
-        """Seconds from the call to each of `tokens` tokens, of `batch` equal sequences after `prompt` tokens."""
-        start = time.perf_counter()
-        ids = np.array(sequence(prompt, self.vocab_size))
-        return [time.perf_counter() - start for _ in self.decode(ids, batch, tokens)]
-
-    def broken_cache(self, prompt: int, tokens: int) -> str | None:
-        """What is wrong with its cache, by its tokens."""
-        return disagreement(
-            lambda ids, count: [int(token[0, 0]) for token in self.decode(np.array(ids), 1, count)],
-            sequence(prompt, self.vocab_size),
-            tokens,
-        )
-
-    def decode(self, prompt: np.ndarray, batch: int, tokens: int) -> Iterator[np.ndarray]:
-        """The next `tokens` tokens (batch, 1) each, after a prompt of ids."""
+    def decode(self, prompt: list[int], batch: int, tokens: int) -> Iterator[np.ndarray]:
+        """As a TokenRunner."""
         self._request.reset_state()
-        given = np.broadcast_to(prompt.astype(np.int64), (batch, len(prompt)))
+        given = np.broadcast_to(np.array(prompt, np.int64), (batch, len(prompt)))
         rows, seen = np.arange(batch, dtype=np.int32), 0
         for _ in range(tokens):
             positions = np.arange(seen, seen + given.shape[1])
@@ -221,7 +206,7 @@ class Runner:
             }
             logits = self._request.infer(inputs, share_inputs=True, share_outputs=True)["logits"]
             given = logits[:, -1:].argmax(-1)
-            yield given
+            yield given[:, 0]
 
 
 def keep_last(model: ov.Model) -> None:

@@ -1,6 +1,8 @@
 """What a model in an engine can do, and how its cache is checked, whatever the engine."""
 
-from collections.abc import Callable, Mapping
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 from skipless.errors import InputError
@@ -24,6 +26,33 @@ class Runner(Protocol):
 
     def broken_cache(self, prompt: int, tokens: int) -> str | None:
         """What is wrong with its cache, by decoding so much with it and without it; or None."""
+
+
+class TokenRunner(ABC):
+    """A Runner of an engine that shows nothing but its tokens."""
+
+    bytes_per_token: int
+    vocab_size: int
+
+    @abstractmethod
+    def decode(self, prompt: list[int], batch: int, tokens: int) -> Iterator[Iterable[int]]:
+        """The next `tokens` tokens, (batch,) each, of equal sequences after a prompt of ids: greedily, and past the end
+        of a text.
+        """
+
+    def generate(self, batch: int, prompt: int, tokens: int) -> list[float]:
+        """Seconds from the call to each of `tokens` tokens, of `batch` equal sequences after `prompt` tokens."""
+        start = time.perf_counter()
+        ids = sequence(prompt, self.vocab_size)
+        return [time.perf_counter() - start for _ in self.decode(ids, batch, tokens)]
+
+    def broken_cache(self, prompt: int, tokens: int) -> str | None:
+        """What is wrong with its cache, by its tokens."""
+        return disagreement(
+            lambda ids, count: [int(token) for (token,) in self.decode(ids, 1, count)],
+            sequence(prompt, self.vocab_size),
+            tokens,
+        )
 
 
 def sequence(length: int, vocab_size: int) -> list[int]:
