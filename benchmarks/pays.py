@@ -6,9 +6,9 @@
 One row of the CSV a run, appended when it is done; what is there is not run again, and a run that was interrupted goes
 on from its checkpoint in WORK. Of each kind, three learning rates are tried with a quarter of the tokens (phase
 "search"), and more while the best is the largest or the smallest. Then three seeds train at the best (phase "final"),
-and at the next best if the loss of one is not a number. "losses" are those of training: means of each tenth of the run.
-The text is the standard library's source. --table prints the final runs as Markdown, for each kind at the rate with the
-least mean held-out loss; "spread" is the largest less the smallest of the seeds.
+until the loss of one is not a number: then at the next best. "losses" are those of training: means of each tenth of the
+run. The text is the standard library's source. --table prints the final runs as Markdown, for each kind at the rate
+with the least mean held-out loss; "spread" is the largest less the smallest of the seeds.
 """
 
 import argparse
@@ -159,10 +159,10 @@ def next_run(size: str, kind: str, done: list[runs.Row]) -> tuple[str, float, in
     final = runs.final(done, size, kind)
     for rate in ranked:
         group = final.get(rate, [])
-        if missing := [seed for seed in SEEDS if all(int(row["seed"]) != seed for row in group)]:
-            return "final", rate, missing[0]
-        if not any(map(math.isnan, runs.losses(group))):
-            break
+        if any(map(math.isnan, runs.losses(group))):
+            continue
+        missing = [seed for seed in SEEDS if all(int(row["seed"]) != seed for row in group)]
+        return ("final", rate, missing[0]) if missing else None
     return None
 
 
