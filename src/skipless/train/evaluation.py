@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from skipless.errors import InputError
-from skipless.inference import load
+from skipless.inference import load, positions_of
 from skipless.train.data import check_length, encoded, fast_tokenizer
 from skipless.train.texts import documents, kind_of, matching, read_tokens
 
@@ -65,7 +65,7 @@ def evaluate(
     Raises InputError for files that cannot be read, and for fewer tokens than a sequence has.
     """
     model = load(folder, dtype).to("cuda" if torch.cuda.is_available() else "cpu")
-    room = getattr(model.config, "max_position_embeddings", SEQUENCE)
+    room = positions_of(model.config)
     length = sequence_length or min(SEQUENCE, room)
     check_length(length, room)
     stream = _Stream(folder, matching(patterns), field, model.config.vocab_size)
