@@ -28,7 +28,7 @@ MODELS = [
     {"stream_basis": "pivoted", "attention_bias": True, "num_key_value_heads": 4, "values_removed": True},
     {**EXPERTS, **BIASES, "head_dim": 6, "p_removed": True, "folded_biases": FOLDED, "tie_word_embeddings": True},
     {"first_layer_removed": True, "stream_basis": "pivoted", "values_removed": True, "num_key_value_heads": 4},
-    {"values_removed": True, **QKV},
+    {"values_removed": True, "qk_norm": "heads", **QKV},
     {"keys_removed": True, "position_type": "alibi", **QKV},
     {"keys_removed": True, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}, **QKV},
     {"head_dim": 16, "p_removed": True, "head_removed": True, "attention_bias": True, "values_removed": True},
@@ -36,12 +36,14 @@ MODELS = [
 
 
 def rows():
-    """Pattern of a name, shape, the conditions that are attributes of an architecture, and whether it is an index."""
+    """Pattern of a name, shape, what an architecture has to be true or to be, and whether it is an index."""
     for row in ROW.finditer((ROOT / "docs" / "format.md").read_text()):
-        when = [name for name in re.findall(r"`(\w+)`", row["when"]) if name.endswith("removed")]
+        true = [name for name in re.findall(r"`(\w+)`", row["when"]) if name.endswith("removed")]
+        words = re.findall(r'(\w+) ((?:"\w+"(?: or )?)+)', row["when"])
+        one_of = {name: re.findall('"(.+?)"', values) for name, values in words}
         for name in re.findall("`([^`]+)`", row["names"]):
             pattern = re.escape(name).replace(r"\{i\}", r"\d+").replace(r"\{j\}", r"\d+")
-            yield pattern, row["shape"], when, ", int32" in row["names"]
+            yield pattern, row["shape"], true, one_of, ", int32" in row["names"]
 
 
 def described(architecture, name):
@@ -58,8 +60,9 @@ def described(architecture, name):
     values |= {"e": a.value_width, "E": a.num_local_experts, "u": a.unrotated}
     values["R"] = sum(a.row.values())
     values["I"] = a.query_width if a.p_removed and a.p_merged else a.hidden_size
-    for number, (pattern, shape, when, index) in enumerate(rows()):
-        if re.fullmatch(pattern, name) and all(getattr(a, field) for field in when):
+    for number, (pattern, shape, true, one_of, index) in enumerate(rows()):
+        holds = all(getattr(a, field) for field in true) and all(getattr(a, f) in each for f, each in one_of.items())
+        if re.fullmatch(pattern, name) and holds:
             return number, tuple(eval(part, values) for part in shape.split(", ")), index
     raise LookupError(name)
 
