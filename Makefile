@@ -53,7 +53,7 @@ help:
 	@echo "make test-llama-cpp  run the tests that need it (builds it first)"
 	@echo "make check       formatting, lint and types: ruff, mypy (creates .venv first)"
 	@echo "make benchmarks  every number in the README and docs, measured here: five hours, 48 GB of disk, a download of 250 MB"
-	@echo "make trainings   those of models that are trained for them, in docs/train.md and half-precision.md: six hours"
+	@echo "make trainings   those of models that are trained for them, in docs/train.md and half-precision.md: 20 hours, less what pays.csv has"
 	@echo "make versions    write the tables of supported versions in docs/versions.md again"
 	@echo "make pictures    draw docs/pictures again (creates .venv first)"
 	@echo "make pages       build the site of docs/ into site/, strictly (creates .venv-tools first)"
@@ -164,7 +164,8 @@ benchmarks: $(READY) $(LLAMA_READY) $(SMOLLM2) $(MINILM)
 TRAININGS := $(VENV)/trainings
 
 trainings: $(READY)
-	$(BIN)/python benchmarks/pays.py benchmarks/pays.csv $(TRAININGS)/pays --tokens 614400
+	$(BIN)/python benchmarks/pays.py benchmarks/pays.csv $(TRAININGS)/pays
+	$(BIN)/python benchmarks/pace.py
 	$(BIN)/python benchmarks/curves.py $(TRAININGS)/curves
 	$(BIN)/python benchmarks/starts.py $(TRAININGS)/starts
 	$(BIN)/python benchmarks/fade.py $(TRAININGS)/fade

@@ -2,7 +2,7 @@
 
     python benchmarks/curves.py WORK [--tokens 614400]
 
-Trains four kinds of benchmarks/pays.py (1M), each at the rate that was best for it, and keeps them in WORK. After
+Trains four kinds of benchmarks/pays.py (1M), each at the best of the first three rates, and keeps them in WORK. After
 every tenth of a run: held-out loss, on 32,768 tokens, and the median condition number of Q. Then the models, and what
 fuse makes of them, are stored in bf16: the error of their logits, computed in fp64. Prints Markdown.
 """
@@ -29,7 +29,7 @@ from skipless.train.log import LINES, callbacks
 from skipless.train.texts import read_tokens
 from stored import cast, compare, logits
 
-# The best rates of pays.csv.
+# The best of the first three rates that pays.csv has searched.
 KINDS = {"pre-norm with skips": 0.012, "serial MHA": 0.006, "serial MHA without QP": 0.006, "parallel MHA": 0.012}
 EVALUATIONS, EVALUATED, LENGTH = 10, 2**15, 256
 
