@@ -18,7 +18,8 @@ INSTALL_SKIPLESS := -m pip install --quiet --no-deps --no-build-isolation --edit
 # Other releases than the locked ones: torch is always the locked one's, whose CPU build pip finds.
 TORCH := $(shell grep '^torch==' requirements.lock | cut -d ' ' -f 1)
 TEST_TOOLS := pytest pytest-timeout hypothesis beartype
-RELEASE_TESTS := $(addprefix tests/integration/test_,generation.py model.py tensor_parallel.py bundled.py refresh.py self_check.py cli.py)
+RELEASE_TESTS := $(addprefix tests/integration/test_,generation.py model.py tensor_parallel.py bundled.py refresh.py self_check.py cli.py) \
+	$(addprefix tests/integration/test_train.py::test_,command_line an_interrupted_run_resumes_bit_for_bit)
 # llama.cpp as llama-cpp-python's source package has it, with our architecture; its programs are linked into bin.
 LLAMA := .venv-llama-cpp
 LLAMA_READY := $(LLAMA)/ready
