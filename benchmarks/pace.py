@@ -8,7 +8,6 @@ kind at width 256 (pays.csv). Prints Markdown.
 """
 
 import argparse
-import math
 import statistics
 import tempfile
 from contextlib import ExitStack
@@ -50,7 +49,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for speed in found.speeds:
         (decoding,) = speed.decoding
-        losses = [loss for loss in runs.losses(trained.get((SIZE, speed.name), [])) if not math.isnan(loss)]
+        losses = runs.losses(runs.ended(trained.get((SIZE, speed.name), [])))
         print(
             f"| {speed.name} | {speed.bytes_per_token / 1e6:,.0f} | {1e3 / decoding.tokens_per_second:.1f} | "
             f"{decoding.speedup:.2f}x | {decoding.share:.0%} | {f'{statistics.mean(losses):.3f}' if losses else ''} |"

@@ -7,8 +7,8 @@ One row of the CSV a run, appended when it is done; what is there is not run aga
 on from its checkpoint in WORK. Of each kind, three learning rates are tried with a quarter of the tokens (phase
 "search"), and more while the best is the largest or the smallest. Then three seeds train at the best (phase "final"),
 until the loss of one is not a number: then at the next best. "losses" are those of training: means of each tenth of the
-run. The text is the standard library's source. --table prints the final runs as Markdown, for each kind at the rate
-with the least mean held-out loss; "spread" is the largest less the smallest of the seeds.
+run. The text is the standard library's source. --table prints the final runs as Markdown, for each kind at one rate
+(runs.best); "spread" is the largest less the smallest of the seeds.
 """
 
 import argparse
@@ -170,7 +170,7 @@ def table(done: list[runs.Row]) -> None:
     print("| weights | kind | weights in the layers | rate | held-out nats a token | spread | bits a byte | seeds |")
     print("|---|---|---|---|---|---|---|---|")
     for (size, kind), group in sorted(runs.best(done).items()):
-        ended = [row for row in group if row["held_out_loss"] != "nan"]
+        ended = runs.ended(group)
         if not ended:
             print(f"| {size} | {kind} | | | not a number | | | 0 |")
             continue

@@ -18,6 +18,11 @@ def losses(rows: list[Row]) -> list[float]:
     return [float(row["held_out_loss"]) for row in rows]
 
 
+def ended(rows: list[Row]) -> list[Row]:
+    """Those whose loss is a number."""
+    return [row for row in rows if not math.isnan(float(row["held_out_loss"]))]
+
+
 def final(rows: list[Row], size: str, kind: str) -> dict[float, list[Row]]:
     """The final runs of a kind, by learning rate."""
     found: dict[float, list[Row]] = {}
@@ -34,8 +39,8 @@ def best(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
     """
 
     def order(group: list[Row]) -> tuple[int, float]:
-        ended = [loss for loss in losses(group) if not math.isnan(loss)]
-        return -len(ended), statistics.mean(ended) if ended else math.nan
+        found = losses(ended(group))
+        return -len(found), statistics.mean(found) if found else math.nan
 
     kinds = dict.fromkeys((row["size"], row["kind"]) for row in rows if row["phase"] == "final")
     return {kind: min(final(rows, *kind).values(), key=order) for kind in kinds}

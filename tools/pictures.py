@@ -332,8 +332,7 @@ BLOCKS = {"first": "with norms, and skips", "second": "serial", "third": "parall
 
 def trained(size: str) -> dict[str, list[runs.Row]]:
     """The final runs of pays.csv whose loss is a number, by kind."""
-    found = {kind: group for (of, kind), group in runs.best(runs.read(PAYS)).items() if of == size}
-    return {kind: [row for row in group if row["held_out_loss"] != "nan"] for kind, group in found.items()}
+    return {kind: runs.ended(group) for (of, kind), group in runs.best(runs.read(PAYS)).items() if of == size}
 
 
 def losses(size: str) -> str:

@@ -495,7 +495,7 @@ def test_sizes_have_the_names_that_a_family_gives_them(tmp_path, monkeypatch, na
     saved(name, tmp_path / "a")
     report = skipless.verify(tmp_path / "a", tmp_path / "a", dtypes=(), tokens=4)
     assert asked == [32]
-    assert report.positions_seen == (24 if name in ("gpt2", "mpt") else report.positions_seen)
+    assert name == "bloom" or report.positions_seen == 24  # which has no limit
 
 
 def test_a_window_that_is_not_used_is_none(tmp_path, monkeypatch):

@@ -107,19 +107,17 @@ def compare_data(a: CheckpointReader, b: CheckpointReader) -> Differences:
 
 def _code_differences(a: CheckpointReader, b: CheckpointReader) -> Iterator[str]:
     """What trust_remote_code=True would run of B, and neither skipless nor A has."""
-    known = [AUTO_MAP] if b.config.get("model_type") == "skipless" else []
-    named, known = b.config.get("auto_map") or {}, [*known, a.config.get("auto_map") or {}]
-    if not named:
+    before, named = (reader.config.get("auto_map") or {} for reader in (a, b))
+    if not named or (named == AUTO_MAP and b.config.get("model_type") == "skipless"):
         return
-    if named not in known:
+    if named != before:
         yield f"B's config.json: auto_map: {_shown(named)}, which trust_remote_code=True would run instead; remove it"
-    elif named != AUTO_MAP:
-        for name in sorted({f"{each.split('.')[0]}.py" for each in named.values() if isinstance(each, str)}):
-            files = [reader.folder / name for reader in (a, b)]
-            if any(file.exists() for file in files) and not (
-                all(file.exists() for file in files) and digest(files[0]) == digest(files[1])
-            ):
-                yield f"B's {name}: other code than A's, which trust_remote_code=True would run"
+        return
+    for name in sorted({f"{each.split('.')[0]}.py" for each in named.values() if isinstance(each, str)}):
+        files = (reader.folder / name for reader in (a, b))
+        one, other = (digest(file) if file.exists() else None for file in files)
+        if one != other:
+            yield f"B's {name}: other code than A's, which trust_remote_code=True would run"
 
 
 def _shown(value: Any) -> str:

@@ -11,7 +11,7 @@ import torch
 from skipless.checkpoint.canonical import Canonical
 from skipless.checkpoint.reader import CheckpointReader
 from skipless.errors import InputError
-from skipless.inference import generate, load, load_tokenizer
+from skipless.inference import generate, load, load_tokenizer, positions_of
 from skipless.reports.auditing import Audit, audit
 from skipless.reports.comparing import Opened, Relation, read_config, relation
 from skipless.reports.counting import LETTERS
@@ -89,7 +89,8 @@ def overview(
     audited = audit(source, **asked, progress=lambda done, total: progress("auditing", done, total))
     report = verify(source, fused, dtypes=DEFAULT_DTYPES, prompt=prompt, tokens=tokens, progress=progress)
     texts = None
-    if (ids := prompt_ids(source, read_config(source).get_text_config(), prompt, tokens)) is not None:
+    config = read_config(source).get_text_config()
+    if (ids := prompt_ids(source, prompt, positions_of(config) - tokens, config.vocab_size)) is not None:
         texts = (_text(source, ids, tokens), _text(fused, ids, tokens))
     stored: dict[str, dict[int, float]] = {}
     for seam in record.get("seams", ()):

@@ -442,7 +442,7 @@ def _inputs(a: Path, configs: Sequence[PreTrainedConfig], prompt: str, tokens: i
     walk = order.repeat(-(-rows * width // vocab_size))[: rows * width].view(rows, width)
     sequences = [(long, kept), (walk, width)]
     prompts = [walk[:1, : max(1, min(tokens, limit - tokens) // 4)]]
-    if (encoded := prompt_ids(a, configs[0], prompt, tokens)) is not None and encoded.shape[1] <= limit - tokens:
+    if (encoded := prompt_ids(a, prompt, limit - tokens, vocab_size)) is not None:
         sequences.append((encoded, encoded.shape[1]))
         prompts.append(encoded)
     seen = torch.cat([ids.flatten() for ids, _ in sequences]).unique().numel()
@@ -453,13 +453,12 @@ def _inputs(a: Path, configs: Sequence[PreTrainedConfig], prompt: str, tokens: i
     return _Inputs(tuple(sequences), tuple(prompts), tokens, seen, vocab_size, length, tuple(not_run))
 
 
-def prompt_ids(folder: Path, config: PreTrainedConfig, prompt: str, tokens: int) -> Tensor | None:
-    """A prompt as a model folder's tokenizer has it, (1, length), if the model can read it and add so many tokens."""
+def prompt_ids(folder: Path, prompt: str, most: int, vocab_size: int) -> Tensor | None:
+    """A prompt as a model folder's tokenizer has it, (1, length), if it has at most so many, all of them known."""
     if not prompt or not (folder / "tokenizer.json").exists():
         return None
     ids: Tensor = load_tokenizer(folder)(prompt, return_tensors="pt").input_ids
-    fits = 0 < ids.shape[1] <= positions_of(config) - tokens and int(ids.max()) < config.vocab_size
-    return ids if fits else None
+    return ids if 0 < ids.shape[1] <= most and int(ids.max()) < vocab_size else None
 
 
 def _longest(config: PreTrainedConfig) -> int:

@@ -233,10 +233,10 @@ def plan_fuse(
 
 def _check_tied(plan: Plan, reader: CheckpointReader) -> None:
     """Raise InputError for a head that is stored beside the table it is tied to, and another, which runs untied."""
-    head = None if plan.layout is None or plan.in_place else plan.layout.tied_head
-    if plan.layout is None or head is None or head not in reader.tensors:
+    layout = None if plan.in_place else plan.layout
+    if layout is None or (head := layout.tied_head) is None or head not in reader.tensors:
         return
-    (table,) = plan.layout.locations["model.embed_tokens.weight"].tensors
+    (table,) = layout.locations["model.embed_tokens.weight"].tensors
     shape = reader.tensors[table].shape
     same = reader.tensors[head].shape == shape and all(
         torch.equal(reader.tensor(head, rows), reader.tensor(table, rows)) for rows in slices(shape[0], TABLE_ROWS)

@@ -229,9 +229,9 @@ def whole_projection(kind: str, layer: int, architecture: Architecture, reader: 
     """
     attention = f"model.layers.{layer}.self_attn"
     weight = reader.tensor(f"{attention}.{kind[0]}_proj.weight")
-    stored = reader.tensor(f"{attention}.{kind}_order")
-    check_order(f"{attention}.{kind}_order", stored, architecture.hidden_size)
-    order = exchanged(stored, architecture.hidden_size)
+    order = reader.tensor(name := f"{attention}.{kind}_order")
+    check_order(name, order, architecture.hidden_size)
+    order = exchanged(order, architecture.hidden_size)
     size, heads = architecture.head_dim, architecture.num_key_value_heads
     rotated = architecture.rotated if kind == "key" else 0
     identity = torch.eye(size - rotated, dtype=weight.dtype).expand(heads, -1, -1)

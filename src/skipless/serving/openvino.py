@@ -53,24 +53,24 @@ def convert(folder: Path, weights: str = "f32") -> ov.Model:
 
 def write(source: Path, folder: Path, weights: str) -> None:
     """The model folder `source` into `folder`: the IR, and its tokenizer and detokenizer if it has one."""
-    parts = convert_tokenizer(source) if any(source.glob("tokenizer*")) else ()
-    save(convert(source, weights), folder / MODEL)
-    for part, name in zip(parts, ("openvino_tokenizer.xml", "openvino_detokenizer.xml"), strict=False):
+    parts = convert_tokenizer(source) if any(source.glob("tokenizer*")) else {}
+    for name, part in {MODEL: convert(source, weights), **parts}.items():
         save(part, folder / name)
 
 
-def convert_tokenizer(source: Path) -> tuple[ov.Model, ...]:
-    """Tokenizer and detokenizer. Raises InputError for one that openvino_tokenizers does not convert."""
+def convert_tokenizer(source: Path) -> dict[str, ov.Model]:
+    """Tokenizer and detokenizer, by file. Raises InputError for one that openvino_tokenizers does not convert."""
     import openvino_tokenizers
 
     tokenizer = load_tokenizer(source)
     try:
-        return openvino_tokenizers.convert_tokenizer(tokenizer, with_detokenizer=True)
+        parts = openvino_tokenizers.convert_tokenizer(tokenizer, with_detokenizer=True)
     except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
         raise InputError(
             f"{source}: expected a tokenizer that openvino_tokenizers converts, found {type(tokenizer).__name__}: "
             f"{error}; export a copy without tokenizer files"
         ) from error
+    return dict(zip(("openvino_tokenizer.xml", "openvino_detokenizer.xml"), parts, strict=True))
 
 
 def save(model: ov.Model, file: Path) -> None:
